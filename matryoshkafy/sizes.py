@@ -1,0 +1,204 @@
+"""The ladder of sizes, "64..1024": what the user writes, and a group's width at each size."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from numbers import Integral, Real
+
+from matryoshkafy.errors import MatryoshkafyError
+
+MAX_RUNGS = 4096
+# A float such as 2/3 or 0.3 means the nearest fraction with a denominator up to this.
+FINEST_RATIO = 1_000_000
+HOW_TO_WRITE = (
+    'Write a text ("64..1024" doubles, "64..768:64" steps by 64, "64,128,1024", "0.25,0.5,1"), '
+    "a list of integers ([64, 128, 1024]) or a list of ratios ([0.25, 0.5, 1.0])."
+)
+RANGE = re.compile(r"(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})(?::(-?[0-9]{1,9}))?")
+INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+RATIO = re.compile(r"[+-]?(?:[0-9]{1,9}\.[0-9]{0,18}|\.[0-9]{1,18}|[0-9]{1,9}/[0-9]{1,9})")
+
+
+class SizesError(MatryoshkafyError):
+    """A ladder that cannot be read, or that does not fit the model's width."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A ladder as the user wrote it, read before the model's width is known.
+
+    rungs: positive and strictly ascending; all of them int, or all of them Fraction in (0, 1].
+    """
+
+    given: str
+    rungs: tuple[int, ...] | tuple[Fraction, ...]
+
+    @property
+    def relative(self) -> bool:
+        """Tell whether the rungs are ratios of the width."""
+        return isinstance(self.rungs[-1], Fraction)
+
+    def at(self, width: int) -> tuple[int, ...]:
+        """Return the sizes of a model of this width: ascending integers, the last is the width.
+
+        Raises SizesError where the ladder ends elsewhere or two ratios give the same size.
+        """
+        scale = width if self.relative else 1
+        sizes = tuple(max(1, math.ceil(rung * scale)) for rung in self.rungs)
+        if sizes[-1] != width:
+            raise SizesError(_misfit(self, sizes[-1], width))
+        for (low, high), (size, after) in zip(
+            pairwise(self.rungs), pairwise(sizes), strict=True
+        ):
+            if size == after:
+                raise SizesError(
+                    f"sizes {self.given}: the ratios {low} and {high} both give {size} units of "
+                    f"the model's width, {width}. Leave one of them out."
+                )
+        return sizes
+
+
+def parse_sizes(sizes: str | Sequence[int] | Sequence[float], width: int) -> tuple[int, ...]:
+    """Return the sizes that the user asks for: ascending integers, the last is the width.
+
+    A text doubles ("64..1024", both ends included), steps ("64..768:64") or lists its rungs
+    ("64,128,1024", "0.25,0.5,1"). A list holds integers, or ratios in (0, 1], each of which
+    gives ceil(ratio * width). Raises SizesError, which states the width, for anything else.
+    """
+    try:
+        ladder = parse_ladder(sizes)
+    except SizesError as error:
+        raise SizesError(f"{error} The model's width is {width}.") from None
+    return ladder.at(width)
+
+
+def parse_ladder(sizes: str | Sequence[int] | Sequence[float]) -> Ladder:
+    """Return the ladder of a text or list; raises SizesError where no width could fit it."""
+    given = _shown(sizes)
+    rungs = _read_text(sizes, given) if isinstance(sizes, str) else _read_items(sizes, given)
+    _check_rungs(rungs, given)
+    return Ladder(given, rungs)
+
+
+def width_at(n: int, size: int, width: int) -> int:
+    """Return a group's width at a size: ceil(n * size / width), at least 1.
+
+    n: the group's full width; width: the main group's. Exact, for integers of any length.
+    """
+    return max(1, -(-n * size // width))
+
+
+def _shown(sizes: object) -> str:
+    text = repr(sizes)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _read_text(text: str, given: str) -> tuple[int, ...] | tuple[Fraction, ...]:
+    compact = re.sub(r"\s+", "", text)
+    if not compact:
+        raise SizesError(f"sizes {given} is empty: at least one size is expected. {HOW_TO_WRITE}")
+    bounds = RANGE.fullmatch(compact)
+    if bounds:
+        first, last, step = (int(b) if b else None for b in bounds.groups())
+        assert first is not None and last is not None
+        return _range(first, last, step, given)
+    parts = re.sub(r"\s*([,./:])\s*", r"\1", text.strip()).split(",")
+    return _of_one_kind([_read_word(part, given) for part in parts], given)
+
+
+def _range(first: int, last: int, step: int | None, given: str) -> tuple[int, ...]:
+    if first < 1 or last < first or (step is not None and step < 1):
+        raise SizesError(
+            f"sizes {given}: a range START..END or START..END:STEP needs 1 <= START <= END and "
+            f'a STEP of at least 1, such as "64..1024" or "64..768:64".'
+        )
+    if step and (last - first) // step >= MAX_RUNGS:
+        raise SizesError(_too_many(given))
+    rungs = range(first, last, step) if step else _doubling(first, last)
+    return (*rungs, last)
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    doublings = ((last - 1) // first).bit_length()
+    return [first << k for k in range(doublings)]
+
+
+def _read_word(word: str, given: str) -> int | Fraction:
+    if INTEGER.fullmatch(word):
+        return int(word)
+    if RATIO.fullmatch(word) and not word.endswith("/" + "0" * len(word.rpartition("/")[2])):
+        return Fraction(word)
+    raise SizesError(f"sizes {given}: {_shown(word)} is neither a size nor a ratio. {HOW_TO_WRITE}")
+
+
+def _read_items(items: object, given: str) -> tuple[int, ...] | tuple[Fraction, ...]:
+    if not isinstance(items, Iterable) or isinstance(items, (bytes, Mapping, Set)):
+        raise SizesError(
+            f"sizes {given} is of type {type(items).__name__}: a text or a list is expected. "
+            f"{HOW_TO_WRITE}"
+        )
+    return _of_one_kind([_read_item(item, given) for item in items], given)
+
+
+def _read_item(item: object, given: str) -> int | Fraction:
+    if isinstance(item, Integral) and not isinstance(item, bool):
+        return int(item)
+    if isinstance(item, Fraction):
+        return item
+    if isinstance(item, Real) and not isinstance(item, bool) and math.isfinite(item):
+        # A ratio too small for the grid keeps its sign, which the range check needs.
+        return Fraction(float(item)).limit_denominator(FINEST_RATIO) or Fraction(float(item))
+    raise SizesError(
+        f"sizes {given}: {_shown(item)} is neither an integer nor a ratio in (0, 1]. {HOW_TO_WRITE}"
+    )
+
+
+def _of_one_kind(
+    rungs: list[int | Fraction], given: str
+) -> tuple[int, ...] | tuple[Fraction, ...]:
+    if not rungs:
+        raise SizesError(f"sizes {given} is empty: at least one size is expected. {HOW_TO_WRITE}")
+    if len(rungs) > MAX_RUNGS:
+        raise SizesError(_too_many(given))
+    integers = tuple(rung for rung in rungs if isinstance(rung, int))
+    if len(integers) == len(rungs):
+        return integers
+    return tuple(Fraction(rung) for rung in rungs)
+
+
+def _check_rungs(rungs: tuple[int, ...] | tuple[Fraction, ...], given: str) -> None:
+    for rung in rungs:
+        if rung <= 0:
+            raise SizesError(f"sizes {given}: {rung} is not positive; every size must be.")
+        if isinstance(rung, Fraction) and rung > 1:
+            raise SizesError(
+                f"sizes {given}: {float(rung):g} is above 1, but as ratios (numbers with a point) "
+                f"every size must be in (0, 1]. Write widths as integers, without a point."
+            )
+    for low, high in pairwise(rungs):
+        if low >= high:
+            fault = "is repeated" if low == high else f"is followed by {high}"
+            raise SizesError(f"sizes {given}: {low} {fault}; sizes must strictly ascend.")
+
+
+def _misfit(ladder: Ladder, last: int, width: int) -> str:
+    if ladder.relative:
+        return (
+            f"sizes {ladder.given} end at the ratio {ladder.rungs[-1]}, expected 1: the last size "
+            f"is the model's width, {width}. Append 1."
+        )
+    remedy = f"leave out the sizes above {width}" if last > width else f"append {width}"
+    where = "above" if last > width else "below"
+    return (
+        f"sizes {ladder.given} end at {last}, {where} the model's width, {width}, which the last "
+        f"size must be: {remedy}, or end there."
+    )
+
+
+def _too_many(given: str) -> str:
+    return f"sizes {given} name more than {MAX_RUNGS} sizes. Use a larger step, or fewer sizes."
