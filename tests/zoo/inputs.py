@@ -1,0 +1,74 @@
+"""Example inputs of the zoo: batches of 2 or 3, lengths of 5 to 7, never equal to a width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+VOCABULARY = 97
+BATCH = 3
+LENGTH = 7
+
+
+def tokens(batch: int = BATCH, length: int = LENGTH, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    """Draws token ids above the special ones; ends each row with the end token 2."""
+    ids = torch.randint(3, vocabulary, (batch, length), generator=_generator())
+    ids[:, -1] = 2
+    return ids
+
+
+def text(*, mask: bool, length: int = LENGTH, **more: Any) -> dict[str, Any]:
+    """Gives `input_ids`, and with `mask` an attention mask whose second row is padded."""
+    given: dict[str, Any] = {"input_ids": tokens(length=length)} | more
+    if mask:
+        given["attention_mask"] = padded(length=length)
+    return given
+
+
+def padded(batch: int = BATCH, length: int = LENGTH) -> torch.Tensor:
+    """Gives a mask of ones whose second row ends in two zeros."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[1, -2:] = 0
+    return mask
+
+
+def seq2seq() -> dict[str, Any]:
+    """Gives source and target tokens of different lengths."""
+    target = tokens(length=5)
+    return text(mask=True) | {"decoder_input_ids": target, "use_cache": False}
+
+
+def image(*, size: int, channels: int = 3, batch: int = 2) -> dict[str, Any]:
+    """Gives `pixel_values` of shape (batch, channels, size, size)."""
+    return {"pixel_values": pixels(size, channels=channels, batch=batch)}
+
+
+def pixels(size: int, *, channels: int = 3, batch: int = 2) -> torch.Tensor:
+    """Draws normal images of shape (batch, channels, size, size)."""
+    return torch.randn(batch, channels, size, size, generator=_generator())
+
+
+def image_text() -> dict[str, Any]:
+    """Gives two images and three texts."""
+    return text(mask=True) | image(size=32)
+
+
+def speech2text() -> dict[str, Any]:
+    """Gives a log-mel spectrogram of 24 frames in 10 bands, and target tokens."""
+    frames = torch.randn(BATCH, 10, 24, generator=_generator())
+    return {"input_features": frames, "decoder_input_ids": tokens(length=5), "use_cache": False}
+
+
+def wave(samples: int = 400, batch: int = 2) -> dict[str, Any]:
+    """Gives raw audio of shape (batch, samples)."""
+    return {"input_values": torch.randn(batch, samples, generator=_generator())}
+
+
+def normal(*shape: int) -> torch.Tensor:
+    """Draws a standard normal tensor, the same one at each call."""
+    return torch.randn(*shape, generator=_generator())
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
