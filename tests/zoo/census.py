@@ -1,0 +1,200 @@
+"""Exports every entry of the zoo and counts what its graph is made of.
+
+    python -m tests.zoo.census --json census.json --markdown census.md [names or families ...]
+
+Entries run in worker processes of a few dozen each; one that passes its time limit is killed with
+its worker and the rest goes on in a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.zoo.registry import Entry, entries
+
+if TYPE_CHECKING:
+    from torch import fx
+
+Record = dict[str, Any]
+
+
+def export(entry: Entry) -> Record:
+    """Builds, runs and exports one entry; says what went wrong and where if it did."""
+    import torch
+
+    record: Record = {"name": entry.name, "family": entry.family, "stage": "build"}
+    start = time.perf_counter()
+    try:
+        model, args, kwargs = entry.build()
+        record |= {"stage": "forward", "parameters": sum(p.numel() for p in model.parameters())}
+        with torch.no_grad():
+            model(*args, **kwargs)
+        record |= {"stage": "export", "ready_seconds": round(time.perf_counter() - start, 2)}
+        start = time.perf_counter()
+        program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:  # noqa: BLE001 - the census records whatever a library raises
+        return record | {"ok": False, "seconds": _since(start)} | _failure(error)
+    return record | {"ok": True, "stage": "done", "seconds": _since(start)} | anatomy(program.graph)
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 2)
+
+
+def _failure(error: Exception) -> Record:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1]
+    place = f"{last.filename.split('site-packages/')[-1]}:{last.lineno}"
+    return {"error": type(error).__name__, "message": lines[:12], "place": place}
+
+
+def anatomy(graph: fx.Graph) -> Record:
+    """Counts nodes and ops of a graph and of the graphs inside its higher-order ops."""
+    ops: Counter[str] = Counter()
+    nodes = 0
+    for inner in _graphs(graph):
+        nodes += len(inner.nodes)
+        ops.update(str(node.target) for node in inner.nodes if node.op == "call_function")
+    in_place = sorted(op for op in ops if re.search(r"[a-z0-9]_\.|__i\w+__", op.split("aten.")[-1]))
+    higher = sorted(op for op in ops if "." not in op and "<" not in op)
+    return {"nodes": nodes, "ops": dict(ops), "in_place": in_place, "higher_order": higher}
+
+
+def _graphs(graph: fx.Graph) -> Iterable[fx.Graph]:
+    import torch
+
+    yield graph
+    owner = graph.owning_module
+    children = owner.children() if owner is not None else ()
+    for child in children:
+        if isinstance(child, torch.fx.GraphModule):
+            yield from _graphs(child.graph)
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    known = {entry.name: entry for entry in entries()}
+    for name in iter(pipe.recv, None):
+        pipe.send(export(known[name]))
+
+
+class Worker:
+    """A process that exports entries one after the other."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.served = 0
+
+    def ask(self, entry: Entry, limit: float) -> Record:
+        """Gives the record of one entry, or a record of the time-out or crash."""
+        self.served += 1
+        base: Record = {"name": entry.name, "family": entry.family, "stage": "?", "ok": False}
+        try:
+            self.pipe.send(entry.name)
+            if self.pipe.poll(limit):
+                return self.pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return base | {"error": "Crash", "message": ["the process died"], "place": ""}
+        return base | {"error": "Timeout", "message": [f"over {limit} s"], "place": ""}
+
+    def end(self) -> None:
+        """Ends the process."""
+        self.process.terminate()
+        self.process.join()
+
+
+def run(wanted: Iterable[Entry], *, limit: float = 60.0, per_worker: int = 40) -> list[Record]:
+    """Exports every entry wanted and gives one record for each."""
+    records: list[Record] = []
+    worker = Worker()
+    for entry in wanted:
+        record = worker.ask(entry, limit + (20.0 if worker.served == 0 else 0.0))
+        records.append(record)
+        print(_line(record), flush=True)
+        if record.get("error") in {"Timeout", "Crash"} or worker.served >= per_worker:
+            worker.end()
+            worker = Worker()
+    worker.end()
+    return records
+
+
+def _line(record: Record) -> str:
+    head = f"{record['name']:28} {record.get('seconds', 0):6.2f} s "
+    if record["ok"]:
+        return head + f"{record['nodes']:5} nodes {len(record['ops']):3} ops"
+    return head + f"{record['stage']} {record['error']}: {' '.join(record['message'])[:160]}"
+
+
+def markdown(records: list[Record]) -> str:
+    """Writes the census as tables: failures, ops by number of graphs, in-place, higher-order."""
+    good = [record for record in records if record["ok"]]
+    users: dict[str, list[Record]] = defaultdict(list)
+    for record in good:
+        for op in record["ops"]:
+            users[op].append(record)
+    ranked = sorted(users.items(), key=lambda item: (-len(item[1]), item[0]))
+    inner = {op for record in good for op in record["in_place"]}
+    higher = {op for record in good for op in record["higher_order"]}
+    parts = [f"{len(good)} of {len(records)} export; {len(users)} distinct ops.", _failures(records)]
+    for title, keep in (("In-place ops", inner), ("Higher-order ops", higher)):
+        parts.append(_table(title, [item for item in ranked if item[0] in keep], models=12))
+    parts.append(_table("Ops", ranked, models=1))
+    return "\n\n".join(parts) + "\n"
+
+
+def _failures(records: list[Record]) -> str:
+    lines = ["## Failures", ""]
+    for record in records:
+        if not record["ok"]:
+            message = "\n    ".join(record["message"][:6])
+            lines.append(f"- **{record['name']}** ({record['stage']}, {record['place']}) {record['error']}\n    {message}")
+    return "\n".join(lines)
+
+
+def _table(title: str, ranked: list[tuple[str, list[Record]]], *, models: int) -> str:
+    lines = [f"## {title}", "", "| op | graphs | calls | models |", "|---|---|---|---|"]
+    for op, users in ranked:
+        calls = sum(record["ops"][op] for record in users)
+        small = sorted(users, key=lambda record: record["nodes"])[:models]
+        names = " ".join(record["name"] for record in small)
+        lines.append(f"| {op} | {len(users)} | {calls} | {names} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads the command line, runs the census and writes its files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", help="entries or families; all when none is given")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds per entry")
+    given = parser.parse_args()
+    wanted = [e for e in entries() if not given.names or {e.name, e.family} & set(given.names)]
+    records = run(wanted, limit=given.limit)
+    if given.json:
+        given.json.write_text(json.dumps(records, indent=1))
+    if given.markdown:
+        given.markdown.write_text(markdown(records))
+
+
+if __name__ == "__main__":
+    main()
