@@ -1,0 +1,1 @@
+"""fMRLRec: a multimodal sequential recommender, trained once and deployed at any size."""

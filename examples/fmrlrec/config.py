@@ -1,0 +1,171 @@
+"""One frozen configuration; `sizes` is the dial and the rest has the paper's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.fmrlrec.errors import ConfigError
+
+MODALITIES = ("both", "text", "image", "id")
+CHOICES = {
+    "modality": MODALITIES,
+    "windows": ("all", "last"),
+    "unknown_items": ("drop", "keep"),
+    "nesting": ("masked", "sliced"),
+    "norm": ("block", "prefix"),
+    "select_by": ("largest", "mean"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; the run folder keeps it as `config.json`.
+
+    `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
+    reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
+    AdamW; `warmup` counts steps, `patience` epochs. The defaults are those of arXiv 2409.16627.
+    """
+
+    data: str = "synthetic"
+    sizes: str = "8..1024"
+    seed: int = 0
+
+    min_count: int = 5
+    max_length: int = 50
+    unknown_items: str = "drop"
+    windows: str = "last"
+    partition_rows: int = 4_000_000
+
+    modality: str = "both"
+    text_encoder: str = "tfidf"
+    image_encoder: str = "pixels"
+    encoder_size: int = 256
+    encoder_batch: int = 64
+    trainable_features: bool = False
+
+    blocks: int = 2
+    dropout: float = 0.5
+    state_factor: int = 2
+    hidden_factor: int = 4
+    r_min: float = 0.0
+    item_bias: bool = True
+
+    nesting: str = "masked"
+    norm: str = "prefix"
+    weights: str = ""
+    distill: float = 0.0
+
+    epochs: int = 500
+    batch: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    clip: float = 5.0
+    warmup: int = 100
+    patience: int = 10
+    select_by: str = "largest"
+    pool: int = 16
+    checkpoint_steps: int = 500
+    eval_batch: int = 256
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}, expected one of {', '.join(allowed)}; "
+                    f"set it with --set {name}={allowed[0]}"
+                )
+
+    def to_json(self) -> str:
+        """Writes the configuration as JSON text, one setting a line."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """Reads what `to_json` wrote; an unknown setting is an error that names it."""
+        return replace(Config(), json.loads(text))
+
+
+def cpu_synthetic() -> dict[str, Any]:
+    """Settings under which the embedded default trains within minutes on two CPU cores."""
+    return {
+        "sizes": "8..64", "encoder_size": 64, "dropout": 0.2, "batch": 64, "lr": 2e-3,
+        "epochs": 12, "patience": 4, "warmup": 50, "windows": "all",
+    }  # fmt: skip
+
+
+def cpu_beauty() -> dict[str, Any]:
+    """The id variant on Amazon Beauty, the recipe of LRURec with this model."""
+    return {
+        "sizes": "8..64", "modality": "id", "batch": 128, "dropout": 0.5, "windows": "all",
+        "epochs": 100,
+    }  # fmt: skip
+
+
+def cpu_movies() -> dict[str, Any]:
+    """Text and posters of ML-1M at a width that two CPU cores train."""
+    return {
+        "sizes": "8..256", "text_encoder": "minilm", "batch": 128, "dropout": 0.2,
+        "windows": "last", "epochs": 60,
+    }  # fmt: skip
+
+
+PRESETS = {
+    "paper": dict,
+    "synthetic": cpu_synthetic,
+    "beauty": cpu_beauty,
+    "ml-1m": cpu_movies,
+}
+
+
+def preset(name: str) -> Config:
+    """Returns the configuration called `name`; the table `PRESETS` lists the names."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return replace(Config(), PRESETS[name]())
+
+
+def replace(config: Config, changes: dict[str, Any]) -> Config:
+    """Returns `config` with `changes`, each converted to its setting's type."""
+    known = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"no setting {name!r}; the settings are {', '.join(known)}")
+    typed = {name: _typed(name, value, known[name]) for name, value in changes.items()}
+    return dataclasses.replace(config, **typed)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+    """Reads `name=value` texts as given on the command line."""
+    settings = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {pair!r} has no '='; write --set name=value")
+        settings[name.strip()] = value.strip()
+    return settings
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a killed process leaves the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    try:
+        return TRUTHS[str(value).lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{name}={value!r} is not a {kind.__name__}") from error

@@ -1,0 +1,361 @@
+"""From interactions to sequences: 5-core filter, time order, leave-one-out, batches.
+
+`prepare` works on partitions of users, each of which fits in memory; only counts per item and the
+finished sequences (four bytes an interaction) are held whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from safetensors.numpy import load_file, save_file
+
+from examples.fmrlrec.config import Config, write_text
+from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.formats import ITEMS, Source
+
+PADDING = 0
+SEQUENCES, CATALOGUE, USERS, REPORT = (
+    "sequences.safetensors", "items.parquet", "users.parquet", "report.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Sequences of item numbers 1..n in time order, and the catalogue of these items.
+
+    User u bought `items[offsets[u] : offsets[u + 1]]`; item i is row i - 1 of `catalogue`; 0 pads.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    user_ids: pl.Series
+    catalogue: pl.DataFrame
+    report: dict[str, object]
+
+    @property
+    def users(self) -> int:
+        """The number of users."""
+        return len(self.offsets) - 1
+
+    @property
+    def item_count(self) -> int:
+        """The number of items, padding not counted."""
+        return self.catalogue.height
+
+    def sequence(self, user: int) -> np.ndarray:
+        """The items of one user in time order."""
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded inputs [B, T], the next item at each position [B, T] (0: none), the users [B]."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    users: np.ndarray
+
+
+def prepare(source: Source, folder: Path, config: Config) -> Dataset:
+    """Filters, orders and numbers `source` and writes the result to `folder`.
+
+    Duplicates and incomplete rows are dropped and counted; what is left after the `min_count`-core
+    filter is ordered by time within a user. Raises `DataError` where nothing is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, problems = _partition(source, folder / "parts", config)
+    catalogue, unknown = _known_items(source, parts, config)
+    survivors = core_filter(parts, catalogue.select("item_id"), config.min_count)
+    numbered = _number(catalogue, survivors)
+    items, offsets, users = _sequences(parts, numbered, config.min_count)
+    if not len(items):
+        raise DataError(
+            f"no interaction survives the {config.min_count}-core filter; "
+            "give more data or a smaller --set min_count=1"
+        )
+    report = {"problems": {**source.problems, **problems, **unknown}}
+    _write(folder, (items, offsets), users, numbered.with_columns(_image_path(source.root)), report)
+    shutil.rmtree(folder / "parts")
+    return load(folder)
+
+
+def load(folder: Path) -> Dataset:
+    """Reads what `prepare` wrote."""
+    if not (folder / REPORT).exists():
+        raise RunError(f"no prepared data in {folder}; run `prepare` first")
+    arrays = load_file(folder / SEQUENCES)
+    return Dataset(
+        arrays["items"],
+        arrays["offsets"],
+        pl.read_parquet(folder / USERS)["user_id"],
+        pl.read_parquet(folder / CATALOGUE),
+        json.loads((folder / REPORT).read_text(encoding="utf-8")),
+    )
+
+
+def statistics(data: Dataset) -> dict[str, float]:
+    """The counts of the paper's Table 1: users, items, images, interactions, density in percent."""
+    images = data.catalogue["image"].is_not_null().sum()
+    density = 100 * len(data.items) / (data.users * data.item_count)
+    return {
+        "users": data.users, "items": data.item_count, "images": int(images),
+        "interactions": len(data.items), "mean length": round(len(data.items) / data.users, 2),
+        "density %": round(density, 3),
+    }  # fmt: skip
+
+
+def core_filter(parts: list[Path], items: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The items of the `count`-core: everybody left has `count` interactions with what is left.
+
+    Users live in one part each, so a part needs only the surviving items, and parts meet only in
+    the counts per item: the rounds can run per machine.
+    """
+    while True:
+        counted = pl.concat([_count_items(part, items, count) for part in parts])
+        kept = counted.group_by("item_id").agg(pl.col("n").sum()).filter(pl.col("n") >= count)
+        if kept.height == items.height:
+            return kept.select("item_id")
+        items = kept.select("item_id")
+
+
+def training_windows(data: Dataset, config: Config) -> np.ndarray:
+    """Bounds [W, 2] into `data.items` of what is learnt from: all but each user's last two items.
+
+    A window holds up to `max_length` steps and one item more, the last target. "last" keeps one
+    window a user; "all" cuts the older history into further ones.
+    """
+    starts, ends = data.offsets[:-1], data.offsets[1:] - 2
+    if config.windows == "last":
+        starts = np.maximum(starts, ends - config.max_length - 1)
+    windows = [
+        (max(start, end - config.max_length - 1), end)
+        for first, last in zip(starts.tolist(), ends.tolist(), strict=True)
+        for start, end in _cut(first, last, config.max_length)
+    ]
+    return np.asarray(windows, dtype=np.int64).reshape(-1, 2)
+
+
+def training_batches(
+    data: Dataset, windows: np.ndarray, config: Config, *, epoch: int
+) -> Iterator[Batch]:
+    """Shuffled batches of one epoch, a function of seed and epoch alone.
+
+    Windows of like length meet in a batch (sorted within pools of `config.pool` batches), so that
+    short sequences are not padded to the longest.
+    """
+    for rows in _shuffled(windows, config, epoch):
+        yield _training_batch(data, windows[rows])
+
+
+def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Batch]:
+    """Batches for "validation" or "test": the history before the target, and the target last.
+
+    Users with fewer than three items have no target and are left out.
+    """
+    back = {"validation": 2, "test": 1}[split]
+    lengths = np.diff(data.offsets)
+    users = np.flatnonzero(lengths >= 3)
+    users = users[np.argsort(lengths[users], kind="stable")]
+    for at in range(0, len(users), config.eval_batch):
+        yield _evaluation_batch(data, users[at : at + config.eval_batch], back, config.max_length)
+
+
+def histories(data: Dataset, users: np.ndarray, split: str) -> list[np.ndarray]:
+    """All items that each user had before the target of `split`, however long ago."""
+    back = {"validation": 2, "test": 1}[split]
+    return [data.sequence(user)[:-back] for user in users]
+
+
+def popularity(data: Dataset) -> np.ndarray:
+    """How often each item 0..n occurs in the training part of the sequences."""
+    held_out = np.concatenate([data.offsets[1:] - 1, data.offsets[1:] - 2])
+    training = np.ones(len(data.items), dtype=bool)
+    training[held_out[held_out >= 0]] = False
+    return np.bincount(data.items[training], minlength=data.item_count + 1)
+
+
+def left_pad(sequences: list[np.ndarray], length: int) -> np.ndarray:
+    """Right-aligns sequences in an int64 array [B, length]; the latest items stay."""
+    padded = np.full((len(sequences), length), PADDING, dtype=np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        tail = sequence[-length:]
+        row[length - len(tail) :] = tail
+    return padded
+
+
+def _cut(first: int, last: int, length: int) -> Iterator[tuple[int, int]]:
+    """Ends of windows from the latest backwards; neighbours share the item between them."""
+    end = last
+    while end - first >= 2:
+        yield max(first, end - length - 1), end
+        end -= length
+
+
+def _shuffled(windows: np.ndarray, config: Config, epoch: int) -> Iterator[np.ndarray]:
+    random = np.random.default_rng((config.seed, epoch))
+    order = random.permutation(len(windows))
+    lengths = np.diff(windows, axis=1)[:, 0]
+    pool = config.batch * max(1, config.pool)
+    batches = []
+    for at in range(0, len(order), pool):
+        rows = order[at : at + pool]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += np.split(rows, range(config.batch, len(rows), config.batch))
+    for number in random.permutation(len(batches)):
+        yield batches[number]
+
+
+def _training_batch(data: Dataset, windows: np.ndarray) -> Batch:
+    parts = [data.items[start:end] for start, end in windows]
+    length = int(np.diff(windows, axis=1).max()) - 1
+    inputs = left_pad([part[:-1] for part in parts], length)
+    targets = left_pad([part[1:] for part in parts], length)
+    return Batch(inputs, targets, np.searchsorted(data.offsets, windows[:, 0], side="right") - 1)
+
+
+def _evaluation_batch(data: Dataset, users: np.ndarray, back: int, limit: int) -> Batch:
+    parts = [data.sequence(user) for user in users]
+    length = max(2, min(limit, max(len(part) for part in parts) - back))
+    inputs = left_pad([part[:-back] for part in parts], length)
+    targets = np.full_like(inputs, PADDING)
+    targets[:, -1] = [part[-back] for part in parts]
+    return Batch(inputs, targets, users)
+
+
+def _timestamp(frame: pl.LazyFrame) -> pl.Expr:
+    if frame.collect_schema()["timestamp"] != pl.String:
+        return pl.col("timestamp").cast(pl.Int64, strict=False)
+    number = pl.col("timestamp").cast(pl.Float64, strict=False).cast(pl.Int64)
+    date = pl.col("timestamp").str.to_datetime(strict=False).dt.epoch("s")
+    return pl.coalesce(number, date)
+
+
+def _partition(
+    source: Source, folder: Path, config: Config
+) -> tuple[list[Path], dict[str, int]]:
+    """Writes users by hash into files that fit in memory, each ordered and without duplicates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = source.interactions.with_row_index("row").select(
+        "user_id", "item_id", _timestamp(source.interactions).alias("timestamp"), "row"
+    )
+    total = frame.select(pl.len()).collect(engine="streaming").item()
+    if total == 0:
+        raise DataError(f"no interactions in {source.root}; every line was empty or unreadable")
+    count = max(1, math.ceil(total / config.partition_rows))
+    complete = frame.drop_nulls()
+    parts, kept, whole = [], 0, 0
+    for number in range(count):
+        mine = complete.filter(pl.col("user_id").hash(0) % count == number)
+        part = mine.collect(engine="streaming")
+        unique = part.unique(["user_id", "item_id", "timestamp"], keep="first").sort(
+            "user_id", "timestamp", "row"
+        )
+        whole, kept = whole + part.height, kept + unique.height
+        parts.append(folder / f"{number:05}.parquet")
+        unique.drop("row", "timestamp").write_parquet(parts[-1])
+    found = {"interactions without user, item or time": total - whole,
+             "duplicate interactions": whole - kept}  # fmt: skip
+    return parts, {name: n for name, n in found.items() if n}
+
+
+def _known_items(
+    source: Source, parts: list[Path], config: Config
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The catalogue of every item that occurs, and how many of them have no metadata."""
+    scanned = pl.scan_parquet(parts)
+    seen = scanned.select("item_id").unique().collect(engine="streaming")
+    if source.items is None:
+        return _empty_features(seen), {}
+    described = _described(source.items, seen["item_id"].dtype)
+    catalogue = seen.join(described, on="item_id", how="left")
+    unknown = catalogue.filter(~pl.col("known").fill_null(False)).height
+    if config.unknown_items == "drop":
+        catalogue = catalogue.filter(pl.col("known"))
+    repeated = source.items.select(pl.len()).collect(engine="streaming").item() - described.height
+    names = {"drop": "unknown items (dropped)", "keep": "unknown items (kept, no features)"}
+    counts = {names[config.unknown_items]: unknown, "items described twice or without id": repeated}
+    return catalogue.drop("known"), {name: n for name, n in counts.items() if n}
+
+
+def _described(items: pl.LazyFrame, key: pl.DataType) -> pl.DataFrame:
+    names = items.collect_schema().names()
+    texts = [
+        (pl.col(name) if name in names else pl.lit(None)).cast(pl.String).alias(name)
+        for name in ITEMS[1:]
+    ]
+    chosen = items.select(pl.col("item_id").cast(key, strict=False), *texts)
+    unique = chosen.drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
+    return unique.with_columns(known=pl.lit(True)).collect(engine="streaming")
+
+
+def _empty_features(items: pl.DataFrame) -> pl.DataFrame:
+    return items.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in ITEMS[1:])
+
+
+def _count_items(part: Path, items: pl.DataFrame, count: int) -> pl.DataFrame:
+    rows = _surviving(part, items, count)
+    counted = rows.group_by("item_id").agg(pl.len().cast(pl.Int64).alias("n"))
+    return counted.collect(engine="streaming")
+
+
+def _surviving(part: Path, items: pl.DataFrame, count: int) -> pl.LazyFrame:
+    rows = pl.scan_parquet(part).join(items.lazy(), on="item_id", how="semi")
+    active = rows.group_by("user_id").agg(pl.len().alias("n")).filter(pl.col("n") >= count)
+    return rows.join(active, on="user_id", how="semi")
+
+
+def _number(catalogue: pl.DataFrame, survivors: pl.DataFrame) -> pl.DataFrame:
+    kept = catalogue.join(survivors, on="item_id", how="semi").sort("item_id")
+    return kept.with_row_index("number", offset=1).cast({"number": pl.Int32})
+
+
+def _sequences(
+    parts: list[Path], numbered: pl.DataFrame, count: int
+) -> tuple[np.ndarray, np.ndarray, pl.Series]:
+    keys = numbered.select("item_id", "number")
+    items, lengths, users = [], [], []
+    for part in parts:
+        rows = pl.read_parquet(part).join(keys, on="item_id", how="inner", maintain_order="left")
+        rows = rows.select("user_id", "number")
+        grouped = rows.group_by("user_id", maintain_order=True).agg(pl.len().alias("n"))
+        active = grouped.filter(pl.col("n") >= count)
+        kept = rows.join(active, on="user_id", how="semi", maintain_order="left")
+        items.append(kept["number"].to_numpy())
+        lengths.append(active["n"].to_numpy())
+        users.append(active["user_id"])
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    return np.concatenate(items), offsets, pl.concat(users)
+
+
+def _image_path(root: Path) -> pl.Expr:
+    """Where each picture should lie: the given path, or images/<item id>.jpg when there is one."""
+
+    def locate(row: dict[str, str | None]) -> str | None:
+        if row["image"]:
+            return str(root / row["image"])
+        guess = root / "images" / f"{row['item_id']}.jpg"
+        return str(guess) if guess.exists() else None
+
+    return pl.struct("item_id", "image").map_elements(locate, return_dtype=pl.String).alias("image")
+
+
+def _write(
+    folder: Path,
+    arrays: tuple[np.ndarray, np.ndarray],
+    users: pl.Series,
+    catalogue: pl.DataFrame,
+    report: dict[str, object],
+) -> None:
+    items, offsets = arrays
+    save_file({"items": items, "offsets": offsets}, folder / SEQUENCES)
+    pl.DataFrame({"user_id": users}).write_parquet(folder / USERS)
+    catalogue.drop("number").write_parquet(folder / CATALOGUE)
+    write_text(folder / REPORT, json.dumps(report, indent=2))

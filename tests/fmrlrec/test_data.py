@@ -1,0 +1,187 @@
+"""Filtering, order, split and batches against plain Python."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from examples.fmrlrec import data, formats
+from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.errors import DataError
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+Rows = list[tuple[int, int, int]]
+
+
+def naive_core(rows: Rows, count: int) -> Rows:
+    while True:
+        users = Counter(u for u, _, _ in rows)
+        items = Counter(i for _, i, _ in rows)
+        kept = [r for r in rows if users[r[0]] >= count and items[r[1]] >= count]
+        if len(kept) == len(rows):
+            return kept
+        rows = kept
+
+
+def random_rows(seed: int, n: int = 1500) -> Rows:
+    random = np.random.default_rng(seed)
+    users = random.zipf(1.4, n) % 120
+    items = random.zipf(1.3, n) % 90
+    times = random.permutation(n)
+    return list(zip(users.tolist(), items.tolist(), times.tolist(), strict=True))
+
+
+def source_of(rows: Rows, items: pl.DataFrame | None = None) -> formats.Source:
+    frame = pl.DataFrame(rows, schema=list(formats.INTERACTIONS), orient="row")
+    return formats.Source(frame.lazy(), None if items is None else items.lazy(), Path("."))
+
+
+def prepared(rows: Rows, folder: Path, **changes: object) -> data.Dataset:
+    return data.prepare(source_of(rows), folder, replace(Config(), dict(changes)))
+
+
+def as_histories(dataset: data.Dataset) -> dict[object, list[object]]:
+    names = dataset.catalogue["item_id"].to_list()
+    return {
+        user: [names[i - 1] for i in dataset.sequence(number)]
+        for number, user in enumerate(dataset.user_ids)
+    }
+
+
+@pytest.mark.parametrize("partition_rows", [10_000, 300])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_core_filter_and_order_match_plain_python(
+    seed: int, partition_rows: int, tmp_path: Path
+) -> None:
+    rows = random_rows(seed)
+    expected: dict[object, list[object]] = {}
+    for user, item, _ in sorted(naive_core(rows, 5), key=lambda row: row[2]):
+        expected.setdefault(user, []).append(item)
+    found = prepared(rows, tmp_path, partition_rows=partition_rows)
+    assert as_histories(found) == expected
+
+
+def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    rows = [(1, item, 0) for item in (3, 1, 2)]
+    assert as_histories(prepared(rows, tmp_path, min_count=1)) == {1: [3, 1, 2]}
+
+
+def test_duplicates_and_gaps_are_counted(tmp_path: Path) -> None:
+    rows = [(1, 1, 0), (1, 1, 0), (1, 2, 1), (None, 2, 3), (1, None, 4)]
+    report = prepared(rows, tmp_path, min_count=1).report  # type: ignore[arg-type]
+    assert report["problems"] == {
+        "interactions without user, item or time": 2,
+        "duplicate interactions": 1,
+    }
+
+
+@pytest.mark.parametrize(("policy", "left"), [("drop", [1, 2]), ("keep", [1, 2, 9])])
+def test_items_without_metadata(policy: str, left: list[int], tmp_path: Path) -> None:
+    rows = [(1, 1, 0), (1, 2, 1), (1, 9, 2)]
+    items = pl.DataFrame({"item_id": [1, 2, 2, 5], "title": ["a", "b", "bb", "e"]})
+    config = replace(Config(), {"min_count": 1, "unknown_items": policy})
+    found = data.prepare(source_of(rows, items), tmp_path, config)
+    assert found.catalogue["item_id"].to_list() == left
+    assert found.catalogue["title"].to_list() == ["a", "b", None][: len(left)]
+    verb = {"drop": "dropped", "keep": "kept, no features"}[policy]
+    assert found.report["problems"] == {
+        f"unknown items ({verb})": 1,
+        "items described twice or without id": 1,
+    }
+
+
+def test_dates_and_numbers_are_times(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {"user_id": [1, 1, 1], "item_id": [1, 2, 3],
+         "timestamp": ["2020-01-02 00:00:00", "2019-01-01 00:00:00", "2021-05-05 10:00:00"]}
+    )  # fmt: skip
+    source = formats.Source(frame.lazy(), None, Path("."))
+    found = data.prepare(source, tmp_path, replace(Config(), {"min_count": 1}))
+    assert as_histories(found) == {1: [2, 1, 3]}
+
+
+@pytest.mark.parametrize("rows", [[(1, 1, 0), (1, 2, 1)], []])
+def test_nothing_left_is_an_error(rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no interaction"):
+        prepared(rows, tmp_path)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> data.Dataset:
+    return prepared(random_rows(3), tmp_path, min_count=3)
+
+
+@pytest.mark.parametrize("windows", ["all", "last"])
+def test_training_never_sees_held_out_items(windows: str, dataset: data.Dataset) -> None:
+    config = replace(Config(), {"windows": windows, "max_length": 4, "batch": 8})
+    bounds = data.training_windows(dataset, config)
+    steps: Counter[tuple[int, int, int]] = Counter()
+    for batch in data.training_batches(dataset, bounds, config, epoch=0):
+        assert ((batch.inputs == 0) <= (batch.targets == 0)).all()
+        for user, inputs, targets in zip(batch.users, batch.inputs, batch.targets, strict=True):
+            pairs = zip(inputs, targets, strict=True)
+            steps.update((int(user), *pair) for pair in pairs if pair[1])
+    expected: Counter[tuple[int, int, int]] = Counter()
+    for user in range(dataset.users):
+        history = dataset.sequence(user)[:-2]
+        kept = history if windows == "all" else history[-5:]
+        expected.update((user, a, b) for a, b in zip(kept[:-1], kept[1:], strict=True))
+    assert steps == expected
+
+
+def test_epochs_are_reproducible_and_differ(dataset: data.Dataset) -> None:
+    config = replace(Config(), {"batch": 8})
+    bounds = data.training_windows(dataset, config)
+    epochs = [
+        [b.users.tolist() for b in data.training_batches(dataset, bounds, config, epoch=e)]
+        for e in (0, 0, 1)
+    ]
+    assert epochs[0] == epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("split", "back"), [("validation", 2), ("test", 1)])
+def test_leave_one_out(split: str, back: int, dataset: data.Dataset) -> None:
+    config = replace(Config(), {"max_length": 6, "eval_batch": 7})
+    seen = 0
+    for batch in data.evaluation_batches(dataset, split, config):
+        for user, inputs, targets in zip(batch.users, batch.inputs, batch.targets, strict=True):
+            history = dataset.sequence(user)
+            assert targets[-1] == history[-back] and not targets[:-1].any()
+            assert inputs[inputs > 0].tolist() == history[:-back][-6:].tolist()
+        pasts = data.histories(dataset, batch.users, split)
+        for past, user in zip(pasts, batch.users, strict=True):
+            assert past.tolist() == dataset.sequence(user)[:-back].tolist()
+        seen += len(batch.users)
+    assert seen == dataset.users
+
+
+def test_popularity_counts_training_only(dataset: data.Dataset) -> None:
+    training = [dataset.sequence(u)[:-2] for u in range(dataset.users)]
+    expected = Counter(np.concatenate(training).tolist())
+    found = data.popularity(dataset)
+    assert {i: n for i, n in enumerate(found.tolist()) if n} == expected
+
+
+def test_one_user_file_works(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("1 5 6 7 8\n", "utf-8")
+    config = replace(Config(), {"min_count": 1})
+    found = data.prepare(formats.read(path, tmp_path), tmp_path / "out", config)
+    assert data.statistics(found)["users"] == 1
+    assert len(list(data.evaluation_batches(found, "test", config))) == 1
+
+
+TABLE_1 = {"beauty": (22363, 12101), "clothing": (39387, 23033), "sports": (35598, 18357)}
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_real_counts_are_those_of_the_paper(name: str, tmp_path: Path) -> None:
+    path = REAL / "amazon" / f"{name}.txt"
+    if not path.exists():
+        pytest.skip(f"no {path.name}: the real data is not part of the repository")
+    found = data.prepare(formats.read(path, tmp_path), tmp_path, Config())
+    assert (found.users, found.item_count) == TABLE_1[name]
