@@ -1,0 +1,1 @@
+"""The arithmetic of nested layers, fast: custom operators and the plain forms they are tested by."""

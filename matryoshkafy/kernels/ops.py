@@ -1,0 +1,378 @@
+"""The operators `torch.ops.matryoshkafy.*`: importing this module registers them.
+
+    linear       y = x W^T + b with a block-triangular W
+    conv         aten.convolution with a block-triangular weight
+    mask         the weight with its structural zeros written out, for every other contraction
+    layer_norm   rms_norm   group_norm      the statistics of each unit's level (or prefix of levels)
+    level_reduce a reduction over a nested dim that keeps the dim
+
+`runs` are [length, level, length, level, ...] along a dim. weight[o, i] is structurally zero where
+level(o) < level(i): its storage is never read into a result and its gradient is zero. The backward
+of linear, conv and the norms is an operator too, with no derivative of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.kernels import convolution, linear as triangular, norms, reductions
+from matryoshkafy.kernels.convolution import Geometry
+from matryoshkafy.kernels.levels import bands_of, check_runs, kept
+
+NAMESPACE = "matryoshkafy"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+CONV = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+RUNS = "int[] out_runs, int[] in_runs"
+NORM = "float eps, int[] runs, bool prefix"
+
+SCHEMAS = (
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {RUNS}) -> Tensor",
+    f"linear_grad_input(Tensor dy, Tensor weight, {RUNS}) -> Tensor",
+    f"linear_grad_weight(Tensor dy, Tensor x, Tensor weight, {RUNS}) -> Tensor",
+    f"conv(Tensor x, Tensor weight, Tensor? bias, {CONV}, {RUNS}) -> Tensor",
+    f"conv_grad_input(Tensor dy, Tensor x, Tensor weight, {CONV}, {RUNS}) -> Tensor",
+    f"conv_grad_weight(Tensor dy, Tensor x, Tensor weight, {CONV}, {RUNS}) -> Tensor",
+    f"mask(Tensor weight, int dim_out, int dim_in, {RUNS}) -> Tensor",
+    f"layer_norm(Tensor x, Tensor? weight, Tensor? bias, {NORM}) -> Tensor",
+    f"rms_norm(Tensor x, Tensor? weight, {NORM}) -> Tensor",
+    f"group_norm(Tensor x, Tensor? weight, Tensor? bias, {NORM}) -> Tensor",
+    f"norm(Tensor x, Tensor? weight, Tensor? bias, {NORM}, bool centred)"
+    " -> (Tensor, Tensor, Tensor)",
+    "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] runs,"
+    " bool prefix, bool centred) -> (Tensor, Tensor, Tensor)",
+    "level_reduce(Tensor x, int[] dims, int dim, int[] runs, str kind, bool prefix) -> Tensor",
+)
+
+
+class DoubleBackward(MatryoshkafyError):
+    """A second derivative was asked of a nested operator."""
+
+
+def define(name: str, kernel: Callable, fake: Callable) -> None:
+    """Gives an operator its kernel on every device and its shape function."""
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+def refuse_double_backward(name: str) -> None:
+    """Makes the derivative of a backward operator an error."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise DoubleBackward(
+            f"matryoshkafy::{name} has no derivative: nested layers have no double backward; "
+            "call backward without create_graph=True, or use matryoshkafy.kernels.reference"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """The tensor in the dtype, if autocast would touch it."""
+    eligible = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if eligible and value.dtype != torch.float64 else value
+
+
+def autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
+    """Under autocast, casts the operator's tensors to dtype (None: the one autocast was given)."""
+    key = f"Autocast{device.upper()}"
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    op = getattr(torch.ops.matryoshkafy, name).default
+
+    def kernel(*args: Any) -> Any:
+        to = dtype or torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*[cast(arg, to) for arg in args])
+
+    LIBRARY.impl(name, kernel, key)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., I] as a matrix [N, I]."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    linear_shape(x, weight, bias, out_runs, in_runs)
+    y = triangular.forward(rows(x), weight, bias, tuple(out_runs), tuple(in_runs))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    check_runs(out_runs, weight.shape[0], "the weight's dim 0")
+    check_runs(in_runs, weight.shape[1], "the weight's dim 1")
+    if x.shape[-1] != weight.shape[1]:
+        raise MatryoshkafyError(
+            f"x {list(x.shape)} ends in {x.shape[-1]} units but the weight "
+            f"{list(weight.shape)} reads {weight.shape[1]}; give [..., {weight.shape[1]}]"
+        )
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def linear_grad_input(
+    dy: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    dx = triangular.grad_input(rows(dy), weight, tuple(out_runs), tuple(in_runs))
+    return dx.view(*dy.shape[:-1], weight.shape[1])
+
+
+def linear_grad_input_shape(
+    dy: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1])
+
+
+def linear_grad_weight(
+    dy: Tensor, x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    dw = triangular.grad_weight(rows(dy), rows(x), tuple(out_runs), tuple(in_runs))
+    return torch.empty_like(weight).copy_(dw)
+
+
+def linear_grad_weight_shape(
+    dy: Tensor, x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, ctx.out_runs, ctx.in_runs = inputs
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_weight else None, weight)
+
+
+def linear_backward(ctx: Any, dy: Tensor) -> tuple:
+    ops, (x, weight) = torch.ops.matryoshkafy, ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    runs = (ctx.out_runs, ctx.in_runs)
+    dx = ops.linear_grad_input(dy, weight, *runs) if needs_x else None
+    dw = ops.linear_grad_weight(dy, x, weight, *runs) if needs_weight else None
+    db = rows(dy).sum(0) if needs_bias else None
+    return dx, dw, db, None, None
+
+
+def geometry_of(args: Sequence[Any]) -> Geometry:
+    """The geometry from a conv's flat arguments."""
+    stride, padding, dilation, transposed, output_padding, groups = args
+    return Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+    )
+
+
+def check_conv(weight: Tensor, geometry: Geometry, out_runs: list[int], in_runs: list[int]) -> None:
+    """Raises RunsError unless the runs fit the channels within a group."""
+    first, second = (in_runs, out_runs) if geometry.transposed else (out_runs, in_runs)
+    check_runs(first, weight.shape[0] // geometry.groups, "the weight's dim 0 (within a group)")
+    check_runs(second, weight.shape[1], "the weight's dim 1")
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    geometry, (out_runs, in_runs) = geometry_of(args[:-2]), args[-2:]
+    check_conv(weight, geometry, out_runs, in_runs)
+    runs = {"out_runs": tuple(out_runs), "in_runs": tuple(in_runs)}
+    return convolution.forward(x, weight, bias, geometry, **runs)
+
+
+def conv_shape(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    check_conv(weight, geometry_of(args[:-2]), *args[-2:])
+    return torch.convolution(x, weight, bias, *args[:-2])
+
+
+def conv_grad_input(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    runs = {"out_runs": tuple(args[-2]), "in_runs": tuple(args[-1])}
+    return convolution.grad_input(dy, x, weight, geometry_of(args[:-2]), **runs)
+
+
+def conv_grad_input_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    masks = [True, False, False]
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *args[:-2], masks)[0]
+
+
+def conv_grad_weight(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    runs = {"out_runs": tuple(args[-2]), "in_runs": tuple(args[-1])}
+    return convolution.grad_weight(dy, x, weight, geometry_of(args[:-2]), **runs)
+
+
+def conv_grad_weight_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    masks = [False, True, False]
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *args[:-2], masks)[1]
+
+
+def conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, *ctx.args = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def conv_backward(ctx: Any, dy: Tensor) -> tuple:
+    ops, (x, weight) = torch.ops.matryoshkafy, ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dx = ops.conv_grad_input(dy, x, weight, *ctx.args) if needs_x else None
+    dw = ops.conv_grad_weight(dy, x, weight, *ctx.args) if needs_weight else None
+    db = dy.sum([0, *range(2, dy.ndim)]) if needs_bias else None
+    return dx, dw, db, *[None] * len(ctx.args)
+
+
+def mask(
+    weight: Tensor, dim_out: int, dim_in: int, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    mask_shape(weight, dim_out, dim_in, out_runs, in_runs)
+    dim_out, dim_in = dim_out % weight.ndim, dim_in % weight.ndim
+    keep = kept(tuple(out_runs), tuple(in_runs), weight.device)
+    keep = keep if dim_out < dim_in else keep.t()
+    shape = [n if d in (dim_out, dim_in) else 1 for d, n in enumerate(weight.shape)]
+    out = torch.empty_like(weight)
+    return torch.where(keep.view(shape), weight, weight.new_zeros(()), out=out)
+
+
+def mask_shape(
+    weight: Tensor, dim_out: int, dim_in: int, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    check_runs(out_runs, weight.shape[dim_out], f"the weight's dim {dim_out}")
+    check_runs(in_runs, weight.shape[dim_in], f"the weight's dim {dim_in}")
+    return torch.empty_like(weight)
+
+
+def mask_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, *ctx.args = inputs
+
+
+def mask_backward(ctx: Any, dy: Tensor) -> tuple:
+    return torch.ops.matryoshkafy.mask(dy, *ctx.args), None, None, None, None
+
+
+def channels(x: Tensor) -> Tensor:
+    """x [N, C, *spatial] as [N, C, S]."""
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    runs: list[int],
+    prefix: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_runs(runs, x.shape[1], "the normalised dim")
+    bands = bands_of(tuple(runs))
+    return norms.forward(
+        x, weight, bias, eps=eps, bands=bands, prefix=prefix, centred=centred
+    )
+
+
+def norm_shape(x: Tensor, weight, bias, eps, runs, prefix, centred) -> tuple:
+    check_runs(runs, x.shape[1], "the normalised dim")
+    total = len(bands_of(tuple(runs)).pairs())
+    dtype = norms.accumulation_dtype(x.dtype)
+    stats = x.new_empty(x.shape[0], total, dtype=dtype)
+    return x.new_empty(x.shape), stats, torch.empty_like(stats)
+
+
+def norm_backward(dy, x, weight, mean, rstd, runs, prefix, centred) -> tuple:
+    bands = bands_of(tuple(runs))
+    return norms.backward(
+        dy, x, weight, mean, rstd, bands=bands, prefix=prefix, centred=centred
+    )
+
+
+def norm_backward_shape(dy, x, weight, mean, rstd, runs, prefix, centred) -> tuple:
+    one = mean.new_empty(x.shape[1])
+    return x.new_empty(x.shape), one, torch.empty_like(one)
+
+
+def norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, _, ctx.runs, ctx.prefix, ctx.centred = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(x, weight, output[1], output[2])
+
+
+def norm_autograd(ctx: Any, dy: Tensor, *_: Any) -> tuple:
+    x, weight, mean, rstd = ctx.saved_tensors
+    dx, dw, db = torch.ops.matryoshkafy.norm_backward(
+        dy, x, weight, mean, rstd, ctx.runs, ctx.prefix, ctx.centred
+    )
+    dw = None if weight is None else dw.to(weight.dtype)
+    db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+    return dx, dw, db, None, None, None, None
+
+
+def last_dim_norm(x: Tensor, *args: Any) -> Tensor:
+    """The norm over the last dim of x [..., C]."""
+    flat = x.reshape(-1, x.shape[-1], 1)
+    return torch.ops.matryoshkafy.norm(flat, *args)[0].view(x.shape)
+
+
+def layer_norm(x: Tensor, weight, bias, eps: float, runs: list[int], prefix: bool) -> Tensor:
+    return last_dim_norm(x, weight, bias, eps, runs, prefix, True)
+
+
+def rms_norm(x: Tensor, weight, eps: float, runs: list[int], prefix: bool) -> Tensor:
+    return last_dim_norm(x, weight, None, eps, runs, prefix, False)
+
+
+def group_norm(x: Tensor, weight, bias, eps: float, runs: list[int], prefix: bool) -> Tensor:
+    flat = channels(x)
+    y = torch.ops.matryoshkafy.norm(flat, weight, bias, eps, runs, prefix, True)[0]
+    return y.view(x.shape)
+
+
+def level_reduce(
+    x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
+) -> Tensor:
+    check_runs(runs, x.shape[dim], f"dim {dim}")
+    return reductions.level_reduce(x, dims, dim, tuple(runs), kind=kind, prefix=prefix)
+
+
+for schema in SCHEMAS:
+    LIBRARY.define(schema)
+
+define("linear", linear, linear_shape)
+define("linear_grad_input", linear_grad_input, linear_grad_input_shape)
+define("linear_grad_weight", linear_grad_weight, linear_grad_weight_shape)
+define("conv", conv, conv_shape)
+define("conv_grad_input", conv_grad_input, conv_grad_input_shape)
+define("conv_grad_weight", conv_grad_weight, conv_grad_weight_shape)
+define("mask", mask, mask_shape)
+define("norm", norm, norm_shape)
+define("norm_backward", norm_backward, norm_backward_shape)
+
+# Compositions of other operators: autograd, autocast and shapes come from their parts.
+LIBRARY.impl("layer_norm", layer_norm, "CompositeImplicitAutograd")
+LIBRARY.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
+LIBRARY.impl("group_norm", group_norm, "CompositeImplicitAutograd")
+LIBRARY.impl("level_reduce", level_reduce, "CompositeImplicitAutograd")
+
+for name, setup, backward in (
+    ("linear", linear_setup, linear_backward),
+    ("conv", conv_setup, conv_backward),
+    ("mask", mask_setup, mask_backward),
+    ("norm", norm_setup, norm_autograd),
+):
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=LIBRARY
+    )
+
+for name in (
+    "linear_grad_input",
+    "linear_grad_weight",
+    "conv_grad_input",
+    "conv_grad_weight",
+    "norm_backward",
+):
+    refuse_double_backward(name)
+
+for device in ("cpu", "cuda"):
+    autocast("linear", device, None)
+    autocast("conv", device, None)
+autocast("norm", "cuda", torch.float32)
