@@ -52,9 +52,7 @@ class Ladder:
         sizes = tuple(max(1, math.ceil(rung * scale)) for rung in self.rungs)
         if sizes[-1] != width:
             raise SizesError(_misfit(self, sizes[-1], width))
-        for (low, high), (size, after) in zip(
-            pairwise(self.rungs), pairwise(sizes), strict=True
-        ):
+        for (low, high), (size, after) in zip(pairwise(self.rungs), pairwise(sizes), strict=True):
             if size == after:
                 raise SizesError(
                     f"sizes {self.given}: the ratios {low} and {high} both give {size} units of "
@@ -158,9 +156,7 @@ def _read_item(item: object, given: str) -> int | Fraction:
     )
 
 
-def _of_one_kind(
-    rungs: list[int | Fraction], given: str
-) -> tuple[int, ...] | tuple[Fraction, ...]:
+def _of_one_kind(rungs: list[int | Fraction], given: str) -> tuple[int, ...] | tuple[Fraction, ...]:
     if not rungs:
         raise SizesError(f"sizes {given} is empty: at least one size is expected. {HOW_TO_WRITE}")
     if len(rungs) > MAX_RUNGS:
