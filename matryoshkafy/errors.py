@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class MatryoshkafyError(ValueError):
     """The base of every error that a user can mend."""
+
+
+class TraceError(MatryoshkafyError):
+    """The model cannot be traced, or is called in another way than it was traced."""

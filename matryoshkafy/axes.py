@@ -1,0 +1,358 @@
+"""The algebra of axes: what a tensor dimension is made of.
+
+A *term* describes one dimension as a row-major product of factors. A factor is an `Axis` (an
+identity with a size) or a `Sum` (segments laid one after the other); the empty product is a
+dimension of size 1, which carries no information.
+
+    term   := (factor, ...)            packed qkv: (Axis(3), Axis(12), Axis(64))
+    factor := Axis | Sum(term, ...)    gate|up:    (Sum((ffn,), (ffn,)),) = (copies of 2, ffn)
+
+Two axes are one only if they are the same object: equal sizes are a coincidence. `unify` makes two
+terms one, from the right, splitting the larger axis where the factors of the smaller one ask for it.
+What cannot be aligned is held fixed on both sides, with the reason, and never guessed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an axis stays whole: a word of the plan's vocabulary, and the place that asked for it."""
+
+    kind: str
+    place: str = ""
+
+
+COPIES = Reason("copies")
+
+
+class Axis:
+    """An identity that a tensor dimension carries; mutable only through the functions below."""
+
+    __slots__ = ("size", "name", "fixed", "bound", "serial")
+    born = itertools.count()
+
+    def __init__(self, size: int, name: str = "", fixed: Reason | None = None) -> None:
+        self.size = size
+        self.name = name
+        self.fixed = fixed
+        self.bound: Term | None = None
+        # Of two axes that become one the elder keeps its name; copies are elder than any.
+        self.serial = -n_copies if (n_copies := size * (fixed is COPIES)) else next(Axis.born)
+
+    def __repr__(self) -> str:
+        return f"{self.name or 'axis'}:{self.size}{'!' if self.fixed else ''}"
+
+
+class Sum:
+    """Segments laid one after the other along one dimension."""
+
+    __slots__ = ("segments", "size")
+
+    def __init__(self, segments: Iterable[Term]) -> None:
+        self.segments = tuple(segments)
+        self.size = sum(size(s) for s in self.segments)
+
+    def __repr__(self) -> str:
+        return f"Sum{self.segments}"
+
+
+Factor = Axis | Sum
+Term = tuple[Factor, ...]
+
+_copies: dict[int, Axis] = {}
+
+
+def copies(n: int) -> Term:
+    """Return the term of n interchangeable repetitions (the 3 of a packed qkv): never nested."""
+    if n == 1:
+        return ()
+    return (_copies.setdefault(n, Axis(n, "copies", COPIES)),)
+
+
+def size(term: Term) -> int:
+    """Return the number of units of a term at full width."""
+    return math.prod(f.size for f in term)
+
+
+def resolve(term: Term) -> Term:
+    """Return the term with every bound axis replaced by what it stands for, normalised."""
+    if all(isinstance(f, Axis) and f.bound is None and f.size != 1 for f in term):
+        return term
+    out: list[Factor] = []
+    for factor in term:
+        if isinstance(factor, Sum):
+            out.extend(_normal_sum(factor.segments))
+        elif factor.bound is not None:
+            factor.bound = resolve(factor.bound)
+            out.extend(factor.bound)
+        elif factor.size != 1:
+            out.append(factor)
+    return tuple(out)
+
+
+def _normal_sum(segments: Iterable[Term]) -> Term:
+    flat: list[Term] = []
+    for segment in map(resolve, segments):
+        if len(segment) == 1 and isinstance(segment[0], Sum):
+            flat.extend(segment[0].segments)
+        elif size(segment):
+            flat.append(segment)
+    if not flat:
+        return (Axis(0, "empty", COPIES),)
+    if len(flat) == 1:
+        return flat[0]
+    common = _common_suffix(flat)
+    rest = [s[: len(s) - len(common)] for s in flat]
+    if all(not r for r in rest):
+        return (*copies(len(rest)), *common)
+    return (Sum(rest), *common)
+
+
+def _common_suffix(segments: list[Term]) -> Term:
+    """Sum[a.k, b.k] = Sum[a, b].k, and n equal pieces = copies(n).x"""
+    count = 0
+    shortest = min(len(s) for s in segments)
+    while count < shortest and all(s[-1 - count] is segments[0][-1 - count] for s in segments):
+        count += 1
+    return segments[0][len(segments[0]) - count :]
+
+
+def leaves(term: Term) -> Iterator[Axis]:
+    """Yield every axis of a resolved term."""
+    for factor in resolve(term):
+        if isinstance(factor, Axis):
+            yield factor
+        else:
+            for segment in factor.segments:
+                yield from leaves(segment)
+
+
+def fix(term: Term, reason: Reason) -> None:
+    """Hold every axis of the term at its full size."""
+    for axis in leaves(term):
+        if axis.fixed is None:
+            axis.fixed = reason
+
+
+def is_fixed(term: Term) -> bool:
+    """Tell whether nothing of the term can shrink."""
+    return all(axis.fixed for axis in leaves(term))
+
+
+def unify(a: Term, b: Term, reason: Reason) -> bool:
+    """Make two terms of one size the same term; where they cannot be aligned, fix both.
+
+    Terminates because each step removes a factor or binds an axis to strictly smaller ones.
+    """
+    if _unify(resolve(a), resolve(b)):
+        return True
+    fix(a, reason)
+    fix(b, reason)
+    return False
+
+
+def _unify(a: Term, b: Term) -> bool:
+    while a and b:
+        if _same(a[-1], b[-1]):
+            a, b = a[:-1], b[:-1]
+            continue
+        if a[-1].size < b[-1].size:
+            a, b = b, a
+        before = a[-1], b[-1]
+        if _is_copies(a[-1]) and a[-1].size != b[-1].size:
+            a = _split_copies(a, b[-1].size)
+        elif not _meet(*before):
+            return False
+        a, b = resolve(a), resolve(b)
+        if a and b and (a[-1], b[-1]) == before and not _same(*before):
+            return False
+    return size(a) == size(b)
+
+
+def _is_copies(factor: Factor) -> bool:
+    return isinstance(factor, Axis) and factor.fixed is COPIES
+
+
+def _split_copies(term: Term, n: int) -> Term:
+    """copies(6) is copies(2).copies(3) wherever an axis of 3 asks for it."""
+    quotient, rest = divmod(term[-1].size, n)
+    return term if rest else (*term[:-1], *copies(quotient), *copies(n))
+
+
+def _same(x: Factor, y: Factor) -> bool:
+    """Two Sum objects are the same when their resolved segments are, factor by factor."""
+    if x is y:
+        return True
+    if not (isinstance(x, Sum) and isinstance(y, Sum)) or len(x.segments) != len(y.segments):
+        return False
+    pairs = zip(map(resolve, x.segments), map(resolve, y.segments), strict=True)
+    return all(len(s) == len(t) and all(map(_same, s, t)) for s, t in pairs)
+
+
+def _meet(x: Factor, y: Factor) -> bool:
+    """Bind the rightmost factors x and y (x not smaller) so that they share their last factor."""
+    if isinstance(x, Axis) and isinstance(y, Axis):
+        return _meet_axes(x, y)
+    if isinstance(x, Axis):
+        return _meet_axis_sum(x, y)
+    if isinstance(y, Axis):
+        return _meet_axis_sum(y, x) if x.size == y.size else _factor_out(x, y)
+    return x.size == y.size and _meet_sums(x, y)
+
+
+def _bind(axis: Axis, term: Term) -> bool:
+    if any(leaf is axis for leaf in leaves(term)):
+        return False
+    if axis.fixed:
+        fix(term, axis.fixed)
+    axis.bound = term
+    return True
+
+
+def _meet_axes(x: Axis, y: Axis) -> bool:
+    if x.size == y.size:
+        keep, give = (x, y) if x.serial < y.serial else (y, x)
+        return _bind(give, (keep,))
+    if x.size % y.size:
+        return False
+    return _bind(x, (_part(x, x.size // y.size), y))
+
+
+def _part(x: Axis, n: int) -> Axis:
+    return Axis(n, x.name, x.fixed)
+
+
+def _meet_axis_sum(x: Axis, y: Sum) -> bool:
+    if x.size == y.size:
+        return _bind(x, (y,))
+    if x.size % y.size or x.fixed is COPIES:
+        return False
+    return _bind(x, (_part(x, x.size // y.size), y))
+
+
+def _factor_out(x: Sum, y: Axis) -> bool:
+    """Every segment of x ends with y as a factor, or nothing aligns."""
+    if any(size(s) % y.size for s in x.segments):
+        return False
+    return all(_unify(resolve(s), (Axis(size(s) // y.size, y.name), y)) for s in x.segments)
+
+
+def _meet_sums(x: Sum, y: Sum) -> bool:
+    left, right = [list(x.segments)[::-1], list(y.segments)[::-1]]
+    while left and right:
+        s, t = resolve(left.pop()), resolve(right.pop())
+        if size(s) == size(t):
+            if not _unify(s, t):
+                return False
+            continue
+        if size(s) < size(t):
+            left, right, s, t = right, left, t, s
+        pieces = _cut_front(s, size(t))
+        if pieces is None:
+            return False
+        right.append(t)
+        left.extend(pieces[::-1])
+    return not left and not right
+
+
+def _cut_front(term: Term, count: int) -> tuple[Term, Term] | None:
+    """Split a term into its first `count` units and the rest, binding its axis if it must."""
+    pieces = cut(term, [count, size(term) - count])
+    return None if pieces is None else (pieces[0], pieces[1])
+
+
+def cut(term: Term, lengths: list[int]) -> list[Term] | None:
+    """Split a term into consecutive pieces of the given lengths; None when it does not come apart.
+
+    An axis becomes the Sum of its pieces, so that a later cat of them is the axis again.
+    """
+    term = resolve(term)
+    if len(lengths) == 1:
+        return [term]
+    first, rest = (term[0], term[1:]) if term else (None, ())
+    if first is None:
+        return None
+    unit = size(rest)
+    if any(n % unit for n in lengths):
+        return None
+    counts = [n // unit for n in lengths]
+    heads = _cut_factor(first, counts)
+    return None if heads is None else [resolve((*h, *rest)) for h in heads]
+
+
+def _cut_factor(factor: Factor, counts: list[int]) -> list[Term] | None:
+    if isinstance(factor, Axis):
+        if factor.fixed is COPIES:
+            return [copies(n) if n else (Axis(0, "empty", COPIES),) for n in counts]
+        pieces: list[Term] = [
+            (Axis(n, f"{factor.name}[{i}]", factor.fixed),) for i, n in enumerate(counts)
+        ]
+        factor.bound = (Sum(p for p in pieces if size(p)),)
+        return pieces
+    return _cut_segments(list(factor.segments), counts)
+
+
+def _cut_segments(segments: list[Term], counts: list[int]) -> list[Term] | None:
+    out: list[Term] = []
+    queue = segments[::-1]
+    for count in counts:
+        taken: list[Term] = []
+        while count:
+            segment = resolve(queue.pop())
+            if size(segment) > count:
+                pieces = _cut_front(segment, count)
+                if pieces is None:
+                    return None
+                segment, rest = pieces
+                queue.append(rest)
+            taken.append(segment)
+            count -= size(segment)
+        out.append(concatenate(taken))
+    return out
+
+
+def concatenate(terms: Iterable[Term]) -> Term:
+    """Return the term of the given terms laid one after the other."""
+    return resolve((Sum(terms),))
+
+
+def regroup(term: Term, sizes: list[int]) -> list[Term] | None:
+    """View one dimension as several (row-major) of the given sizes; None if it does not come apart."""
+    out: list[Term] = []
+    term = resolve(term)
+    for n in reversed(sizes):
+        taken = _take_right(term, n)
+        if taken is None:
+            return None
+        term, piece = taken
+        out.append(piece)
+    return out[::-1]
+
+
+def _take_right(term: Term, n: int) -> tuple[Term, Term] | None:
+    """Split off the rightmost factors of product n, splitting one at a divisor where needed."""
+    taken: Term = ()
+    while size(taken) < n:
+        term = resolve(term)
+        want = n // size(taken)
+        if want % term[-1].size == 0:
+            term, taken = term[:-1], (term[-1], *taken)
+        elif term[-1].size % want or n % size(taken):
+            return None
+        elif _is_copies(term[-1]):
+            term = _split_copies(term, want)
+        elif not _split_factor(term[-1], want):
+            return None
+    return term, taken
+
+
+def _split_factor(factor: Factor, n: int) -> bool:
+    if isinstance(factor, Axis):
+        return _bind(factor, (_part(factor, factor.size // n), _part(factor, n)))
+    return _factor_out(factor, Axis(n, "part"))

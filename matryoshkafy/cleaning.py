@@ -1,0 +1,289 @@
+"""clean(): one spelling for every op of a traced graph, so that each rule is written once.
+
+x.relu_(), F.relu, nn.ReLU      -> aten.relu
+x[:, 0] = y                     -> select_scatter, and later readers of x see the new value
+dropout / batch norm flags      -> self.training
+device=cpu                      -> the device of the inputs
+x.to(x.dtype), alias, x[:]      -> x
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the schema name of the node's op without namespace and overload, e.g. `linear`."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return schema.name.partition("::")[2]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def bound_args(node: fx.Node) -> dict[str, Any]:
+    """Return the node's arguments by the names of the op's schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    out: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args):
+            out[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            out[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            out[argument.name] = argument.default_value
+    return out
+
+
+def set_arg(node: fx.Node, name: str, value: Any) -> None:
+    """Set one argument of the node by its schema name."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    at = names.index(name)
+    if at < len(node.args):
+        node.update_arg(at, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+ASSERTIONS = {
+    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range",
+    "sym_constrain_range_for_size", "_functional_assert_async", "lift_fresh_copy_", "_check",
+}  # fmt: skip
+IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
+
+
+def clean(graph: fx.Graph, root: nn.Module) -> None:
+    """Rewrite the graph in place into the vocabulary of the rules."""
+    _drop_assertions(graph)
+    _make_functional(graph)
+    _drop_identities(graph)
+    _follow_training(graph, root)
+    _follow_device(graph)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        node.meta.pop("storage", None)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and op_name(node) in ASSERTIONS and not node.users:
+            graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name in IDENTITIES:
+        return True
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.meta.get("shape") != node.meta.get("shape"):
+        return False
+    if name == "slice":
+        a = bound_args(node)
+        return a["step"] == 1 and a["start"] in (0, None) and isinstance(a["end"], int | None)
+    if name in ("expand", "repeat", "clone"):
+        return False
+    # A cast to the type it has already: what was an upcast of half precision follows the model.
+    return name in ("to", "_to_copy", "type_as", "dropout_identity") and "copy" not in name
+
+
+def _drop_identities(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _follow_training(graph: fx.Graph, root: nn.Module) -> None:
+    del root
+    flags = {"dropout": "train", "feature_dropout": "train", "alpha_dropout": "train",
+             "feature_alpha_dropout": "train", "native_dropout": "train", "batch_norm": "training",
+             "rrelu": "training", "lstm": "train", "gru": "train", "rnn_tanh": "train",
+             "rnn_relu": "train"}  # fmt: skip
+    affected = [n for n in graph.nodes if n.op == "call_function" and op_name(n) in flags]
+    affected = [n for n in affected if _has_statistics(n)]
+    if not affected:
+        return
+    with graph.inserting_before(next(iter(graph.nodes))):
+        training = graph.get_attr("training")
+    training.meta["shape"] = False
+    for node in affected:
+        set_arg(node, flags[op_name(node)], training)
+
+
+def _has_statistics(node: fx.Node) -> bool:
+    """Batch norm without running statistics uses the batch's own in both modes."""
+    return op_name(node) != "batch_norm" or bound_args(node)["running_mean"] is not None
+
+
+def _follow_device(graph: fx.Graph) -> None:
+    users = [n for n in graph.nodes if n.op == "call_function" and _bound_device(n)]
+    tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
+    tensors = [n for n in tensors if hasattr(n.meta.get("shape"), "shape")]
+    if not users or not tensors:
+        return
+    first = next((n for n in tensors if n.op == "placeholder"), tensors[0])
+    with graph.inserting_after(first):
+        device = graph.call_function(getattr, (first, "device"))
+    for node in users:
+        if device.prev is not node and node < device:
+            continue
+        set_arg(node, "device", device)
+
+
+def _bound_device(node: fx.Node) -> bool:
+    if not hasattr(node.target, "_schema"):
+        return False
+    return isinstance(bound_args(node).get("device"), torch.device)
+
+
+# --- in-place ops -----------------------------------------------------------------------------
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Replace every in-place op by its pure form; later readers of any alias see the new value."""
+    mutations = [n for n in graph.nodes if n.op == "call_function" and _mutates(n)]
+    for node in mutations:
+        _replace_mutation(graph, node)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not schema.arguments:
+        return False
+    info = schema.arguments[0].alias_info
+    return info is not None and info.is_write
+
+
+def _pure(target: Any) -> Callable[..., Any]:
+    name, overload = target._schema.name.partition("::")[2], target._overloadname
+    packet = getattr(aten, name.removesuffix("_"), None)
+    pure = getattr(packet, overload, None) if packet is not None else None
+    return pure if pure is not None else target
+
+
+def _replace_mutation(graph: fx.Graph, node: fx.Node) -> None:
+    target = node.args[0]
+    later = _nodes_after(node)
+    with graph.inserting_before(node):
+        value = graph.call_function(_pure(node.target), node.args, dict(node.kwargs))
+        value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    _publish(graph, target, value, later)
+
+
+def _nodes_after(node: fx.Node) -> set[fx.Node]:
+    out, at = set(), node.next
+    while at.op != "root":
+        out.add(at)
+        at = at.next
+    return out
+
+
+def _publish(graph: fx.Graph, old: Any, new: fx.Node, later: set[fx.Node]) -> None:
+    """Readers after the mutation see `new` for `old`, and what `old` was a view of, likewise."""
+    _redirect(old, new, later)
+    before, after = old, new
+    while (base := _viewed(before)) is not None:
+        with graph.inserting_after(after):
+            updated = SCATTERS[op_name(before)](graph, before, base, after)
+        updated.meta = dict(base.meta)
+        _redirect(base, updated, later)
+        before, after = base, updated
+    _refresh_views(graph, before, after, later, {old})
+
+
+def _redirect(old: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
+    for user in list(old.users):
+        if user in later:
+            user.replace_input_with(old, new)
+
+
+def _refresh_views(
+    graph: fx.Graph, base: fx.Node, new: fx.Node, later: set[fx.Node], done: set[fx.Node]
+) -> None:
+    """Views taken before the mutation and read after it are taken again from the new value."""
+    for view in list(base.users):
+        if view in later or view in done or _viewed(view) is not base:
+            continue
+        if not any(u in later for u in _all_users(view)):
+            continue
+        with graph.inserting_after(new):
+            again = graph.call_function(view.target, (new, *view.args[1:]), dict(view.kwargs))
+        again.meta = dict(view.meta)
+        _redirect(view, again, later)
+        _refresh_views(graph, view, again, later, done)
+
+
+def _all_users(node: fx.Node) -> set[fx.Node]:
+    found, queue = set(), [node]
+    while queue:
+        for user in queue.pop().users:
+            if user not in found:
+                found.add(user)
+                if _viewed(user) is not None:
+                    queue.append(user)
+    return found
+
+
+def _viewed(node: Any) -> fx.Node | None:
+    """Return the node that this one is a view of, if it shares memory with it."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if "storage" not in node.meta or node.meta["storage"] != source.meta.get("storage"):
+        return None
+    return source if op_name(node) in SCATTERS else None
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    return graph.call_function(target, args)
+
+
+def _scatter_slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    a = bound_args(view)
+    return _call(graph, aten.slice_scatter.default, base, value, a["dim"], a["start"], a["end"],
+                 a["step"])  # fmt: skip
+
+
+def _scatter_select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    a = bound_args(view)
+    return _call(graph, aten.select_scatter.default, base, value, a["dim"], a["index"])
+
+
+def _scatter_shape(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del view
+    return _call(graph, aten.reshape.default, value, list(base.meta["shape"].shape))
+
+
+def _scatter_transpose(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del base
+    return _call(graph, view.target, value, *view.args[1:])
+
+
+def _scatter_permute(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del base
+    dims = [d % len(view.args[1]) for d in view.args[1]]  # type: ignore[arg-type]
+    return _call(graph, aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
+
+
+def _scatter_same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del view, base
+    return _call(graph, aten.alias.default, value)
+
+
+SCATTERS: dict[str, Callable[..., fx.Node]] = {
+    "slice": _scatter_slice, "select": _scatter_select, "view": _scatter_shape,
+    "reshape": _scatter_shape, "unsqueeze": _scatter_shape, "squeeze": _scatter_shape,
+    "flatten": _scatter_shape, "transpose": _scatter_transpose, "t": _scatter_transpose,
+    "permute": _scatter_permute, "alias": _scatter_same, "detach": _scatter_same,
+    "to": _scatter_same, "contiguous": _scatter_same, "narrow": _scatter_slice,
+}  # fmt: skip
+
+CLOSED_SCALAR_OPS = {operator.getitem, getattr}

@@ -1,0 +1,248 @@
+"""Ops that sum products over an axis: linear, matmul, einsum, convolution, embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy.rules.pointwise import broadcast
+from matryoshkafy.rules.table import Args, Terms, Walk, rule
+
+
+def _bias(walk: Walk, bias: Any, out: Any) -> None:
+    if isinstance(bias, fx.Node) and walk.of(bias):
+        walk.unify(walk.of(bias)[-1], out)
+
+
+@rule("linear")
+def linear(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """The last axis of x meets the inner axis of the weight and leaves as the outer one."""
+    del node
+    x, weight = walk.of(args["input"]), walk.of(args["weight"])
+    walk.weight(args["weight"], 0, 1)
+    walk.contract(walk.unify(x[-1], weight[-1]))
+    if len(weight) == 1:
+        return x[:-1]
+    _bias(walk, args["bias"], weight[0])
+    return (*x[:-1], weight[0])
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "_sparse_mm", "vdot", "linalg_vecdot")
+def matmul(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Batch dims broadcast, the last of a meets the second last of b."""
+    del node
+    names = list(args)
+    return product(walk, args[names[0]], args[names[1]])
+
+
+def product(walk: Walk, left: Any, right: Any) -> Terms:
+    """Return the terms of left @ right."""
+    a, b = walk.of(left), walk.of(right)
+    walk.contract(walk.unify(a[-1], b[-2] if len(b) > 1 else b[-1]))
+    walk.weight(right, -1, -2)
+    walk.weight(left, -1, -2)
+    batch = _batch(walk, a[:-2], b[:-2])
+    rows = a[-2:-1] if len(a) > 1 else ()
+    cols = b[-1:] if len(b) > 1 else ()
+    return (*batch, *rows, *cols)
+
+
+def _batch(walk: Walk, a: Terms, b: Terms) -> Terms:
+    rank = max(len(a), len(b))
+    a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
+    return tuple(walk.unify(x, y) if x and y else (x or y) for x, y in zip(a, b, strict=True))
+
+
+@rule("addmm", "baddbmm", "addbmm_", "addmv")
+def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """A product plus a broadcast bias."""
+    del node
+    names = list(args)
+    out = product(walk, args[names[1]], args[names[2]])
+    for mine, theirs in zip(walk.of(args["self"])[::-1], out[::-1], strict=False):
+        if mine and theirs:
+            walk.unify(mine, theirs)
+    return out
+
+
+@rule("outer", "ger")
+def outer(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Every element with every other."""
+    del node
+    names = list(args)
+    return (*walk.of(args[names[0]]), *walk.of(args[names[1]]))
+
+
+@rule("bilinear")
+def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """x1' W_o x2 for every output o."""
+    del node
+    x1, x2, weight = (walk.of(args[n]) for n in ("input1", "input2", "weight"))
+    walk.contract(walk.unify(x1[-1], weight[1]))
+    walk.contract(walk.unify(x2[-1], weight[2]))
+    for term in (weight[1], weight[2]):
+        walk.fix(term, "bilinear")
+    walk.weight(args["weight"], 0, 1, 2)
+    _bias(walk, args["bias"], weight[0])
+    return (*x1[:-1], weight[0])
+
+
+@rule("einsum")
+def einsum(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Equal letters are one axis; letters missing from the output are summed over."""
+    equation = args["equation"].replace(" ", "")
+    if "..." in equation:
+        equation = _spell_ellipsis(equation, [len(walk.of(t)) for t in args["tensors"]])
+    left, _, right = equation.partition("->")
+    if "->" not in equation:
+        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
+    letters = _letters(walk, left.split(","), args["tensors"])
+    for letter in set(left) - {","} - set(right):
+        walk.contract(letters[letter])
+    for subscripts, tensor in zip(left.split(","), args["tensors"], strict=True):
+        shared = [i for i, c in enumerate(subscripts) if c not in _batch_letters(left, right)]
+        walk.weight(tensor, *shared)
+    del node
+    return tuple(letters[c] for c in right)
+
+
+def _batch_letters(left: str, right: str) -> set[str]:
+    operands = left.split(",")
+    return {c for c in right if all(c in o for o in operands)} if len(operands) > 1 else set()
+
+
+def _letters(walk: Walk, subscripts: list[str], tensors: Any) -> dict[str, Any]:
+    letters: dict[str, Any] = {}
+    for text, tensor in zip(subscripts, tensors, strict=True):
+        for letter, term in zip(text, walk.of(tensor), strict=True):
+            known = letters.get(letter, ())
+            letters[letter] = walk.unify(known, term) if known and term else (known or term)
+    return letters
+
+
+def _spell_ellipsis(equation: str, ranks: list[int]) -> str:
+    """Give the dims behind `...` letters of their own (upper case from Z down)."""
+    left, arrow, right = equation.partition("->")
+    operands = left.split(",")
+    hidden = [r - len(o.replace("...", "")) if "..." in o else 0 for o, r in zip(operands, ranks, strict=True)]
+    used = set(equation)
+    spare = [c for c in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if c not in used][: max(hidden)]
+    names = [o.replace("...", "".join(spare[len(spare) - h :])) for o, h in zip(operands, hidden, strict=True)]
+    if not arrow:
+        free = "".join(sorted(c for c in set("".join(names)) - set(spare) if "".join(names).count(c) == 1))
+        return ",".join(names) + "->" + "".join(spare) + free
+    return ",".join(names) + "->" + right.replace("...", "".join(spare))
+
+
+@rule("embedding")
+def embedding(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Rows are looked up and stay, columns are features."""
+    del node
+    weight = walk.of(args["weight"])
+    walk.fix(weight[0], "vocabulary")
+    walk.weight(args["weight"], 1)
+    return (*walk.of(args["indices"]), weight[1])
+
+
+@rule("embedding_bag", "_embedding_bag")
+def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """As an embedding, summed over each bag."""
+    weight = walk.of(args["weight"])
+    walk.fix(weight[0], "vocabulary")
+    walk.weight(args["weight"], 1)
+    shapes = walk.shapes(node)
+    bags = walk.fresh(shapes[0][0], "input")
+    rest = [tuple(walk.fresh(n, "input") for n in s) for s in shapes[1:]]
+    return ((bags, weight[1]), *rest)
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Channels are contracted as in a linear; space is fixed; groups are one axis of their own."""
+    weight = walk.of(args["weight"])
+    return _convolve(walk, node, args, (weight[0], weight[1]))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """The weight holds inputs first: [in, out / groups, ...]."""
+    x, weight = walk.of(args["input"]), walk.of(args["weight"])
+    if args["groups"] != 1:
+        return _unsupported_groups(walk, node, args)
+    walk.contract(walk.unify(x[1], weight[0]))
+    walk.weight(args["weight"], 0, 1)
+    _fix_space(walk, x, weight)
+    _bias(walk, args["bias"], weight[1])
+    return (x[0], weight[1], *_space(walk, node))
+
+
+def _unsupported_groups(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    x, weight = walk.of(args["input"]), walk.of(args["weight"])
+    channels = walk.shape(node)[1]
+    if walk.shape(args["weight"])[1] == 1 and args["groups"] == channels:
+        walk.note("groups", x[1])
+        walk.unify(x[1], weight[0])
+        _bias(walk, args["bias"], weight[0])
+        _fix_space(walk, x, weight)
+        return (x[0], weight[0], *_space(walk, node))
+    for term in (x[1], *weight):
+        walk.fix(term, "groups")
+    _fix_space(walk, x, weight)
+    if isinstance(args["bias"], fx.Node):
+        walk.fix(walk.of(args["bias"])[0], "groups")
+    return (x[0], walk.fresh(channels, "groups"), *_space(walk, node))
+
+
+def _space(walk: Walk, node: fx.Node) -> Terms:
+    return tuple(walk.fresh(n, "space") for n in walk.shape(node)[2:])
+
+
+def _fix_space(walk: Walk, x: Terms, weight: Terms) -> None:
+    for term in (*x[2:], *weight[2:]):
+        walk.fix(term, "space")
+
+
+def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Any, Any]) -> Terms:
+    x, weight, groups = walk.of(args["input"]), walk.of(args["weight"]), args["groups"]
+    if args.get("transposed"):
+        return transposed_convolution(walk, node, args)
+    if len(x) != len(weight):
+        for term in (*x, *weight):
+            walk.fix(term, "unbatched convolution")
+        return tuple(walk.fresh(n, "unbatched convolution") for n in walk.shape(node))
+    out, inner = axes
+    if groups == 1:
+        walk.contract(walk.unify(x[1], inner))
+        walk.weight(args["weight"], 0, 1)
+    else:
+        out = _grouped(walk, args, (x[1], out, inner), groups)
+    _fix_space(walk, x, weight)
+    _bias(walk, args["bias"], out)
+    return (x[0], out, *_space(walk, node))
+
+
+def _grouped(walk: Walk, args: Args, terms: tuple[Any, Any, Any], groups: int) -> Any:
+    """Group g of the outputs reads group g of the inputs: the groups are shared, the rest is inner."""
+    x, out, inner = terms
+    n_in, n_out = walk.shape(args["weight"])[1], walk.shape(args["weight"])[0] // groups
+    mine = walk.fresh(groups, name="groups")
+    walk.unify(x, (*mine, *inner) if n_in > 1 else mine)
+    walk.unify(out, (*mine, *walk.fresh(n_out, name="group.out")) if n_out > 1 else mine)
+    walk.weight(args["weight"], 0)
+    if n_in > 1:
+        walk.contract(inner)
+    walk.note("groups", mine)
+    return out
+
+
+@rule("_weight_norm")
+def weight_norm(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """g v / |v|: a parameter-only statistic over all dims but one."""
+    del node
+    v = walk.of(args["v"])
+    for i, term in enumerate(v):
+        if i != args["dim"]:
+            walk.mix(term)
+    broadcast(walk, [args["v"], args["g"]])
+    return v

@@ -1,0 +1,38 @@
+"""Ops that make tensors from numbers: their dims are free until something they meet is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy.rules.table import Args, Terms, Walk, rule
+
+
+@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full",
+      "new_empty", "randint", "empty_strided")  # fmt: skip
+def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Every unit is made alike."""
+    del args
+    return tuple(walk.fresh(n, name="filled") for n in walk.shape(node))
+
+
+@rule("arange")
+def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """0, 1, 2, ...: a prefix is a shorter range, so the end may shrink."""
+    plain = all(isinstance(v, int) for v in (args.get("start", 0), args.get("end"), args.get("step", 1)))
+    free = plain and args.get("start", 0) == 0 and args.get("step", 1) == 1
+    return tuple(walk.fresh(n, None if free else "range", "range") for n in walk.shape(node))
+
+
+@rule("scalar_tensor", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "one_hot", "tensor",
+      "randperm", "hann_window", "hamming_window", "sym_size", "nonzero", "bincount", "histc", "unique_dim",
+      "_unique2", "bucketize", "searchsorted")  # fmt: skip
+def counted(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Values depend on the size: whole."""
+    for value in args.values():
+        for term in walk.of(value) if isinstance(value, fx.Node) else ():
+            walk.fix(term, "indexed")
+    if isinstance(node.meta["shape"], tuple):
+        return tuple(tuple(walk.fresh(n, "indexed") for n in s) for s in walk.shapes(node))
+    return tuple(walk.fresh(n, "indexed") for n in walk.shape(node))

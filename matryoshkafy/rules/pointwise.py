@@ -1,0 +1,130 @@
+"""Ops that treat every element alike: dimensions broadcast and become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy.rules.table import Args, Terms, Walk, rule
+
+UNARY = """
+    abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sign sgn floor ceil round
+    trunc frac sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv sigmoid
+    logit relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus
+    softsign hardshrink softshrink threshold log_sigmoid tanhshrink rrelu
+    clamp clamp_min clamp_max clip nan_to_num isnan isinf isfinite logical_not bitwise_not
+    to _to_copy contiguous clone alias detach positive dropout alpha_dropout bernoulli
+    native_dropout zeros_like ones_like full_like empty_like rand_like randn_like fill zero
+    conj resolve_conj _conj resolve_neg conj_physical real imag angle deg2rad rad2deg lgamma digamma
+    type_as requires_grad_ lift_fresh lift_fresh_copy polygamma i0 sinc heaviside float
+    """.split()
+NARY = """
+    add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
+    eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
+    __and__ __or__ __xor__ __lshift__ __rshift__ where masked_fill lerp addcmul addcdiv
+    copysign hypot logaddexp logaddexp2 xlogy polar complex subtract multiply divide greater less
+    greater_equal less_equal not_equal float_power bitwise_left_shift bitwise_right_shift
+    """.split()
+
+
+def broadcast(walk: Walk, values: list[Any]) -> Terms:
+    """Return the terms of values broadcast together, from the right."""
+    terms = [walk.of(v) for v in values]
+    rank = max((len(t) for t in terms), default=0)
+    out: list[Any] = [()] * rank
+    for value in terms:
+        for i, term in enumerate(value, rank - len(value)):
+            if term:
+                out[i] = walk.unify(out[i], term) if out[i] else term
+    return tuple(out)
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    nodes = [a for a in node.args if isinstance(a, fx.Node)]
+    nodes += [a for a in node.kwargs.values() if isinstance(a, fx.Node)]
+    return [n for n in nodes if hasattr(n.meta.get("shape"), "shape")]
+
+
+@rule(*UNARY, *NARY)
+def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Every tensor argument broadcasts with every other."""
+    del args
+    return broadcast(walk, _tensors(node))
+
+
+@rule("expand_as", "view_as", "reshape_as")
+def like_other(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """x takes the shape of other; a dim of size 1 is repeated."""
+    if walk.shape(node) != walk.shape(args["other"]):
+        return None
+    mine = walk.of(args["self"])
+    if node.target._schema.name != "aten::expand_as" and walk.shape(args["self"]) != walk.shape(node):  # type: ignore[union-attr]
+        return None
+    offset = len(walk.shape(node)) - len(mine)
+    other = walk.of(args["other"])
+    return tuple(
+        walk.unify(mine[i - offset], t) if i >= offset and mine[i - offset] else t
+        for i, t in enumerate(other)
+    )
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """The slopes belong to the channels (dim 1)."""
+    del node
+    x, slopes = walk.of(args["self"]), walk.of(args["weight"])
+    if slopes and slopes[0] and len(x) > 1:
+        walk.unify(x[1], slopes[0])
+    return x
+
+
+@rule("feature_dropout", "feature_alpha_dropout")
+def channel_dropout(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Whole channels are dropped."""
+    del node
+    return walk.of(args["input"])
+
+
+@rule("view_as_real")
+def view_as_real(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """A complex dim gains (re, im) at the end."""
+    del node
+    return (*walk.of(args["self"]), walk.fresh(2, "complex parts"))
+
+
+@rule("view_as_complex")
+def view_as_complex(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """The trailing (re, im) goes away."""
+    del node
+    terms = walk.of(args["self"])
+    walk.fix(terms[-1], "complex parts")
+    return terms[:-1]
+
+
+@rule("tril", "triu")
+def triangle(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Which elements stay depends on the position in the last two dims."""
+    del node
+    terms = walk.of(args["self"])
+    for term in terms[-2:]:
+        walk.fix(term, "indexed")
+    return terms
+
+
+@rule("masked_scatter")
+def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Rows of the source replace masked rows of x: a mask that is constant over the last dim."""
+    del node
+    x, source = walk.of(args["self"]), walk.of(args["source"])
+    mask = args["mask"]
+    constant = isinstance(mask, fx.Node) and getattr(mask.target, "__name__", "").startswith("expand")
+    broadcast(walk, [args["self"], mask])
+    if constant and walk.shape(args["source"])[-1:] == walk.shape(args["self"])[-1:]:
+        walk.unify(x[-1], source[-1])
+        rest = (*x[:-1], *source[:-1])
+    else:
+        rest = (*x, *source)
+    for term in rest:
+        walk.fix(term, "indexed")
+    return x

@@ -1,0 +1,52 @@
+"""Fused recurrent layers: gates are copies, the state is one axis shared by all layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.rules.table import Args, Walk, rule
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """[.., in] -> [.., directions . state], with the states of every layer beside it."""
+    if "batch_sizes" in args:
+        return None
+    gates = GATES[node.target._schema.name.removeprefix("aten::")]  # type: ignore[union-attr]
+    states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
+    directions = 2 if args["bidirectional"] else 1
+    layers = args["num_layers"] * directions
+    per_layer = len(args["params"]) // layers
+    output = walk.of(states[0])[-1]
+    cell = walk.of(states[-1])[-1]
+    x = walk.of(args["input"])
+    entering = x[-1]
+    for layer in range(layers):
+        params = args["params"][layer * per_layer : (layer + 1) * per_layer]
+        inner = entering if layer < directions else (*axes.copies(directions), *output)
+        _layer(walk, params, (inner, output, (*axes.copies(gates), *cell)), args["has_biases"])
+    for term in (*(t for s in states for t in walk.of(s)[:-1]), *x[:-1]):
+        walk.fix(term, "sequence")
+    return ((*x[:-1], (*axes.copies(directions), *output)), *(walk.of(s) for s in states))
+
+
+def _layer(walk: Walk, params: Any, terms: tuple[Any, Any, Any], biases: bool) -> None:
+    """w_ih [gates, in], w_hh [gates, state], biases [gates], projection [state, cell]."""
+    inner, output, gates = terms
+    for weight, columns in zip(params[:2], (inner, output), strict=True):
+        w = walk.of(weight)
+        walk.unify(w[0], gates)
+        walk.contract(walk.unify(w[1], columns))
+        walk.weight(weight, 0, 1)
+    for bias in params[2:4] if biases else ():
+        walk.unify(walk.of(bias)[0], gates)
+    for projection in params[4:] if biases else params[2:]:
+        w = walk.of(projection)
+        walk.unify(w[0], output)
+        walk.contract(walk.unify(w[1], gates[-1:]))
+        walk.weight(projection, 0, 1)

@@ -1,0 +1,165 @@
+"""Ops that take statistics over an axis: norms, sums, softmax, sorting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.rules.table import Args, Terms, Walk, rule
+
+
+@rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
+def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Statistics over the trailing dims; weight and bias belong to them."""
+    terms = walk.of(args["input"])
+    dims = len(args["normalized_shape"])
+    for name in ("weight", "bias"):
+        if isinstance(args.get(name), fx.Node):
+            for mine, theirs in zip(walk.of(args[name]), terms[-dims:], strict=True):
+                walk.unify(mine, theirs)
+    for term in terms[-dims:]:
+        walk.mix(term)
+    shapes = walk.shapes(node)
+    if len(shapes) == 1 and not isinstance(node.meta["shape"], tuple):
+        return terms
+    kept = (*terms[:-dims], *((),) * dims)
+    return (terms, *(kept for _ in shapes[1:]))
+
+
+@rule("group_norm", "native_group_norm")
+def group_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Statistics over the channels of a group and over space: whole groups shrink."""
+    del node
+    terms, channels = walk.of(args["input"]), walk.shape(args["input"])[1]
+    groups = args["num_groups"]
+    pieces = axes.regroup(terms[1], [groups, channels // groups])
+    if pieces is None:
+        walk.fix(terms[1], "groups")
+        pieces = [walk.fresh(groups, "groups"), walk.fresh(channels // groups, "groups")]
+    _channel_vectors(walk, args, terms[1])
+    walk.mix(pieces[1])
+    walk.note("groups", pieces[0])
+    return terms
+
+
+def _channel_vectors(walk: Walk, args: Args, term: Any) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(args.get(name), fx.Node) and walk.of(args[name]):
+            walk.unify(walk.of(args[name])[0], term)
+
+
+@rule("batch_norm", "instance_norm")
+def batch_norm(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Every channel has statistics of its own."""
+    del node
+    terms = walk.of(args["input"])
+    _channel_vectors(walk, args, terms[1])
+    for term in terms[2:]:
+        walk.mix(term)
+    return terms
+
+
+def _reduced(walk: Walk, node: fx.Node, args: Args, source: Any) -> Terms:
+    """Drop (or keep at size 1) the reduced dims, recording the statistic."""
+    terms = walk.of(source)
+    dim = args.get("dim")
+    dims = range(len(terms)) if dim is None or dim == [] else _normal(dim, len(terms))
+    for d in dims:
+        walk.mix(terms[d])
+    if len(walk.shapes(node)[0]) == len(terms):
+        return tuple(() if i in dims else t for i, t in enumerate(terms))
+    return tuple(t for i, t in enumerate(terms) if i not in dims)
+
+
+def _normal(dim: Any, rank: int) -> list[int]:
+    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+@rule("mean", "sum", "var", "std", "amax", "amin", "prod", "logsumexp", "linalg_vector_norm", "norm",
+      "any", "all", "argmax", "argmin", "var_mean", "std_mean", "max", "min", "median", "count_nonzero",
+      "nansum", "nanmean", "aminmax")  # fmt: skip
+def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Statistics over dims; torch.max of two tensors is pointwise."""
+    if isinstance(args.get("other"), fx.Node):
+        from matryoshkafy.rules.pointwise import broadcast
+
+        return broadcast(walk, [args["self"], args["other"]])
+    terms = _reduced(walk, node, args, args["self"])
+    count = len(node.meta["shape"]) if isinstance(node.meta["shape"], tuple) else 0
+    return (terms,) * count if count else terms
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp",
+      "cummax", "cummin", "_safe_softmax")  # fmt: skip
+def along(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Every output unit sees the units of one dim, which is mixed."""
+    terms = walk.of(args["self"])
+    dim = args["dim"] % len(terms) if terms else 0
+    if terms:
+        walk.mix(terms[dim])
+    count = len(node.meta["shape"]) if isinstance(node.meta["shape"], tuple) else 0
+    return (terms,) * count if count else terms
+
+
+@rule("diff")
+def diff(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Neighbours along a dim, which stays whole."""
+    terms = list(walk.of(args["self"]))
+    dim = args["dim"] % len(terms)
+    walk.fix(terms[dim], "indexed")
+    terms[dim] = walk.fresh(walk.shape(node)[dim], "indexed")
+    return tuple(terms)
+
+
+@rule("topk", "sort", "argsort", "kthvalue")
+def sorting(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Order along a dim holds it whole."""
+    terms = list(walk.of(args["self"]))
+    dim = args.get("dim", -1) % len(terms)
+    walk.fix(terms[dim], "indexed")
+    shape = walk.shapes(node)[0]
+    if len(shape) == len(terms):
+        terms[dim] = walk.fresh(shape[dim], "indexed")
+    else:
+        del terms[dim]
+    count = len(node.meta["shape"]) if isinstance(node.meta["shape"], tuple) else 0
+    return (tuple(terms),) * count if count else tuple(terms)
+
+
+@rule("glu")
+def glu(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """The first half times the sigmoid of the second: two copies of one axis."""
+    from matryoshkafy.rules.view import cut
+
+    terms = list(walk.of(args["self"]))
+    dim = args["dim"] % len(terms)
+    half = walk.shape(node)[dim]
+    first, second = cut(walk, terms[dim], [half, half])
+    terms[dim] = walk.unify(first, second)
+    return tuple(terms)
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """A statistic over one dim of two tensors."""
+    from matryoshkafy.rules.pointwise import broadcast
+
+    names = list(args)
+    terms = broadcast(walk, [args[names[0]], args[names[1]]])
+    dim = args.get("dim", -1) % len(terms)
+    walk.mix(terms[dim])
+    if len(walk.shape(node)) == len(terms):
+        return (*terms[:dim], (), *terms[dim + 1 :])
+    return (*terms[:dim], *terms[dim + 1 :])
+
+
+@rule("cdist", "_cdist_forward")
+def cdist(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Distances between rows: the feature axis is mixed away."""
+    del node
+    a, b = walk.of(args["x1"]), walk.of(args["x2"])
+    walk.mix(walk.unify(a[-1], b[-1]))
+    batch = a[:-2] if len(a) >= len(b) else b[:-2]
+    return (*batch, a[-2], b[-2])

@@ -1,0 +1,72 @@
+"""Ops over space and frequency: pooling, resizing, Fourier transforms. Channels pass, space stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy.rules.table import Args, Walk, rule
+
+
+def _spatial(walk: Walk, node: fx.Node, count: int) -> Any:
+    """Leading dims pass, the last `count` dims are replaced by new whole ones."""
+    source = walk.of(node.args[0])
+    for term in source[len(source) - count :]:
+        walk.fix(term, "space")
+    leading = source[: len(source) - count]
+    outs = [
+        (*leading, *(walk.fresh(n, "space") for n in shape[len(leading) :]))
+        for shape in walk.shapes(node)
+    ]
+    return tuple(outs) if isinstance(node.meta["shape"], tuple) else outs[0]
+
+
+def _register(dims: int, *names: str) -> None:
+    @rule(*names)
+    def spatial(walk: Walk, node: fx.Node, args: Args) -> Any:
+        """Channels pass, space stays whole."""
+        del args
+        return _spatial(walk, node, dims)
+
+
+for _n in (1, 2, 3):
+    _register(
+        _n,
+        f"max_pool{_n}d", f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d", f"adaptive_max_pool{_n}d",
+        f"_adaptive_avg_pool{_n}d", f"max_pool{_n}d_with_indices", f"lp_pool{_n}d",
+        f"upsample_nearest{_n}d", f"_upsample_nearest_exact{_n}d",
+    )  # fmt: skip
+_register(1, "upsample_linear1d")
+_register(2, "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+          "_upsample_bicubic2d_aa", "upsample_nearest2d_backward")  # fmt: skip
+_register(3, "upsample_trilinear3d")
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Channels pass; where to sample is whole."""
+    for term in walk.of(args["grid"]):
+        walk.fix(term, "space")
+    return _spatial(walk, node, len(walk.shape(node)) - 2)
+
+
+@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", "fft_fft2", "fft_ifft2",
+      "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn")  # fmt: skip
+def fourier(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Transformed dims stay whole, the others pass."""
+    terms, new = list(walk.of(args["self"])), walk.shape(node)
+    dim = args.get("dim", -1)
+    dims = range(len(terms)) if dim is None else [dim] if isinstance(dim, int) else dim
+    for d in dims:
+        walk.fix(terms[d], "frequency")
+        terms[d] = walk.fresh(new[d], "frequency")
+    return tuple(terms)
+
+
+@rule("stft", "istft")
+def short_time(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Signals in, spectra out: nothing is a width."""
+    for term in walk.of(args["self"]):
+        walk.fix(term, "frequency")
+    return tuple(walk.fresh(n, "frequency") for n in walk.shape(node))

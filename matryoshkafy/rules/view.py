@@ -1,0 +1,372 @@
+"""Ops that rearrange: reshapes group runs of equal product, cat and split are Sums."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.rules.table import Args, Terms, Walk, rule
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_copy", "squeeze",
+      "unsqueeze", "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d")  # fmt: skip
+def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Minimal runs of dims with equal product become one another."""
+    del args
+    source = node.args[0]
+    info = getattr(source, "meta", {}).get("shape"), node.meta["shape"]
+    if node.target._schema.name == "aten::view" and info[0].dtype.itemsize != info[1].dtype.itemsize:  # type: ignore[union-attr]
+        return None
+    return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
+
+
+def regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]) -> Terms:
+    """Return the terms of `old` dims seen as `new` ones (row-major)."""
+    out: list[Any] = []
+    for ins, outs in runs(old, new):
+        whole = tuple(f for i in ins for f in axes.resolve(terms[i]))
+        sizes = [new[o] for o in outs]
+        pieces = axes.regroup(whole, sizes) if math.prod(sizes) else None
+        if pieces is None:
+            walk.fix(whole, "reshaped")
+            pieces = [walk.fresh(n, "reshaped") for n in sizes]
+        out.extend(pieces)
+    return tuple(out)
+
+
+def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pair minimal consecutive dims of two shapes whose products agree."""
+    out: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        ins, outs, a, b = [], [], 1, 1
+        while not ins and not outs or a != b:
+            if i < len(old) and (a <= b or j == len(new)):
+                a, i = a * old[i], i + 1
+                ins.append(i - 1)
+            elif j < len(new):
+                b, j = b * new[j], j + 1
+                outs.append(j - 1)
+            else:
+                break
+            if a == b and a == 1 and not outs and j < len(new) and i == len(old):
+                continue
+        out.append((ins, outs))
+    return out
+
+
+def _dims(value: Any, rank: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return [v % rank for v in values]
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Two dims change places."""
+    del args
+    terms = list(walk.of(node.args[0]))
+    a, b = (int(d) % len(terms) for d in node.args[1:3])  # type: ignore[arg-type]
+    terms[a], terms[b] = terms[b], terms[a]
+    return tuple(terms)
+
+
+@rule("t", "numpy_T", "mT", "mH", "adjoint", "matrix_H")
+def turned(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """The last two dims change places."""
+    del args
+    terms = walk.of(node.args[0])
+    if len(terms) < 2:
+        return terms
+    return (*terms[:-2], terms[-1], terms[-2])
+
+
+@rule("permute")
+def permute(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Dims are reordered."""
+    del node
+    terms = walk.of(args["self"])
+    return tuple(terms[d % len(terms)] for d in args["dims"])
+
+
+@rule("movedim", "moveaxis")
+def movedim(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Some dims move, the others keep their order."""
+    terms = walk.of(args["self"])
+    source = _dims(node.args[1], len(terms))
+    target = _dims(node.args[2], len(terms))
+    order = [i for i in range(len(terms)) if i not in source]
+    for at, dim in sorted(zip(target, source, strict=True)):
+        order.insert(at, dim)
+    return tuple(terms[i] for i in order)
+
+
+@rule("expand", "broadcast_to")
+def expand(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """A dim of size 1 becomes a new axis."""
+    terms, new = walk.of(args["self"]), walk.shape(node)
+    old = walk.shape(args["self"])
+    offset = len(new) - len(old)
+    out = []
+    for i, n in enumerate(new):
+        known = i >= offset and old[i - offset] == n
+        out.append(terms[i - offset] if known else walk.fresh(n, name="expanded"))
+    return tuple(out)
+
+
+@rule("repeat", "tile")
+def repeat(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """n repetitions of an axis: copies(n).axis; of a dim of size 1: a new axis."""
+    terms, new = walk.of(args["self"]), walk.shape(node)
+    old = walk.shape(args["self"])
+    offset = len(new) - len(old)
+    return tuple(
+        _repeated(walk, terms[i - offset] if i >= offset else (), n, inner=False)
+        for i, n in enumerate(new)
+    )
+
+
+def _repeated(walk: Walk, term: Any, n: int, *, inner: bool) -> Any:
+    size = axes.size(term)
+    if size == 1:
+        return walk.fresh(n, name="repeated")
+    times = axes.copies(n // size) if size else ()
+    return (*term, *times) if inner else (*times, *term)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Each unit n times in a row: axis.copies(n)."""
+    if not isinstance(args.get("repeats"), int) or args.get("dim") is None:
+        return None
+    terms, new = list(walk.of(args["self"])), walk.shape(node)
+    dim = args["dim"] % len(terms)
+    terms[dim] = _repeated(walk, terms[dim], new[dim], inner=True)
+    return tuple(terms)
+
+
+@rule("cat", "concat", "concatenate", "hstack", "vstack")
+def cat(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Segments laid one after the other: a Sum."""
+    name = node.target._schema.name  # type: ignore[union-attr]
+    tensors = [t for t in args["tensors"] if walk.shape(t) != (0,)]
+    rank = len(walk.shape(node))
+    if any(len(walk.shape(t)) != rank for t in tensors):
+        return None
+    dim = {"aten::hstack": min(1, rank - 1), "aten::vstack": 0}.get(name, args.get("dim", 0)) % rank
+    out = list(walk.of(tensors[0]))
+    for tensor in tensors[1:]:
+        for i, term in enumerate(walk.of(tensor)):
+            if i != dim:
+                out[i] = walk.unify(out[i], term)
+    out[dim] = axes.concatenate(walk.of(t)[dim] for t in tensors)
+    return tuple(out)
+
+
+@rule("stack")
+def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """A new dim of interchangeable copies."""
+    tensors = args["tensors"]
+    out = list(walk.of(tensors[0]))
+    for tensor in tensors[1:]:
+        out = [walk.unify(a, b) for a, b in zip(out, walk.of(tensor), strict=True)]
+    dim = args["dim"] % len(walk.shape(node))
+    return (*out[:dim], axes.copies(len(tensors)), *out[dim:])
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split",
+      "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy", "hsplit")  # fmt: skip
+def split(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Consecutive pieces of one dim."""
+    source = args.get("self", node.args[0])
+    terms, shapes = walk.of(source), walk.shapes(node)
+    dim = args.get("dim", 0) % len(terms)
+    pieces = cut(walk, terms[dim], [s[dim] for s in shapes])
+    return tuple((*terms[:dim], piece, *terms[dim + 1 :]) for piece in pieces)
+
+
+def cut(walk: Walk, term: Any, lengths: list[int]) -> list[Any]:
+    """Return consecutive pieces of a term, or fixed ones where it does not come apart."""
+    pieces = axes.cut(term, lengths) if all(lengths) else None
+    if pieces is None:
+        walk.fix(term, "indexed")
+        pieces = [walk.fresh(n, "indexed") for n in lengths]
+    return pieces
+
+
+@rule("unbind")
+def unbind(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """One tensor per index of a dim, which stays whole."""
+    terms = walk.of(args["self"])
+    dim = args["dim"] % len(terms)
+    walk.fix(terms[dim], "indexed")
+    return tuple(terms[:dim] + terms[dim + 1 :] for _ in walk.shapes(node))
+
+
+@rule("slice", "narrow")
+def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """A piece of one dim; every second unit of an axis halves it."""
+    terms, old, new = list(walk.of(args["self"])), walk.shape(args["self"]), walk.shape(node)
+    dim = args["dim"] % len(terms)
+    step, start = args.get("step", 1), args.get("start") or 0
+    if old[dim] == new[dim]:
+        return tuple(terms)
+    if not isinstance(start, int) or not isinstance(step, int):
+        walk.fix(terms[dim], "indexed")
+        terms[dim] = walk.fresh(new[dim], "indexed")
+        return tuple(terms)
+    start = min(max(start + old[dim] if start < 0 else start, 0), old[dim])
+    terms[dim] = _sliced(walk, terms[dim], (start, step, new[dim]))
+    return tuple(terms)
+
+
+def _sliced(walk: Walk, term: Any, piece: tuple[int, int, int]) -> Any:
+    start, step, length = piece
+    size = axes.size(term)
+    if step == 1 and length:
+        lengths = [n for n in (start, length, size - start - length) if n]
+        return cut(walk, term, lengths)[1 if start else 0]
+    pair = axes.regroup(term, [size // step, step]) if step > 1 and size % step == 0 else None
+    if pair is None or length != size // step:
+        walk.fix(term, "indexed")
+        return walk.fresh(length, "indexed")
+    walk.fix(pair[1], "indexed")
+    return pair[0]
+
+
+@rule("select")
+def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """One index of a dim, which stays whole."""
+    del node
+    terms = walk.of(args["self"])
+    dim = args["dim"] % len(terms)
+    walk.fix(terms[dim], "indexed")
+    return terms[:dim] + terms[dim + 1 :]
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Part of one dim is replaced; that dim stays whole, unless all of it is replaced."""
+    del node
+    x, src = walk.of(args["self"]), walk.of(args["src"])
+    dim = args["dim"] % len(x)
+    if walk.shape(args["self"]) == walk.shape(args["src"]):
+        return tuple(walk.unify(a, b) for a, b in zip(x, src, strict=True))
+    others = src[:dim] + src[dim + 1 :] if len(src) == len(x) else src
+    walk.fix(x[dim], "indexed")
+    if len(src) == len(x):
+        walk.fix(src[dim], "indexed")
+    kept = x[:dim] + x[dim + 1 :]
+    for a, b in zip(kept, others, strict=True):
+        walk.unify(a, b)
+    return x
+
+
+@rule("flip")
+def flip(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Reversed dims stay whole."""
+    del node
+    terms = walk.of(args["self"])
+    for dim in args["dims"]:
+        walk.fix(terms[dim], "indexed")
+    return terms
+
+
+@rule("roll")
+def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Rolled dims stay whole."""
+    del node
+    terms = walk.of(args["self"])
+    for term in (terms[d] for d in args["dims"]) if args["dims"] else terms:
+        walk.fix(term, "indexed")
+    return terms
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+      "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
+def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Padded dims: constants before and after the axis; other modes hold it whole."""
+    names = list(args)
+    terms, widths = list(walk.of(args["self"])), args[names[1]]
+    constant = args.get("mode", "constant") == "constant" and "_pad1d" not in str(node.target)
+    for i in range(len(widths) // 2):
+        dim = len(terms) - 1 - i
+        if walk.shape(args["self"])[dim] != walk.shape(node)[dim]:
+            terms[dim] = _padded(walk, terms[dim], widths[2 * i : 2 * i + 2], constant)
+    if terms and any(walk.shape(args["self"])[d] != s and axes.size(terms[d]) != s
+                     for d, s in enumerate(walk.shape(node))):  # fmt: skip
+        return None  # type: ignore[return-value]
+    return tuple(terms)
+
+
+def _padded(walk: Walk, term: Any, width: Any, constant: bool) -> Any:
+    plain = all(isinstance(w, int) and w >= 0 for w in width)
+    if constant and plain:
+        parts = [walk.fresh(width[0], "padding"), term, walk.fresh(width[1], "padding")]
+        return axes.concatenate(p for p, n in zip(parts, (width[0], 1, width[1]), strict=True) if n)
+    walk.fix(term, "padding")
+    size = axes.size(term) + sum(w for w in width if isinstance(w, int))
+    return walk.fresh(size, "padding")
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """[.., C r r, H, W] -> [.., C, H r, W r] and back; channel groups change places with channels."""
+    del args
+    name = node.target._schema.name  # type: ignore[union-attr]
+    terms, new = walk.of(node.args[0]), walk.shape(node)
+    for term in terms[-2:]:
+        walk.fix(term, "space")
+    channels = _shuffled(walk, terms[-3], new[-3], name)
+    space = tuple(walk.fresh(n, "space") for n in new[-2:])
+    return (*terms[:-3], channels, *space)
+
+
+def _shuffled(walk: Walk, term: Any, n: int, name: str) -> Any:
+    size = axes.size(term)
+    if "channel" in name:
+        walk.fix(term, "indexed")
+        return walk.fresh(n, "indexed")
+    if "unshuffle" in name:
+        return (*term, *walk.fresh(n // size, "space"))
+    pieces = axes.regroup(term, [n, size // n])
+    if pieces is None:
+        walk.fix(term, "indexed")
+        return walk.fresh(n, "indexed")
+    walk.fix(pieces[1], "space")
+    return pieces[0]
+
+
+@rule("unfold")
+def unfold(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Sliding windows over one dim, which stays whole."""
+    terms, new = list(walk.of(args["self"])), walk.shape(node)
+    dim = args["dimension"] % len(terms)
+    walk.fix(terms[dim], "space")
+    terms[dim] = walk.fresh(new[dim], "space")
+    return (*terms, walk.fresh(new[-1], "space"))
+
+
+@rule("im2col")
+def im2col(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """[N, C, H, W] -> [N, C kh kw, L]"""
+    terms, new = walk.of(args["self"]), walk.shape(node)
+    if len(terms) != 4:
+        return None
+    for term in terms[2:]:
+        walk.fix(term, "space")
+    window = walk.fresh(new[1] // walk.shape(args["self"])[1], "space")
+    return (terms[0], (*terms[1], *window), walk.fresh(new[2], "space"))
+
+
+@rule("diagonal")
+def diagonal(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Two dims become their diagonal, which stays whole."""
+    terms = walk.of(args["self"])
+    dims = _dims([args["dim1"], args["dim2"]], len(terms))
+    for d in dims:
+        walk.fix(terms[d], "indexed")
+    rest = tuple(t for i, t in enumerate(terms) if i not in dims)
+    return (*rest, walk.fresh(walk.shape(node)[-1], "indexed"))
