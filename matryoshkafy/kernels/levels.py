@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,6 +72,17 @@ def spans_of(runs: Runs) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+def joined(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """The (lo, hi) of spans, neighbours joined."""
+    pieces: list[tuple[int, int]] = []
+    for span in spans:
+        if pieces and pieces[-1][1] == span.lo:
+            pieces[-1] = (pieces[-1][0], span.hi)
+        else:
+            pieces.append((span.lo, span.hi))
+    return pieces
+
+
 @lru_cache(maxsize=4096)
 def bands_of(runs: Runs) -> Bands:
     """The dim sorted by level, stably."""
@@ -98,3 +109,9 @@ def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
 def kept(out_runs: Runs, in_runs: Runs, device: torch.device) -> Tensor:
     """The bool matrix [out, in] of entries that are not structural zeros, cached."""
     return level_tensor(out_runs, device)[:, None] >= level_tensor(in_runs, device)[None, :]
+
+
+@lru_cache(maxsize=64)
+def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero, cached: never write into it."""
+    return torch.zeros((), dtype=dtype, device=device)

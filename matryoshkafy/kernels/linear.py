@@ -1,31 +1,129 @@
-"""The block-triangular product: y = x W^T, its dx and its dW."""
+"""The block-triangular product: y = x W^T, its dx and its dW, by tiles of dense products.
+
+The structural zeros outside of the tiles are never read, those inside of a masked tile are
+overwritten in a copy of it. Products go straight into column ranges of the result: no concatenation,
+no zero-padded intermediate.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matryoshkafy.kernels.levels import Runs, kept
+from matryoshkafy.kernels.dispatch import DoubleBackward
+from matryoshkafy.kernels.levels import Runs, kept, zero
+from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, span_of, tiling
+
+Pair = tuple[Runs, Runs]
 
 
-def masked(weight: Tensor, out_runs: Runs, in_runs: Runs) -> Tensor:
-    """weight [O, I] with its structural zeros written out."""
-    return weight.where(kept(out_runs, in_runs, weight.device), weight.new_zeros(()))
+def rows(x: Tensor) -> Tensor:
+    """x [..., I] as a matrix [N, I]."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def plan(x: Tensor, out_runs: Runs, in_runs: Runs) -> Tiling:
+    """The tiles for the rows of x [N, ...]."""
+    return tiling(out_runs, in_runs, x.shape[0].bit_length(), x.dtype, x.device.type)
+
+
+def block(weight: Tensor, tile: Tile, out_runs: Runs, in_runs: Runs) -> Tensor:
+    """A tile of the weight, free of garbage."""
+    part = tile.of(weight)
+    if not tile.masked:
+        return part
+    return part.masked_fill(beyond(out_runs, in_runs, tile, weight.device), 0)
+
+
+def strided(x: Tensor) -> Tensor:
+    """x [N, K] in a layout that a product reads without copying it each time."""
+    return x if 1 in x.stride() and 0 not in x.stride() else x.contiguous()
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs
 ) -> Tensor:
     """x [N, I], weight [O, I] -> [N, O]."""
-    return F.linear(x, masked(weight, out_runs, in_runs), bias)
+    x, runs = strided(x), (out_runs, in_runs)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for strip in plan(x, *runs).strips:
+        part = span_of(y, 1, strip.rows)
+        start = None if bias is None else span_of(bias, 0, strip.rows)
+        if not strip.tiles:
+            part.copy_(start) if start is not None else part.zero_()
+        for tile in strip.tiles:
+            product(part, span_of(x, 1, tile.columns), block(weight, tile, *runs).t(), start)
+            start = part
+    return y
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
+    """out = start + a @ b."""
+    if start is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(start, a, b, out=out)
 
 
 def grad_input(dy: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs) -> Tensor:
-    """dy [N, O], weight [O, I] -> dx [N, I]."""
-    return dy @ masked(weight, out_runs, in_runs)
+    """dy [N, O], weight [O, I] -> dx [N, I]: summed into prefixes, the widest first."""
+    dy, runs = strided(dy), (out_runs, in_runs)
+    cut = plan(dy, *runs)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    dx = dx if cut.covering else dx.zero_()
+    for number, tile in enumerate(cut.widest_first):
+        part = span_of(dx, 1, tile.columns)
+        start = None if cut.covering and number == 0 else part
+        product(part, span_of(dy, 1, tile.rows), block(weight, tile, *runs), start)
+    return dx
 
 
-def grad_weight(dy: Tensor, x: Tensor, out_runs: Runs, in_runs: Runs) -> Tensor:
-    """dy [N, O], x [N, I] -> dW [O, I], zero at the structural zeros."""
-    return masked(dy.t() @ x, out_runs, in_runs)
+def grad_weight(
+    dy: Tensor, x: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs
+) -> Tensor:
+    """dy [N, O], x [N, I] -> dW, laid out as weight [O, I] is, zero at the structural zeros."""
+    dy, x, runs = strided(dy), strided(x), (out_runs, in_runs)
+    cut, dw = plan(x, *runs), torch.empty_like(weight)
+    for hole in cut.holes:
+        hole.of(dw).zero_()
+    for tile in cut.widest_first:
+        part = tile.of(dw)
+        torch.mm(span_of(dy, 1, tile.rows).t(), span_of(x, 1, tile.columns), out=part)
+        if tile.masked:
+            part.masked_fill_(beyond(*runs, tile, dw.device), 0)
+    return dw
+
+
+class Triangular(torch.autograd.Function):
+    """The product with its gradient, for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair) -> Tensor:
+        ctx.runs = runs
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return forward(x, weight, bias, *runs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise DoubleBackward("linear")
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx = grad_input(dy, weight, *ctx.runs) if needs_x else None
+        dw = grad_weight(dy, x, weight, *ctx.runs) if needs_weight else None
+        return dx, dw, dy.sum(0) if needs_bias else None, None
+
+
+def apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs
+) -> Tensor:
+    """x [..., I] -> [..., O], differentiable once."""
+    flat = rows(x)
+    if plan(flat, out_runs, in_runs).dense:
+        keep = kept(out_runs, in_runs, weight.device)
+        return F.linear(x, weight.where(keep, zero(weight.dtype, weight.device)), bias)
+    y = Triangular.apply(flat, weight, bias, (out_runs, in_runs))
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])

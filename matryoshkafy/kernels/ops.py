@@ -22,7 +22,9 @@ from torch import Tensor
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import convolution, linear as triangular, norms, reductions
 from matryoshkafy.kernels.convolution import Geometry
+from matryoshkafy.kernels.dispatch import DoubleBackward, is_plain
 from matryoshkafy.kernels.levels import bands_of, check_runs, kept
+from matryoshkafy.kernels.linear import rows
 
 NAMESPACE = "matryoshkafy"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -33,6 +35,7 @@ NORM = "float eps, int[] runs, bool prefix"
 
 SCHEMAS = (
     f"linear(Tensor x, Tensor weight, Tensor? bias, {RUNS}) -> Tensor",
+    f"linear_opaque(Tensor x, Tensor weight, Tensor? bias, {RUNS}) -> Tensor",
     f"linear_grad_input(Tensor dy, Tensor weight, {RUNS}) -> Tensor",
     f"linear_grad_weight(Tensor dy, Tensor x, Tensor weight, {RUNS}) -> Tensor",
     f"conv(Tensor x, Tensor weight, Tensor? bias, {CONV}, {RUNS}) -> Tensor",
@@ -50,10 +53,6 @@ SCHEMAS = (
 )
 
 
-class DoubleBackward(MatryoshkafyError):
-    """A second derivative was asked of a nested operator."""
-
-
 def define(name: str, kernel: Callable, fake: Callable) -> None:
     """Gives an operator its kernel on every device and its shape function."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -64,10 +63,7 @@ def refuse_double_backward(name: str) -> None:
     """Makes the derivative of a backward operator an error."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise DoubleBackward(
-            f"matryoshkafy::{name} has no derivative: nested layers have no double backward; "
-            "call backward without create_graph=True, or use matryoshkafy.kernels.reference"
-        )
+        raise DoubleBackward(name)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
 
@@ -92,22 +88,17 @@ def autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
     LIBRARY.impl(name, kernel, key)
 
 
-def rows(x: Tensor) -> Tensor:
-    """x [..., I] as a matrix [N, I]."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-
-
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
-    linear_shape(x, weight, bias, out_runs, in_runs)
-    y = triangular.forward(rows(x), weight, bias, tuple(out_runs), tuple(in_runs))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if not is_plain(x):
+        return torch.ops.matryoshkafy.linear_opaque(x, weight, bias, out_runs, in_runs)
+    check_linear(x, weight, out_runs, in_runs)
+    return triangular.apply(x, weight, bias, tuple(out_runs), tuple(in_runs))
 
 
-def linear_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
-) -> Tensor:
+def check_linear(x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]) -> None:
+    """Raises an error that names the shapes unless they and the runs fit."""
     check_runs(out_runs, weight.shape[0], "the weight's dim 0")
     check_runs(in_runs, weight.shape[1], "the weight's dim 1")
     if x.shape[-1] != weight.shape[1]:
@@ -115,6 +106,20 @@ def linear_shape(
             f"x {list(x.shape)} ends in {x.shape[-1]} units but the weight "
             f"{list(weight.shape)} reads {weight.shape[1]}; give [..., {weight.shape[1]}]"
         )
+
+
+def linear_opaque(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    check_linear(x, weight, out_runs, in_runs)
+    y = triangular.forward(rows(x), weight, bias, tuple(out_runs), tuple(in_runs))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    check_linear(x, weight, out_runs, in_runs)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -134,8 +139,7 @@ def linear_grad_input_shape(
 def linear_grad_weight(
     dy: Tensor, x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
-    dw = triangular.grad_weight(rows(dy), rows(x), tuple(out_runs), tuple(in_runs))
-    return torch.empty_like(weight).copy_(dw)
+    return triangular.grad_weight(rows(dy), rows(x), weight, tuple(out_runs), tuple(in_runs))
 
 
 def linear_grad_weight_shape(
@@ -337,7 +341,7 @@ def level_reduce(
 for schema in SCHEMAS:
     LIBRARY.define(schema)
 
-define("linear", linear, linear_shape)
+define("linear_opaque", linear_opaque, linear_shape)
 define("linear_grad_input", linear_grad_input, linear_grad_input_shape)
 define("linear_grad_weight", linear_grad_weight, linear_grad_weight_shape)
 define("conv", conv, conv_shape)
@@ -348,13 +352,14 @@ define("norm", norm, norm_shape)
 define("norm_backward", norm_backward, norm_backward_shape)
 
 # Compositions of other operators: autograd, autocast and shapes come from their parts.
+LIBRARY.impl("linear", linear, "CompositeImplicitAutograd")
 LIBRARY.impl("layer_norm", layer_norm, "CompositeImplicitAutograd")
 LIBRARY.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
 LIBRARY.impl("group_norm", group_norm, "CompositeImplicitAutograd")
 LIBRARY.impl("level_reduce", level_reduce, "CompositeImplicitAutograd")
 
 for name, setup, backward in (
-    ("linear", linear_setup, linear_backward),
+    ("linear_opaque", linear_setup, linear_backward),
     ("conv", conv_setup, conv_backward),
     ("mask", mask_setup, mask_backward),
     ("norm", norm_setup, norm_autograd),

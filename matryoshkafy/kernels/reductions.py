@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels.levels import Runs, Span, spans_of
+from matryoshkafy.kernels.levels import Runs, joined, spans_of
 
 Reduce = Callable[[Tensor, list[int]], Tensor]
 
@@ -34,17 +34,6 @@ def reduction(kind: str) -> Reduce:
     if kind not in KINDS:
         raise UnknownReduction(f"no level reduction {kind!r}; the kinds are {', '.join(KINDS)}")
     return KINDS[kind]
-
-
-def joined(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    """The (lo, hi) of spans, neighbours joined."""
-    pieces: list[tuple[int, int]] = []
-    for span in spans:
-        if pieces and pieces[-1][1] == span.lo:
-            pieces[-1] = (pieces[-1][0], span.hi)
-        else:
-            pieces.append((span.lo, span.hi))
-    return pieces
 
 
 def reached(x: Tensor, dim: int, runs: Runs, level: int, *, prefix: bool) -> Tensor:
