@@ -154,7 +154,10 @@ def markdown(records: list[Record]) -> str:
     ranked = sorted(users.items(), key=lambda item: (-len(item[1]), item[0]))
     inner = {op for record in good for op in record["in_place"]}
     higher = {op for record in good for op in record["higher_order"]}
-    parts = [f"{len(good)} of {len(records)} export; {len(users)} distinct ops.", _failures(records)]
+    parts = [
+        f"{len(good)} of {len(records)} export; {len(users)} distinct ops.",
+        _failures(records),
+    ]
     for title, keep in (("In-place ops", inner), ("Higher-order ops", higher)):
         parts.append(_table(title, [item for item in ranked if item[0] in keep], models=12))
     parts.append(_table("Ops", ranked, models=1))
@@ -166,7 +169,9 @@ def _failures(records: list[Record]) -> str:
     for record in records:
         if not record["ok"]:
             message = "\n    ".join(record["message"][:6])
-            lines.append(f"- **{record['name']}** ({record['stage']}, {record['place']}) {record['error']}\n    {message}")
+            lines.append(
+                f"- **{record['name']}** ({record['stage']}, {record['place']}) {record['error']}\n    {message}"
+            )
     return "\n".join(lines)
 
 
@@ -182,7 +187,9 @@ def _table(title: str, ranked: list[tuple[str, list[Record]]], *, models: int) -
 
 def main() -> None:
     """Reads the command line, runs the census and writes its files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="entries or families; all when none is given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)

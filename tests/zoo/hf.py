@@ -115,7 +115,13 @@ LIST = (
         "DistilBertModel",
         text,
         VOCABULARY
-        | {"dim": 64, "n_heads": 8, "hidden_dim": 128, "n_layers": 2, "max_position_embeddings": 40},
+        | {
+            "dim": 64,
+            "n_heads": 8,
+            "hidden_dim": 128,
+            "n_layers": 2,
+            "max_position_embeddings": 40,
+        },
     ),
     Row("albert", "AlbertModel", text, ENCODER | {"embedding_size": 32}),
     Row("electra", "ElectraModel", text, ENCODER | {"embedding_size": 32}),
@@ -125,7 +131,12 @@ LIST = (
         "ModernBertModel",
         text,
         ENCODER
-        | {"global_attn_every_n_layers": 2, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+        | {
+            "global_attn_every_n_layers": 2,
+            "local_attention": 4,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
     ),
     Row(
         "deberta_v2",
@@ -150,12 +161,22 @@ LIST = (
         uncached,
         ENCODER | {"ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
-    Row("bloom", "BloomForCausalLM", uncached, VOCABULARY | {"hidden_size": 64, "n_head": 8, "n_layer": 2}),
+    Row(
+        "bloom",
+        "BloomForCausalLM",
+        uncached,
+        VOCABULARY | {"hidden_size": 64, "n_head": 8, "n_layer": 2},
+    ),
     Row("llama_gqa", "LlamaForCausalLM", uncached, DECODER),
     Row("mistral", "MistralForCausalLM", uncached, DECODER | {"sliding_window": 4}),
     Row("qwen2", "Qwen2ForCausalLM", uncached, DECODER),
     Row("qwen3", "Qwen3ForCausalLM", uncached, DECODER),
-    Row("gemma2", "Gemma2ForCausalLM", uncached, DECODER | {"query_pre_attn_scalar": 8, "sliding_window": 4}),
+    Row(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        uncached,
+        DECODER | {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    ),
     Row(
         "gemma3",
         "Gemma3ForCausalLM",
@@ -174,7 +195,8 @@ LIST = (
         "mamba",
         "MambaForCausalLM",
         uncached,
-        VOCABULARY | {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
+        VOCABULARY
+        | {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
         tags=("scan",),
     ),
     Row("t5", "T5ForConditionalGeneration", seq2seq, T5, tags=("width-scalar",)),
@@ -183,8 +205,7 @@ LIST = (
         "whisper",
         "WhisperModel",
         given.speech2text,
-        BART
-        | {"num_mel_bins": 10, "max_source_positions": 12, "max_target_positions": 20},
+        BART | {"num_mel_bins": 10, "max_source_positions": 12, "max_target_positions": 20},
     ),
     Row("vit", "ViTModel", image, VIT),
     Row("dinov2", "Dinov2Model", image, VIT),

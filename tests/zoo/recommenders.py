@@ -214,7 +214,9 @@ class TwoTower(nn.Module):
         self.item = towers((scale(32), scale(64), scale(32)))
         self.temperature = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, users: torch.Tensor, facts: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, users: torch.Tensor, facts: torch.Tensor, items: torch.Tensor
+    ) -> torch.Tensor:
         left = F.normalize(self.user(torch.cat([self.users(users), facts], -1)), dim=-1)
         right = F.normalize(self.item(self.items(items)), dim=-1)
         return left @ right.T * self.temperature.exp()
@@ -279,7 +281,11 @@ class LightGcn(nn.Module):
         for _ in range(2):
             x = torch.sparse.mm(self.graph, x)
             hops.append(x)
-        left, right = torch.stack(hops, 1).mean(1).split([self.users.num_embeddings, self.items.num_embeddings])
+        left, right = (
+            torch.stack(hops, 1)
+            .mean(1)
+            .split([self.users.num_embeddings, self.items.num_embeddings])
+        )
         return (left[users] * right[items]).sum(1)
 
 
@@ -359,9 +365,14 @@ class Din(nn.Module):
         super().__init__()
         width = scale(16)
         self.items = nn.Embedding(ITEMS, width)
-        self.attend = nn.Sequential(nn.Linear(4 * width, scale(32)), nn.PReLU(), nn.Linear(scale(32), 1))
+        self.attend = nn.Sequential(
+            nn.Linear(4 * width, scale(32)), nn.PReLU(), nn.Linear(scale(32), 1)
+        )
         self.tower = nn.Sequential(
-            nn.Linear(2 * width, scale(64)), nn.BatchNorm1d(scale(64)), nn.ReLU(), nn.Linear(scale(64), 1)
+            nn.Linear(2 * width, scale(64)),
+            nn.BatchNorm1d(scale(64)),
+            nn.ReLU(),
+            nn.Linear(scale(64), 1),
         )
 
     def forward(self, history: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -428,7 +439,9 @@ class Mmoe(nn.Module):
         super().__init__()
         self.fields = Fields(scale(16))
         width = len(FIELDS) * scale(16)
-        self.experts = nn.ModuleList(towers((width, scale(64), scale(32)), last=True) for _ in range(3))
+        self.experts = nn.ModuleList(
+            towers((width, scale(64), scale(32)), last=True) for _ in range(3)
+        )
         self.gates = nn.ModuleList(nn.Linear(width, 3) for _ in range(2))
         self.heads = nn.ModuleList(nn.Linear(scale(32), 1) for _ in range(2))
 
@@ -444,7 +457,9 @@ def _histories(model: nn.Module) -> Built:
 
 
 def _sparse() -> torch.Tensor:
-    return torch.stack([given.tokens(length=4)[:, 0] * k % rows for k, rows in enumerate(FIELDS, 1)], 1)
+    return torch.stack(
+        [given.tokens(length=4)[:, 0] * k % rows for k, rows in enumerate(FIELDS, 1)], 1
+    )
 
 
 def _fields(model: nn.Module) -> Built:

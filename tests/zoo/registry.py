@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 Built = tuple["nn.Module", tuple[Any, ...], dict[str, Any]]
 Maker = Callable[["Scale"], Built]
 
-LIBRARIES = ("hf", "timm_models", "torchvision_models", "open_clip_models", "torch_nn", "recommenders")
+LIBRARIES = (
+    "hf",
+    "timm_models",
+    "torchvision_models",
+    "open_clip_models",
+    "torch_nn",
+    "recommenders",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ def entry(
         if name in _ENTRIES:
             raise ValueError(f"the zoo already holds {name!r}: give this entry another name")
         truth = partial(_rebuilt, make) if rebuilds else None
-        _ENTRIES[name] = Entry(name, family, partial(_built, make), truth, tags)
+        build = partial(_built, make, settled="settle" in tags)
+        _ENTRIES[name] = Entry(name, family, build, truth, tags)
         return make
 
     return register
@@ -98,14 +106,17 @@ def entries(names: Iterable[str] | None = None) -> list[Entry]:
     return [_ENTRIES[name] for name in wanted]
 
 
-def _built(make: Maker) -> Built:
+def _built(make: Maker, *, settled: bool) -> Built:
     import torch
 
     torch.manual_seed(0)
     model, args, kwargs = make(Scale())
+    model.eval()
     with torch.no_grad():
         randomise(model)
-    return model.eval(), args, kwargs
+        if settled:
+            settle(model, args, kwargs)
+    return model, args, kwargs
 
 
 def _rebuilt(make: Maker, ratio: float) -> nn.Module:
@@ -173,3 +184,23 @@ def _draw_statistics(module: nn.Module) -> None:
             buffer.copy_(0.1 * torch.randn_like(buffer))
         if name == "running_var":
             buffer.copy_(0.5 + torch.rand_like(buffer))
+
+
+def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Takes the statistics of every batch norm from the inputs, where sums of branches explode."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(_measure) for norm in norms]
+    model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+
+
+def _measure(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    import torch
+
+    values = inputs[0].transpose(0, 1).flatten(1)
+    spread = values.var(1, correction=0)
+    norm.running_mean.copy_(values.mean(1))
+    norm.running_var.copy_(torch.maximum(spread, 0.1 * spread.mean() + 1e-3))

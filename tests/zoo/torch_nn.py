@@ -81,7 +81,9 @@ class Autoencoder(nn.Module):
         self.encode = nn.Sequential(nn.Linear(30, scale(64)), nn.ReLU())
         self.mean = nn.Linear(scale(64), scale(16))
         self.spread = nn.Linear(scale(64), scale(16))
-        self.decode = nn.Sequential(nn.Linear(scale(16), scale(64)), nn.Tanh(), nn.Linear(scale(64), 30))
+        self.decode = nn.Sequential(
+            nn.Linear(scale(16), scale(64)), nn.Tanh(), nn.Linear(scale(64), 30)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.encode(x)
@@ -94,8 +96,12 @@ class UNet(nn.Module):
     def __init__(self, scale: Scale) -> None:
         super().__init__()
         small, large = scale(16), scale(32)
-        self.down = nn.Sequential(nn.Conv2d(3, small, 3, padding=1), nn.GroupNorm(scale(4), small), nn.SiLU())
-        self.inner = nn.Sequential(nn.Conv2d(small, large, 3, 2, 1), nn.BatchNorm2d(large), nn.ReLU(inplace=True))
+        self.down = nn.Sequential(
+            nn.Conv2d(3, small, 3, padding=1), nn.GroupNorm(scale(4), small), nn.SiLU()
+        )
+        self.inner = nn.Sequential(
+            nn.Conv2d(small, large, 3, 2, 1), nn.BatchNorm2d(large), nn.ReLU(inplace=True)
+        )
         self.up = nn.ConvTranspose2d(large, small, 2, 2)
         self.out = nn.Conv2d(2 * small, 5, 1)
 
