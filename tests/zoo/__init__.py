@@ -1,1 +1,1 @@
-"""Small random models of public libraries, each with example inputs and, where possible, a truth."""
+"""Small random models of public libraries, each with inputs and mostly a truth."""

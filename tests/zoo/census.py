@@ -169,9 +169,8 @@ def _failures(records: list[Record]) -> str:
     for record in records:
         if not record["ok"]:
             message = "\n    ".join(record["message"][:6])
-            lines.append(
-                f"- **{record['name']}** ({record['stage']}, {record['place']}) {record['error']}\n    {message}"
-            )
+            head = f"- **{record['name']}** ({record['stage']}, {record['place']})"
+            lines.append(f"{head} {record['error']}\n    {message}")
     return "\n".join(lines)
 
 

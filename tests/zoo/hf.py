@@ -1,4 +1,4 @@
-"""transformers: a row names a class, the inputs it takes and its config; widths are found by key."""
+"""transformers: a row names a class, its inputs and its config."""
 
 from __future__ import annotations
 
@@ -17,17 +17,40 @@ FAMILY = "transformers"
 Inputs = Callable[[], dict[str, "torch.Tensor"]]
 
 WIDTHS = frozenset(
-    """hidden_size num_attention_heads num_key_value_heads intermediate_size embedding_size
-    dim n_heads hidden_dim n_embd n_head n_inner ffn_dim word_embed_proj_dim n_positions_unused
-    d_model d_ff num_heads encoder_attention_heads decoder_attention_heads encoder_ffn_dim
-    decoder_ffn_dim embed_dim conv_dim projection_dim time_step_rank hidden_sizes
-    pooler_hidden_size""".split()
+    {
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "embedding_size",
+        "dim",
+        "n_heads",
+        "hidden_dim",
+        "n_embd",
+        "n_head",
+        "n_inner",
+        "ffn_dim",
+        "word_embed_proj_dim",
+        "d_model",
+        "d_ff",
+        "num_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "embed_dim",
+        "conv_dim",
+        "projection_dim",
+        "time_step_rank",
+        "hidden_sizes",
+        "pooler_hidden_size",
+    }
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One class of transformers with a small config; `rebuilds` is off where no config is a truth."""
+    """One class of transformers with a small config; `rebuilds` is off where that is no truth."""
 
     name: str
     model: str

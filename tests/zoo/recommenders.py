@@ -105,7 +105,7 @@ class ComplexLru(nn.Module):
 
 
 class LruRec(nn.Module):
-    """Sequential recommender over LRU blocks; scores are products with the item table plus a bias."""
+    """Sequential recommender over LRU blocks; scores use the item table and a bias."""
 
     def __init__(self, width: int, state: int, *, is_complex: bool) -> None:
         super().__init__()

@@ -13,11 +13,40 @@ from tests.zoo.registry import Built, Scale, entry
 
 FAMILY = "timm"
 WIDTHS = frozenset(
-    """embed_dim embed_dims num_heads dims dim growth_rate hidden_dim channels stem_chs widths
-    head_widths head_width base_dims heads hidden_sizes partial_dim base_dim inner_dim
-    num_heads_inner num_heads_outer init_channels feature_dim growth_rates num_init_features
-    stem_hidden_dim width_list head_hidden_size cardinality qk_dims group neck_chans
-    num_features""".split()
+    {
+        "embed_dim",
+        "embed_dims",
+        "num_heads",
+        "dims",
+        "dim",
+        "growth_rate",
+        "hidden_dim",
+        "channels",
+        "stem_chs",
+        "widths",
+        "head_widths",
+        "head_width",
+        "base_dims",
+        "heads",
+        "hidden_sizes",
+        "partial_dim",
+        "base_dim",
+        "inner_dim",
+        "num_heads_inner",
+        "num_heads_outer",
+        "init_channels",
+        "feature_dim",
+        "growth_rates",
+        "num_init_features",
+        "stem_hidden_dim",
+        "width_list",
+        "head_hidden_size",
+        "cardinality",
+        "qk_dims",
+        "group",
+        "neck_chans",
+        "num_features",
+    }
 )
 
 
