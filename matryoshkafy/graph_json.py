@@ -26,13 +26,12 @@ from torch.fx import Graph, Node
 from matryoshkafy.json_values import (
     MAX_DEPTH,
     MAX_TEXT,
-    JsonError,
     Values,
     is_name,
-    shown,
     torch_constant,
     write_constant,
 )
+from matryoshkafy.safe_json import JsonError, shown
 from matryoshkafy.spec_json import spec_from_json as spec_from_json
 from matryoshkafy.spec_json import spec_to_json as spec_to_json
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import keyword
 import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,38 +13,13 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.safe_json import JsonError, shown
 
 MAX_DEPTH = 32
 MAX_TEXT = 16_384
-MAX_JSON_BYTES = 256 * 2**20
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,511}")
 
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 80
-
 Walk = Callable[[Any], Any]
-
-
-class JsonError(MatryoshkafyError):
-    """A value that cannot be written as JSON, or JSON that is not what it should be."""
-
-
-def parse_json(text: bytes, what: str) -> Any:
-    """Return the value of a JSON text out of a file that nobody vouches for.
-
-    what: how an error calls the file. Raises JsonError for a text that is too long or nested too
-    deeply, is no UTF-8 or no JSON, repeats a key, or has NaN or Infinity, which JSON lacks.
-    """
-    if len(text) > MAX_JSON_BYTES:
-        raise JsonError(f"{what} has {len(text)} bytes of JSON, at most {MAX_JSON_BYTES} expected.")
-    try:
-        decoded = text.decode("utf-8")
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_constant)
-    except RecursionError:
-        raise JsonError(f"{what} is JSON nested too deeply; it is damaged or hostile.") from None
-    except ValueError as error:
-        raise JsonError(f"{what} is no sound JSON: {str(error)[:120]}. It is damaged.") from None
 
 
 def is_name(name: object) -> bool:
@@ -56,12 +29,6 @@ def is_name(name: object) -> bool:
         and IDENTIFIER.fullmatch(name) is not None
         and not keyword.iskeyword(name)
     )
-
-
-def shown(value: object) -> str:
-    """Return a value for an error message, cut to one short line."""
-    text = SHORT.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def torch_constant(kind: type) -> Callable[[Any, Walk], Any]:
@@ -213,14 +180,3 @@ CODECS = (
     Codec("ellipsis", type(...), lambda v, walk: True, lambda t, walk: ...),
 )
 BY_TAG = {codec.tag: codec for codec in CODECS}
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    read = dict(pairs)
-    if len(read) != len(pairs):
-        raise ValueError("an object repeats a key")
-    return read
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

@@ -14,7 +14,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
-from matryoshkafy.json_values import MAX_DEPTH, JsonError, Values, is_name, shown
+from matryoshkafy.json_values import MAX_DEPTH, Values, is_name
+from matryoshkafy.safe_json import JsonError, shown
 
 PLACE = "the structure of the inputs or outputs"
 # The modules that define output classes; importing no other keeps a file from choosing what runs.

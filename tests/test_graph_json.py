@@ -27,7 +27,7 @@ from matryoshkafy.graph_json import (
     spec_from_json,
     spec_to_json,
 )
-from matryoshkafy.json_values import JsonError, parse_json
+from matryoshkafy.safe_json import JsonError, parse_json
 
 Point = namedtuple("Point", ["x", "y"])
 
