@@ -72,3 +72,43 @@ def normal(*shape: int) -> torch.Tensor:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def bands(batch: int = 2) -> dict[str, Any]:
+    """Gives a spectrogram of shape (batch, 24 frames, 16 bands) as `input_values`."""
+    return {"input_values": normal(batch, 24, 16)}
+
+
+def features(batch: int = 2) -> dict[str, Any]:
+    """Gives `input_features` of shape (batch, 24 frames, 10 bands)."""
+    return {"input_features": normal(batch, 24, 10)}
+
+
+def series(batch: int = 2) -> dict[str, Any]:
+    """Gives `past_values` of shape (batch, 24 steps, 5 channels)."""
+    return {"past_values": normal(batch, 24, 5)}
+
+
+def boxes() -> dict[str, Any]:
+    """Gives tokens with a bounding box each, in coordinates up to 100."""
+    corner = torch.randint(0, 50, (BATCH, LENGTH, 2), generator=_generator())
+    return text(mask=True) | {"bbox": torch.cat([corner, corner + 9], -1)}
+
+
+def video(batch: int = 2) -> dict[str, Any]:
+    """Gives `pixel_values` of shape (batch, 4 frames, 3, 32, 32)."""
+    return {"pixel_values": normal(batch, 4, 3, 32, 32)}
+
+
+def trajectory() -> dict[str, Any]:
+    """Gives states of 11 values, actions of 3, rewards, returns and steps."""
+    steps = torch.arange(LENGTH).expand(BATCH, -1)
+    scalars = normal(BATCH, LENGTH, 1)
+    return {
+        "states": normal(BATCH, LENGTH, 11),
+        "actions": normal(BATCH, LENGTH, 3),
+        "rewards": scalars,
+        "returns_to_go": scalars,
+        "timesteps": steps,
+        "attention_mask": padded(),
+    }

@@ -64,7 +64,7 @@ def custom(scale: Scale) -> Built:
 
 @entry("open_clip_custom_block", FAMILY)
 def custom_block(scale: Scale) -> Built:
-    """CLIP with custom residual blocks: query-key norms and norms inside the attention and feed-forward."""
+    """CLIP with custom residual blocks: norms inside attention and feed-forward."""
     extra = {"block_type": "custom", "qk_norm": True, "scale_attn": True, "scale_fc": True}
     text = _text(scale, block_type="custom", qk_norm=True, scale_attn_inner=True)
     return _clip("CLIP", scale, _vision(scale, **extra), text)

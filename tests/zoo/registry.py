@@ -22,6 +22,7 @@ Maker = Callable[["Scale"], Built]
 
 LIBRARIES = (
     "hf",
+    "hf_wide",
     "timm_models",
     "torchvision_models",
     "open_clip_models",

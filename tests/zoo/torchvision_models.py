@@ -1,4 +1,4 @@
-"""torchvision: the smallest variants at reduced resolution, and classes built from small configs."""
+"""torchvision: the smallest variants at reduced resolution, and classes with small configs."""
 
 from __future__ import annotations
 
