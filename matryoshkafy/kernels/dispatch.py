@@ -13,7 +13,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def is_plain(x: Tensor) -> bool:
     """Whether x is an ordinary tensor and nothing (tracer, mode, transform) watches the calls."""
     return (
-        type(x) in PLAIN
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

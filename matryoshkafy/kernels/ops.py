@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels import convolution, linear as triangular, norms, reductions
+from matryoshkafy.kernels import convolution, cross_entropy, norms, reductions
+from matryoshkafy.kernels import linear as triangular
 from matryoshkafy.kernels.convolution import Geometry
+from matryoshkafy.kernels.cross_entropy import Gradients, Options, Problem
 from matryoshkafy.kernels.dispatch import DoubleBackward, is_plain
 from matryoshkafy.kernels.levels import bands_of, check_runs, kept
 from matryoshkafy.kernels.linear import rows
@@ -32,6 +34,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 CONV = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
 RUNS = "int[] out_runs, int[] in_runs"
 NORM = "float eps, int[] runs, bool prefix"
+PROBLEM = "Tensor hidden, Tensor table, Tensor? bias, Tensor target"
+OPTIONS = "int[] widths, float[] weights, int ignore_index, float smoothing"
 
 SCHEMAS = (
     f"linear(Tensor x, Tensor weight, Tensor? bias, {RUNS}) -> Tensor",
@@ -49,6 +53,10 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int[] runs,"
     " bool prefix, bool centred) -> (Tensor, Tensor, Tensor)",
+    f"nested_cross_entropy({PROBLEM}, {OPTIONS}, str reduction, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"nested_cross_entropy_grads({PROBLEM}, {OPTIONS}, Tensor scale, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
     "level_reduce(Tensor x, int[] dims, int dim, int[] runs, str kind, bool prefix) -> Tensor",
 )
 
@@ -331,6 +339,86 @@ def group_norm(x: Tensor, weight, bias, eps: float, runs: list[int], prefix: boo
     return y.view(x.shape)
 
 
+def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, empty where not needed: an operator returns tensors only."""
+    none = like.new_empty(0)
+    hidden, table, bias = grads.hidden, grads.table, grads.bias
+    return (
+        none if hidden is None else hidden,
+        none.clone() if table is None else table,
+        none.clone() if bias is None else bias,
+    )
+
+
+def options_of(widths, weights, ignore_index: int, smoothing: float) -> Options:
+    return Options(tuple(widths), tuple(weights), ignore_index, smoothing)
+
+
+def nested_cross_entropy(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *settings, reduction, needs = args
+    options, problem = options_of(*settings), Problem(hidden, table, bias, target)
+    scale = cross_entropy.row_scale(target, options.ignore_index, mean=reduction == "mean")
+    losses, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
+    total = cross_entropy.weighted(losses, options)
+    total = total if reduction == "none" else total.sum() * scale
+    return total, losses, *optional(grads, hidden)
+
+
+def nested_cross_entropy_shape(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    widths, _, _, _, reduction, needs = args
+    dtype = norms.accumulation_dtype(hidden.dtype)
+    total = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    losses = hidden.new_empty(len(widths), target.shape[0], dtype=dtype)
+    return total, losses, *grads_shape(hidden, table, bias, needs)
+
+
+def grads_shape(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t) if need and t is not None else hidden.new_empty(0)
+        for t, need in zip((hidden, table, bias), needs, strict=True)
+    )
+
+
+def nested_cross_entropy_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, table, bias, target, *settings, ctx.reduction, ctx.needs = inputs
+    ctx.settings = settings
+    ctx.mark_non_differentiable(*output[1:])
+    later = (hidden, table, bias, target) if ctx.reduction == "none" else output[2:]
+    ctx.save_for_backward(*later)
+
+
+def nested_cross_entropy_backward(ctx: Any, slope: Tensor, *_: Any) -> tuple:
+    grads, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    if ctx.reduction == "none":
+        op = torch.ops.matryoshkafy.nested_cross_entropy_grads
+        grads = op(*grads, *ctx.settings, slope, list(needs))
+    else:
+        grads = [grad * slope.to(grad.dtype) for grad in grads]
+    shown = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return *shown, None, None, None, None, None, None, None
+
+
+def nested_cross_entropy_grads(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *settings, scale, needs = args
+    problem, options = Problem(hidden, table, bias, target), options_of(*settings)
+    _, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
+    return optional(grads, hidden)
+
+
+def nested_cross_entropy_grads_shape(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return grads_shape(hidden, table, bias, args[-1])
+
+
 def level_reduce(
     x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
 ) -> Tensor:
@@ -350,6 +438,10 @@ define("conv_grad_weight", conv_grad_weight, conv_grad_weight_shape)
 define("mask", mask, mask_shape)
 define("norm", norm, norm_shape)
 define("norm_backward", norm_backward, norm_backward_shape)
+define("nested_cross_entropy", nested_cross_entropy, nested_cross_entropy_shape)
+define(
+    "nested_cross_entropy_grads", nested_cross_entropy_grads, nested_cross_entropy_grads_shape
+)
 
 # Compositions of other operators: autograd, autocast and shapes come from their parts.
 LIBRARY.impl("linear", linear, "CompositeImplicitAutograd")
@@ -363,6 +455,7 @@ for name, setup, backward in (
     ("conv", conv_setup, conv_backward),
     ("mask", mask_setup, mask_backward),
     ("norm", norm_setup, norm_autograd),
+    ("nested_cross_entropy", nested_cross_entropy_setup, nested_cross_entropy_backward),
 ):
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=LIBRARY
@@ -374,6 +467,7 @@ for name in (
     "conv_grad_input",
     "conv_grad_weight",
     "norm_backward",
+    "nested_cross_entropy_grads",
 ):
     refuse_double_backward(name)
 

@@ -1,0 +1,395 @@
+"""Cross entropy at all sizes for the price of one, with its gradient, in bounded memory.
+
+With E the table and blocks of D between the sizes, logits_j = logits_{j-1} + x[:, block j] E[:, block j]^T,
+so the logits of all sizes cost one full-size product. A unit of block j enters every size i >= j, so
+the gradients of x[:, block j] and E[:, block j] need only the suffix sum over i >= j of
+w_i (softmax(logits_i) - onehot): again one full-size product each. They are computed in the forward,
+over chunks of rows (and tiles of classes, where one row is too long), so that nothing of
+sizes x rows x classes is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshkafy.kernels.dispatch import DoubleBackward
+from matryoshkafy.kernels.norms import accumulation_dtype
+from matryoshkafy.kernels.tiling import Range, span_of
+
+# Bytes of working memory; a GPU needs longer chunks to be busy.
+BUDGET = {"cpu": 56_000_000, "cuda": 512_000_000}
+# Below so many rows a chunk's products are memory-bound: tile the classes and do the logits twice.
+FEWEST_ROWS = 24
+TILED_ROWS = 384
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Options:
+    """Widths ascend; weights belong to them; smoothing is that of F.cross_entropy."""
+
+    widths: tuple[int, ...]
+    weights: tuple[float, ...]
+    ignore_index: int
+    smoothing: float
+
+    @property
+    def blocks(self) -> list[Range]:
+        """What each size adds to the one before."""
+        return list(zip((0, *self.widths), self.widths, strict=False))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of hidden [N, D], table [V, D] and bias [V]; None where not needed."""
+
+    hidden: Tensor | None
+    table: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def needed(self) -> bool:
+        """Whether any is needed."""
+        return any(grad is not None for grad in (self.hidden, self.table, self.bias))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """hidden [N, D], table [V, D], bias [V] or None, target [N]."""
+
+    hidden: Tensor
+    table: Tensor
+    bias: Tensor | None
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows: x [R, D], their targets [R], the scale of their losses, and the scratch."""
+
+    x: Tensor
+    target: Tensor
+    scale: float | Tensor
+    logits: Tensor
+    slots: list[Tensor]
+
+    @property
+    def column_scale(self) -> float | Tensor:
+        """The scale, as what a [R, ...] tensor is multiplied with."""
+        return self.scale[:, None] if isinstance(self.scale, Tensor) else self.scale
+
+
+def evaluate(
+    problem: Problem,
+    options: Options,
+    *,
+    scale: float | Tensor = 1.0,
+    needs: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Tensor, Gradients]:
+    """Losses [sizes, N] (0 where ignored) and the gradients of sum(weights * losses * scale).
+
+    scale is a number or one number per row [N].
+    """
+    dtype = accumulation_dtype(problem.hidden.dtype)
+    grads = allocate(problem, needs, dtype)
+    real = torch.nonzero(problem.target != options.ignore_index).squeeze(1)
+    losses = problem.hidden.new_zeros(len(options.widths), len(problem.target), dtype=dtype)
+    tiles, rows = layout(problem, options, len(real), needed=grads.needed)
+    scratch = allocate_scratch(problem, options, rows, tiles, needed=grads.needed)
+    for index in real.split(rows) if len(real) else ():
+        chunk = take(problem, index, scale, scratch)
+        part, dx = one_chunk(chunk, problem, options, tiles=tiles, grads=grads)
+        losses[:, index] = part
+        if grads.hidden is not None:
+            grads.hidden.index_copy_(0, index, dx.to(grads.hidden.dtype))
+    return losses, cast_back(grads, problem)
+
+
+def allocate(problem: Problem, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> Gradients:
+    """Zeros for the gradients that are needed; sums over rows are kept in dtype."""
+    hidden = torch.zeros_like(problem.hidden) if needs[0] else None
+    table = torch.zeros_like(problem.table, dtype=dtype) if needs[1] else None
+    bias = problem.table.new_zeros(len(problem.table), dtype=dtype) if needs[2] else None
+    return Gradients(hidden, table, bias)
+
+
+def cast_back(grads: Gradients, problem: Problem) -> Gradients:
+    """The gradients in the dtypes of what they belong to."""
+    table = None if grads.table is None else grads.table.to(problem.table.dtype)
+    bias = None if grads.bias is None or problem.bias is None else grads.bias.to(problem.bias.dtype)
+    return Gradients(grads.hidden, table, bias)
+
+
+def layout(
+    problem: Problem, options: Options, rows: int, *, needed: bool
+) -> tuple[list[Range], int]:
+    """The tiles of classes and the rows of a chunk that keep the scratch within the budget."""
+    classes = len(problem.table)
+    slots = 1 + (len(options.widths) if needed else 1)
+    size = accumulation_dtype(problem.hidden.dtype).itemsize
+    cells = BUDGET.get(problem.hidden.device.type, BUDGET["cpu"]) // (slots * size)
+    if cells // max(classes, 1) >= min(FEWEST_ROWS, rows):
+        most = max(cells // max(classes, 1), 1)
+        return [(0, classes)], even(rows, most)
+    height = even(rows, TILED_ROWS)
+    width = max(cells // height, 1)
+    return [(lo, min(lo + width, classes)) for lo in range(0, classes, width)], height
+
+
+def even(total: int, most: int) -> int:
+    """The length of the fewest equal parts of at most `most`."""
+    parts = max(-(-total // most), 1)
+    return max(-(-total // parts), 1)
+
+
+def allocate_scratch(
+    problem: Problem, options: Options, rows: int, tiles: list[Range], *, needed: bool
+) -> list[Tensor]:
+    """The running logits and one slot per size (a single one without gradients)."""
+    width = max(hi - lo for lo, hi in tiles)
+    dtype = accumulation_dtype(problem.hidden.dtype)
+    count = 1 + (len(options.widths) if needed else 1)
+    return [problem.hidden.new_empty(rows, width, dtype=dtype) for _ in range(count)]
+
+
+def take(
+    problem: Problem, index: Tensor, scale: float | Tensor, scratch: list[Tensor]
+) -> Chunk:
+    """The rows of the index."""
+    logits, *slots = [part[: len(index)] for part in scratch]
+    return Chunk(
+        x=problem.hidden.index_select(0, index),
+        target=problem.target.index_select(0, index),
+        scale=scale.index_select(0, index) if isinstance(scale, Tensor) else scale,
+        logits=logits,
+        slots=slots,
+    )
+
+
+def one_chunk(
+    chunk: Chunk, problem: Problem, options: Options, *, tiles: list[Range], grads: Gradients
+) -> tuple[Tensor, Tensor]:
+    """Losses [sizes, R] and dx [R, D] of a chunk; the table's gradients are added to grads."""
+    dx = torch.zeros_like(chunk.x, dtype=chunk.logits.dtype)
+    scale = chunk.column_scale
+    if len(tiles) == 1:
+        losses = whole_rows(chunk, problem, options)
+        if grads.needed:
+            add_gradients(chunk, problem, options, tile=tiles[0], grads=grads, dx=dx)
+        return losses, dx.mul_(scale)
+    norms, losses = two_sweeps(chunk, problem, options, tiles)
+    for tile in tiles if grads.needed else ():
+        view = narrowed(chunk, tile)
+        for j, logits in enumerate(running_logits(view, problem, options, tile)):
+            torch.exp(torch.sub(logits, norms[j][:, None], out=view.slots[j]), out=view.slots[j])
+        add_gradients(view, problem, options, tile=tile, grads=grads, dx=dx)
+    return losses, dx.mul_(scale)
+
+
+def narrowed(chunk: Chunk, tile: Range) -> Chunk:
+    """The chunk with scratch as wide as the tile."""
+    width = tile[1] - tile[0]
+    slots = [slot[:, :width] for slot in chunk.slots]
+    return Chunk(chunk.x, chunk.target, chunk.scale, chunk.logits[:, :width], slots)
+
+
+def running_logits(
+    chunk: Chunk, problem: Problem, options: Options, tile: Range
+) -> Iterator[Tensor]:
+    """The logits [R, tile] of each size in turn, in one buffer."""
+    logits, table = chunk.logits, span_of(problem.table, 0, tile)
+    logits.zero_() if problem.bias is None else logits.copy_(span_of(problem.bias, 0, tile))
+    for block in options.blocks:
+        accumulate(logits, span_of(chunk.x, 1, block), span_of(table, 1, block).t())
+        yield logits
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, in the dtype of a and b; out may be wider."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(a @ b)
+
+
+def whole_rows(chunk: Chunk, problem: Problem, options: Options) -> Tensor:
+    """Losses [sizes, R]; leaves the probabilities of size j in slot j."""
+    losses, classes = [], (0, len(problem.table))
+    for j, logits in enumerate(running_logits(chunk, problem, options, classes)):
+        probabilities = chunk.slots[j % len(chunk.slots)]
+        torch.softmax(logits, -1, out=probabilities)
+        picked = logits.gather(1, chunk.target[:, None]).squeeze(1)
+        norm = normalizer(logits, probabilities, picked, chunk.target)
+        losses.append(smoothed(norm, picked, logits.sum(1), options, len(problem.table)))
+    return torch.stack(losses)
+
+
+def normalizer(logits: Tensor, probabilities: Tensor, picked: Tensor, target: Tensor) -> Tensor:
+    """logsumexp of each row, from the softmax that is at hand unless the target's underflows."""
+    chance = probabilities.gather(1, target[:, None]).squeeze(1)
+    norm = picked - chance.log()
+    small = chance < TINY
+    if bool(small.any()):
+        norm = torch.where(small, logits.logsumexp(1), norm)
+    return norm
+
+
+def smoothed(
+    norm: Tensor, picked: Tensor, total: Tensor, options: Options, classes: int
+) -> Tensor:
+    """The loss from logsumexp, the target's logit and the sum of logits."""
+    if not options.smoothing:
+        return norm - picked
+    return norm - (1 - options.smoothing) * picked - options.smoothing * total / classes
+
+
+def two_sweeps(
+    chunk: Chunk, problem: Problem, options: Options, tiles: list[Range]
+) -> tuple[list[Tensor], Tensor]:
+    """logsumexp of each size and losses [sizes, R], tile by tile."""
+    shape = (len(options.widths), len(chunk.x))
+    norms = chunk.logits.new_full(shape, -torch.inf)
+    picked, totals = chunk.logits.new_zeros(shape), chunk.logits.new_zeros(shape)
+    for tile in tiles:
+        column, inside = located(chunk.target, tile)
+        for j, logits in enumerate(running_logits(narrowed(chunk, tile), problem, options, tile)):
+            norms[j] = torch.logaddexp(norms[j], logits.logsumexp(1))
+            picked[j] += torch.where(inside, logits.gather(1, column).squeeze(1), 0)
+            totals[j] += logits.sum(1)
+    parts = zip(norms, picked, totals, strict=True)
+    losses = [smoothed(*part, options, len(problem.table)) for part in parts]
+    return list(norms), torch.stack(losses)
+
+
+def located(target: Tensor, tile: Range) -> tuple[Tensor, Tensor]:
+    """The column [R, 1] of each target in a tile (any, if outside), and whether it is inside."""
+    inside = (target >= tile[0]) & (target < tile[1])
+    return (target - tile[0]).clamp(0, tile[1] - tile[0] - 1)[:, None], inside
+
+
+def add_gradients(
+    chunk: Chunk, problem: Problem, options: Options, *, tile: Range, grads: Gradients, dx: Tensor
+) -> None:
+    """Turns the slots into suffix sums of dlogits and multiplies them out."""
+    table = span_of(problem.table, 0, tile)
+    scale = chunk.column_scale
+    dtable = None if grads.table is None else span_of(grads.table, 0, tile)
+    scaled = (chunk.x * scale).to(chunk.x.dtype)
+    for block, slope in suffixes(chunk, options, tile, len(problem.table)):
+        slope = slope.to(chunk.x.dtype)
+        if dtable is not None:
+            accumulate(span_of(dtable, 1, block), slope.t(), span_of(scaled, 1, block))
+        if grads.hidden is not None:
+            accumulate(span_of(dx, 1, block), slope, span_of(table, 1, block))
+    if grads.bias is not None:
+        span_of(grads.bias, 0, tile).add_((chunk.slots[0] * scale).sum(0))
+
+
+def suffixes(
+    chunk: Chunk, options: Options, tile: Range, classes: int
+) -> Iterator[tuple[Range, Tensor]]:
+    """Each block, the last first, with the sum over its and all larger sizes of w dlogits [R, tile].
+
+    The slots hold probabilities and are overwritten.
+    """
+    column, inside = located(chunk.target, tile)
+    hit = inside[:, None].to(chunk.logits.dtype) * (options.smoothing - 1)
+    above = None
+    steps = zip(options.blocks, options.weights, chunk.slots, strict=True)
+    for block, weight, slot in reversed(list(steps)):
+        if above is None:
+            slot.mul_(weight)
+        else:
+            torch.add(above, slot, alpha=weight, out=slot)
+        slot.scatter_add_(1, column, hit * weight)
+        if options.smoothing:
+            slot.sub_(weight * options.smoothing / classes)
+        above = slot
+        yield block, slot
+
+
+def weighted(losses: Tensor, options: Options) -> Tensor:
+    """The losses [sizes, N] of a row added up by weight, [N]."""
+    return (losses * losses.new_tensor(options.weights)[:, None]).sum(0)
+
+
+def row_scale(target: Tensor, ignore_index: int, *, mean: bool) -> float:
+    """1, or 1 / the number of real rows (nan if there are none, as torch has it)."""
+    if not mean:
+        return 1.0
+    real = int((target != ignore_index).sum())
+    return 1 / real if real else float("nan")
+
+
+class NestedCrossEntropy(torch.autograd.Function):
+    """The sum (or the mean over real rows) of the weighted losses, and the losses [sizes, N].
+
+    The losses carry no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, options: Options, mean: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scale = row_scale(problem.target, options.ignore_index, mean=mean)
+        needs = ctx.needs_input_grad[3:]
+        losses, grads = evaluate(problem, options, scale=scale, needs=needs)
+        ctx.save_for_backward(grads.hidden, grads.table, grads.bias)
+        ctx.mark_non_differentiable(losses)
+        return weighted(losses, options).sum() * scale, losses
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise DoubleBackward("nested_cross_entropy")
+        spend = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [times(grad, slope, spend=spend) for grad in ctx.saved_tensors]
+        return None, None, None, *grads
+
+
+def times(grad: Tensor | None, slope: Tensor, *, spend: bool) -> Tensor | None:
+    """grad * slope, in place where no later backward needs the stored gradient."""
+    if grad is None:
+        return None
+    slope = slope.to(grad.dtype)
+    return grad.mul_(slope) if spend else grad * slope
+
+
+class RowCrossEntropy(torch.autograd.Function):
+    """The weighted loss of each row [N], and the losses [sizes, N], which carry no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, options: Options, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        losses, _ = evaluate(problem, options)
+        ctx.options = options
+        ctx.save_for_backward(problem.target, *tensors)
+        ctx.mark_non_differentiable(losses)
+        return weighted(losses, options), losses
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise DoubleBackward("nested_cross_entropy")
+        target, hidden, table, bias = ctx.saved_tensors
+        problem = Problem(hidden, table, bias, target)
+        needs = ctx.needs_input_grad[2:]
+        _, grads = evaluate(problem, ctx.options, scale=slope, needs=needs)
+        return None, None, grads.hidden, grads.table, grads.bias
+
+
+def apply(problem: Problem, options: Options, *, reduction: str) -> tuple[Tensor, Tensor]:
+    """The reduced weighted loss and the losses [sizes, N], for eager mode."""
+    tensors = (problem.hidden, problem.table, problem.bias)
+    if not torch.is_grad_enabled():
+        # needs_input_grad does not look at the grad mode
+        tensors = tuple(None if t is None else t.detach() for t in tensors)
+    if reduction == "none":
+        return RowCrossEntropy.apply(problem, options, *tensors)
+    return NestedCrossEntropy.apply(problem, options, reduction == "mean", *tensors)

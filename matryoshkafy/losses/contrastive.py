@@ -1,0 +1,16 @@
+"""A contrastive criterion to put into MatryoshkaLoss(..., normalize=True)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(anchor: Tensor, positive: Tensor, temperature: float = 0.05) -> Tensor:
+    """The cross entropy of each anchor [B, d] with its positive [B, d] against all positives.
+
+    Oord et al. 2018; use functools.partial to set the temperature.
+    """
+    scores = anchor @ positive.t() / temperature
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

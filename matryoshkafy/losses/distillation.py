@@ -1,0 +1,123 @@
+"""In-place distillation: the smaller sizes learn from the largest, which does not learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from matryoshkafy.kernels.cross_entropy import BUDGET
+from matryoshkafy.losses.fused import LossError
+from matryoshkafy.losses.readout import Readout
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much, at which temperature, and by which divergence the largest size teaches the others.
+
+    kind "kl": temperature**2 KL(teacher || student) of softmax(outputs / temperature), mean over
+    rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "similarity": mean squared
+    difference of the cosine similarities between the rows of a batch, for embeddings, whose widths
+    differ (Park et al. 2019).
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    kind: str = "kl"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.temperature <= 0:
+            raise LossError(
+                f"Distillation(temperature={self.temperature}, kind={self.kind!r}): the temperature "
+                f"is positive and the kind one of {', '.join(KINDS)}"
+            )
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Per row [N]."""
+    log_p = torch.log_softmax(student / temperature, -1)
+    log_q = torch.log_softmax(teacher / temperature, -1)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def mse(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Per row [N]."""
+    return (student - teacher).square().mean(-1)
+
+
+def similarity(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Per row [N]."""
+    ours, theirs = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    return (ours @ ours.t() - theirs @ theirs.t()).square().mean(-1)
+
+
+KINDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "kl": kl,
+    "mse": mse,
+    "similarity": similarity,
+}
+
+
+def check_shapes(outputs: Mapping[int, Tensor], kind: str) -> None:
+    """Raises LossError if the kind compares outputs of different shapes."""
+    shapes = {tuple(out.shape) for out in outputs.values()}
+    if kind != "similarity" and len(shapes) > 1:
+        raise LossError(
+            f"distillation {kind!r} compares outputs of one shape, but these are {sorted(shapes)}; "
+            "use Distillation(kind='similarity') for embeddings"
+        )
+
+
+def divergences(
+    outputs: Mapping[int, Tensor], config: Distillation, real: Tensor | None
+) -> dict[int, Tensor]:
+    """The divergence of each size but the largest, mean over the real rows (all if None)."""
+    check_shapes(outputs, config.kind)
+    flat = {
+        size: out.reshape(-1, out.shape[-1]) if real is None else out[real]
+        for size, out in outputs.items()
+    }
+    largest = max(flat)
+    teacher = flat.pop(largest).detach()
+    divergence = KINDS[config.kind]
+    return {m: divergence(out, teacher, config.temperature).mean() for m, out in flat.items()}
+
+
+def readout_divergences(
+    readout: Readout, sizes: Sequence[int], config: Distillation, real: Tensor | None
+) -> dict[int, Tensor]:
+    """The same from a readout: the logits are made in chunks of rows, again in the backward."""
+    hidden = readout.scaled
+    hidden = hidden.reshape(-1, hidden.shape[-1]) if real is None else hidden[real]
+    widths = [readout.widths[size] for size in sorted(sizes)]
+    cells = BUDGET["cpu"] // (4 * max(len(readout.table), 1) * 3 * len(widths))
+    fixed = (readout.table, readout.bias, widths, config)
+    sums = [
+        checkpoint(chunk_sums, part, *fixed, use_reentrant=False, preserve_rng_state=False)
+        for part in hidden.split(max(cells, 16))
+    ]
+    means = torch.stack(sums).sum(0) / len(hidden)
+    return dict(zip(sorted(sizes)[:-1], means, strict=True))
+
+
+def chunk_sums(
+    hidden: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    widths: Sequence[int],
+    config: Distillation,
+) -> Tensor:
+    """The summed divergence of each width but the last, for some rows."""
+    divergence, logits, sums, done = KINDS[config.kind], bias, [], 0
+    fixed = None if bias is None else bias.detach()
+    last = widths[-1]
+    teacher = F.linear(hidden.detach()[:, :last], table.detach()[:, :last], fixed)
+    for width in widths[:-1]:
+        step = hidden[:, done:width] @ table[:, done:width].t()
+        logits, done = step if logits is None else logits + step, width
+        sums.append(divergence(logits, teacher, config.temperature).sum())
+    return torch.stack(sums)

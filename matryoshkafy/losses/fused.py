@@ -1,0 +1,126 @@
+"""nested_cross_entropy: the cross entropies of all sizes in one pass over the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import matryoshkafy.kernels.ops  # registers the operators
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.kernels import cross_entropy
+from matryoshkafy.kernels.cross_entropy import Options, Problem
+from matryoshkafy.kernels.dispatch import is_plain
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossError(MatryoshkafyError):
+    """A loss was given sizes, weights or tensors that do not fit."""
+
+
+def nested_cross_entropy(
+    hidden: Tensor,
+    table: Tensor,
+    target: Tensor,
+    sizes: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_per_size: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Adds up the cross entropies of hidden[..., :m] @ table[:, :m].T + bias over the sizes m.
+
+    hidden [..., D], table [V, D], target [...] of class indices, bias [V]; sizes in any order, their
+    weights (default 1) in the same order. "mean" is over the targets that are not ignore_index, and
+    nan if there are none, as in torch; "none" gives [...]. With return_per_size also the unweighted
+    loss of each size, in the order of `sizes`: [len(sizes)] (or [len(sizes), ...] for "none"),
+    detached. Gradients are computed in the forward; there is no double backward. Under autocast
+    the products run in its dtype and the sums in float32. Raises LossError.
+    """
+    check(hidden, table, target, sizes, weights=weights, reduction=reduction)
+    flat = target.reshape(-1)
+    hidden, table = autocast(hidden.reshape(-1, hidden.shape[-1])), autocast(table)
+    ordered = options_of(sizes, weights, ignore_index, label_smoothing)
+    problem = Problem(hidden, table, None if bias is None else bias.to(table.dtype), flat)
+    total, losses = run(problem, ordered, reduction)
+    total = total.view(target.shape) if reduction == "none" else total
+    if not return_per_size:
+        return total
+    ranks = [ordered.widths.index(size) for size in sizes]
+    return total, reduced(losses[ranks], flat != ignore_index, target.shape, reduction)
+
+
+def check(
+    hidden: Tensor,
+    table: Tensor,
+    target: Tensor,
+    sizes: Sequence[int],
+    *,
+    weights: Sequence[float] | None,
+    reduction: str,
+) -> None:
+    """Raises LossError with what was given and what was expected."""
+    width = hidden.shape[-1]
+    rows = (
+        (table.shape[1:] == (width,), f"table {list(table.shape)} should be [V, {width}]"),
+        (
+            target.shape == hidden.shape[:-1] and not target.is_floating_point(),
+            f"target {list(target.shape)} {target.dtype} should be class indices "
+            f"{list(hidden.shape[:-1])}; give probabilities to torch's cross_entropy, size by size",
+        ),
+        (
+            len(sizes) > 0 and len(set(sizes)) == len(sizes) and 0 < min(sizes)
+            and max(sizes) <= width,
+            f"sizes {list(sizes)} should be distinct and within 1..{width}",
+        ),
+        (
+            weights is None or len(weights) == len(sizes),
+            f"weights {weights} should be one per size of {list(sizes)}",
+        ),
+        (reduction in REDUCTIONS, f"reduction {reduction!r} should be one of {REDUCTIONS}"),
+    )
+    for holds, message in rows:
+        if not holds:
+            raise LossError(f"nested_cross_entropy: {message}")
+
+
+def options_of(
+    sizes: Sequence[int], weights: Sequence[float] | None, ignore_index: int, smoothing: float
+) -> Options:
+    """The sizes ascending, each with its weight."""
+    pairs = sorted(zip(sizes, weights or [1.0] * len(sizes), strict=True))
+    widths, ordered = zip(*pairs, strict=True)
+    return Options(tuple(widths), tuple(float(w) for w in ordered), ignore_index, smoothing)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast would give a matmul's operand."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def run(problem: Problem, options: Options, reduction: str) -> tuple[Tensor, Tensor]:
+    """The total and the losses [sizes, N]: directly in eager mode, as one operator while tracing."""
+    if is_plain(problem.hidden):
+        return cross_entropy.apply(problem, options, reduction=reduction)
+    tensors = (problem.hidden, problem.table, problem.bias)
+    grad = torch.is_grad_enabled() and reduction != "none"
+    needs = [grad and t is not None and t.requires_grad for t in tensors]
+    settings = (options.widths, options.weights, options.ignore_index, options.smoothing)
+    op = torch.ops.matryoshkafy.nested_cross_entropy
+    return op(*tensors, problem.target, *settings, reduction, needs)[:2]
+
+
+def reduced(losses: Tensor, real: Tensor, shape: Sequence[int], reduction: str) -> Tensor:
+    """Losses [sizes, N] reduced over the real rows."""
+    if reduction == "none":
+        return losses.view(-1, *shape)
+    total = losses.sum(1)
+    return total / real.sum() if reduction == "mean" else total

@@ -1,0 +1,252 @@
+"""MatryoshkaLoss: any criterion, at every size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matryoshkafy.losses.distillation import Distillation, divergences, readout_divergences
+from matryoshkafy.losses.fused import LossError, nested_cross_entropy
+from matryoshkafy.losses.readout import Readout
+
+Weights = Sequence[float] | Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class CrossEntropySettings:
+    """What nested_cross_entropy needs to know of a cross entropy criterion."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    weight: Tensor | None = None
+
+
+def settings_of(criterion: Callable[..., Any]) -> CrossEntropySettings | None:
+    """The settings of nn.CrossEntropyLoss, F.cross_entropy or a partial of it, else None."""
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        names = ("ignore_index", "label_smoothing", "reduction", "weight")
+        return CrossEntropySettings(**{name: getattr(criterion, name) for name in names})
+    if criterion is F.cross_entropy:
+        return CrossEntropySettings()
+    known = CrossEntropySettings.__dataclass_fields__
+    if isinstance(criterion, partial) and criterion.func is F.cross_entropy:
+        plain = not criterion.args and set(criterion.keywords) <= set(known)
+        return CrossEntropySettings(**criterion.keywords) if plain else None
+    return None
+
+
+class MatryoshkaLoss(nn.Module):
+    """Adds up a criterion over the sizes of `doll.outputs(...)`.
+
+    criterion(output, *targets) is called once per size. weights are the relative importances c_m
+    of MRL (default 1), in the order of `sizes` (ascending if sizes is None) or {size: weight}.
+    n_sizes_per_step = n takes, at each call, the largest, the smallest and n - 2 random sizes (the
+    sandwich rule); generator draws them, the global CPU generator by default: give all processes the same
+    seed. reduction "sum" adds the weighted losses, "mean" divides by the weights in use. distill adds
+    weight * divergence of each smaller size (times its own weight) from the detached largest one.
+    normalize L2-normalises outputs (and per-size targets) at each size, for criteria over embeddings.
+
+    A cross entropy criterion over outputs with a `readout` goes through nested_cross_entropy, which
+    never stores the logits. It also accepts class-last logits: output [B, T, V] with target [B, T], where
+    torch wants [B, V, T]; target.shape == output.shape[:-1] decides. Raises LossError.
+    """
+
+    def __init__(
+        self,
+        criterion: Callable[..., Tensor],
+        sizes: Sequence[int] | None = None,
+        weights: Weights | None = None,
+        n_sizes_per_step: int | None = None,
+        reduction: str = "sum",
+        *,
+        distill: Distillation | None = None,
+        normalize: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_arguments(sizes, weights, n_sizes_per_step, reduction)
+        self.criterion, self.sizes, self.weights = criterion, sizes, weights
+        self.n_sizes_per_step, self.reduction = n_sizes_per_step, reduction
+        self.distill, self.normalize, self.generator = distill, normalize, generator
+
+    def forward(
+        self, outputs: Mapping[int, Any], *targets: Any, return_per_size: bool = False
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """The loss, and with return_per_size also {size: unweighted loss}, detached.
+
+        outputs {size: output}; a target that is a mapping gives each size its own.
+        """
+        weights = self.drawn(self.weights_of(outputs))
+        total, per_size = self.evaluate(outputs, targets, weights)
+        if self.reduction == "mean":
+            total = total / sum(weights.values())
+        return (total, per_size) if return_per_size else total
+
+    def per_size(self, outputs: Mapping[int, Any], *targets: Any) -> dict[int, Tensor]:
+        """{size: criterion}, unweighted, without distillation, detached, for every size."""
+        with torch.no_grad():
+            weights = self.weights_of(outputs)
+            return self.criteria(outputs, targets, weights)[1]
+
+    def weights_of(self, outputs: Mapping[int, Any]) -> dict[int, float]:
+        """{size: weight}, ascending."""
+        sizes = sorted(outputs) if self.sizes is None else list(self.sizes)
+        missing = [size for size in sizes if size not in outputs]
+        if missing:
+            raise LossError(f"the outputs have sizes {sorted(outputs)}, but not {missing}")
+        weights = named_weights(sizes, self.weights)
+        return {size: weights[size] for size in sorted(sizes)}
+
+    def drawn(self, weights: dict[int, float]) -> dict[int, float]:
+        """The sizes of this step."""
+        n = self.n_sizes_per_step
+        if n is None or n >= len(weights):
+            return weights
+        smallest, *middle, largest = weights
+        order = torch.randperm(len(middle), generator=self.generator).tolist()
+        kept = sorted({smallest, largest, *[middle[i] for i in order[: n - 2]]})
+        return {size: weights[size] for size in kept}
+
+    def evaluate(
+        self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The weighted sum with distillation, and the criterion of each size."""
+        total, per_size = self.criteria(outputs, targets, weights)
+        if self.distill is not None and len(weights) > 1:
+            total = total + self.distill.weight * self.taught(outputs, targets, weights)
+        return total, per_size
+
+    def criteria(
+        self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The weighted sum of the criterion, and the criterion of each size, detached."""
+        settings, readout = settings_of(self.criterion), getattr(outputs, "readout", None)
+        if self.fuses(settings, readout, targets):
+            return fused(readout, targets[0], weights, settings)
+        losses = {size: self.at_size(size, outputs, targets, settings) for size in weights}
+        total = sum(weights[size] * loss for size, loss in losses.items())
+        return total, {size: loss.detach() for size, loss in losses.items()}
+
+    def fuses(
+        self, settings: CrossEntropySettings | None, readout: Readout | None, targets: tuple
+    ) -> bool:
+        """Whether nested_cross_entropy computes the same."""
+        return (
+            settings is not None
+            and settings.weight is None
+            and (type(self.criterion) is nn.CrossEntropyLoss or not isinstance(self.criterion, nn.Module))
+            and readout is not None
+            and not self.normalize
+            and len(targets) == 1
+            and class_indices(targets[0], readout.hidden)
+        )
+
+    def at_size(
+        self,
+        size: int,
+        outputs: Mapping[int, Any],
+        targets: tuple,
+        settings: CrossEntropySettings | None,
+    ) -> Tensor:
+        """The criterion at one size."""
+        out = self.prepared(outputs[size])
+        at = [self.prepared(t[size]) if isinstance(t, Mapping) else t for t in targets]
+        if settings is None or len(at) != 1 or not class_indices(at[0], out):
+            return self.criterion(out, *at)
+        loss = self.criterion(out.reshape(-1, out.shape[-1]), at[0].reshape(-1))
+        return loss.view(at[0].shape) if settings.reduction == "none" else loss
+
+    def prepared(self, value: Any) -> Any:
+        """An output or per-size target, normalised if asked."""
+        if isinstance(value, tuple | list):
+            return type(value)([self.prepared(part) for part in value])
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return F.normalize(value, dim=-1) if self.normalize and floating else value
+
+    def taught(
+        self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
+    ) -> Tensor:
+        """The weighted divergences of the smaller sizes from the largest."""
+        readout, settings = getattr(outputs, "readout", None), settings_of(self.criterion)
+        real = real_rows(targets, settings, outputs if readout is None else readout.hidden)
+        if self.fuses(settings, readout, targets) and self.distill.kind != "similarity":
+            parts = readout_divergences(readout, list(weights), self.distill, real)
+        else:
+            chosen = {size: self.prepared(outputs[size]) for size in weights}
+            parts = divergences(chosen, self.distill, real)
+        return sum(weights[size] * part for size, part in parts.items())
+
+
+def check_arguments(
+    sizes: Sequence[int] | None, weights: Weights | None, n: int | None, reduction: str
+) -> None:
+    """Raises LossError with what was given and what was expected."""
+    rows = (
+        (sizes is None or len(set(sizes)) == len(sizes) > 0, f"sizes {sizes} should be distinct"),
+        (n is None or n >= 2, f"n_sizes_per_step {n} should be at least 2, largest and smallest"),
+        (reduction in ("sum", "mean"), f"reduction {reduction!r} should be 'sum' or 'mean'"),
+    )
+    for holds, message in rows:
+        if not holds:
+            raise LossError(f"MatryoshkaLoss: {message}")
+    if sizes is not None:
+        named_weights(sizes, weights)
+
+
+def named_weights(sizes: Sequence[int], weights: Weights | None) -> dict[int, float]:
+    """{size: weight}."""
+    if isinstance(weights, Mapping):
+        if not set(sizes) <= set(weights):
+            raise LossError(f"weights {dict(weights)} lack some of the sizes {list(sizes)}")
+        return {size: weights[size] for size in sizes}
+    if weights is not None and len(weights) != len(sizes):
+        raise LossError(f"weights {list(weights)} should be one per size of {list(sizes)}")
+    return dict(zip(sizes, weights or [1.0] * len(sizes), strict=True))
+
+
+def class_indices(target: Any, output: Any) -> bool:
+    """Whether target holds one class index per row of a class-last output."""
+    both = isinstance(target, Tensor) and isinstance(output, Tensor)
+    return both and not target.is_floating_point() and target.shape == output.shape[:-1]
+
+
+def real_rows(
+    targets: tuple, settings: CrossEntropySettings | None, like: Any
+) -> Tensor | None:
+    """The rows [...] that a cross entropy does not ignore; None if all count."""
+    if settings is None or len(targets) != 1:
+        return None
+    output = like if isinstance(like, Tensor) else like[max(like)]
+    found = class_indices(targets[0], output)
+    return targets[0] != settings.ignore_index if found else None
+
+
+def fused(
+    readout: Readout, target: Tensor, weights: dict[int, float], settings: CrossEntropySettings
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The cross entropies of a readout at the sizes of weights."""
+    # two sizes may share a width of the readout
+    shares = dict.fromkeys([readout.widths[size] for size in weights], 0.0)
+    for size, weight in weights.items():
+        shares[readout.widths[size]] += weight
+    total, losses = nested_cross_entropy(
+        readout.scaled,
+        readout.table,
+        target,
+        list(shares),
+        weights=list(shares.values()),
+        bias=readout.bias,
+        ignore_index=settings.ignore_index,
+        label_smoothing=settings.label_smoothing,
+        reduction=settings.reduction,
+        return_per_size=True,
+    )
+    by_width = dict(zip(shares, losses, strict=True))
+    return total, {size: by_width[readout.widths[size]] for size in weights}

@@ -1,0 +1,93 @@
+"""Softmax over the target and a given set of negatives, for tables of millions of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matryoshkafy.losses.fused import LossError, options_of
+
+
+def nested_sampled_softmax(
+    hidden: Tensor,
+    table: Tensor,
+    target: Tensor,
+    negatives: Tensor,
+    sizes: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    bias: Tensor | None = None,
+    log_q: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_per_size: bool = False,
+    sparse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Adds up, over the sizes, the cross entropy of the target against the negatives alone.
+
+    hidden [..., D], table [V, D], target [...], negatives [K] shared by all rows or [..., K]. log_q [V]
+    is the log-probability with which a class is drawn: it is subtracted from its logit (Bengio and
+    Senecal 2008). A negative that equals the target is left out. sparse=True gives the table a sparse
+    gradient. reduction "mean" or "sum" over real rows; the rest is as in nested_cross_entropy.
+    """
+    if reduction not in ("mean", "sum"):
+        raise LossError(f"nested_sampled_softmax: reduction {reduction!r} is not 'mean' or 'sum'")
+    real = torch.nonzero(target.reshape(-1) != ignore_index).squeeze(1)
+    x = hidden.reshape(-1, hidden.shape[-1])[real]
+    positive = target.reshape(-1)[real]
+    shared = negatives.ndim == 1
+    others = negatives if shared else negatives.reshape(-1, negatives.shape[-1])[real]
+    candidates = Candidates(table, bias, log_q, sparse=sparse)
+    options = options_of(sizes, weights, ignore_index, 0.0)
+    rows = (candidates.rows(positive), candidates.rows(others))
+    offsets = (candidates.offset(positive), candidates.offset(others))
+    hit = others == positive[:, None]
+    losses = nested_losses(x, rows, offsets, hit, options.blocks)
+    divisor = len(real) if reduction == "mean" else 1
+    per_size = losses / divisor if divisor else losses * float("nan")
+    total = (per_size * per_size.new_tensor(options.weights)).sum()
+    ranks = [options.widths.index(size) for size in sizes]
+    return (total, per_size.detach()[ranks]) if return_per_size else total
+
+
+class Candidates:
+    """Rows of the table by class, and what is added to their logits."""
+
+    def __init__(
+        self, table: Tensor, bias: Tensor | None, log_q: Tensor | None, *, sparse: bool
+    ) -> None:
+        self.table, self.bias, self.log_q, self.sparse = table, bias, log_q, sparse
+
+    def rows(self, classes: Tensor) -> Tensor:
+        """[..., D]."""
+        return F.embedding(classes, self.table, sparse=self.sparse)
+
+    def offset(self, classes: Tensor) -> Tensor:
+        """[...]: the bias minus the log-probability of being drawn."""
+        zero = self.table.new_zeros(classes.shape)
+        added = zero if self.bias is None else self.bias[classes]
+        return added if self.log_q is None else added - self.log_q[classes].to(added)
+
+
+def nested_losses(
+    x: Tensor,
+    rows: tuple[Tensor, Tensor],
+    offsets: tuple[Tensor, Tensor],
+    hit: Tensor,
+    blocks: Sequence[tuple[int, int]],
+) -> Tensor:
+    """The summed loss of each size, from running logits of the positive [N] and negatives [N, K]."""
+    (good, bad), (own, others) = rows, offsets
+    others = others.expand(hit.shape).masked_fill(hit, -torch.inf)
+    losses = []
+    for lo, hi in blocks:
+        part = x[:, lo:hi]
+        own = own + (part * good[:, lo:hi]).sum(1)
+        scores = part @ bad[:, lo:hi].t() if bad.ndim == 2 else bad[..., lo:hi] @ part[..., None]
+        others = others + scores.view(hit.shape)
+        norm = torch.logaddexp(own, others.logsumexp(1)) if hit.shape[1] else own
+        losses.append((norm - own).sum())
+    return torch.stack(losses)
