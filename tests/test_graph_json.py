@@ -112,6 +112,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.named")
 @pytest.mark.parametrize("case", CASES)
 def test_a_graph_comes_back_as_it_was(case):
     model, args, kwargs, dynamic = CASES[case]()
