@@ -9,3 +9,11 @@ class MatryoshkafyError(ValueError):
 
 class TraceError(MatryoshkafyError):
     """The model cannot be traced, or is called in another way than it was traced."""
+
+
+class PlanError(MatryoshkafyError):
+    """What was asked for does not fit the model's plan."""
+
+
+class NothingNests(MatryoshkafyError):
+    """The model has no width that could nest."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,9 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.cleaning import clean
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph_json import info_of, source_of
 
 TORCH_FOLDER = str(Path(torch.__file__).parent)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """The concrete shape and type of a traced value."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -112,11 +104,16 @@ class Trace:
     signature: Signature
     root: nn.Module
     notes: tuple[str, ...] = ()
+    hidden: frozenset[str] = frozenset()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return every tensor of the root by name, ties included."""
         named = dict(self.root.named_parameters(remove_duplicate=False))
         return named | dict(self.root.named_buffers(remove_duplicate=False))
+
+    def is_persistent(self, name: str) -> bool:
+        """Tell whether the user's state_dict shows this tensor."""
+        return name not in self.hidden
 
 
 def trace(
@@ -135,7 +132,9 @@ def trace(
     signature = _signature(model, args, kwargs, program)
     clean(graph, root)
     graph.lint()
-    return Trace(graph, signature, root, tuple(notes))
+    shown = set(root.state_dict(keep_vars=True))
+    hidden = {n for n, _ in root.named_buffers(remove_duplicate=False) if n not in shown}
+    return Trace(graph, signature, root, tuple(notes), frozenset(hidden))
 
 
 @contextlib.contextmanager
@@ -270,26 +269,30 @@ def _root_of(model: nn.Module, program: torch.export.ExportedProgram) -> nn.Modu
     """Return plain containers that hold the user's own tensors under the user's own names."""
     root = nn.Module()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        _parent(root, name).register_parameter(name.rpartition(".")[2], parameter)
+        attach(root, name, parameter)
     persistent = set(model.state_dict(keep_vars=True))
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        leaf = name.rpartition(".")[2]
-        _parent(root, name).register_buffer(leaf, buffer, persistent=name in persistent)
+        attach(root, name, buffer, persistent=name in persistent)
     known = {n for n, _ in root.named_buffers(remove_duplicate=False)}
     for name, value in program.constants.items():
         if isinstance(value, torch.Tensor) and name not in known:
-            leaf = name.rpartition(".")[2]
-            _parent(root, name).register_buffer(leaf, value.detach(), persistent=False)
+            attach(root, name, value.detach(), persistent=False)
     root.training = model.training
     return root
 
 
-def _parent(root: nn.Module, name: str) -> nn.Module:
-    for part in name.split(".")[:-1]:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    return root
+def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+    """Put a tensor under a dotted name, making plain containers on the way."""
+    parent = root
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent._modules[part]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        parent.register_parameter(leaf, tensor)
+    else:
+        parent.register_buffer(leaf, tensor, persistent=persistent)
 
 
 def _unlifted(program: torch.export.ExportedProgram, root: nn.Module) -> fx.Graph:
@@ -354,7 +357,7 @@ class _Copier:
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise TraceError(
-                f"no support for the control flow {name!r} at {source_line(node)}; "
+                f"no support for the control flow {name!r} at {source_of(node)}; "
                 "branch on Python values, or use torch.where"
             )
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
@@ -377,41 +380,12 @@ class _Copier:
         self.env[node] = inner.body(module.graph)
 
     def _described(self, new: fx.Node, old: fx.Node) -> fx.Node:
-        new.meta["shape"] = describe(old.meta.get("val"))
-        new.meta["source"] = source_line(old)
+        new.meta["shape"] = info_of(old.meta.get("val"))
+        new.meta["source"] = source_of(old) or ""
         value = old.meta.get("val")
         if isinstance(value, torch.Tensor):
             new.meta["storage"] = value.untyped_storage()._cdata
         return new
-
-
-def describe(value: Any) -> Any:
-    """Return the concrete shape of a traced value: TensorInfo, a tuple of them, or a number."""
-    if isinstance(value, torch.Tensor):
-        return TensorInfo(tuple(_hint(s) for s in value.shape), value.dtype)
-    if isinstance(value, (tuple, list)):
-        return tuple(describe(v) for v in value)
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return _hint(value)
-    return value if isinstance(value, (int, float, bool)) else None
-
-
-def _hint(value: Any) -> Any:
-    node = getattr(value, "node", None)
-    if node is None:
-        return value
-    hint = node.hint
-    return hint if hint is not None else -1
-
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
-
-
-def source_line(node: fx.Node) -> str:
-    """Return `file:line (function)` of the user's code that made the node, or an empty string."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [f for f in frames if not f[0].startswith(TORCH_FOLDER)]
-    return "{}:{} ({})".format(*outside[-1]) if outside else ""
 
 
 def _signature(
@@ -433,5 +407,3 @@ def _input(name: str, value: Any) -> Input:
     constants = tuple(None if t else v for v, t in zip(leaves, is_tensor, strict=True))
     return Input(name, spec, constants, is_tensor)
 
-
-Tracer = Callable[..., Trace]

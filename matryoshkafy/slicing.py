@@ -1,0 +1,203 @@
+"""slice(): cut a standalone sub-model out of a doll, or a smaller one out of a sub-model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from matryoshkafy import dims
+from matryoshkafy.dims import Dim, Segments, Widths
+from matryoshkafy.doll import Doll
+from matryoshkafy.errors import PlanError
+from matryoshkafy.plan import Plan
+from matryoshkafy.rewriting import baked_name, sub_graph, weight_masks
+from matryoshkafy.tracing import Trace, attach
+
+Supply = Callable[[tuple[Segments | None, ...]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a sub-model keeps of one tensor: per dim the kept segments (None: all of it)."""
+
+    name: str
+    segments: tuple[Segments | None, ...]
+    mask: tuple[torch.Tensor, ...] = ()
+
+
+def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the field's word for it
+    """Return the sub-model of a size: a `torch.fx.GraphModule` that needs neither source nor doll.
+
+    Its parameters stand under the user's names and own their memory. It takes the user's arguments
+    and returns the user's output structure. Raises `PlanError` that lists the sizes.
+    """
+    trace, plan = parts_of(model)
+    level = plan.level(size)
+    full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
+    state = _state_of(model) | full
+    cuts = cuts_of(trace, plan, level)
+    return assemble(trace, plan.up_to(level), _cut_state(state, cuts), _kinds(state))
+
+
+def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
+    """Return the trace and plan of a doll or of a sub-model."""
+    if isinstance(model, Doll):
+        return model._trace, model._plan
+    meta = getattr(model, "meta", None)
+    if isinstance(meta, dict) and "matryoshka" in meta:
+        trace, plan = meta["matryoshka"]
+        return replace(trace, root=model), plan
+    raise PlanError(
+        f"a {type(model).__name__} was given; expected a model from convert, load or slice. "
+        "Convert it first: matryoshkafy.convert(model, args, sizes=...)"
+    )
+
+
+def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the parameter-only statistics that a sub-model keeps as they are at full width."""
+    if not plan.full:
+        return {}
+    state = trace.state()
+    wanted = [n for n in trace.graph.nodes if n.name in plan.full]
+    kept = {baked_name(n): state[baked_name(n)] for n in wanted if baked_name(n) in state}
+    missing = [n for n in wanted if baked_name(n) not in state]
+    return kept | dict(zip(map(baked_name, missing), _evaluate(trace, missing), strict=True))
+
+
+def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
+    if not nodes:
+        return []
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    for node in _ancestors(trace.graph, nodes):
+        memo[node] = graph.node_copy(node, lambda n: memo[n])
+    graph.output([memo[n] for n in nodes])
+    with torch.no_grad():
+        return fx.GraphModule(trace.root, graph)()
+
+
+def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    needed, queue = set(), list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+    return [n for n in graph.nodes if n in needed]
+
+
+def cuts_of(trace: Trace, plan: Plan, level: int) -> list[Cut]:
+    """Return what the sub-model of a level keeps of every tensor that its graph reads."""
+    have, want = plan.ladder[-1], plan.ladder[level]
+    masks = {str(n.target): (m, plan.nodes[n.name]) for n, m in weight_masks(trace, plan).items()}
+    ladder = plan.ladder[: level + 1]
+    cuts = []
+    for name, shape in _shapes(trace, plan).items():
+        segments = tuple(relative(d, have, want) for d in shape)
+        mask = _mask_levels(masks.get(name), ladder)
+        cuts.append(Cut(name, segments, mask))
+    return cuts
+
+
+def _shapes(trace: Trace, plan: Plan) -> dict[str, tuple[Dim, ...]]:
+    read = {str(n.target) for n in sub_graph(trace, plan, 0).nodes if n.op == "get_attr"}
+    shapes = {name: s for name, s in plan.parameters.items() if name in read}
+    baked = {baked_name(n): plan.nodes[n.name] for n in trace.graph.nodes if n.name in plan.full}
+    return shapes | {name: s for name, s in baked.items() if name in read}
+
+
+def _mask_levels(mask: Any, ladder: tuple[Widths, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the level of every output and input index of a masked weight, with their dims."""
+    if mask is None:
+        return ()
+    where, shape = mask
+    levels = []
+    for dim in (where.out, where.into):
+        runs = torch.tensor(dims.runs(shape[dim], ladder)).view(-1, 2)
+        view = [1] * len(shape)
+        view[dim] = -1
+        levels.append(runs[:, 1].repeat_interleave(runs[:, 0]).view(view))
+    return (levels[0] >= levels[1],)
+
+
+def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
+    """Return the segments to keep of a dim that is already cut to `have`; None where all stays."""
+    if not dims.is_nested(dim) or dims.size_at(dim, have) == dims.size_at(dim, want):
+        return None
+    out, offset = [], 0
+    wanted = dims.kept(dim, want)
+    for a, b in dims.kept(dim, have):
+        out += [(max(a, c) - a + offset, min(b, d) - a + offset) for c, d in wanted if max(a, c) < min(b, d)]
+        offset += b - a
+    return tuple(out)
+
+
+def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.Tensor:
+    """Return the kept part of a tensor as memory of its own."""
+    tensor = tensor.detach()
+    for dim, kept in enumerate(segments):
+        if kept is not None and len(kept) == 1:
+            tensor = tensor.narrow(dim, kept[0][0], kept[0][1] - kept[0][0])
+        elif kept is not None:
+            index = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in kept])
+            tensor = tensor.index_select(dim, index)
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.layout == torch.strided else tensor
+
+
+def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, torch.Tensor]:
+    """Return the cut tensors; names tied in the doll stay tied."""
+    made: dict[Any, torch.Tensor] = {}
+    out = {}
+    for cut in cuts:
+        key = (id(state[cut.name]), cut.segments)
+        if key not in made:
+            made[key] = masked(take(state[cut.name], cut.segments), cut.mask)
+        out[cut.name] = made[key]
+    return out
+
+
+def masked(tensor: torch.Tensor, mask: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Write the structural zeros into a cut weight, in place."""
+    if mask:
+        tensor.masked_fill_(~mask[0].to(tensor.device), 0)
+    return tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a tensor stands in the user's model."""
+
+    parameter: bool
+    requires_grad: bool
+
+
+def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
+    return {n: Kind(isinstance(t, nn.Parameter), t.requires_grad) for n, t in state.items()}
+
+
+def assemble(
+    trace: Trace, plan: Plan, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]
+) -> fx.GraphModule:
+    """Return the GraphModule of the largest size of a plan over tensors that are cut to it."""
+    root = nn.Module()
+    root.training = trace.root.training
+    objects: dict[int, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        kind = kinds[name]
+        if kind.parameter and id(tensor) not in objects:
+            objects[id(tensor)] = nn.Parameter(tensor, requires_grad=kind.requires_grad)
+        attach(root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(name))
+    graph = sub_graph(replace(trace, root=root), plan, plan.levels - 1)
+    module = fx.GraphModule(root, graph, class_name="SubModel")
+    module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
+    module.train(root.training)
+    return module

@@ -1,0 +1,377 @@
+"""solve(): findings become a frozen plan. Which axes nest, in which groups, and what each node does.
+
+The policies, in order: what the user keeps stays whole; an axis nests only if it is a feature (in or
+out of a contraction with a parameter, or the columns of an embedding); of a product only the
+outermost free factor nests; an output axis that nothing contracts is a head and stays whole; in
+masked nesting a width that is contracted into a whole axis either ends in the tail, is demoted, or
+is clamped to the smallest size.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes, dims
+from matryoshkafy.axes import COPIES, Axis, Reason, Sum, Term
+from matryoshkafy.cleaning import op_name
+from matryoshkafy.dims import Cat, Dim, Nested
+from matryoshkafy.errors import NothingNests, PlanError
+from matryoshkafy.masking import Choice, Masking, choose
+from matryoshkafy.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
+from matryoshkafy.propagation import Findings, flat_terms
+from matryoshkafy.scalars import find_scalars
+from matryoshkafy.sizes import parse_sizes
+from matryoshkafy.tracing import Trace
+
+NONLINEAR = {"tanh", "relu", "gelu", "silu", "elu", "mish", "leaky_relu", "hardswish", "relu6", "selu"}
+DEFAULT_LADDER = [0.25, 0.5, 1.0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of the analysis."""
+
+    options: Options
+    sizes: Any = None
+    overrides: Mapping[str, Any] | None = None
+
+
+def solve(trace: Trace, found: Findings, request: Request) -> Plan:
+    """Return the plan of a traced and walked model.
+
+    Raises `NothingNests` where no axis is a width, `PlanError` where the request does not fit.
+    """
+    parameters = _parameter_terms(trace, found)
+    _keep(trace, found, request.options.keep)
+    _fix_heads(trace, found)
+    _settle(found)
+    if request.options.scope == "ffn":
+        _only_feed_forward(found, parameters)
+    masking = Masking({}, frozenset(), ())
+    if request.options.nesting == "masked" and request.options.scope == "full":
+        masking = choose(trace, found, lambda: _settle(found), _heaviest(parameters))
+    return _frozen(trace, found, request, (parameters, masking))
+
+
+def _parameter_terms(trace: Trace, found: Findings) -> dict[str, Any]:
+    out = {}
+    for node in trace.graph.nodes:
+        if node.op == "get_attr" and found.terms.get(node) is not None and node.target != "training":
+            out[str(node.target)] = found.terms[node]
+    return out
+
+
+def _keep(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
+    used = set()
+    for node in trace.graph.nodes:
+        name = str(node.target) if node.op == "get_attr" else node.name
+        for pattern in patterns:
+            if name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatch(name, pattern):
+                used.add(pattern)
+                for term in flat_terms(found.terms.get(node, ())):
+                    axes.fix(term, Reason("kept", pattern))
+    missing = [p for p in patterns if p not in used]
+    if missing:
+        raise PlanError(
+            f"keep={missing[0]!r} matches no parameter, module or node; use a name such as "
+            f"{next((str(n.target) for n in trace.graph.nodes if n.op == 'get_attr'), '')!r}"
+        )
+
+
+def _fix_heads(trace: Trace, found: Findings) -> None:
+    """An output axis that nothing contracts is classes or vocabulary: it stays whole.
+
+    A pooled representation (behind a nonlinearity) is no head although nothing contracts it here.
+    """
+    summed = set()
+    for terms in (*found.contracted.values(), *found.mixed.values()):
+        summed.update(leaf for t in terms for leaf in axes.leaves(t))
+    for node in found.terms:
+        if node.op == "call_function" and op_name(node) in NONLINEAR and node not in found.pure:
+            summed.update(leaf for t in flat_terms(found.terms[node]) for leaf in axes.leaves(t))
+    output = next(iter(reversed(trace.graph.nodes)))
+    for node in output.all_input_nodes:
+        for term in flat_terms(found.terms.get(node, ())):
+            for leaf in axes.leaves(term):
+                if leaf not in summed and leaf.fixed is None:
+                    leaf.fixed = Reason("classes", node.name)
+
+
+def _settle(found: Findings) -> None:
+    """Fix what is no feature, then all but the outermost free factor of every product."""
+    features = {leaf for t in found.features for leaf in axes.leaves(t)}
+    products: dict[Any, Term] = {}
+    for term in found.all_terms():
+        resolved = axes.resolve(term)
+        for leaf in axes.leaves(resolved):
+            if leaf.fixed is None and leaf not in features:
+                leaf.fixed = Reason("no feature")
+        if len(resolved) > 1 or any(isinstance(f, Sum) for f in resolved):
+            products[str([id(leaf) for leaf in axes.leaves(resolved)])] = resolved
+    changed = True
+    while changed:
+        changed = any([_outermost(term) for term in products.values()])
+
+
+def _outermost(term: Term) -> bool:
+    """Fix every free factor inside the outermost free one; tell whether anything changed."""
+    changed, free = False, False
+    for factor in term:
+        mine = [leaf for leaf in axes.leaves((factor,)) if leaf.fixed is None]
+        if free:
+            changed |= bool(mine)
+            for leaf in mine:
+                leaf.fixed = Reason("inner", leaf.name)
+        elif isinstance(factor, Sum):
+            changed |= any([_outermost(axes.resolve(s)) for s in factor.segments])
+        free = free or any(leaf.fixed is None for leaf in mine)
+    return changed
+
+
+def _only_feed_forward(found: Findings, parameters: Mapping[str, Any]) -> None:
+    """Keep the hidden axes between two contractions with the residual stream, fix the rest.
+
+    An attention head axis is a factor of a product (heads x head_dim), a hidden axis stands alone.
+    """
+    main = _heaviest(parameters)
+    inside: set[Axis] = set()
+    for term in (t for terms in parameters.values() for t in terms):
+        resolved = axes.resolve(term)
+        if len([f for f in resolved if not (isinstance(f, Axis) and f.fixed is COPIES)]) > 1:
+            inside.update(axes.leaves(resolved))
+    partners: dict[Axis, set[Axis]] = {}
+    for terms in parameters.values():
+        free = [{leaf for leaf in axes.leaves(t) if leaf.fixed is None} for t in terms]
+        for i, mine in enumerate(free):
+            others = set().union(*(f for j, f in enumerate(free) if j != i))
+            for leaf in mine:
+                partners.setdefault(leaf, set()).update(others)
+    for leaf, others in partners.items():
+        hidden = leaf is not main and leaf not in inside and others == {main}
+        if not hidden and leaf.fixed is None:
+            leaf.fixed = Reason("scope", "ffn")
+    for term in found.all_terms():
+        for leaf in axes.leaves(term):
+            if leaf.fixed is None and leaf not in partners:
+                leaf.fixed = Reason("scope", "ffn")
+
+
+def _heaviest(parameters: Mapping[str, Any]) -> Axis | None:
+    weight: Counter[Axis] = Counter()
+    for terms in parameters.values():
+        total = 1
+        for term in terms:
+            total *= max(axes.size(term), 1)
+        for leaf in {leaf for t in terms for leaf in axes.leaves(t) if leaf.fixed is None}:
+            weight[leaf] += total
+    return weight.most_common(1)[0][0] if weight else None
+
+
+# --- freezing ---------------------------------------------------------------------------------
+
+
+def _frozen(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan:
+    parameters, masking = solved
+    main = _heaviest(parameters)
+    if main is None:
+        raise NothingNests(_nothing(parameters, found))
+    order = _group_order(parameters)
+    freeze = _freezer({axis: i for i, axis in enumerate(order)})
+    solved_parameters = {name: tuple(map(freeze, terms)) for name, terms in parameters.items()}
+    groups = tuple(Group(_group_name(a), a.size, _members(parameters, a)) for a in order)
+    unit = _main_unit(solved_parameters, order.index(main))
+    width = main.size * unit
+    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
+    nodes = {n.name: _frozen_node(n, found, freeze) for n in found.terms if n.op != "output"}
+    plan = Plan(
+        options=request.options, sizes=sizes, main=order.index(main), unit=unit, groups=groups,
+        ladder=ladder_of(groups, sizes, width), parameters=solved_parameters, nodes=nodes,
+        notes={n.name: {k: freeze(t) for k, t in v.items()} for n, v in found.notes.items()},
+        actions={n: _action(c, order) for n, c in masking.choices.items()}, tail=masking.tail,
+        full=_full_nodes(found, nodes),
+        whole=tuple(_whole(parameters)), unknown=tuple(Unknown(*u) for u in found.unknown),
+        scalars=(), remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks))),
+    )  # fmt: skip
+    plan = _overridden(plan, request.overrides)
+    return find_scalars(trace, plan)
+
+
+def _action(choice: Choice, order: list[Axis]) -> Action:
+    return Action(choice.kind, tuple(order.index(a) for a in choice.axes if a in order))
+
+
+def _default(width: int) -> Any:
+    return DEFAULT_LADDER if width >= 4 else [width]
+
+
+def _nothing(parameters: Mapping[str, Any], found: Findings) -> str:
+    if not parameters:
+        return "the model has no parameters, so there is nothing to nest; give a model with weights"
+    reasons = Counter(
+        leaf.fixed.kind for ts in parameters.values() for t in ts for leaf in axes.leaves(t) if leaf.fixed
+    )
+    why = ", ".join(f"{kind} ({count} axes)" for kind, count in reasons.most_common(5))
+    ops = ", ".join(f"{op} at {source or node}" for op, node, source in found.unknown[:3])
+    return (
+        f"no axis of the model is a width that can nest: {why}"
+        + (f"; ops without a rule: {ops}" if ops else "")
+        + '. Try nesting="sliced", fewer keep patterns, or write a rule for the op.'
+    )
+
+
+def _group_order(parameters: Mapping[str, Any]) -> list[Axis]:
+    seen: dict[Axis, None] = {}
+    for terms in parameters.values():
+        for term in terms:
+            for leaf in axes.leaves(term):
+                if leaf.fixed is None:
+                    seen.setdefault(leaf)
+    return list(seen)
+
+
+def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
+    def freeze(term: Term) -> Dim:
+        out: list[Any] = []
+        for factor in axes.resolve(term):
+            if isinstance(factor, Sum):
+                out.append(_cat([freeze(s) for s in factor.segments]))
+            elif factor in index and factor.fixed is None:
+                out.append(Nested(index[factor], factor.size))
+            else:
+                out.append(factor.size)
+        return _simple(out)
+
+    return freeze
+
+
+def _cat(parts: list[Dim]) -> Any:
+    whole = sum(map(dims.size, parts))
+    return Cat(tuple(parts)) if any(map(dims.is_nested, parts)) else whole
+
+
+def _simple(factors: Iterable[Any]) -> Dim:
+    """Adjacent whole factors are one."""
+    out: list[Any] = []
+    for factor in factors:
+        if isinstance(factor, int) and out and isinstance(out[-1], int):
+            out[-1] *= factor
+        else:
+            out.append(factor)
+    return tuple(out) or (1,)
+
+
+def _frozen_node(node: fx.Node, found: Findings, freeze: Callable[[Term], Dim]) -> Any:
+    terms = found.terms[node]
+    if isinstance(node.meta.get("shape"), tuple) and terms:
+        return Many(tuple(map(freeze, ts)) for ts in terms)
+    return tuple(map(freeze, terms))
+
+
+PLACES = {"0": "out", "1": "in"}
+
+
+def _group_name(axis: Axis) -> str:
+    """Name a group after where it was born: `encoder.layer.0.output.dense.out`."""
+    name, _, rest = axis.name.partition(":")
+    position = rest.partition("[")[0]
+    piece = axis.name[axis.name.index("[") :] if "[" in axis.name else ""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias") and position:
+        side = PLACES.get(position, f"dim{position}") if leaf == "weight" else "out"
+        return f"{owner}.{side}{piece}" if owner else f"{side}{piece}"
+    return f"{name}.{position}{piece}" if position else name + piece
+
+
+def _members(parameters: Mapping[str, Any], axis: Axis) -> tuple[str, ...]:
+    return tuple(
+        f"{name}:{i}"
+        for name, terms in parameters.items()
+        for i, term in enumerate(terms)
+        if any(leaf is axis for leaf in axes.leaves(term))
+    )
+
+
+def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:
+    """What one unit of the main group spans where it stands: 1, or head_dim."""
+    spans: Counter[int] = Counter()
+    for shape in parameters.values():
+        for dim in shape:
+            at = next((i for i, f in enumerate(dim) if isinstance(f, Nested) and f.group == main), None)
+            if at is not None:
+                spans[dims.size(dim[at + 1 :])] += dims.size(sum(shape, ()))
+    return spans.most_common(1)[0][0] if spans else 1
+
+
+def _full_nodes(found: Findings, nodes: Mapping[str, Any]) -> frozenset[str]:
+    """Parameter-only statistics over a nested axis are taken at full width, then cut."""
+    out = set()
+    for node in found.pure:
+        mixed = (*found.mixed.get(node, ()), *found.contracted.get(node, ()))
+        if any(leaf.fixed is None for t in mixed for leaf in axes.leaves(t)):
+            out.add(node.name)
+    return frozenset(out & nodes.keys())
+
+
+def _whole(parameters: Mapping[str, Any]) -> Iterable[Whole]:
+    seen: set[int] = set()
+    for name, terms in parameters.items():
+        for i, term in enumerate(terms):
+            for leaf in axes.leaves(term):
+                if leaf.fixed and leaf.fixed is not COPIES and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, leaf.fixed.place)
+
+
+def _overridden(plan: Plan, overrides: Mapping[str, Any] | None) -> Plan:
+    """Replace the widths of named groups: {group: [width at each size]}."""
+    if not overrides:
+        return plan
+    names = [g.name for g in plan.groups]
+    ladder = [list(w) for w in plan.ladder]
+    for name, widths in overrides.items():
+        if name not in names:
+            raise PlanError(f"overrides name the group {name!r}; the groups are {', '.join(names)}")
+        index = names.index(name)
+        _check_override(name, widths, (plan.groups[index].size, plan.levels))
+        for level, value in enumerate(widths):
+            ladder[level][index] = int(value)
+    from dataclasses import replace
+
+    return replace(plan, ladder=tuple(map(tuple, ladder)))
+
+
+def _check_override(name: str, widths: Any, expected: tuple[int, int]) -> None:
+    size, levels = expected
+    ok = isinstance(widths, Sequence) and len(widths) == levels and list(widths) == sorted(widths)
+    if not ok or widths[0] < 1 or widths[-1] != size:
+        raise PlanError(
+            f"overrides[{name!r}] = {widths!r}; expected {levels} ascending widths from at least 1 "
+            f"to {size}, one for each size"
+        )
+
+
+def output_plan(trace: Trace, request: Request) -> Plan:
+    """Return the plan of scope="output": only the last axis of the representation nests (MRL).
+
+    Every floating output whose last axis has the width of the first one is cut; no weight changes.
+    """
+    output = next(iter(reversed(trace.graph.nodes)))
+    shapes = [getattr(getattr(v, "meta", {}).get("shape"), "shape", ()) for v in output.args[0]]  # type: ignore[union-attr]
+    width = next((s[-1] for s in shapes if s), None)
+    if width is None or width < 2:
+        raise NothingNests("the model returns no tensor with a last axis, so there is nothing to nest")
+    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
+    group = Group("output", width, ())
+    notes = {str(i): (Nested(0, width),) for i, s in enumerate(shapes) if s and s[-1] == width}
+    return Plan(
+        options=request.options, sizes=sizes, main=0, unit=1, groups=(group,),
+        ladder=ladder_of((group,), sizes, width), nodes={}, notes={"output": notes},
+        parameters={name: tuple((n,) for n in t.shape) for name, t in trace.state().items()},
+        remarks=trace.notes,
+    )  # fmt: skip
