@@ -29,7 +29,7 @@ class Config:
 
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
-    AdamW; `warmup` counts steps, `patience` epochs. The defaults are those of arXiv 2409.16627.
+    AdamW; `warmup` counts steps, `patience` epochs. `alone` makes `run` compare, too. The defaults are those of arXiv 2409.16627.
     """
 
     data: str = "synthetic"
@@ -72,6 +72,7 @@ class Config:
     pool: int = 16
     checkpoint_steps: int = 500
     eval_batch: int = 256
+    alone: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

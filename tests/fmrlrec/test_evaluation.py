@@ -77,10 +77,13 @@ def test_ties_take_the_mean_over_all_places(above: int, level: int) -> None:
 
 
 def test_rank_counts_above_and_level() -> None:
-    scores = torch.tensor([[0.0, 3.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0, -torch.inf]])
-    ranks = evaluation.rank(scores, torch.tensor([2, 4]))
-    assert ranks.above.tolist() == [1, -1]
-    assert ranks.level[0] == 2
+    scores = torch.tensor([[9.0, 3.0, 2.0, 2.0, 2.0], [9.0, 1.0, 1.0, 1.0, 1.0]])
+    target = torch.tensor([2, 4])
+    ranks = evaluation.rank(scores, target)
+    assert ranks.above.tolist() == [2, 1] and ranks.level.tolist() == [2, 3]
+    banned = evaluation.Banned(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 3, 4]))
+    ranks = evaluation.without(ranks, scores, target, banned)
+    assert ranks.above.tolist() == [0, -1] and ranks.level[0] == 1
 
 
 def test_constant_scores_are_worth_chance(dataset: data.Dataset) -> None:

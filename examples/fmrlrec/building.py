@@ -1,0 +1,53 @@
+"""Models from a configuration: plain at one width, or nested by the library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from examples.fmrlrec.config import Config
+from examples.fmrlrec.encoders import Features
+from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.model import Recommender, Shape
+
+
+def sizes_of(config: Config) -> tuple[int, ...]:
+    """The ladder of a configuration; its last rung is the width of the model."""
+    from matryoshkafy.sizes import parse_ladder
+
+    ladder = parse_ladder(config.sizes)
+    if ladder.relative:
+        raise ConfigError(f"sizes={config.sizes!r} are ratios; give units, such as 8..64")
+    return ladder.at(int(ladder.rungs[-1]))
+
+
+def build(config: Config, items: int, features: Features, width: int) -> Recommender:
+    """Builds the plain model of one width, its weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    vectors = features.joined(config.modality)
+    shape = Shape(
+        items=items,
+        width=width,
+        blocks=config.blocks,
+        state_factor=config.state_factor,
+        hidden_factor=config.hidden_factor,
+        dropout=config.dropout,
+        r_min=config.r_min,
+        item_bias=config.item_bias,
+    )
+    table = None if vectors is None else torch.from_numpy(vectors)
+    return Recommender(shape, table, trainable_features=config.trainable_features)
+
+
+def nest(model: Recommender, config: Config) -> Any:
+    """Converts the plain model; the example says no more than that batch and length are free."""
+    import matryoshkafy as mk
+    from examples.fmrlrec import scan_rule
+
+    assert scan_rule.scan_axes
+    example = torch.ones(3, 5, dtype=torch.int64)
+    return mk.convert(
+        model, (example,), sizes=config.sizes, nesting=config.nesting, norm=config.norm,
+        keep=("items.features",),
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""What a step minimises and how a model scores, for the plain and for the nested model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from examples.fmrlrec.config import Config
+from examples.fmrlrec.data import PADDING
+from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.evaluation import Scorer, last_scores
+from examples.fmrlrec.model import Recommender
+
+
+class PlainObjective(nn.Module):
+    """Cross entropy of one plain model over the positions that have a next item."""
+
+    def __init__(self, model: Recommender) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """inputs and targets int64 [B, T] -> the mean loss, and nothing per size."""
+        table, real = self.model.items(), targets != PADDING
+        hidden = self.model.encode(inputs, table)[real]
+        logits = functional.linear(hidden, table, self.model.bias)
+        return functional.cross_entropy(logits, targets[real]), {}
+
+    def scorer(self) -> Scorer:
+        """Scores at the last position, under the width as the name of the size."""
+        model, table = self.model, self.model.items()
+        width = str(table.shape[1])
+
+        def scores(sequences: Tensor) -> Iterator[tuple[str, Tensor]]:
+            hidden = model.encode(sequences, table)[:, -1]
+            yield width, functional.linear(hidden, table, model.bias)
+
+        return scores
+
+
+class NestedObjective(nn.Module):
+    """The sum of the cross entropies of all sizes of a doll, equation 14."""
+
+    def __init__(self, doll: Any, config: Config) -> None:
+        super().__init__()
+        from matryoshkafy.losses import MatryoshkaLoss
+
+        self.model = doll
+        criterion = nn.CrossEntropyLoss(ignore_index=PADDING)
+        self.loss = MatryoshkaLoss(criterion, weights=size_weights(config, len(doll.sizes)))
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """inputs and targets int64 [B, T] -> the summed loss, and the loss of each size."""
+        return self.loss(self.model.outputs(inputs), targets), {}
+
+    def scorer(self) -> Scorer:
+        """Scores of every size at the last position, from one pass."""
+        return nested_scorer(self.model)
+
+
+def nested_scorer(doll: Any) -> Scorer:
+    """Scores of every size of a doll from one trunk pass and one product over the catalogue."""
+
+    def scores(sequences: Tensor) -> Iterator[tuple[str, Tensor]]:
+        outputs = doll.outputs(sequences)
+        yield from last_scores(outputs) if outputs.readout is None else _summed(outputs.readout)
+
+    return scores
+
+
+def size_weights(config: Config, count: int) -> list[float] | None:
+    """The relative importance of each size; none given means equal ones."""
+    if not config.weights:
+        return None
+    weights = [float(word) for word in config.weights.split(",")]
+    if len(weights) != count:
+        raise ConfigError(f"weights={config.weights!r} are {len(weights)}, the sizes {count}")
+    return weights
+
+
+def _summed(readout: Any) -> Iterator[tuple[str, Tensor]]:
+    """Scores of size j are those of size j - 1 plus the product of block j."""
+    hidden, done = readout.hidden[:, -1] * readout.scale, 0
+    scores = hidden.new_zeros(len(hidden), len(readout.table))
+    if readout.bias is not None:
+        scores += readout.bias
+    for size, width in readout.widths.items():
+        scores = torch.addmm(scores, hidden[:, done:width], readout.table[:, done:width].t())
+        done = width
+        yield str(size), scores

@@ -1,0 +1,316 @@
+"""The training loop: one objective for plain and nested models, resumable at any step.
+
+Batches are a function of (seed, epoch), the learning rate of the step, and everything else that a
+run has accumulated is in one safetensors file that replaces its predecessor whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.progress import Progress as Bar
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from examples.fmrlrec.config import Config
+from examples.fmrlrec.data import Batch, Dataset, training_batches, training_windows
+from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.evaluation import Scorer, Table, evaluate
+
+STATE, BEST = "state.safetensors", "best.safetensors"
+
+
+class Objective(Protocol):
+    """A module whose call gives the loss of a batch, and which scores for evaluation."""
+
+    model: nn.Module
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def scorer(self) -> Scorer:
+        """Scores every size at the last position."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the next batch, the sums of this epoch, the best epoch, the history."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    best: float = -1.0
+    best_epoch: int = -1
+    history: tuple[dict[str, float], ...] = ()
+
+    def to_json(self) -> str:
+        """Writes the progress as JSON text."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Progress:
+        """Reads what `to_json` wrote."""
+        values = json.loads(text)
+        return Progress(**{**values, "history": tuple(values["history"])})
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the steps of a run share."""
+
+    objective: Any
+    optimizer: Any
+    accelerator: Accelerator
+    data: Dataset
+    config: Config
+    folder: Path
+    writer: SummaryWriter
+    windows: np.ndarray
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.windows) // self.config.batch)
+
+    @property
+    def targets_per_batch(self) -> float:
+        """The mean number of targets in a batch."""
+        return float((np.diff(self.windows, axis=1) - 1).sum()) / self.batches
+
+
+def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> Progress:
+    """Trains until `config.epochs` or `config.patience`, and leaves the best weights in place.
+
+    A run that was killed goes on from its last checkpoint in `folder`, on the CPU bit for bit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    session, progress = _open(objective, data, config, folder)
+    with Bar(disable=not session.accelerator.is_main_process, transient=True) as bar:
+        task = bar.add_task("training", total=None)
+        while not finished(progress, config):
+            progress = _epoch(session, progress, lambda text, n: bar.update(
+                task, description=text, completed=n[0], total=n[1]))  # fmt: skip
+            bar.console.print(describe(progress))
+    session.writer.close()
+    load_weights(objective.model, folder / BEST)
+    return progress
+
+
+def finished(progress: Progress, config: Config) -> bool:
+    """Whether the epochs are used up or `patience` epochs brought nothing better."""
+    stale = progress.epoch - 1 - progress.best_epoch
+    return progress.epoch >= config.epochs or (progress.epoch > 0 and stale >= config.patience)
+
+
+def describe(progress: Progress) -> str:
+    """One line about the last epoch: losses and validation NDCG@10 per size."""
+    last = progress.history[-1]
+    words = [f"{name} {value:.4f}" for name, value in last.items() if name != "epoch"]
+    star = " *" if progress.best_epoch == progress.epoch - 1 else ""
+    return f"epoch {progress.epoch}: " + ", ".join(words) + star
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the recurrence's eigenvalues do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes safetensors so that a process killed at any moment leaves the old file or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(whole, temporary, metadata)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads what `save_tensors` wrote."""
+    if not path.exists():
+        raise RunError(f"no {path.name} in {path.parent}; run `train` first")
+    with safe_open(path, framework="pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()  # noqa: SIM118
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads the weights of `path` into `model`."""
+    tensors, _ = load_tensors(path)
+    model.load_state_dict(tensors)
+
+
+def _open(
+    objective: Any, data: Dataset, config: Config, folder: Path
+) -> tuple[Session, Progress]:
+    precision = "bf16" if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(mixed_precision=precision)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective.model, config.weight_decay), lr=config.lr
+    )
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    progress = Progress()
+    if (folder / STATE).exists():
+        progress = _resume(objective.model, optimizer, folder / STATE)
+    else:
+        torch.manual_seed(config.seed)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step)
+    windows = training_windows(data, config)
+    if not len(windows):
+        raise DataError("no user has the four items that one training step needs")
+    parts = (prepared, optimizer, accelerator, data, config, folder, writer, windows)
+    return Session(*parts), progress
+
+
+def _epoch(session: Session, progress: Progress, show: Any) -> Progress:
+    config, started = session.config, time.monotonic() - progress.seconds
+    session.objective.train()
+    batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
+    for batch in _skip(batches, progress.batch):
+        progress = _step(session, progress, batch)
+        show(f"epoch {progress.epoch + 1}", (progress.batch, session.batches))
+        if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
+            _save(session, dataclasses.replace(progress, seconds=time.monotonic() - started))
+    progress = dataclasses.replace(progress, seconds=time.monotonic() - started)
+    return _close_epoch(session, progress)
+
+
+def _skip(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        if number >= count:
+            yield batch
+
+
+def _step(session: Session, progress: Progress, batch: Batch) -> Progress:
+    inputs, targets = _share(session.accelerator, batch)
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate(progress.step, session.config)
+    loss, losses = session.objective(inputs, targets)
+    _check_loss(loss, progress)
+    session.optimizer.zero_grad()
+    # Batches of like lengths hold unlike numbers of targets: without the share, the few targets
+    # of short sequences would count for more than those of long ones.
+    share = np.count_nonzero(batch.targets) / session.targets_per_batch
+    session.accelerator.backward(loss * share)
+    session.accelerator.clip_grad_norm_(session.objective.parameters(), session.config.clip)
+    session.optimizer.step()
+    values = {"loss": loss, **losses}
+    sums = {k: progress.losses.get(k, 0.0) + float(v.detach()) for k, v in values.items()}
+    return dataclasses.replace(
+        progress, batch=progress.batch + 1, step=progress.step + 1, losses=sums
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Rises over `warmup` steps and stays."""
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+
+
+def _share(accelerator: Accelerator, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The rows of a batch that belong to this process."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    arrays = batch.inputs[mine], batch.targets[mine]
+    inputs, targets = (torch.from_numpy(a).to(accelerator.device) for a in arrays)
+    return inputs, targets
+
+
+def _check_loss(loss: Tensor, progress: Progress) -> None:
+    if not torch.isfinite(loss):
+        raise RunError(
+            f"the loss is {loss.item()} at step {progress.step} (epoch {progress.epoch + 1}); "
+            "lower --set lr=... or --set clip=... and start in a new folder"
+        )
+
+
+def _close_epoch(session: Session, progress: Progress) -> Progress:
+    found = _validate(session)
+    row = _row(progress, found)
+    _log(session.writer, row)
+    value = _selected(found, session.config)
+    better = value > progress.best
+    if better and session.accelerator.is_main_process:
+        model = session.accelerator.unwrap_model(session.objective).model
+        save_tensors(dict(model.state_dict()), session.folder / BEST, {"epoch": str(row["epoch"])})
+    progress = Progress(
+        epoch=progress.epoch + 1,
+        step=progress.step,
+        best=value if better else progress.best,
+        best_epoch=progress.epoch if better else progress.best_epoch,
+        history=(*progress.history, row),
+    )
+    _save(session, progress)
+    return progress
+
+
+def _validate(session: Session) -> dict[str, Table]:
+    objective = session.accelerator.unwrap_model(session.objective)
+    objective.eval()
+    with torch.inference_mode():
+        device = str(session.accelerator.device)
+        scorer = objective.scorer()
+        return evaluate(scorer, session.data, "validation", session.config, device=device)
+
+
+def _selected(found: dict[str, Table], config: Config) -> float:
+    values = [table["all"]["NDCG@10"] for table in found.values()]
+    return values[-1] if config.select_by == "largest" else sum(values) / len(values)
+
+
+def _row(progress: Progress, found: dict[str, Table]) -> dict[str, float]:
+    losses = {name: total / max(1, progress.batch) for name, total in progress.losses.items()}
+    ndcg = {f"NDCG@10 {size}": table["all"]["NDCG@10"] for size, table in found.items()}
+    return {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses, **ndcg}
+
+
+def _log(writer: SummaryWriter, row: dict[str, float]) -> None:
+    for name, value in row.items():
+        writer.add_scalar(name.replace(" ", "/"), value, int(row["epoch"]))
+    writer.flush()
+
+
+def _save(session: Session, progress: Progress) -> None:
+    if not session.accelerator.is_main_process:
+        return
+    model = session.accelerator.unwrap_model(session.objective).model
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, state in session.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    save_tensors(tensors, session.folder / STATE, {"progress": progress.to_json()})
+
+
+def _resume(model: nn.Module, optimizer: Any, path: Path) -> Progress:
+    tensors, metadata = load_tensors(path)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    model.load_state_dict(parts["model"])
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        number, _, field = name.partition(".")
+        states.setdefault(int(number), {})[field] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    torch.set_rng_state(parts["random"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in parts["random"]:
+        torch.cuda.set_rng_state(parts["random"]["cuda"])
+    return Progress.from_json(metadata["progress"])

@@ -1,0 +1,55 @@
+"""Settings: types, names, presets and what the errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples.fmrlrec import config
+from examples.fmrlrec.errors import ConfigError
+
+
+def test_defaults_are_the_papers() -> None:
+    found = config.Config()
+    assert (found.sizes, found.blocks, found.dropout, found.lr) == ("8..1024", 2, 0.5, 1e-3)
+    assert (found.batch, found.clip, found.warmup, found.patience) == (32, 5.0, 100, 10)
+    assert (found.weight_decay, found.r_min, found.epochs, found.max_length) == (0.01, 0.0, 500, 50)
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_presets_round_trip(name: str) -> None:
+    found = config.preset(name)
+    assert config.Config.from_json(found.to_json()) == found
+
+
+def test_texts_take_the_type_of_their_setting() -> None:
+    pairs = config.parse_settings(["lr=0.01", "epochs=3", "item_bias=no", "sizes=8..64"])
+    found = config.replace(config.Config(), pairs)
+    assert (found.lr, found.epochs, found.item_bias, found.sizes) == (0.01, 3, False, "8..64")
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("learning=1", "no setting 'learning'; the settings are data, sizes"),
+        ("epochs=many", "epochs='many' is not a int"),
+        ("item_bias=perhaps", "is not a bool"),
+        ("norm=layer", "expected one of block, prefix"),
+        ("epochs", "has no '='"),
+    ],
+)
+def test_bad_settings_are_named(pair: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.replace(config.Config(), config.parse_settings([pair]))
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(ConfigError, match="the presets are paper, synthetic"):
+        config.preset("big")
+
+
+def test_texts_are_written_whole(tmp_path: Path) -> None:
+    config.write_text(tmp_path / "a" / "b.txt", "one")
+    config.write_text(tmp_path / "a" / "b.txt", "two")
+    assert [p.read_text() for p in (tmp_path / "a").iterdir()] == ["two"]
