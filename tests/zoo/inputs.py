@@ -79,9 +79,9 @@ def bands(batch: int = 2) -> dict[str, Any]:
     return {"input_values": normal(batch, 24, 16)}
 
 
-def features(batch: int = 2) -> dict[str, Any]:
-    """Gives `input_features` of shape (batch, 24 frames, 10 bands)."""
-    return {"input_features": normal(batch, 24, 10)}
+def features(batch: int = 2, bands: int = 10) -> dict[str, Any]:
+    """Gives `input_features` of shape (batch, 24 frames, bands)."""
+    return {"input_features": normal(batch, 24, bands)}
 
 
 def series(batch: int = 2) -> dict[str, Any]:
@@ -112,3 +112,58 @@ def trajectory() -> dict[str, Any]:
         "timesteps": steps,
         "attention_mask": padded(),
     }
+
+
+def regions() -> dict[str, Any]:
+    """Gives tokens and 5 image regions of 2048 features with their boxes."""
+    visual = {"visual_feats": normal(BATCH, 5, 2048), "visual_pos": normal(BATCH, 5, 4)}
+    return text(mask=True) | visual
+
+
+def noisy() -> dict[str, Any]:
+    """Gives images and the noise that decides which patches are masked."""
+    return image(size=32) | {"noise": normal(2, 16)}
+
+
+def float_boxes() -> dict[str, Any]:
+    """Gives tokens with a bounding box each, in coordinates up to 1."""
+    given = boxes()
+    return given | {"bbox": given["bbox"].float() / 100}
+
+
+def pictured() -> dict[str, Any]:
+    """Gives one text per image, with 16 places (token 96) for its patches."""
+    ids = torch.cat([torch.full((2, 16), 96), tokens(2, 5, vocabulary=96)], 1)
+    return {"input_ids": ids, "use_cache": False} | image(size=32)
+
+
+def mels() -> dict[str, Any]:
+    """Gives a log-mel spectrogram of 24 frames in 10 bands."""
+    return {"input_features": normal(2, 10, 24)}
+
+
+def heard() -> dict[str, Any]:
+    """Gives features over 24 frames and target tokens."""
+    target = {"decoder_input_ids": tokens(2, 5), "use_cache": False}
+    return features() | target
+
+
+def spoken() -> dict[str, Any]:
+    """Gives raw audio and target tokens."""
+    target = {"decoder_input_ids": tokens(2, 5), "use_cache": False}
+    return wave(4000) | target
+
+
+def codec() -> dict[str, Any]:
+    """Gives raw audio with a channel axis."""
+    return {"input_values": normal(2, 1, 1920)}
+
+
+def perceived() -> dict[str, Any]:
+    """Gives a preprocessed array of 7 positions with 30 features."""
+    return {"inputs": normal(BATCH, LENGTH, 30)}
+
+
+def pair() -> dict[str, Any]:
+    """Gives one text per image."""
+    return {"input_ids": tokens(2), "attention_mask": padded(2)} | image(size=32)

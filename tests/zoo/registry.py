@@ -156,6 +156,8 @@ def _shake(parameter: torch.Tensor) -> None:
     """Adds noise; a value that is constant and tiny (layer scale at 1e-6) is replaced instead."""
     import torch
 
+    if not parameter.numel():
+        return
     noise = 0.1 * torch.randn_like(parameter)
     constant = not parameter.is_complex() and bool((parameter == parameter.flatten()[0]).all())
     tiny = constant and 0 < float(parameter.flatten()[0].abs()) < 1e-2
