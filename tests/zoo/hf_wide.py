@@ -874,7 +874,7 @@ ROWS = (
         "cvt",
         "CvtModel",
         "image64",
-        {"embed_dim": [16, 32, 64], "num_heads": [2, 4, 8], "depth": [1, 1, 1]},
+        {"embed_dim": [16, 32, 64], "num_heads": [2, 4, 8], "depth": [1, 2, 3]},
     ),
     Wide(
         "swin2sr",
