@@ -47,7 +47,8 @@ def nest(model: Recommender, config: Config) -> Any:
 
     assert scan_rule.scan_axes
     example = torch.ones(3, 5, dtype=torch.int64)
+    # The features are an input like any other: every size reads all of them.
+    keep = () if config.modality == "id" else ("items.features",)
     return mk.convert(
-        model, (example,), sizes=config.sizes, nesting=config.nesting, norm=config.norm,
-        keep=("items.features",),
-    )  # fmt: skip
+        model, (example,), sizes=config.sizes, nesting=config.nesting, norm=config.norm, keep=keep
+    )

@@ -29,7 +29,8 @@ class Config:
 
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
-    AdamW; `warmup` counts steps, `patience` epochs. `alone` makes `run` compare, too. The defaults are those of arXiv 2409.16627.
+    AdamW; `warmup` counts steps, `patience` epochs; `alone` makes `run` compare, too. The defaults
+    are those of arXiv 2409.16627.
     """
 
     data: str = "synthetic"
@@ -104,7 +105,7 @@ def cpu_beauty() -> dict[str, Any]:
     """The id variant on Amazon Beauty, the recipe of LRURec with this model."""
     return {
         "sizes": "8..64", "modality": "id", "batch": 128, "dropout": 0.5, "windows": "all",
-        "epochs": 100,
+        "r_min": 0.8, "epochs": 100,
     }  # fmt: skip
 
 

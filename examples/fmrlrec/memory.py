@@ -85,7 +85,8 @@ def measured_sheet(config: Config, sizes: tuple[int, ...]) -> Sheet:
         ("the largest size alone", round(largest, 1), round(100 * (1 - largest / every), 1)),
         ("every size alone, together", round(every, 1), 0.0),
     )
-    title = f"Peak memory of training, sizes {sizes[0]}..{sizes[-1]}, batch {config.batch} x {LENGTH}"
+    shape = f"sizes {sizes[0]}..{sizes[-1]}, batch {config.batch} x {LENGTH}"
+    title = f"Peak memory of training, {shape}"
     return Sheet(title, ("what", "MB", "saved %"), rows)
 
 

@@ -165,14 +165,14 @@ class Recommender(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
         self.norm_out = nn.LayerNorm(shape.width)
-        self.bias = nn.Parameter(torch.zeros(shape.items + 1)) if shape.item_bias else None
+        bias = nn.Parameter(torch.zeros(shape.items + 1)) if shape.item_bias else None
+        self.register_parameter("bias", bias)
         self.apply(_initialise)
 
     def forward(self, sequences: Tensor) -> Tensor:
         """sequences int64 [B, T], 0 = padding, left padded -> scores [B, T, items + 1]."""
         table = self.items()
-        scores = self.encode(sequences, table) @ table.t()
-        return scores if self.bias is None else scores + self.bias
+        return functional.linear(self.encode(sequences, table), table, self.bias)
 
     def encode(self, sequences: Tensor, table: Tensor) -> Tensor:
         """sequences [B, T] and the item table [items + 1, D] -> hidden states [B, T, D]."""
@@ -195,8 +195,7 @@ class Recommender(nn.Module):
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, real, state)
             moved.append(state)
-        scores = self.norm_out(x) @ table.t()
-        return (scores if self.bias is None else scores + self.bias), moved
+        return functional.linear(self.norm_out(x), table, self.bias), moved
 
 
 @torch.no_grad()

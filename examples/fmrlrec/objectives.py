@@ -47,15 +47,20 @@ class NestedObjective(nn.Module):
 
     def __init__(self, doll: Any, config: Config) -> None:
         super().__init__()
-        from matryoshkafy.losses import MatryoshkaLoss
+        from matryoshkafy.losses import Distillation, MatryoshkaLoss
 
         self.model = doll
-        criterion = nn.CrossEntropyLoss(ignore_index=PADDING)
-        self.loss = MatryoshkaLoss(criterion, weights=size_weights(config, len(doll.sizes)))
+        self.loss = MatryoshkaLoss(
+            nn.CrossEntropyLoss(ignore_index=PADDING),
+            weights=size_weights(config, len(doll.sizes)),
+            distill=Distillation(config.distill) if config.distill else None,
+        )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """inputs and targets int64 [B, T] -> the summed loss, and the loss of each size."""
-        return self.loss(self.model.outputs(inputs), targets), {}
+        outputs = self.model.outputs(inputs)
+        loss, per_size = self.loss(outputs, targets, return_per_size=True)
+        return loss, {f"loss {size}": value for size, value in per_size.items()}
 
     def scorer(self) -> Scorer:
         """Scores of every size at the last position, from one pass."""
