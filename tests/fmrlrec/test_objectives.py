@@ -1,0 +1,70 @@
+"""Losses and scores of both objectives against torch's own cross entropy, size by size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from examples.fmrlrec import objectives
+from examples.fmrlrec.building import build, nest
+from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.errors import ConfigError
+
+INPUTS = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
+TARGETS = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]])
+
+
+def by_torch(logits: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=0)
+
+
+def plain(material, config: Config):
+    model = build(config, material.data.item_count, material.features, 8).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def test_plain_loss_is_cross_entropy_over_real_positions(material, tiny) -> None:
+    model = plain(material, tiny)
+    loss, _ = objectives.PlainObjective(model)(INPUTS, TARGETS)
+    torch.testing.assert_close(loss, by_torch(model(INPUTS)))
+
+
+@pytest.mark.parametrize("weights", ["", "1,2,0.5"])
+def test_nested_loss_is_the_weighted_sum_over_sizes(weights: str, material, tiny) -> None:
+    config = replace(tiny, {"weights": weights})
+    doll = nest(plain(material, config), config).eval()
+    loss, per_size = objectives.NestedObjective(doll, config)(INPUTS, TARGETS)
+    expected = {size: by_torch(logits) for size, logits in doll.outputs(INPUTS).items()}
+    given = [float(w) for w in weights.split(",")] if weights else [1.0, 1.0, 1.0]
+    total = sum(w * value for w, value in zip(given, expected.values(), strict=True))
+    torch.testing.assert_close(loss, total)
+    for size, value in expected.items():
+        torch.testing.assert_close(per_size[f"loss {size}"], value.detach())
+
+
+@pytest.mark.parametrize("modality", ["both", "id"])
+def test_nested_scores_are_those_of_every_output(modality: str, material, tiny) -> None:
+    config = replace(tiny, {"modality": modality})
+    doll = nest(plain(material, config), config).eval()
+    outputs = doll.outputs(INPUTS)
+    assert outputs.readout is not None, "the tail must be one product for the fused loss"
+    found = dict(objectives.nested_scorer(doll)(INPUTS))
+    assert list(found) == ["2", "4", "8"]
+    for size, scores in found.items():
+        torch.testing.assert_close(scores, outputs[int(size)][:, -1])
+
+
+def test_plain_scores_are_the_last_position(material, tiny) -> None:
+    model = plain(material, tiny)
+    ((name, scores),) = objectives.PlainObjective(model).scorer()(INPUTS)
+    assert name == "8"
+    torch.testing.assert_close(scores, model(INPUTS)[:, -1])
+
+
+def test_weights_must_match_the_ladder() -> None:
+    with pytest.raises(ConfigError, match="are 2, the sizes 3"):
+        objectives.size_weights(replace(Config(), {"weights": "1,2"}), 3)

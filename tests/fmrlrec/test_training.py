@@ -1,0 +1,152 @@
+"""The loop: it learns, it resumes to the same bits after SIGKILL, and it stops with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from examples.fmrlrec import training
+from examples.fmrlrec.building import build, nest
+from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.objectives import NestedObjective, PlainObjective
+from examples.fmrlrec.pipeline import Material
+
+ROOT = Path(__file__).parents[2]
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+from tests.fmrlrec import conftest, test_training
+from examples.fmrlrec import training
+from examples.fmrlrec.config import Config, replace
+
+calls, real = [], training.save_file
+def save_file(tensors, path, metadata):
+    calls.append(path)
+    if len(calls) == int(sys.argv[2]):
+        if sys.argv[3] == "cut":
+            Path(path).write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(tensors, path, metadata)
+
+training.save_file = save_file
+config = replace(Config(), conftest.TINY)
+test_training.run(conftest.cyclic_material(), config, Path(sys.argv[1]))
+"""
+
+
+def objective_of(material: Material, config: Config, kind: str = "plain"):
+    model = build(config, material.data.item_count, material.features, 8)
+    if kind == "plain":
+        return PlainObjective(model)
+    return NestedObjective(nest(model, config), config)
+
+
+def run(material: Material, config: Config, folder: Path, kind: str = "plain"):
+    objective = objective_of(material, config, kind)
+    progress = training.train(objective, material.data, config, folder)
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in progress.history]
+    return history, {k: v.clone() for k, v in objective.model.state_dict().items()}
+
+
+def assert_same(one, other) -> None:
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    for name, value in one[1].items():
+        assert torch.equal(value, other[1][name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(material: Material, tiny: Config, tmp_path_factory: pytest.TempPathFactory):
+    return run(material, tiny, tmp_path_factory.mktemp("whole"))
+
+
+def test_the_seed_decides_the_weights(uninterrupted, material, tiny, tmp_path: Path) -> None:
+    assert_same(run(material, tiny, tmp_path), uninterrupted)
+    other = run(material, replace(tiny, {"seed": 1}), tmp_path / "other")
+    assert other[0] != uninterrupted[0]
+
+
+@pytest.mark.parametrize("moment", ["3 before", "6 cut"])
+def test_a_killed_run_ends_with_the_same_bits(
+    moment: str, uninterrupted, material, tiny, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", KILLED, str(tmp_path), *moment.split(), str(ROOT)]
+    killed = subprocess.run(words, capture_output=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert_same(run(material, tiny, tmp_path), uninterrupted)
+
+
+def test_more_epochs_go_on_from_where_it_ended(material, tiny, tmp_path: Path) -> None:
+    run(material, replace(tiny, {"epochs": 2}), tmp_path / "a")
+    assert_same(run(material, tiny, tmp_path / "a"), run(material, tiny, tmp_path / "b"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "nested"])
+def test_it_learns(kind: str, material: Material, tiny: Config, tmp_path: Path) -> None:
+    config = replace(tiny, {"epochs": 12, "patience": 12, "dropout": 0.0})
+    history, _ = run(material, config, tmp_path, kind)
+    name = {"plain": "loss", "nested": "loss 8"}[kind]
+    assert history[-1][name] < 0.7 * history[0][name]
+    # 40 items in any order would give 0.11.
+    assert max(row["NDCG@10 8"] for row in history) > 0.5
+
+
+def test_nested_losses_are_told_per_size(material: Material, tiny: Config, tmp_path: Path) -> None:
+    history, _ = run(material, replace(tiny, {"epochs": 1}), tmp_path, "nested")
+    row = history[0]
+    assert row["loss"] == pytest.approx(sum(row[f"loss {m}"] for m in (2, 4, 8)), rel=1e-5)
+    assert {"NDCG@10 2", "NDCG@10 4", "NDCG@10 8"} <= row.keys()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"loss/2", "NDCG@10/8"} <= set(events.Tags()["scalars"])
+
+
+def test_it_stops_after_patience() -> None:
+    config = replace(Config(), {"patience": 2, "epochs": 9})
+    progress = training.Progress(epoch=4, best_epoch=2)
+    assert not training.finished(progress, config)
+    assert training.finished(dataclasses.replace(progress, epoch=5), config)
+    assert training.finished(dataclasses.replace(progress, epoch=9, best_epoch=8), config)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(material, tiny, tmp_path: Path) -> None:
+    objective = objective_of(material, tiny)
+    with torch.no_grad():
+        objective.model.norm_out.weight.fill_(torch.nan)
+    with pytest.raises(RunError, match="loss is nan at step 0"):
+        training.train(objective, material.data, tiny, tmp_path)
+
+
+def test_users_without_a_step_are_refused(material, tiny, tmp_path: Path) -> None:
+    data = dataclasses.replace(material.data, offsets=material.data.offsets[:1].repeat(3))
+    with pytest.raises(DataError, match="four items"):
+        training.train(objective_of(material, tiny), data, tiny, tmp_path)
+
+
+def test_warm_up_rises_and_stays() -> None:
+    config = replace(Config(), {"lr": 0.1, "warmup": 4})
+    rates = [training.learning_rate(step, config) for step in range(6)]
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_only_matrices_decay(material, tiny) -> None:
+    model = objective_of(material, tiny).model
+    decayed, kept = training.parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert {"bias", "blocks.0.mix.nu_log"} <= {names[id(p)] for p in kept["params"]}
+
+
+def test_missing_weights_name_the_command(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="run `train` first"):
+        training.load_tensors(tmp_path / "best.safetensors")
