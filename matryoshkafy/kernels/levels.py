@@ -1,4 +1,8 @@
-"""Levels along a dim as run-length lists: [length0, level0, length1, level1, ...]."""
+"""Levels along a dim as run-length lists: [length0, level0, length1, level1, ...].
+
+Cached tensors are made outside of inference mode, whatever the caller is in: an inference tensor
+could not be saved for a later backward.
+"""
 
 from __future__ import annotations
 
@@ -94,24 +98,28 @@ def bands_of(runs: Runs) -> Bands:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def level_tensor(runs: Runs, device: torch.device) -> Tensor:
     """The level of each index as an int64 tensor, cached: never write into it."""
     return torch.tensor(levels_of(runs), device=device, dtype=torch.int64)
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
     """Indices as an int64 tensor, cached: never write into it."""
     return torch.tensor(indices, device=device, dtype=torch.int64)
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def kept(out_runs: Runs, in_runs: Runs, device: torch.device) -> Tensor:
     """The bool matrix [out, in] of entries that are not structural zeros, cached."""
     return level_tensor(out_runs, device)[:, None] >= level_tensor(in_runs, device)[None, :]
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zero, cached: never write into it."""
     return torch.zeros((), dtype=dtype, device=device)

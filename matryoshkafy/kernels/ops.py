@@ -27,6 +27,7 @@ from matryoshkafy.kernels.cross_entropy import Gradients, Options, Problem
 from matryoshkafy.kernels.dispatch import DoubleBackward, is_plain
 from matryoshkafy.kernels.levels import bands_of, check_runs, kept
 from matryoshkafy.kernels.linear import rows
+from matryoshkafy.kernels.norms import Norm, Saved
 
 NAMESPACE = "matryoshkafy"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -174,49 +175,46 @@ def linear_backward(ctx: Any, dy: Tensor) -> tuple:
 
 def geometry_of(args: Sequence[Any]) -> Geometry:
     """The geometry from a conv's flat arguments."""
-    stride, padding, dilation, transposed, output_padding, groups = args
+    stride, padding, dilation, transposed, output_padding, groups, out_runs, in_runs = args
+    lists = [tuple(part) for part in (stride, padding, dilation)]
     return Geometry(
-        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+        *lists, transposed, tuple(output_padding), groups, tuple(out_runs), tuple(in_runs)
     )
 
 
-def check_conv(weight: Tensor, geometry: Geometry, out_runs: list[int], in_runs: list[int]) -> None:
+def check_conv(weight: Tensor, geometry: Geometry) -> None:
     """Raises RunsError unless the runs fit the channels within a group."""
-    first, second = (in_runs, out_runs) if geometry.transposed else (out_runs, in_runs)
+    runs = (geometry.out_runs, geometry.in_runs)
+    first, second = reversed(runs) if geometry.transposed else runs
     check_runs(first, weight.shape[0] // geometry.groups, "the weight's dim 0 (within a group)")
     check_runs(second, weight.shape[1], "the weight's dim 1")
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    geometry, (out_runs, in_runs) = geometry_of(args[:-2]), args[-2:]
-    check_conv(weight, geometry, out_runs, in_runs)
-    runs = {"out_runs": tuple(out_runs), "in_runs": tuple(in_runs)}
-    return convolution.forward(x, weight, bias, geometry, **runs)
+    geometry = geometry_of(args)
+    check_conv(weight, geometry)
+    return convolution.forward(x, weight, bias, geometry).contiguous()
 
 
 def conv_shape(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    check_conv(weight, geometry_of(args[:-2]), *args[-2:])
-    return torch.convolution(x, weight, bias, *args[:-2])
+    check_conv(weight, geometry_of(args))
+    return torch.convolution(x, weight, bias, *args[:-2]).contiguous()
 
 
 def conv_grad_input(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    runs = {"out_runs": tuple(args[-2]), "in_runs": tuple(args[-1])}
-    return convolution.grad_input(dy, x, weight, geometry_of(args[:-2]), **runs)
+    return convolution.grad_input(dy, x, weight, geometry_of(args)).contiguous()
 
 
 def conv_grad_input_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    masks = [True, False, False]
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, *args[:-2], masks)[0]
+    return x.new_empty(x.shape)
 
 
 def conv_grad_weight(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    runs = {"out_runs": tuple(args[-2]), "in_runs": tuple(args[-1])}
-    return convolution.grad_weight(dy, x, weight, geometry_of(args[:-2]), **runs)
+    return convolution.grad_weight(dy, x, weight, geometry_of(args)).contiguous()
 
 
 def conv_grad_weight_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    masks = [False, True, False]
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, *args[:-2], masks)[1]
+    return weight.new_empty(weight.shape)
 
 
 def conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -266,7 +264,7 @@ def channels(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], -1)
 
 
-def norm(
+def norm(  # noqa: PLR0913 - the operator's schema
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -274,30 +272,32 @@ def norm(
     runs: list[int],
     prefix: bool,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> norms.Triple:
     check_runs(runs, x.shape[1], "the normalised dim")
-    bands = bands_of(tuple(runs))
-    return norms.forward(
-        x, weight, bias, eps=eps, bands=bands, prefix=prefix, centred=centred
-    )
+    return norms.forward(x, weight, bias, Norm(bands_of(tuple(runs)), eps, prefix, centred))
 
 
-def norm_shape(x: Tensor, weight, bias, eps, runs, prefix, centred) -> tuple:
+def norm_shape(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *args: Any
+) -> norms.Triple:
+    runs, *_ = args
     check_runs(runs, x.shape[1], "the normalised dim")
     total = len(bands_of(tuple(runs)).pairs())
-    dtype = norms.accumulation_dtype(x.dtype)
-    stats = x.new_empty(x.shape[0], total, dtype=dtype)
+    stats = x.new_empty(x.shape[0], total, dtype=norms.accumulation_dtype(x.dtype))
     return x.new_empty(x.shape), stats, torch.empty_like(stats)
 
 
-def norm_backward(dy, x, weight, mean, rstd, runs, prefix, centred) -> tuple:
-    bands = bands_of(tuple(runs))
-    return norms.backward(
-        dy, x, weight, mean, rstd, bands=bands, prefix=prefix, centred=centred
-    )
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
+) -> norms.Triple:
+    runs, prefix, centred = args
+    saved = Saved(x, weight, mean, rstd)
+    return norms.backward(dy, saved, Norm(bands_of(tuple(runs)), 0.0, prefix, centred))
 
 
-def norm_backward_shape(dy, x, weight, mean, rstd, runs, prefix, centred) -> tuple:
+def norm_backward_shape(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
+) -> norms.Triple:
     one = mean.new_empty(x.shape[1])
     return x.new_empty(x.shape), one, torch.empty_like(one)
 

@@ -8,7 +8,7 @@ least estimated time is found by dynamic programming over the row spans.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -39,6 +39,8 @@ COSTS: dict[tuple[str, torch.dtype], Cost] = {
     ("cuda", torch.bfloat16): Cost(8e-6, 3e14, 4e11),
     ("cuda", torch.float16): Cost(8e-6, 3e14, 4e11),
 }
+# A convolution call costs so many product calls: it reorders what it reads and copies what it writes.
+CONV_CALL = 3
 DEFAULT = Cost(10e-6, 1e13, 1e11)
 
 
@@ -136,7 +138,20 @@ def complement(columns: tuple[Range, ...], total: int) -> list[Range]:
 @lru_cache(maxsize=4096)
 def tiling(out_runs: Runs, in_runs: Runs, bits: int, dtype: torch.dtype, device: str) -> Tiling:
     """The cut for about 2**bits rows of x on a kind of device."""
+    return cut_all(out_runs, in_runs, bits, COSTS.get((device, dtype), DEFAULT))
+
+
+@lru_cache(maxsize=4096)
+def conv_tiling(
+    out_runs: Runs, in_runs: Runs, bits: int, dtype: torch.dtype, device: str
+) -> Tiling:
+    """The same for a convolution, with 2**bits = output positions times the kernel's volume."""
     cost = COSTS.get((device, dtype), DEFAULT)
+    return cut_all(out_runs, in_runs, bits, replace(cost, call=cost.call * CONV_CALL))
+
+
+def cut_all(out_runs: Runs, in_runs: Runs, bits: int, cost: Cost) -> Tiling:
+    """The cut of least estimated time, and what follows from it."""
     strips = tuple(cut(spans_of(out_runs), spans_of(in_runs), 1 << bits, cost))
     total = sum(in_runs[::2])
     tiles = sorted((tile for s in strips for tile in s.tiles), key=lambda tile: -tile.width)
@@ -146,6 +161,7 @@ def tiling(out_runs: Runs, in_runs: Runs, bits: int, dtype: torch.dtype, device:
 
 
 @lru_cache(maxsize=4096)
+@torch.inference_mode(False)
 def beyond(out_runs: Runs, in_runs: Runs, tile: Tile, device: torch.device) -> Tensor:
     """The bool matrix of a tile's structural zeros, cached: never write into it."""
     outer = torch.tensor(levels_of(out_runs)[slice(*tile.rows)], device=device)
