@@ -1,5 +1,7 @@
 """matryoshkafy makes any PyTorch model a matryoshka doll: train once, deploy any size."""
 
+from matryoshkafy.checkpoint import load as load
+from matryoshkafy.checkpoint import save as save
 from matryoshkafy.converting import convert as convert
 from matryoshkafy.converting import inspect as inspect
 from matryoshkafy.doll import Doll as Doll

@@ -252,7 +252,7 @@ def _read_target(record: Mapping[str, Any], allowed: Callables, place: str) -> A
         raise JsonError(f"{place} has the target {shown(target)}, expected a text.")
     if op == "call_function":
         return _read_function(target, allowed, place)
-    legal = _is_parameter(target) if op == "placeholder" else _is_path(target)
+    legal = _is_parameter(target) if op == "placeholder" else is_path(target)
     if not legal:
         raise JsonError(f"{place} has the target {shown(target)}, which is no legal name.")
     return target
@@ -263,7 +263,8 @@ def _is_parameter(target: str) -> bool:
     return bare.isidentifier() and not keyword.iskeyword(bare)
 
 
-def _is_path(target: str) -> bool:
+def is_path(target: str) -> bool:
+    """Tell whether a tensor's dotted name is safe in the source code that torch.fx writes."""
     hidden = any(part[:2] == part[-2:] == "__" for part in target.split("."))
     return PATH.fullmatch(target) is not None and not hidden
 
