@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from matryoshkafy import dims
 from matryoshkafy.doll import Doll
+from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph_json import callables, graph_from_json, graph_to_json
 from matryoshkafy.namespaces import allowed, namespaces_of
 from matryoshkafy.plan import Plan, plan_to_dict
@@ -49,6 +50,7 @@ from matryoshkafy.state_files import (
 )
 from matryoshkafy.storage import (
     MANIFEST,
+    Writer,
     check_digests,
     digest_file,
     read_manifest,
@@ -60,7 +62,7 @@ from matryoshkafy.tracing import Signature, Trace, attach
 FORMAT = 1
 GRAPH = "graph.json"
 MAX_GRAPH = 64 * 2**20
-MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
+MISFITS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -77,7 +79,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = Fals
     _warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     described = _described(model, trace, plan, records)
     graph = graph_to_json(trace.graph, callables(described["namespaces"]))
-    writers = {file: partial(_write_tensors, state, records) for file in _files(records)}
+    write = partial(_write_tensors, state, records)
+    writers: dict[str, Writer] = dict.fromkeys(_files(records), write)
     writers[GRAPH] = lambda path: path.write_text(json.dumps(graph, allow_nan=False))
     writers[MANIFEST] = partial(_write_manifest, described, tuple(writers))
     return write_folder(folder, writers, force=force)
@@ -204,7 +207,7 @@ def open_checkpoint(folder: str | os.PathLike[str], *, digests: bool = True) -> 
 
 
 def _state(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
-    """Every tensor to save, in the model's order: hidden buffers only where the graph reads them."""
+    """Every tensor to save, in the model's order; hidden buffers only if the graph reads them."""
     read = {str(node.target) for node in trace.graph.nodes if node.op == "get_attr"}
     named = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
@@ -243,9 +246,7 @@ def _write_tensors(state: Mapping[str, Tensor], records: list[Record], path: Pat
     write_tensors(path, contents.entries, aliases=contents.aliases)
 
 
-def _described(
-    model: nn.Module, trace: Trace, plan: Plan, records: list[Record]
-) -> dict[str, Any]:
+def _described(model: nn.Module, trace: Trace, plan: Plan, records: list[Record]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": "doll" if isinstance(model, Doll) else "submodel",
@@ -376,12 +377,10 @@ def _fitting(folder: Path) -> Iterator[None]:
     try:
         yield
     except MISFITS as error:
-        if isinstance(error, CheckpointError) or type(error).__module__.startswith("matryoshkafy"):
+        if isinstance(error, MatryoshkafyError):
             raise
         raise CheckpointError(
             f"{folder}: graph, plan and weights do not fit together "
             f"({type(error).__name__}: {str(error)[:160]}). Copy the folder again, or save the "
             "model again."
         ) from error
-
-

@@ -1,4 +1,4 @@
-"""Namespaces of torch.ops that a graph calls beyond torch's own, and which a checkpoint may name."""
+"""Namespaces of torch.ops beyond torch's own that graphs call, and which a file may name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from matryoshkafy.safe_json import shown
 # What must be imported for a namespace of a well known library to exist.
 KNOWN: Mapping[str, str] = {"transformers": "transformers.integrations.moe"}
 # torch's own namespaces with operators that do more than compute: never out of a file.
-REFUSED = frozenset(
-    "_c10d_functional _c10d_functional_autograd _dtensor _native _native_aot _quantized _test c10d "
-    "coor cuda debug_mode_ops debugprims export flex_gemm fsdp higher_order inductor inductor_prims "
-    "mkl mkldnn mkldnn_prepacked onednn prepacked profiler quantization quantized rngprims sparse "
-    "static_runtime streams symm_mem tensorexpr triton vulkan_prepack xnnpack".split()
-)
+REFUSED = {
+    "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "_native", "_native_aot",
+    "_quantized", "_test", "c10d", "coor", "cuda", "debug_mode_ops", "debugprims", "export",
+    "flex_gemm", "fsdp", "higher_order", "inductor", "inductor_prims", "mkl", "mkldnn",
+    "mkldnn_prepacked", "onednn", "prepacked", "profiler", "quantization", "quantized", "rngprims",
+    "sparse", "static_runtime", "streams", "symm_mem", "tensorexpr", "triton", "vulkan_prepack",
+    "xnnpack",
+}  # fmt: skip
 
 
 class OperatorError(MatryoshkafyError):

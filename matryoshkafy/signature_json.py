@@ -1,4 +1,4 @@
-"""A call signature (structures, constants, ranges of the example inputs) as plain JSON, and back."""
+"""A call signature (structures, constants, ranges of example inputs) as JSON, and back."""
 
 from __future__ import annotations
 
@@ -49,18 +49,20 @@ def _input_from_json(saved: Any) -> Input:
         raise JsonError(f"{PLACE} has the input {shown(saved)}, which has no name: damaged.")
     values = Values(f"the input {shown(saved['name'])}", {})
     spec = spec_from_json(saved.get("spec"))
-    flags, leaves = saved.get("is_tensor"), saved.get("leaves")
-    bounds = saved.get("bounds")
-    for listed in (flags, leaves, bounds):
-        if not isinstance(listed, list) or len(listed) != spec.num_leaves:
-            raise JsonError(
-                f"{values.place} has {spec.num_leaves} leaves, but {shown(listed)} about them; "
-                "the file is damaged."
-            )
+    keys = ("is_tensor", "leaves", "bounds")
+    flags, leaves, bounds = (_listed(saved.get(key), spec.num_leaves, values) for key in keys)
     if not all(type(flag) is bool for flag in flags):
         raise JsonError(f"{values.place} has the flags {shown(flags)}, expected true or false.")
     read = tuple(values.read(leaf) for leaf in leaves)
     return Input(saved["name"], spec, read, tuple(flags), tuple(_bounds(b, values) for b in bounds))
+
+
+def _listed(saved: Any, count: int, values: Values) -> list[Any]:
+    if isinstance(saved, list) and len(saved) == count:
+        return saved
+    raise JsonError(
+        f"{values.place} has {count} leaves, but {shown(saved)} about them; the file is damaged."
+    )
 
 
 def _bounds(saved: Any, values: Values) -> tuple[float, float] | None:

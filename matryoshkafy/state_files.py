@@ -1,4 +1,4 @@
-"""The tensors of a model as entries of safetensors files, and back: names, ties, kinds, sparse parts.
+"""The tensors of a model as entries of safetensors files, and back: names, ties, kinds.
 
 `model.safetensors` holds what the user's state_dict shows. `constants.safetensors` holds what it
 does not: hidden buffers, constants that tracing lifted, full-width statistics, sparse tensors (by
@@ -74,8 +74,8 @@ def record_of(name: str, tensor: Tensor, kind: str) -> Record:
     """Return how a tensor is saved; raises CheckpointError for layouts that cannot be."""
     if not is_path(name):
         raise CheckpointError(
-            f"the model has a tensor called {shown(name)}, which cannot be saved: expected parts of "
-            "letters, digits and _-:/+@, joined by dots. Rename it."
+            f"the model has a tensor called {shown(name)}, which cannot be saved: expected parts "
+            "of letters, digits and _-:/+@, joined by dots. Rename it."
         )
     if tensor.layout is torch.strided:
         return Record(name, kind, tensor.requires_grad)
@@ -128,7 +128,7 @@ class Contents:
 
 
 def contents_of(records: Iterable[Record], tensors: Mapping[str, Tensor], file: str) -> Contents:
-    """Return what a file holds; of tied tensors the first name is stored, the others are aliases."""
+    """Return what a file holds: of tied tensors the first; the other names are aliases."""
     entries: list[Entry] = []
     aliases: dict[str, str] = {}
     owners: dict[int, str] = {}
@@ -156,19 +156,24 @@ def read_whole(record: Record, file: TensorFile) -> Tensor:
     """Return a saved tensor, in memory of its own."""
     if not record.sparse:
         return file.read(record.name)
-    layout = SPARSE[record.sparse][0]
     parts = [file.read(name) for name in record.parts]
     try:
-        if layout is torch.sparse_coo:
-            flag = record.coalesced
-            return torch.sparse_coo_tensor(
-                *parts, record.shape, is_coalesced=flag, check_invariants=True
-            )
-        return torch.sparse_compressed_tensor(
-            *parts, record.shape, layout=layout, check_invariants=True
-        )
+        return _assembled(record, parts)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{record.name} is no sound sparse tensor: {error}") from None
+
+
+def _assembled(record: Record, parts: list[Tensor]) -> Tensor:
+    *indices, values = parts
+    if record.sparse == "coo":
+        return torch.sparse_coo_tensor(
+            indices[0], values, record.shape, is_coalesced=record.coalesced, check_invariants=True
+        )
+    rows, columns = indices
+    layout = SPARSE[record.sparse][0]
+    return torch.sparse_compressed_tensor(
+        rows, columns, values, record.shape, layout=layout, check_invariants=True
+    )
 
 
 def as_parameter(tensor: Tensor, record: Record) -> Tensor:
@@ -188,7 +193,8 @@ def outline(records: Sequence[Record], files: Mapping[str, TensorFile]) -> dict[
         key = (record.file, owner)
         if key not in made:
             info = _info(record, files[record.file])
-            made[key] = as_parameter(torch.empty(info.shape, dtype=info.dtype, device="meta"), record)
+            hollow = torch.empty(info.shape, dtype=info.dtype, device="meta")
+            made[key] = as_parameter(hollow, record)
         out[record.name] = made[key]
     return out
 
@@ -223,5 +229,6 @@ def _has_nan(tensor: Tensor) -> bool:
     values = values._values() if values.layout is torch.sparse_coo else values
     if values.layout is not torch.strided or not values.numel():
         return False
-    chunks = values.split(max(1, NAN_CHUNK * len(values) // values.numel())) if values.dim() else [values]
-    return any(bool(torch.isnan(chunk).any()) for chunk in chunks)
+    rows = values.reshape(1) if values.dim() == 0 else values
+    step = max(1, NAN_CHUNK * len(rows) // rows.numel())
+    return any(bool(torch.isnan(chunk).any()) for chunk in rows.split(step))

@@ -1,0 +1,134 @@
+"""profile(): what a sub-model costs: parameters, bytes, FLOPs, measured latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.kernels import ops as _ops
+from matryoshkafy.kernels.levels import levels_of
+
+nested = torch.ops.matryoshkafy
+assert _ops
+
+
+class ProfileError(MatryoshkafyError):
+    """A model cannot be measured where it was asked for."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass costs.
+
+    parameters: scalars, ties once. bytes: of parameters and buffers. flops: two for each
+    multiply-add of products, convolutions and attention; structural zeros that are stored count.
+    latency: seconds, the median of the runs.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+    latency: float
+
+
+def profile(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    runs: int = 7,
+) -> Cost:
+    """Return the cost of a forward pass on these inputs, without gradients."""
+
+    def call() -> Any:
+        return model(*args, **(kwargs or {}))
+
+    parameters, held = size_of(model)
+    with torch.no_grad():
+        return Cost(parameters, held, flops_of(call), latency_of(call, runs))
+
+
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Return (parameters, bytes of parameters and buffers), tied tensors once."""
+    parameters = list(model.parameters())
+    tensors = [*parameters, *model.buffers()]
+    return sum(p.numel() for p in parameters), sum(map(_bytes, tensors))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes if tensor.layout is torch.strided else tensor.values().nbytes
+
+
+def flops_of(call: Callable[[], Any]) -> int:
+    """Return the floating point operations of a call, by the shapes of what it runs."""
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def latency_of(call: Callable[[], Any], runs: int = 7) -> float:
+    """Return the median of the seconds that a call takes, after one that is not counted."""
+    _timed(call)
+    return statistics.median(_timed(call) for _ in range(runs))
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device by its name; raises ProfileError where this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise ProfileError(
+            f"device {name!r} was given, which cannot be used here ({reason}); expected a device "
+            "of this machine such as cpu or cuda"
+        ) from None
+    return device
+
+
+def _linear_flops(x: Any, weight: Any, bias: Any, out_runs: Any, in_runs: Any, **_: Any) -> int:
+    rows = 1
+    for n in x[:-1]:
+        rows *= n
+    return 2 * rows * _kept(out_runs, in_runs)
+
+
+def _kept(out_runs: Sequence[int], in_runs: Sequence[int]) -> int:
+    """The entries of a block-triangular weight that are not structural zeros."""
+    inner = levels_of(tuple(in_runs))
+    pairs = zip(out_runs[::2], out_runs[1::2], strict=True)
+    return sum(count * sum(k <= level for k in inner) for count, level in pairs)
+
+
+def _conv_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    transposed = bool(args[4])
+    places = x if transposed else out_shape
+    count = places[0]
+    for n in (*weight, *places[2:]):
+        count *= n
+    return 2 * count
+
+
+FLOPS = {nested.linear_opaque: _linear_flops, nested.conv: _conv_flops}
