@@ -164,6 +164,6 @@ def perceived() -> dict[str, Any]:
     return {"inputs": normal(BATCH, LENGTH, 30)}
 
 
-def pair() -> dict[str, Any]:
+def pair(**more: Any) -> dict[str, Any]:
     """Gives one text per image."""
-    return {"input_ids": tokens(2), "attention_mask": padded(2)} | image(size=32)
+    return {"input_ids": tokens(2), "attention_mask": padded(2)} | image(size=32) | more
