@@ -61,7 +61,9 @@ IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "l
 def clean(graph: fx.Graph, root: nn.Module) -> None:
     """Rewrite the graph in place into the vocabulary of the rules."""
     _drop_assertions(graph)
+    _drop_detached(graph)
     _make_functional(graph)
+    _relax_views(graph)
     _drop_identities(graph)
     _follow_training(graph, root)
     _follow_device(graph)
@@ -90,6 +92,21 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     # A cast to the type it has already: what was an upcast of half precision follows the model.
     return name in ("to", "_to_copy", "type_as", "dropout_identity") and "copy" not in name
+
+
+def _drop_detached(graph: fx.Graph) -> None:
+    """x.detach_() writes nothing: the graph of a doll has gradients wherever the user trains it."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "detach_":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _relax_views(graph: fx.Graph) -> None:
+    """x.view(...) -> x.reshape(...): nothing writes through a view any more, and strides may differ."""
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
 
 
 def _drop_identities(graph: fx.Graph) -> None:
@@ -127,7 +144,7 @@ def _follow_device(graph: fx.Graph) -> None:
     tensors = [n for n in tensors if hasattr(n.meta.get("shape"), "shape")]
     if not users or not tensors:
         return
-    first = next((n for n in tensors if n.op == "placeholder"), tensors[0])
+    first = next((n for n in tensors if n.op == "get_attr"), tensors[0])
     with graph.inserting_after(first):
         device = graph.call_function(getattr, (first, "device"))
     for node in users:
@@ -210,7 +227,7 @@ def _refresh_views(
 ) -> None:
     """Views taken before the mutation and read after it are taken again from the new value."""
     for view in list(base.users):
-        if view in later or view in done or _viewed(view) is not base:
+        if view is new or view in later or view in done or _viewed(view) is not base:
             continue
         if not any(u in later for u in _all_users(view)):
             continue

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ from matryoshkafy.propagation import Findings, flat_terms
 from matryoshkafy.rules import RULES, op_key
 from matryoshkafy.rules.pointwise import pointwise
 from matryoshkafy.tracing import Trace
+from matryoshkafy.weights import is_weight
 
 TAIL_SHARE = 0.2
+CLAMP_SHARE = 0.2
 NORMS = {"layer_norm", "rms_norm", "group_norm"}
 LENGTHS = {"linalg_vector_norm", "norm"}
 LEVEL_STATISTICS = {"mean", "sum", "var", "std", "amax", "amin", *LENGTHS}
@@ -55,12 +57,16 @@ class Masking:
     remarks: tuple[str, ...]
 
 
-def choose(trace: Trace, found: Findings, settle: Callable[[], None], main: Axis | None) -> Masking:
+def choose(
+    trace: Trace, found: Findings, settle: Callable[[], None], share: Mapping[Axis, float]
+) -> Masking:
     """Decide what every node does; axes that must be demoted are fixed on the way.
+
+    `share` gives the part of all parameters that each axis belongs to.
 
     Each round that demotes an axis starts over, with one axis less: it ends.
     """
-    planner = _Planner(trace, found, main)
+    planner = _Planner(trace, found, share)
     while not planner.round():
         settle()
     tail = frozenset(n.name for n in planner.tail)
@@ -68,8 +74,8 @@ def choose(trace: Trace, found: Findings, settle: Callable[[], None], main: Axis
 
 
 class _Planner:
-    def __init__(self, trace: Trace, found: Findings, main: Axis | None) -> None:
-        self.found, self.main = found, main
+    def __init__(self, trace: Trace, found: Findings, share: Mapping[Axis, float]) -> None:
+        self.found, self.share = found, share
         self.nodes = [n for n in trace.graph.nodes if n.op == "call_function" and n in found.terms]
         self.work = [n for n in self.nodes if n not in found.pure and _is_tensor(n)]
         self.output = next(iter(reversed(trace.graph.nodes)))
@@ -88,8 +94,8 @@ class _Planner:
                 closings.append(node)
             elif kind:
                 self.choices[node.name] = Choice(kind, self._summed(node))
-        closings.sort(key=lambda n: len(self.after[n]))
-        if not all([self._close(n) for n in closings]):
+        closings.sort(key=lambda n: (self._reenters(n), len(self.after[n])))
+        if not all(map(self._close, closings)):
             return False
         self._widen_all()
         return True
@@ -132,23 +138,30 @@ class _Planner:
 
     def _fans_out(self, node: fx.Node) -> bool:
         """The outputs nest by an axis of the weight, which therefore can be masked."""
-        weights = [a for a in node.all_input_nodes if a in self.found.pure]
+        weights = [a for a in node.all_input_nodes if a in self.found.pure or is_weight(a)]
         mine = {leaf for w in weights for t in flat_terms(self.found.terms[w]) for leaf in free(t)}
         outs = {leaf for t in flat_terms(self.found.terms[node]) for leaf in free(t)}
         recurrent = op_name(node).startswith(("lstm", "gru", "rnn"))
         return recurrent or bool(mine & outs)
 
+    def _weighty(self, summed: tuple[Axis, ...]) -> bool:
+        """An axis that carries much of the model must shrink, even at the cost of a clamp."""
+        return any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
+
+    def _reenters(self, node: fx.Node) -> bool:
+        """Tell whether what follows feeds a nested layer again."""
+        return any(self.choices.get(n.name, Choice("")).kind == "mask" for n in self.after[node])
+
     def _close(self, node: fx.Node) -> bool:
         """A width ends here in a whole axis: the tail, or clamped, or demoted."""
         after = self.after[node] | {node}
-        reentry = any(self.choices.get(n.name, Choice("")).kind == "mask" for n in after)
         summed = self._summed(node)
         place = node.meta.get("source") or node.name
-        if not reentry or len(self.tail | after) <= TAIL_SHARE * len(self.work):
+        if not self._reenters(node) or len(self.tail | after) <= TAIL_SHARE * len(self.work):
             self.choices[node.name] = Choice("readout", summed)
             self.tail |= after
             return True
-        if self.main in summed and op_name(node) in CLAMPABLE:
+        if self._weighty(summed) and op_name(node) in CLAMPABLE:
             self.choices[node.name] = Choice("clamp", summed)
             self.remarks.append(
                 f"clamp: {op_name(node)} at {place} turns a width into a whole axis inside the trunk; "
@@ -157,7 +170,10 @@ class _Planner:
             return True
         for leaf in summed:
             leaf.fixed = Reason("demoted", place)
-        self.remarks.append(f"demoted: {', '.join(a.name for a in summed)} at {place}")
+        self.remarks.append(
+            f"demoted: {', '.join(a.name for a in summed)} stays whole: {op_name(node)} at {place} "
+            "turns it into a whole axis inside the trunk"
+        )
         return False
 
 

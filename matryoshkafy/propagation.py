@@ -14,6 +14,7 @@ from matryoshkafy.cleaning import bound_args
 from matryoshkafy.graph_json import TensorInfo
 from matryoshkafy.rules import RULES, Terms, op_key
 from matryoshkafy.tracing import Trace
+from matryoshkafy.weights import is_weight
 
 UNKNOWN_SIZE = 1_000_003
 
@@ -52,7 +53,45 @@ def propagate(trace: Trace, free: tuple[str, ...] = ()) -> Findings:
     walker = _Walker(trace, Findings(), free)
     for node in trace.graph.nodes:
         walker.visit(node)
+    _keep_weights(trace.graph, walker.found)
     return walker.found
+
+
+def _keep_weights(graph: fx.Graph, found: Findings) -> None:
+    """Of the values made of parameters alone, keep as pure those that are only read as weights.
+
+    A learned query that enters a layer is an activation like any other. A product of parameters
+    counts as a weight where it stands in a weight's place, not where it is multiplied once more.
+    """
+    strict: dict[fx.Node, bool] = {}
+    for node in reversed(list(graph.nodes)):
+        if node not in found.pure:
+            continue
+        slots = [strict.get(u) if u in found.pure else _weight_slot(node, u) for u in node.users]
+        strict[node] = all(slots)
+        weight = None not in slots and bool(slots) and (strict[node] or node not in found.contracted)
+        if node.op != "get_attr" and not weight:
+            found.pure.discard(node)
+
+
+WEIGHT_SLOTS = {"weight", "bias", "running_mean", "running_var", "params", "w_ih", "w_hh", "b_ih", "b_hh"}
+
+
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "_grouped_mm"}
+
+
+def _weight_slot(node: fx.Node, user: fx.Node) -> bool | None:
+    """True in the place of a weight, False as a factor of a product, None anywhere else."""
+    if user.op != "call_function" or not hasattr(user.target, "_schema"):
+        return None
+    slots = [name for name, value in bound_args(user).items() if _holds(value, node)]
+    if all(s in WEIGHT_SLOTS for s in slots):
+        return True
+    return False if op_key(user.target) in PRODUCTS else None
+
+
+def _holds(value: Any, node: fx.Node) -> bool:
+    return value is node or (isinstance(value, (list, tuple)) and any(v is node for v in value))
 
 
 class _Walker:
@@ -93,7 +132,7 @@ class _Walker:
         return (Axis(size, f"{self.node}.{name}" if name else str(self.node), reason),)
 
     def weight(self, value: Any, *dims: int) -> None:
-        if value in self.found.pure:
+        if value in self.found.pure or is_weight(value):
             terms = self.of(value)
             self.found.features.extend(terms[d] for d in dims if -len(terms) <= d < len(terms))
 

@@ -21,6 +21,7 @@ from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan import Action, Many, Plan
 from matryoshkafy.resizing import resize
 from matryoshkafy.tracing import Signature, Trace
+from matryoshkafy.weights import is_weight
 
 aten = torch.ops.aten
 nested = torch.ops.matryoshkafy
@@ -419,7 +420,7 @@ def node_masks(node: fx.Node, plan: Plan) -> dict[fx.Node, tuple[Mask, ...]]:
         if isinstance(shape, Many) or len(shape) < 2:
             continue
         found[operand] = _pairs(shape, summed, leaving, WEIGHT_DIMS.get(op_name(node)))
-    return {n: m for n, m in found.items() if m and _is_pure(n)}
+    return {n: m for n, m in found.items() if m and is_weight(n)}
 
 
 WEIGHT_DIMS = {
@@ -450,18 +451,6 @@ def _gates(node: fx.Node) -> dict[fx.Node, tuple[Mask, ...]]:
 def _cell(node: fx.Node) -> dict[fx.Node, tuple[Mask, ...]]:
     a = bound_args(node)
     return {a[name]: (Mask(0, 1),) for name in ("w_ih", "w_hh")}
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Tell whether a value comes from parameters alone."""
-    seen, queue = set(), [node]
-    while queue:
-        at = queue.pop()
-        if at.op == "placeholder":
-            return False
-        queue.extend(n for n in at.all_input_nodes if n not in seen)
-        seen.update(at.all_input_nodes)
-    return True
 
 
 def _masked_weights(node: fx.Node, plan: Plan) -> list[fx.Node]:

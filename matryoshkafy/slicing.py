@@ -21,12 +21,22 @@ Supply = Callable[[tuple[Segments | None, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class MaskRuns:
+    """The levels along the output and the input dim of a masked weight, run-length coded."""
+
+    out: int
+    into: int
+    out_runs: tuple[int, ...]
+    in_runs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Cut:
     """What a sub-model keeps of one tensor: per dim the kept segments (None: all of it)."""
 
     name: str
     segments: tuple[Segments | None, ...]
-    mask: tuple[torch.Tensor, ...] = ()
+    mask: MaskRuns | None = None
 
 
 def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the field's word for it
@@ -103,7 +113,7 @@ def cuts_of(trace: Trace, plan: Plan, level: int) -> list[Cut]:
     cuts = []
     for name, shape in _shapes(trace, plan).items():
         segments = tuple(relative(d, have, want) for d in shape)
-        mask = _mask_levels(masks.get(name), ladder)
+        mask = _mask_runs(masks.get(name), ladder)
         cuts.append(Cut(name, segments, mask))
     return cuts
 
@@ -115,18 +125,13 @@ def _shapes(trace: Trace, plan: Plan) -> dict[str, tuple[Dim, ...]]:
     return shapes | {name: s for name, s in baked.items() if name in read}
 
 
-def _mask_levels(mask: Any, ladder: tuple[Widths, ...]) -> tuple[torch.Tensor, ...]:
-    """Return the level of every output and input index of a masked weight, with their dims."""
+def _mask_runs(mask: Any, ladder: tuple[Widths, ...]) -> MaskRuns | None:
     if mask is None:
-        return ()
+        return None
     where, shape = mask
-    levels = []
-    for dim in (where.out, where.into):
-        runs = torch.tensor(dims.runs(shape[dim], ladder)).view(-1, 2)
-        view = [1] * len(shape)
-        view[dim] = -1
-        levels.append(runs[:, 1].repeat_interleave(runs[:, 0]).view(view))
-    return (levels[0] >= levels[1],)
+    return MaskRuns(
+        where.out, where.into, dims.runs(shape[where.out], ladder), dims.runs(shape[where.into], ladder)
+    )
 
 
 def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
@@ -165,10 +170,19 @@ def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, 
     return out
 
 
-def masked(tensor: torch.Tensor, mask: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Write the structural zeros into a cut weight, in place."""
-    if mask:
-        tensor.masked_fill_(~mask[0].to(tensor.device), 0)
+def masked(tensor: torch.Tensor, mask: MaskRuns | None) -> torch.Tensor:
+    """Write the structural zeros into a cut weight, in place: block by block, without a mask."""
+    if mask is None:
+        return tensor
+    start = 0
+    for length, level in zip(mask.out_runs[::2], mask.out_runs[1::2], strict=True):
+        rows = tensor.narrow(mask.out, start, length)
+        at = 0
+        for width, other in zip(mask.in_runs[::2], mask.in_runs[1::2], strict=True):
+            if other > level:
+                rows.narrow(mask.into, at, width).zero_()
+            at += width
+        start += length
     return tensor
 
 

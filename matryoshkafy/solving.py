@@ -10,12 +10,13 @@ is clamped to the smallest size.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from matryoshkafy import axes, dims
 from matryoshkafy.axes import COPIES, Axis, Reason, Sum, Term
@@ -52,10 +53,10 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
     _fix_heads(trace, found)
     _settle(found)
     if request.options.scope == "ffn":
-        _only_feed_forward(found, parameters)
+        _only_feed_forward(trace, found, parameters)
     masking = Masking({}, frozenset(), ())
     if request.options.nesting == "masked" and request.options.scope == "full":
-        masking = choose(trace, found, lambda: _settle(found), _heaviest(parameters))
+        masking = choose(trace, found, lambda: _settle(found), _shares(_trainable(trace, parameters)))
     return _frozen(trace, found, request, (parameters, masking))
 
 
@@ -134,12 +135,12 @@ def _outermost(term: Term) -> bool:
     return changed
 
 
-def _only_feed_forward(found: Findings, parameters: Mapping[str, Any]) -> None:
+def _only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, Any]) -> None:
     """Keep the hidden axes between two contractions with the residual stream, fix the rest.
 
     An attention head axis is a factor of a product (heads x head_dim), a hidden axis stands alone.
     """
-    main = _heaviest(parameters)
+    main = _heaviest(_trainable(trace, parameters))
     inside: set[Axis] = set()
     for term in (t for terms in parameters.values() for t in terms):
         resolved = axes.resolve(term)
@@ -162,15 +163,28 @@ def _only_feed_forward(found: Findings, parameters: Mapping[str, Any]) -> None:
                 leaf.fixed = Reason("scope", "ffn")
 
 
+def _trainable(trace: Trace, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out buffers, whose size says nothing of the model's; keep them where there is no other."""
+    state = trace.state()
+    mine = {n: t for n, t in parameters.items() if isinstance(state.get(n), nn.Parameter)}
+    return mine or dict(parameters)
+
+
 def _heaviest(parameters: Mapping[str, Any]) -> Axis | None:
+    shares = _shares(parameters)
+    return max(shares, key=lambda axis: shares[axis]) if shares else None
+
+
+def _shares(parameters: Mapping[str, Any]) -> dict[Axis, float]:
+    """Return for every free axis the part of all parameters that it belongs to."""
     weight: Counter[Axis] = Counter()
+    whole = 0
     for terms in parameters.values():
-        total = 1
-        for term in terms:
-            total *= max(axes.size(term), 1)
+        total = math.prod(max(axes.size(term), 1) for term in terms)
+        whole += total
         for leaf in {leaf for t in terms for leaf in axes.leaves(t) if leaf.fixed is None}:
             weight[leaf] += total
-    return weight.most_common(1)[0][0] if weight else None
+    return {axis: total / whole for axis, total in weight.most_common()}
 
 
 # --- freezing ---------------------------------------------------------------------------------
@@ -178,7 +192,7 @@ def _heaviest(parameters: Mapping[str, Any]) -> Axis | None:
 
 def _frozen(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan:
     parameters, masking = solved
-    main = _heaviest(parameters)
+    main = _heaviest(_trainable(trace, parameters))
     if main is None:
         raise NothingNests(_nothing(parameters, found))
     order = _group_order(parameters)

@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
+import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +32,16 @@ TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 @dataclass(frozen=True)
 class Input:
-    """One argument of the user's forward: its structure, and per leaf a placeholder or a constant."""
+    """One argument of the user's forward: its structure, and per leaf a placeholder or a constant.
+
+    `bounds` are the least and largest value of each example tensor (None: unknown, or no tensor).
+    """
 
     name: str
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     is_tensor: tuple[bool, ...]
+    bounds: tuple[tuple[float, float] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,22 +192,22 @@ def _export(
 
 
 def _quiet_export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
-    with warnings.catch_warnings(), _silent("torch.export", "torch.fx", "torch._export"):
+    with warnings.catch_warnings(), _silent():
         warnings.simplefilter("ignore")
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager
-def _silent(*names: str) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.level for logger in loggers]
+def _silent() -> Iterator[None]:
+    """torch prints the whole graph when an export fails: the error says what a person needs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
+        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+            with contextlib.redirect_stdout(sink):
+                yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _explain(error: BaseException) -> str:
@@ -383,7 +390,7 @@ class _Copier:
         new.meta["shape"] = info_of(old.meta.get("val"))
         new.meta["source"] = source_of(old) or ""
         value = old.meta.get("val")
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
             new.meta["storage"] = value.untyped_storage()._cdata
         return new
 
@@ -405,5 +412,13 @@ def _input(name: str, value: Any) -> Input:
     leaves, spec = pytree.tree_flatten(value)
     is_tensor = tuple(isinstance(v, torch.Tensor) for v in leaves)
     constants = tuple(None if t else v for v, t in zip(leaves, is_tensor, strict=True))
-    return Input(name, spec, constants, is_tensor)
+    return Input(name, spec, constants, is_tensor, tuple(map(_bounds, leaves)))
+
+
+def _bounds(value: Any) -> tuple[float, float] | None:
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.numel() > 0
+    if not plain or value.is_meta or value.is_complex():
+        return None
+    low, high = (float(n) for n in torch.aminmax(value.detach().to(torch.float64)))
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
