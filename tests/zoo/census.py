@@ -38,14 +38,37 @@ def export(entry: Entry) -> Record:
     try:
         model, args, kwargs = entry.build()
         record |= {"stage": "forward", "parameters": sum(p.numel() for p in model.parameters())}
-        with torch.no_grad():
-            model(*args, **kwargs)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = model(*args, **kwargs)
         record |= {"stage": "export", "ready_seconds": round(time.perf_counter() - start, 2)}
         start = time.perf_counter()
         program = torch.export.export(model, args, kwargs, strict=False)
+        record |= {"seconds": _since(start), "stage": "run"}
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            record["error_of_graph"] = worst(expected, program.module()(*args, **kwargs))
     except Exception as error:  # noqa: BLE001 - the census records whatever a library raises
         return record | {"ok": False, "seconds": _since(start)} | _failure(error)
-    return record | {"ok": True, "stage": "done", "seconds": _since(start)} | anatomy(program.graph)
+    return record | {"ok": True, "stage": "done"} | anatomy(program.graph)
+
+
+def worst(expected: Any, given: Any) -> float:
+    """Gives the largest difference of two structures of tensors, relative to the largest value."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    pairs = zip(tree_leaves(expected), tree_leaves(given), strict=True)
+    errors = [_relative(a, b) for a, b in pairs if torch.is_tensor(a) and a.numel()]
+    return max(errors, default=0.0)
+
+
+def _relative(a: Any, b: Any) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    wide = (lambda t: t.cdouble()) if a.is_complex() else (lambda t: t.double())
+    gap = (wide(a) - wide(b)).abs().max()
+    return float(gap / wide(a).abs().max().clamp(min=1e-30))
 
 
 def _since(start: float) -> float:
@@ -140,7 +163,8 @@ def run(wanted: Iterable[Entry], *, limit: float = 60.0, per_worker: int = 40) -
 def _line(record: Record) -> str:
     head = f"{record['name']:28} {record.get('seconds', 0):6.2f} s "
     if record["ok"]:
-        return head + f"{record['nodes']:5} nodes {len(record['ops']):3} ops"
+        size = f"{record['nodes']:5} nodes {len(record['ops']):3} ops"
+        return head + f"{size} {record['error_of_graph']:.1e}"
     return head + f"{record['stage']} {record['error']}: {' '.join(record['message'])[:160]}"
 
 
@@ -172,6 +196,12 @@ def _failures(records: list[Record]) -> str:
             head = f"- **{record['name']}** ({record['stage']}, {record['place']})"
             lines.append(f"{head} {record['error']}\n    {message}")
     return "\n".join(lines)
+
+
+def _differing(good: list[Record]) -> str:
+    lines = ["## Graphs that differ from the model by more than 1e-4", ""]
+    wrong = [record for record in good if not record["error_of_graph"] <= 1e-4]
+    return "\n".join(lines + [f"- {r['name']}: {r['error_of_graph']:.1e}" for r in wrong])
 
 
 def _table(title: str, ranked: list[tuple[str, list[Record]]], *, models: int) -> str:

@@ -20,7 +20,7 @@ UNBUILDABLE: dict[str, str] = {
     "transformers:autoformer, informer": "as time_series_transformer",
     "transformers:musicgen": "audio codes over 4 codebooks and two frozen models beside it",
     "transformers:bark, dac, dia": "codecs of 10 M parameters and more whatever the config",
-    "transformers:qwen2_vl, qwen2_5_vl": "ragged image grids: positions are computed by Python loops",
+    "transformers:qwen2_vl, qwen2_5_vl": "ragged image grids: positions come from Python loops",
     "transformers:sam2, sam2_video": "hiera backbones of 27 M parameters with a memory bank",
     "transformers:rt_detr, d_fine, rf_detr": "backbones of 20 M parameters; detr stands for them",
     "transformers:deformable_detr": "backbone asks the hub; its sampling kernel is compiled",
