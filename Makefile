@@ -31,7 +31,7 @@ install: $(VENV)/all.stamp
 
 lint: $(VENV)/all.stamp
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pyright
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/all.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, the checkout importable, GPU tests skipped with a reason."""
+"""What holds for every test: one thread, the checkout importable, GPU tests skipped saying why."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pytest_terminal_summary(
     minutes = (time.monotonic() - config.stash[STARTED]) / 60
     if "not slow" in config.getoption("markexpr") and minutes > LIMIT_MINUTES:
         terminalreporter.write_line(
-            f"the quick tests took {minutes:.1f} minutes, more than {LIMIT_MINUTES:.0f} on 2 cores: "
+            f"the quick tests took {minutes:.1f} minutes, over {LIMIT_MINUTES:.0f} on 2 cores: "
             "mark what is slow with @pytest.mark.slow (durations above)",
             yellow=True,
         )
