@@ -65,6 +65,10 @@ MAX_GRAPH = 64 * 2**20
 MISFITS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
 
 
+class CheckpointWarning(UserWarning):
+    """A model was saved that is probably not what the user wants."""
+
+
 def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write a doll or a sub-model as a checkpoint folder, whole or not at all; return its path.
 
@@ -232,6 +236,7 @@ def _warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
         warnings.warn(
             f"weights that are NaN are saved: {', '.join(names[:5])}{more}. Expected finite "
             "weights; every size that reads them is broken. Check the training run.",
+            CheckpointWarning,
             stacklevel=3,
         )
 
@@ -310,13 +315,22 @@ def _trace_of(manifest: Mapping[str, Any], folder: Path, records: tuple[Record, 
     graph = graph_from_json(saved, callables(allowed(manifest["namespaces"], str(folder))))
     signature = signature_from_json(manifest["signature"])
     _check_call(graph, signature, folder)
-    names = {record.name for record in records}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in names | {"training"}:
-            raise CheckpointError(f"{folder}: the graph reads {shown(node.target)}, not saved.")
+    _check_reads(graph, {record.name for record in records}, folder, manifest["kind"])
     hidden = frozenset(record.name for record in records if record.kind == "hidden")
     notes = tuple(str(note) for note in manifest["notes"])
     return Trace(graph, signature, nn.Module(), notes, hidden)
+
+
+def _check_reads(graph: fx.Graph, names: set[str], folder: Path, kind: str) -> None:
+    """The graph reads saved tensors and nothing else; a sub-model may need fewer of them."""
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for target in targets - names - {"training"}:
+        reserved = any(hasattr(nn.Module, part) for part in target.split("."))
+        if kind == "doll" or reserved:
+            raise CheckpointError(
+                f"{folder}: the graph reads {shown(target)}, which was not saved. The files are of "
+                "different models, or damaged: save the model again."
+            )
 
 
 def _check_call(graph: fx.Graph, signature: Signature, folder: Path) -> None:

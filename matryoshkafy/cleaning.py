@@ -53,7 +53,7 @@ def set_arg(node: fx.Node, name: str, value: Any) -> None:
 
 ASSERTIONS = {
     "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range",
-    "sym_constrain_range_for_size", "_functional_assert_async", "lift_fresh_copy_", "_check",
+    "sym_constrain_range_for_size", "_functional_assert_async", "_check", "item",
 }  # fmt: skip
 IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
 
@@ -64,6 +64,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     _drop_detached(graph)
     _make_functional(graph)
     _relax_views(graph)
+    _slice_constants(graph, root)
     _drop_identities(graph)
     _follow_training(graph, root)
     _follow_device(graph)
@@ -100,6 +101,43 @@ def _drop_detached(graph: fx.Graph) -> None:
         if node.op == "call_function" and op_name(node) == "detach_":
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _slice_constants(graph: fx.Graph, root: nn.Module) -> None:
+    """x[:, [-2]] -> x[:, n-2:n-1]: a constant run of indices is a slice, which follows the size."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "index":
+            _slice_constant(graph, root, node)
+
+
+def _slice_constant(graph: fx.Graph, root: nn.Module, node: fx.Node) -> None:
+    source, indices = node.args[0], node.args[1]
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    if len(given) != 1:
+        return
+    dim, index = given[0]
+    size = source.meta["shape"].shape[dim]  # type: ignore[union-attr]
+    run = _constant_run(root, index, size)
+    if run is None:
+        return
+    with graph.inserting_before(node):
+        new = graph.call_function(aten.slice.Tensor, (source, dim, *run))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _constant_run(root: nn.Module, index: fx.Node, size: int) -> tuple[int, int] | None:
+    while op_name(index) in (*IDENTITIES, "to") and isinstance(index.args[0], fx.Node):
+        index = index.args[0]
+    if index.op != "get_attr" or len(index.meta["shape"].shape) != 1:
+        return None
+    tensor = dict(root.named_buffers()).get(str(index.target))
+    if tensor is None or tensor.is_meta or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+    values = [v % size for v in tensor.tolist()]
+    plain = values and values == list(range(values[0], values[0] + len(values)))
+    return (values[0], values[0] + len(values)) if plain else None
 
 
 def _relax_views(graph: fx.Graph) -> None:

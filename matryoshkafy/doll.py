@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.graph_module import _forward_from_src
 
 from matryoshkafy import dims
 from matryoshkafy.losses import Readout
@@ -19,9 +20,10 @@ from matryoshkafy.tracing import Trace
 Function = Callable[..., Any]
 
 
-def compiled(graph: fx.Graph, root: nn.Module) -> Function:
+def compiled(graph: fx.Graph) -> Function:
     """Return the function that torch.fx generates for a graph; its first argument holds the state."""
-    return type(fx.GraphModule(root, graph)).forward
+    code = graph.python_code("self")
+    return _forward_from_src(code.src, code.globals)
 
 
 class Doll(nn.Module):
@@ -42,7 +44,7 @@ class Doll(nn.Module):
         self.__dict__["_root"] = root
         self._trace, self._plan = trace, plan
         self._functions: dict[Any, Any] = {}
-        self._forward = compiled(full_graph(trace, plan), root)
+        self._forward = compiled(full_graph(trace, plan))
         self.train(root.training)
 
     @property
@@ -82,7 +84,7 @@ class Doll(nn.Module):
     def _function(self, key: Any, build: Callable[[], fx.Graph | None]) -> Function | None:
         if key not in self._functions:
             graph = build()
-            self._functions[key] = None if graph is None else compiled(graph, self._root)
+            self._functions[key] = None if graph is None else compiled(graph)
         return self._functions[key]
 
     def _sliced(self, level: int, args: Any, kwargs: Any) -> Callable[[], Any]:

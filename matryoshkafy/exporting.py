@@ -71,9 +71,7 @@ def export(
     takes the model's tensors by name and returns dictionaries for the output classes of libraries.
     Raises ExportError, also where the file's outputs differ by more than 1e-3.
     """
-    if to not in FORMATS:
-        raise ExportError(f"to={to!r} was given; expected one of {', '.join(FORMATS)}")
-    target = _free(Path(path), force)
+    target = check_target(path, to, force=force)
     small = cut(model, model.sizes[-1]) if isinstance(model, Doll) else model
     given = example_inputs(small) if args is None and kwargs is None else (args or (), kwargs or {})
     trace, _ = parts_of(small)
@@ -91,6 +89,13 @@ def export(
             )
         _place(folder, target)
     return Exported(target, to, error)
+
+
+def check_target(path: str | os.PathLike[str], to: str, *, force: bool = False) -> Path:
+    """Return the file to write; raises ExportError now where `export` would later."""
+    if to not in FORMATS:
+        raise ExportError(f"to={to!r} was given; expected one of {', '.join(FORMATS)}")
+    return _free(Path(path), force)
 
 
 def plain_module(model: nn.Module) -> fx.GraphModule:

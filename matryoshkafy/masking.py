@@ -24,7 +24,7 @@ from matryoshkafy.rules.pointwise import pointwise
 from matryoshkafy.tracing import Trace
 from matryoshkafy.weights import is_weight
 
-TAIL_SHARE = 0.2
+TAIL_SHARE = 0.1
 CLAMP_SHARE = 0.2
 NORMS = {"layer_norm", "rms_norm", "group_norm"}
 LENGTHS = {"linalg_vector_norm", "norm"}

@@ -69,7 +69,13 @@ def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
 
 def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     named = dict(model.named_parameters(remove_duplicate=False))
-    return named | dict(model.named_buffers(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    return {_own_name(name): tensor for name, tensor in named.items()}
+
+
+def _own_name(name: str) -> str:
+    own = name.removeprefix("user_")
+    return own if free_name(own) == name else name
 
 
 def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
@@ -198,6 +204,13 @@ def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
     return {n: Kind(isinstance(t, nn.Parameter), t.requires_grad) for n, t in state.items()}
 
 
+def free_name(name: str) -> str:
+    """Return the name of a tensor in a GraphModule, which has attributes of its own (graph, code)."""
+    head = name.partition(".")[0]
+    taken = head == "meta" or (head != "training" and hasattr(fx.GraphModule, head))
+    return f"user_{name}" if taken else name
+
+
 def assemble(
     trace: Trace, plan: Plan, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]
 ) -> fx.GraphModule:
@@ -207,10 +220,14 @@ def assemble(
     objects: dict[int, torch.Tensor] = {}
     for name, tensor in tensors.items():
         kind = kinds[name]
+        name, kept_name = free_name(name), name
         if kind.parameter and id(tensor) not in objects:
             objects[id(tensor)] = nn.Parameter(tensor, requires_grad=kind.requires_grad)
-        attach(root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(name))
+        attach(root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(kept_name))
     graph = sub_graph(replace(trace, root=root), plan, plan.levels - 1)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = free_name(str(node.target))
     module = fx.GraphModule(root, graph, class_name="SubModel")
     module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
     module.train(root.training)

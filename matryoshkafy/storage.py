@@ -70,6 +70,18 @@ def write_folder(
     return target
 
 
+def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Raise FolderError now where write_folder would later: before work that takes long."""
+    target = Path(os.path.realpath(folder))
+    with _explained(target):
+        _check_free(target, force)
+        parent = next(p for p in target.parents if p.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{parent} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{parent} is not writable")
+
+
 def recover_folder(folder: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder, after undoing a replacement that was cut in two.
 

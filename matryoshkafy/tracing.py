@@ -7,14 +7,9 @@ to a device; every node carries `meta["shape"]` (concrete sizes) and `meta["sour
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import logging
 import math
-import math
-import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.capturing import Captured, capture, named_args, parameter_names
 from matryoshkafy.cleaning import clean
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph_json import info_of, source_of
@@ -132,147 +128,18 @@ def trace(
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     kwargs = dict(kwargs or {})
-    with _prepared(model):
-        program, notes = _export(model, args, kwargs)
-    root = _root_of(model, program)
-    graph = _unlifted(program, root)
-    signature = _signature(model, args, kwargs, program)
+    captured = capture(model, args, kwargs)
+    root = _root_of(model, captured)
+    graph = _unlifted(captured, root)
+    signature = _signature(model, args, kwargs, captured)
     clean(graph, root)
     graph.lint()
     shown = set(root.state_dict(keep_vars=True))
     hidden = {n for n, _ in root.named_buffers(remove_duplicate=False) if n not in shown}
-    return Trace(graph, signature, root, tuple(notes), frozenset(hidden))
+    return Trace(graph, signature, root, captured.notes, frozenset(hidden))
 
 
-@contextlib.contextmanager
-def _prepared(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, plain attention kernels, experts as one batched product; then as before."""
-    modes = {m: m.training for m in model.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    experts = list(_expert_configs(model))
-    try:
-        model.eval()
-        for config, _ in experts:
-            config._experts_implementation = "batched_mm"
-        with torch.enable_grad():
-            yield
-    finally:
-        for config, before in experts:
-            config._experts_implementation = before
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """A loop over experts depends on the data; transformers offers the same sum as a product."""
-    seen = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        before = getattr(config, "_experts_implementation", None)
-        if isinstance(before, str) and id(config) not in seen:
-            seen.add(id(config))
-            yield config, before
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """Export with dynamic batch and length, else dynamic batch, else with the example's sizes."""
-    errors: list[BaseException] = []
-    for dims, note in (((0, 1), None), ((0,), "only the batch size may differ from the example"),
-                       ((), "traced with the example's sizes: other batch sizes need a new trace")):
-        shapes = _dynamic_shapes(model, args, kwargs, dims) if dims else None
-        try:
-            return _quiet_export(model, args, kwargs, shapes), [note] if note else []
-        except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
-            errors.append(error)
-    raise TraceError(_explain(errors[-1])) from errors[-1]
-
-
-def _quiet_export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
-    with warnings.catch_warnings(), _silent():
-        warnings.simplefilter("ignore")
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """torch prints the whole graph when an export fails: the error says what a person needs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
-            with contextlib.redirect_stdout(sink):
-                yield
-    finally:
-        logging.disable(before)
-
-
-def _explain(error: BaseException) -> str:
-    text = str(error).strip().split("\n\n")[0].strip()[:600]
-    where = _user_frame(error)
-    place = f" at {where}" if where else ""
-    return (
-        f"the model could not be traced{place}: {type(error).__name__}: {text}\n"
-        "Expected: a forward that runs on the example inputs without branching on tensor values. "
-        "Rewrite that line with torch.where / torch.cond, or pass example inputs that avoid it."
-    )
-
-
-def _user_frame(error: BaseException) -> str | None:
-    frame = None
-    trace_ = error.__traceback__
-    while trace_ is not None:
-        code = trace_.tb_frame.f_code
-        if not code.co_filename.startswith((TORCH_FOLDER, __file__, "<")):
-            frame = f"{code.co_filename}:{trace_.tb_lineno} ({code.co_name})"
-        trace_ = trace_.tb_next
-    return frame
-
-
-def _parameter_names(model: nn.Module) -> tuple[list[str], bool]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in kinds]
-    return names, any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-
-
-def _named_args(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    names, variadic = _parameter_names(model)
-    if variadic or len(args) > len(names):
-        names = names[: len(args)]
-        names += [f"args_{i}" for i in range(len(args) - len(names))]
-    return dict(zip(names, args, strict=False))
-
-
-def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: tuple[int, ...]
-) -> Any:
-    def shapes_of(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return None
-        return {d: torch.export.Dim.AUTO for d in dims if d == 0 or _is_length(value)}
-
-    tree = pytree.tree_map(shapes_of, (tuple(args), kwargs))
-    return tuple(tree[0]) if not kwargs else _by_name(model, args, tree)
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], tree: Any) -> Any:
-    names = list(_named_args(model, args))
-    if any(n.startswith("args_") for n in names):
-        return None
-    return dict(zip(names, tree[0], strict=True)) | tree[1]
-
-
-def _is_length(value: torch.Tensor) -> bool:
-    """Dim 1 of token ids, masks and [batch, length, features] is a length; channels are not."""
-    floating = value.is_floating_point() or value.is_complex()
-    return value.dim() == 3 if floating else value.dim() >= 2
-
-
-def _root_of(model: nn.Module, program: torch.export.ExportedProgram) -> nn.Module:
+def _root_of(model: nn.Module, captured: Captured) -> nn.Module:
     """Return plain containers that hold the user's own tensors under the user's own names."""
     root = nn.Module()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -281,7 +148,7 @@ def _root_of(model: nn.Module, program: torch.export.ExportedProgram) -> nn.Modu
     for name, buffer in model.named_buffers(remove_duplicate=False):
         attach(root, name, buffer, persistent=name in persistent)
     known = {n for n, _ in root.named_buffers(remove_duplicate=False)}
-    for name, value in program.constants.items():
+    for name, value in captured.constants.items():
         if isinstance(value, torch.Tensor) and name not in known:
             attach(root, name, value.detach(), persistent=False)
     root.training = model.training
@@ -302,23 +169,18 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool
         parent.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def _unlifted(program: torch.export.ExportedProgram, root: nn.Module) -> fx.Graph:
-    """Copy the exported graph with get_attr nodes for state, sub-graphs inlined, plain metadata."""
+def _unlifted(captured: Captured, root: nn.Module) -> fx.Graph:
+    """Copy the captured graph with get_attr nodes for state, sub-graphs inlined, plain metadata."""
     graph = fx.Graph()
-    copier = _Copier(graph, program.graph_module, root)
-    specs = {s.arg.name: s for s in program.graph_signature.input_specs}
-    kind = torch.export.graph_signature.InputKind
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            spec = specs[node.name]
-            if spec.kind == kind.USER_INPUT:
-                copier.placeholder(node)
-            elif node.users:
-                copier.state(node, spec.target)
-    outputs = [s for s in program.graph_signature.output_specs]
-    flat = copier.body(program.graph)
-    user = torch.export.graph_signature.OutputKind.USER_OUTPUT
-    graph.output([v for v, s in zip(flat, outputs, strict=True) if s.kind == user])
+    copier = _Copier(graph, captured.module, root)
+    for node in captured.module.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.state:
+            if node.users:
+                copier.state(node, captured.state[node.name])
+        elif node.op == "placeholder":
+            copier.placeholder(node)
+    flat = copier.body(captured.module.graph)
+    graph.output([flat[i] for i in captured.outputs])
     return graph
 
 
@@ -399,13 +261,13 @@ def _signature(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    program: torch.export.ExportedProgram,
+    captured: Captured,
 ) -> Signature:
-    names = _named_args(model, args)
+    names = named_args(model, args)
     inputs = tuple(_input(name, value) for name, value in (names | kwargs).items())
-    order = _parameter_names(model)[0]
+    order = parameter_names(model)[0]
     positional = tuple(names) + tuple(n for n in order if n not in names)
-    return Signature(positional, inputs, program.call_spec.out_spec)
+    return Signature(positional, inputs, captured.out_spec)
 
 
 def _input(name: str, value: Any) -> Input:

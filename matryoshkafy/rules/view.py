@@ -294,20 +294,17 @@ def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
     for i in range(len(widths) // 2):
         dim = len(terms) - 1 - i
         if walk.shape(args["self"])[dim] != walk.shape(node)[dim]:
-            terms[dim] = _padded(walk, terms[dim], widths[2 * i : 2 * i + 2], constant)
-    if terms and any(walk.shape(args["self"])[d] != s and axes.size(terms[d]) != s
-                     for d, s in enumerate(walk.shape(node))):  # fmt: skip
-        return None  # type: ignore[return-value]
+            plain = constant and all(isinstance(w, int) and w >= 0 for w in widths[2 * i : 2 * i + 2])
+            padding = widths[2 * i : 2 * i + 2] if plain else None
+            terms[dim] = _padded(walk, terms[dim], padding, walk.shape(node)[dim])
     return tuple(terms)
 
 
-def _padded(walk: Walk, term: Any, width: Any, constant: bool) -> Any:
-    plain = all(isinstance(w, int) and w >= 0 for w in width)
-    if constant and plain:
+def _padded(walk: Walk, term: Any, width: Any, size: int) -> Any:
+    if width is not None:
         parts = [walk.fresh(width[0], "padding"), term, walk.fresh(width[1], "padding")]
         return axes.concatenate(p for p, n in zip(parts, (width[0], 1, width[1]), strict=True) if n)
     walk.fix(term, "padding")
-    size = axes.size(term) + sum(w for w in width if isinstance(w, int))
     return walk.fresh(size, "padding")
 
 

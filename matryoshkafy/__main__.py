@@ -1,0 +1,5 @@
+"""python -m matryoshkafy: the command line."""
+
+from matryoshkafy_cli.main import main
+
+main()
