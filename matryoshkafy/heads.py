@@ -1,4 +1,4 @@
-"""Classifiers for scope "output": one set of logits per size of a representation (MRL, NeurIPS 2022).
+"""Classifiers for scope "output": logits per size of a representation (MRL, NeurIPS 2022).
 
     MRLHead   a classifier of its own for each size        (the paper's MRL)
     MRLEHead  one classifier whose columns all sizes share (the paper's MRL-E)
@@ -35,6 +35,9 @@ class SizeOutputs(Mapping[int, Tensor]):
         if size not in self.sizes:
             raise KeyError(size)
         return self.logits(size)
+
+    def __contains__(self, size: object) -> bool:
+        return size in self.sizes
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.sizes)

@@ -1,4 +1,4 @@
-"""The operators against their plain forms in float64, against slices, and under torch's machinery."""
+"""The operators against plain forms in float64, against slices, and in torch's machinery."""
 
 from __future__ import annotations
 
@@ -274,6 +274,7 @@ def test_norms_do_not_look_at_higher_levels(prefix):
         assert torch.autograd.grad(norm(y)[:, :8].sum(), y)[0][:, :8].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:var")
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (16,), (2000, 16)])
 def test_norm_shapes(prefix, shape, monkeypatch):
@@ -402,7 +403,8 @@ def test_autocast_runs_linear_and_conv_in_bfloat16():
     x, w, b = (t.detach().float().requires_grad_() for t in inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = nested.linear(x, w, b, runs, runs)
-        z = nested.conv(x.transpose(1, 2), w[..., None], b, [1], [0], [1], False, [0], 1, runs, runs)
+        rest = ([1], [0], [1], False, [0], 1, runs, runs)
+        z = nested.conv(x.transpose(1, 2), w[..., None], b, *rest)
         n = nested.layer_norm(x, b, b, 1e-5, runs, False)
     assert y.dtype == z.dtype == torch.bfloat16 and n.dtype == torch.float32
     assert torch.autograd.grad(y.sum(), w)[0].dtype == torch.float32

@@ -1,1 +1,1 @@
-"""The arithmetic of nested layers, fast: custom operators and the plain forms they are tested by."""
+"""The arithmetic of nested layers, fast: operators, and the plain forms that test them."""

@@ -1,17 +1,20 @@
 """Cross entropy at all sizes for the price of one, with its gradient, in bounded memory.
 
-With E the table and blocks of D between the sizes, logits_j = logits_{j-1} + x[:, block j] E[:, block j]^T,
-so the logits of all sizes cost one full-size product. A unit of block j enters every size i >= j, so
-the gradients of x[:, block j] and E[:, block j] need only the suffix sum over i >= j of
-w_i (softmax(logits_i) - onehot): again one full-size product each. They are computed in the forward,
-over chunks of rows (and tiles of classes, where one row is too long), so that nothing of
+With E the table and block j the units that size j adds,
+
+    logits_j = logits_{j-1} + x[:, block j] E[:, block j]^T,
+
+so the logits of all sizes cost one full-size product. A unit of block j enters every size i >= j,
+so the gradients of x[:, block j] and E[:, block j] need only the suffix sum over i >= j of
+w_i (softmax(logits_i) - onehot): again one full-size product each. They are computed in the
+forward, over chunks of rows (and tiles of classes, where one row is too long), so that nothing of
 sizes x rows x classes is ever stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ BUDGET = {"cpu": 56_000_000, "cuda": 512_000_000}
 # Below so many rows a chunk's products are memory-bound: tile the classes and do the logits twice.
 FEWEST_ROWS = 24
 TILED_ROWS = 384
+# A tall product with 8 columns takes MKL six times as long as one with 16.
+NARROW = 16
 TINY = 1e-30
 
 
@@ -70,9 +75,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows: x [R, D], their targets [R], the scale of their losses, and the scratch."""
+    """Some rows: x [R, D], dx [R, D], targets [R], the scale of their losses, and the scratch."""
 
     x: Tensor
+    dx: Tensor
     target: Tensor
     scale: float | Tensor
     logits: Tensor
@@ -103,10 +109,10 @@ def evaluate(
     scratch = allocate_scratch(problem, options, rows, tiles, needed=grads.needed)
     for index in real.split(rows) if len(real) else ():
         chunk = take(problem, index, scale, scratch)
-        part, dx = one_chunk(chunk, problem, options, tiles=tiles, grads=grads)
-        losses[:, index] = part
+        losses[:, index] = one_chunk(chunk, problem, options, tiles=tiles, grads=grads)
         if grads.hidden is not None:
-            grads.hidden.index_copy_(0, index, dx.to(grads.hidden.dtype))
+            dx = chunk.dx.mul_(chunk.column_scale).to(grads.hidden.dtype)
+            grads.hidden.index_copy_(0, index, dx)
     return losses, cast_back(grads, problem)
 
 
@@ -162,8 +168,10 @@ def take(
 ) -> Chunk:
     """The rows of the index."""
     logits, *slots = [part[: len(index)] for part in scratch]
+    x = problem.hidden.index_select(0, index)
     return Chunk(
-        x=problem.hidden.index_select(0, index),
+        x=x,
+        dx=torch.zeros_like(x, dtype=logits.dtype),
         target=problem.target.index_select(0, index),
         scale=scale.index_select(0, index) if isinstance(scale, Tensor) else scale,
         logits=logits,
@@ -173,29 +181,27 @@ def take(
 
 def one_chunk(
     chunk: Chunk, problem: Problem, options: Options, *, tiles: list[Range], grads: Gradients
-) -> tuple[Tensor, Tensor]:
-    """Losses [sizes, R] and dx [R, D] of a chunk; the table's gradients are added to grads."""
-    dx = torch.zeros_like(chunk.x, dtype=chunk.logits.dtype)
-    scale = chunk.column_scale
+) -> Tensor:
+    """Losses [sizes, R] of a chunk; leaves dx without its scale, adds the rest to grads."""
     if len(tiles) == 1:
         losses = whole_rows(chunk, problem, options)
         if grads.needed:
-            add_gradients(chunk, problem, options, tile=tiles[0], grads=grads, dx=dx)
-        return losses, dx.mul_(scale)
+            add_gradients(chunk, problem, options, tile=tiles[0], grads=grads)
+        return losses
     norms, losses = two_sweeps(chunk, problem, options, tiles)
     for tile in tiles if grads.needed else ():
         view = narrowed(chunk, tile)
         for j, logits in enumerate(running_logits(view, problem, options, tile)):
             torch.exp(torch.sub(logits, norms[j][:, None], out=view.slots[j]), out=view.slots[j])
-        add_gradients(view, problem, options, tile=tile, grads=grads, dx=dx)
-    return losses, dx.mul_(scale)
+        add_gradients(view, problem, options, tile=tile, grads=grads)
+    return losses
 
 
 def narrowed(chunk: Chunk, tile: Range) -> Chunk:
     """The chunk with scratch as wide as the tile."""
     width = tile[1] - tile[0]
     slots = [slot[:, :width] for slot in chunk.slots]
-    return Chunk(chunk.x, chunk.target, chunk.scale, chunk.logits[:, :width], slots)
+    return replace(chunk, logits=chunk.logits[:, :width], slots=slots)
 
 
 def running_logits(
@@ -215,6 +221,17 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a, b)
     else:
         out.add_(a @ b)
+
+
+def accumulate_block(out: Tensor, a: Tensor, b: Tensor, block: Range) -> None:
+    """out[:, block] += a @ b[:, block], computed wider than a narrow block."""
+    (lo, hi), total = block, b.shape[1]
+    if hi - lo >= NARROW or total < NARROW:
+        accumulate(span_of(out, 1, block), a, span_of(b, 1, block))
+        return
+    start = min(lo, total - NARROW)
+    product = a @ span_of(b, 1, (start, start + NARROW))
+    span_of(out, 1, block).add_(span_of(product, 1, (lo - start, hi - start)))
 
 
 def whole_rows(chunk: Chunk, problem: Problem, options: Options) -> Tensor:
@@ -273,7 +290,7 @@ def located(target: Tensor, tile: Range) -> tuple[Tensor, Tensor]:
 
 
 def add_gradients(
-    chunk: Chunk, problem: Problem, options: Options, *, tile: Range, grads: Gradients, dx: Tensor
+    chunk: Chunk, problem: Problem, options: Options, *, tile: Range, grads: Gradients
 ) -> None:
     """Turns the slots into suffix sums of dlogits and multiplies them out."""
     table = span_of(problem.table, 0, tile)
@@ -283,9 +300,9 @@ def add_gradients(
     for block, slope in suffixes(chunk, options, tile, len(problem.table)):
         slope = slope.to(chunk.x.dtype)
         if dtable is not None:
-            accumulate(span_of(dtable, 1, block), slope.t(), span_of(scaled, 1, block))
+            accumulate_block(dtable, slope.t(), scaled, block)
         if grads.hidden is not None:
-            accumulate(span_of(dx, 1, block), slope, span_of(table, 1, block))
+            accumulate_block(chunk.dx, slope, table, block)
     if grads.bias is not None:
         span_of(grads.bias, 0, tile).add_((chunk.slots[0] * scale).sum(0))
 
@@ -293,7 +310,7 @@ def add_gradients(
 def suffixes(
     chunk: Chunk, options: Options, tile: Range, classes: int
 ) -> Iterator[tuple[Range, Tensor]]:
-    """Each block, the last first, with the sum over its and all larger sizes of w dlogits [R, tile].
+    """Each block, last first, with the sum over its and all larger sizes of w dlogits [R, tile].
 
     The slots hold probabilities and are overwritten.
     """
@@ -347,9 +364,16 @@ class NestedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
         if torch.is_grad_enabled():
             raise DoubleBackward("nested_cross_entropy")
-        spend = not torch._C._autograd._get_current_graph_task_keep_graph()
+        spend = not keeps_graph()
         grads = [times(grad, slope, spend=spend) for grad in ctx.saved_tensors]
         return None, None, None, *grads
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward may be followed by another over the same graph."""
+    autograd = getattr(torch._C, "_autograd", None)
+    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
 
 
 def times(grad: Tensor | None, slope: Tensor, *, spend: bool) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The block-triangular product: y = x W^T, its dx and its dW, by tiles of dense products.
 
 The structural zeros outside of the tiles are never read, those inside of a masked tile are
-overwritten in a copy of it. Products go straight into column ranges of the result: no concatenation,
-no zero-padded intermediate.
+overwritten in a copy of it. Products go straight into column ranges of the result: no
+concatenation, no zero-padded intermediate.
 """
 
 from __future__ import annotations

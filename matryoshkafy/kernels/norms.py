@@ -1,6 +1,6 @@
 """LayerNorm, RMSNorm and one-group GroupNorm whose statistics are those of each unit's level.
 
-One form serves all three: x is viewed as [N, C, S] (S = 1 for the last-dim norms) and the levels are
+One form serves all three: x is viewed as [N, C, S] (S = 1 for the last-dim norms), the levels lie
 along C, sorted into bands. With r = rsqrt(var + eps), y_i = (x_i - mean_l) r_l for a unit i of
 level l. The backward, for g = dy * weight and sums over the units i of level l:
 
@@ -122,7 +122,7 @@ def forward_native(
 
 
 def native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Triple:
-    """The norm of x [N, c, S] over c and S, with mean and rstd [N, 1]: the faster of two kernels."""
+    """The norm of x [N, c, S] over c and S, mean and rstd [N, 1]: the faster of two kernels."""
     rows, width, inner = x.shape
     if inner > 1:
         return torch.native_group_norm(x, weight, bias, rows, width, inner, 1, eps)

@@ -3,12 +3,12 @@
     linear       y = x W^T + b with a block-triangular W
     conv         aten.convolution with a block-triangular weight
     mask         the weight with its structural zeros written out, for every other contraction
-    layer_norm   rms_norm   group_norm      the statistics of each unit's level (or prefix of levels)
+    layer_norm, rms_norm, group_norm    with the statistics of each unit's level or prefix of levels
     level_reduce a reduction over a nested dim that keeps the dim
 
 `runs` are [length, level, length, level, ...] along a dim. weight[o, i] is structurally zero where
-level(o) < level(i): its storage is never read into a result and its gradient is zero. The backward
-of linear, conv and the norms is an operator too, with no derivative of its own.
+level(o) < level(i): its storage is never read into a result and its gradient is zero. The
+backward of linear, conv and the norms is an operator too, with no derivative of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from matryoshkafy.kernels.norms import Norm, Saved
 NAMESPACE = "matryoshkafy"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-CONV = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+CONV = (
+    "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+)
 RUNS = "int[] out_runs, int[] in_runs"
 NORM = "float eps, int[] runs, bool prefix"
 PROBLEM = "Tensor hidden, Tensor table, Tensor? bias, Tensor target"
@@ -176,9 +178,15 @@ def linear_backward(ctx: Any, dy: Tensor) -> tuple:
 def geometry_of(args: Sequence[Any]) -> Geometry:
     """The geometry from a conv's flat arguments."""
     stride, padding, dilation, transposed, output_padding, groups, out_runs, in_runs = args
-    lists = [tuple(part) for part in (stride, padding, dilation)]
     return Geometry(
-        *lists, transposed, tuple(output_padding), groups, tuple(out_runs), tuple(in_runs)
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        transposed,
+        tuple(output_padding),
+        groups,
+        tuple(out_runs),
+        tuple(in_runs),
     )
 
 
@@ -325,17 +333,16 @@ def last_dim_norm(x: Tensor, *args: Any) -> Tensor:
     return torch.ops.matryoshkafy.norm(flat, *args)[0].view(x.shape)
 
 
-def layer_norm(x: Tensor, weight, bias, eps: float, runs: list[int], prefix: bool) -> Tensor:
-    return last_dim_norm(x, weight, bias, eps, runs, prefix, True)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
+    return last_dim_norm(x, weight, bias, *args, True)
 
 
-def rms_norm(x: Tensor, weight, eps: float, runs: list[int], prefix: bool) -> Tensor:
-    return last_dim_norm(x, weight, None, eps, runs, prefix, False)
+def rms_norm(x: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
+    return last_dim_norm(x, weight, None, *args, False)
 
 
-def group_norm(x: Tensor, weight, bias, eps: float, runs: list[int], prefix: bool) -> Tensor:
-    flat = channels(x)
-    y = torch.ops.matryoshkafy.norm(flat, weight, bias, eps, runs, prefix, True)[0]
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
+    y = torch.ops.matryoshkafy.norm(channels(x), weight, bias, *args, True)[0]
     return y.view(x.shape)
 
 
@@ -419,11 +426,14 @@ def nested_cross_entropy_grads_shape(
     return grads_shape(hidden, table, bias, args[-1])
 
 
-def level_reduce(
+def level_reduce(  # noqa: PLR0913 - the operator's schema
     x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
 ) -> Tensor:
     check_runs(runs, x.shape[dim], f"dim {dim}")
-    return reductions.level_reduce(x, dims, dim, tuple(runs), kind=kind, prefix=prefix)
+    reduce, dims = reductions.reduction(kind), [d % x.ndim for d in dims]
+    return reductions.level_reduce(
+        x, lambda part: reduce(part, dims), dim % x.ndim, tuple(runs), prefix=prefix
+    )
 
 
 for schema in SCHEMAS:

@@ -1,8 +1,8 @@
 """Packed storage: only the blocks of a block-triangular weight, one level after the other.
 
-flat = [W_0 | W_1 | ...], where W_l [units of level l, inner units of levels <= l] is row-major, units in
-the order of their level. A smaller model is exactly a prefix of flat, and for doubling sizes the
-weight, its gradient and the optimizer's state take 2/3 of the dense memory.
+flat = [W_0 | W_1 | ...], where W_l [units of level l, inner units of levels <= l] is row-major and
+units are in the order of their level. A smaller model is exactly a prefix of flat, and for doubling
+sizes the weight, its gradient and the optimizer's state take 2/3 of the dense memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from matryoshkafy.kernels.tiling import Strip, span_of, tiling
 
 @dataclass(frozen=True)
 class Block:
-    """Rows lo..hi-1 (sorted by level) read the first `width` inner units; stored from `start` on."""
+    """Rows lo..hi-1 (sorted by level) read the first `width` inner units; stored at `start`."""
 
     lo: int
     hi: int
@@ -220,8 +220,8 @@ def packed_linear(
 class PackedLinear(nn.Module):
     """A block-triangular linear whose parameter holds only its blocks.
 
-    Its state_dict shows, and loads, the dense `weight` [O, I] and `bias` [O]; `packed` is the parameter
-    that an optimizer sees.
+    Its state_dict shows, and loads, the dense `weight` [O, I] and `bias` [O]; `packed` is the
+    parameter that an optimizer sees.
     """
 
     def __init__(

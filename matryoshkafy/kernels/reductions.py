@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,13 +57,9 @@ def spread(statistics: dict[int, Tensor], dim: int, runs: Runs) -> Tensor:
 
 
 def level_reduce(
-    x: Tensor, dims: Sequence[int], dim: int, runs: Runs, *, kind: str, prefix: bool
+    x: Tensor, reduce: Callable[[Tensor], Tensor], dim: int, runs: Runs, *, prefix: bool
 ) -> Tensor:
-    """x reduced over dims, level by level along dim (one of dims), which keeps its length."""
-    reduce, dims = reduction(kind), [d % x.ndim for d in dims]
+    """reduce(units that a level reaches along dim), at each index of that level."""
     levels = sorted({span.level for span in spans_of(runs)})
-    parts = {
-        level: reduce(reached(x, dim % x.ndim, runs, level, prefix=prefix), dims)
-        for level in levels
-    }
-    return spread(parts, dim % x.ndim, runs)
+    parts = {level: reduce(reached(x, dim, runs, level, prefix=prefix)) for level in levels}
+    return spread(parts, dim, runs)

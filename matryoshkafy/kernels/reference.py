@@ -54,31 +54,42 @@ def per_level(x: Tensor, dim: int, runs: Sequence[int], *, prefix: bool, f: Redu
 
 
 def normalise(
-    x: Tensor, dims: Sequence[int], dim: int, eps: float, runs: Sequence[int], *, prefix: bool
+    x: Tensor, dims: Sequence[int], eps: float, runs: Sequence[int], *, prefix: bool
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps), with the statistics of each level."""
+    """(x - mean) / sqrt(var + eps), with the statistics of each level along dims[0]."""
 
     def statistic(f: Reduce) -> Tensor:
-        return per_level(x, dim, runs, prefix=prefix, f=f)
+        return per_level(x, dims[0], runs, prefix=prefix, f=f)
 
     mean = statistic(lambda part: part.mean(list(dims), keepdim=True))
     var = statistic(lambda part: part.var(list(dims), correction=0, keepdim=True))
     return (x - mean) * torch.rsqrt(var + eps)
 
 
-def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: Sequence[int]) -> Tensor:
+def affine(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, *, shape: Sequence[int]
+) -> Tensor:
     """y * weight + bias, where they are given."""
     y = y if weight is None else y * weight.view(shape)
     return y if bias is None else y + bias.view(shape)
 
 
-def layer_norm(x: Tensor, weight, bias, eps: float, runs: Sequence[int], prefix: bool) -> Tensor:
+def layer_norm(  # noqa: PLR0913 - the operator's signature
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    runs: Sequence[int],
+    prefix: bool,
+) -> Tensor:
     """LayerNorm over the last dim, level by level."""
-    y = normalise(x, [-1], -1, eps, runs, prefix=prefix)
+    y = normalise(x, [-1], eps, runs, prefix=prefix)
     return affine(y, weight, bias, shape=[-1])
 
 
-def rms_norm(x: Tensor, weight, eps: float, runs: Sequence[int], prefix: bool) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, runs: Sequence[int], prefix: bool
+) -> Tensor:
     """RMSNorm over the last dim, level by level."""
     square = per_level(
         x.square(), -1, runs, prefix=prefix, f=lambda part: part.mean(-1, keepdim=True)
@@ -86,9 +97,16 @@ def rms_norm(x: Tensor, weight, eps: float, runs: Sequence[int], prefix: bool) -
     return affine(x * torch.rsqrt(square + eps), weight, None, shape=[-1])
 
 
-def group_norm(x: Tensor, weight, bias, eps: float, runs: Sequence[int], prefix: bool) -> Tensor:
+def group_norm(  # noqa: PLR0913 - the operator's signature
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    runs: Sequence[int],
+    prefix: bool,
+) -> Tensor:
     """GroupNorm with one group over [N, C, *spatial], level by level."""
-    y = normalise(x, range(1, x.ndim), 1, eps, runs, prefix=prefix)
+    y = normalise(x, range(1, x.ndim), eps, runs, prefix=prefix)
     return affine(y, weight, bias, shape=[-1] + [1] * (x.ndim - 2))
 
 
@@ -105,7 +123,7 @@ REDUCTIONS: dict[str, Reduce] = {
 }
 
 
-def level_reduce(
+def level_reduce(  # noqa: PLR0913 - the operator's signature
     x: Tensor, dims: Sequence[int], dim: int, runs: Sequence[int], kind: str, prefix: bool
 ) -> Tensor:
     """The reduction over dims, level by level along dim, which keeps its length."""

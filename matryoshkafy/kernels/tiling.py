@@ -21,7 +21,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a product [N, k] x [k, n]: call + 2 N n k / flops, and + n k / masked if masked."""
+    """Seconds of a product [N, k] x [k, n]: call + 2 N n k / flops, + n k / masked if masked."""
 
     call: float
     flops: float
@@ -39,7 +39,7 @@ COSTS: dict[tuple[str, torch.dtype], Cost] = {
     ("cuda", torch.bfloat16): Cost(8e-6, 3e14, 4e11),
     ("cuda", torch.float16): Cost(8e-6, 3e14, 4e11),
 }
-# A convolution call costs so many product calls: it reorders what it reads and copies what it writes.
+# A convolution call costs so many product calls: it reorders its inputs and copies its output.
 CONV_CALL = 3
 DEFAULT = Cost(10e-6, 1e13, 1e11)
 

@@ -1,4 +1,4 @@
-"""In-place distillation: the smaller sizes learn from the largest, which does not learn from them."""
+"""In-place distillation: the smaller sizes learn from the largest, which learns nothing back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Distillation:
     """How much, at which temperature, and by which divergence the largest size teaches the others.
 
     kind "kl": temperature**2 KL(teacher || student) of softmax(outputs / temperature), mean over
-    rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "similarity": mean squared
-    difference of the cosine similarities between the rows of a batch, for embeddings, whose widths
-    differ (Park et al. 2019).
+    rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "similarity": mean
+    squared difference of the cosine similarities between the rows of a batch, for embeddings, whose
+    widths differ (Park et al. 2019).
     """
 
     weight: float = 1.0
@@ -32,8 +32,8 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.temperature <= 0:
             raise LossError(
-                f"Distillation(temperature={self.temperature}, kind={self.kind!r}): the temperature "
-                f"is positive and the kind one of {', '.join(KINDS)}"
+                f"Distillation(temperature={self.temperature}, kind={self.kind!r}): the "
+                f"temperature should be positive and the kind one of {', '.join(KINDS)}"
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import matryoshkafy.kernels.ops  # registers the operators
+import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import cross_entropy
 from matryoshkafy.kernels.cross_entropy import Options, Problem
@@ -20,7 +20,7 @@ class LossError(MatryoshkafyError):
     """A loss was given sizes, weights or tensors that do not fit."""
 
 
-def nested_cross_entropy(
+def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
     hidden: Tensor,
     table: Tensor,
     target: Tensor,
@@ -35,14 +35,17 @@ def nested_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds up the cross entropies of hidden[..., :m] @ table[:, :m].T + bias over the sizes m.
 
-    hidden [..., D], table [V, D], target [...] of class indices, bias [V]; sizes in any order, their
-    weights (default 1) in the same order. "mean" is over the targets that are not ignore_index, and
-    nan if there are none, as in torch; "none" gives [...]. With return_per_size also the unweighted
-    loss of each size, in the order of `sizes`: [len(sizes)] (or [len(sizes), ...] for "none"),
-    detached. Gradients are computed in the forward; there is no double backward. Under autocast
-    the products run in its dtype and the sums in float32. Raises LossError.
+    hidden [..., D], table [V, D], target [...] of class indices, bias [V]; sizes in any order,
+    their weights (default 1) in the same order. "mean" is over the targets that are not
+    ignore_index, and nan if there are none, as in torch; "none" gives [...]. With return_per_size
+    also the unweighted loss of each size, in the order of `sizes`: [len(sizes)] (or
+    [len(sizes), ...] for "none"), detached. Gradients are computed in the forward; there is no
+    double backward. Under autocast the products run in its dtype and the sums in float32. Raises
+    LossError.
     """
-    check(hidden, table, target, sizes, weights=weights, reduction=reduction)
+    if reduction not in REDUCTIONS:
+        raise LossError(f"nested_cross_entropy: reduction {reduction!r} is not of {REDUCTIONS}")
+    check(hidden, table, target, sizes, weights=weights)
     flat = target.reshape(-1)
     hidden, table = autocast(hidden.reshape(-1, hidden.shape[-1])), autocast(table)
     ordered = options_of(sizes, weights, ignore_index, label_smoothing)
@@ -62,7 +65,6 @@ def check(
     sizes: Sequence[int],
     *,
     weights: Sequence[float] | None,
-    reduction: str,
 ) -> None:
     """Raises LossError with what was given and what was expected."""
     width = hidden.shape[-1]
@@ -74,15 +76,13 @@ def check(
             f"{list(hidden.shape[:-1])}; give probabilities to torch's cross_entropy, size by size",
         ),
         (
-            len(sizes) > 0 and len(set(sizes)) == len(sizes) and 0 < min(sizes)
-            and max(sizes) <= width,
+            len(set(sizes)) == len(sizes) > 0 and min(sizes) > 0 and max(sizes) <= width,
             f"sizes {list(sizes)} should be distinct and within 1..{width}",
         ),
         (
             weights is None or len(weights) == len(sizes),
             f"weights {weights} should be one per size of {list(sizes)}",
         ),
-        (reduction in REDUCTIONS, f"reduction {reduction!r} should be one of {REDUCTIONS}"),
     )
     for holds, message in rows:
         if not holds:
@@ -107,7 +107,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def run(problem: Problem, options: Options, reduction: str) -> tuple[Tensor, Tensor]:
-    """The total and the losses [sizes, N]: directly in eager mode, as one operator while tracing."""
+    """The total and the losses [sizes, N]: directly in eager mode, one operator while tracing."""
     if is_plain(problem.hidden):
         return cross_entropy.apply(problem, options, reduction=reduction)
     tensors = (problem.hidden, problem.table, problem.bias)

@@ -48,17 +48,18 @@ class MatryoshkaLoss(nn.Module):
     criterion(output, *targets) is called once per size. weights are the relative importances c_m
     of MRL (default 1), in the order of `sizes` (ascending if sizes is None) or {size: weight}.
     n_sizes_per_step = n takes, at each call, the largest, the smallest and n - 2 random sizes (the
-    sandwich rule); generator draws them, the global CPU generator by default: give all processes the same
-    seed. reduction "sum" adds the weighted losses, "mean" divides by the weights in use. distill adds
-    weight * divergence of each smaller size (times its own weight) from the detached largest one.
-    normalize L2-normalises outputs (and per-size targets) at each size, for criteria over embeddings.
+    sandwich rule); generator draws them, the global CPU generator by default: give all processes
+    the same seed. reduction "sum" adds the weighted losses, "mean" divides by the weights in use.
+    distill adds weight * divergence of each smaller size (times its own weight) from the detached
+    largest one. normalize L2-normalises outputs (and per-size targets) at each size, for criteria
+    over embeddings.
 
     A cross entropy criterion over outputs with a `readout` goes through nested_cross_entropy, which
-    never stores the logits. It also accepts class-last logits: output [B, T, V] with target [B, T], where
-    torch wants [B, V, T]; target.shape == output.shape[:-1] decides. Raises LossError.
+    never stores the logits. It also accepts class-last logits: output [B, T, V] with target [B, T],
+    where torch wants [B, V, T]; target.shape == output.shape[:-1] decides. Raises LossError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of a training run
         self,
         criterion: Callable[..., Tensor],
         sizes: Sequence[int] | None = None,
@@ -98,7 +99,7 @@ class MatryoshkaLoss(nn.Module):
     def weights_of(self, outputs: Mapping[int, Any]) -> dict[int, float]:
         """{size: weight}, ascending."""
         sizes = sorted(outputs) if self.sizes is None else list(self.sizes)
-        missing = [size for size in sizes if size not in outputs]
+        missing = sorted(set(sizes) - set(outputs))
         if missing:
             raise LossError(f"the outputs have sizes {sorted(outputs)}, but not {missing}")
         weights = named_weights(sizes, self.weights)
@@ -120,7 +121,8 @@ class MatryoshkaLoss(nn.Module):
         """The weighted sum with distillation, and the criterion of each size."""
         total, per_size = self.criteria(outputs, targets, weights)
         if self.distill is not None and len(weights) > 1:
-            total = total + self.distill.weight * self.taught(outputs, targets, weights)
+            taught = self.taught(outputs, targets, weights, self.distill)
+            total = total + self.distill.weight * taught
         return total, per_size
 
     def criteria(
@@ -129,19 +131,21 @@ class MatryoshkaLoss(nn.Module):
         """The weighted sum of the criterion, and the criterion of each size, detached."""
         settings, readout = settings_of(self.criterion), getattr(outputs, "readout", None)
         if self.fuses(settings, readout, targets):
+            assert settings is not None and readout is not None
             return fused(readout, targets[0], weights, settings)
         losses = {size: self.at_size(size, outputs, targets, settings) for size in weights}
-        total = sum(weights[size] * loss for size, loss in losses.items())
+        total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
         return total, {size: loss.detach() for size, loss in losses.items()}
 
     def fuses(
         self, settings: CrossEntropySettings | None, readout: Readout | None, targets: tuple
     ) -> bool:
         """Whether nested_cross_entropy computes the same."""
+        is_module = isinstance(self.criterion, nn.Module)
         return (
             settings is not None
             and settings.weight is None
-            and (type(self.criterion) is nn.CrossEntropyLoss or not isinstance(self.criterion, nn.Module))
+            and (type(self.criterion) is nn.CrossEntropyLoss or not is_module)
             and readout is not None
             and not self.normalize
             and len(targets) == 1
@@ -171,17 +175,22 @@ class MatryoshkaLoss(nn.Module):
         return F.normalize(value, dim=-1) if self.normalize and floating else value
 
     def taught(
-        self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
+        self,
+        outputs: Mapping[int, Any],
+        targets: tuple,
+        weights: dict[int, float],
+        config: Distillation,
     ) -> Tensor:
         """The weighted divergences of the smaller sizes from the largest."""
         readout, settings = getattr(outputs, "readout", None), settings_of(self.criterion)
         real = real_rows(targets, settings, outputs if readout is None else readout.hidden)
-        if self.fuses(settings, readout, targets) and self.distill.kind != "similarity":
-            parts = readout_divergences(readout, list(weights), self.distill, real)
+        if self.fuses(settings, readout, targets) and config.kind != "similarity":
+            assert readout is not None
+            parts = readout_divergences(readout, list(weights), config, real)
         else:
             chosen = {size: self.prepared(outputs[size]) for size in weights}
-            parts = divergences(chosen, self.distill, real)
-        return sum(weights[size] * part for size, part in parts.items())
+            parts = divergences(chosen, config, real)
+        return torch.stack([weights[size] * part for size, part in parts.items()]).sum()
 
 
 def check_arguments(

@@ -11,7 +11,7 @@ from torch import Tensor
 from matryoshkafy.losses.fused import LossError, options_of
 
 
-def nested_sampled_softmax(
+def nested_sampled_softmax(  # noqa: PLR0913 - one option per line of the formula
     hidden: Tensor,
     table: Tensor,
     target: Tensor,
@@ -28,10 +28,11 @@ def nested_sampled_softmax(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds up, over the sizes, the cross entropy of the target against the negatives alone.
 
-    hidden [..., D], table [V, D], target [...], negatives [K] shared by all rows or [..., K]. log_q [V]
-    is the log-probability with which a class is drawn: it is subtracted from its logit (Bengio and
-    Senecal 2008). A negative that equals the target is left out. sparse=True gives the table a sparse
-    gradient. reduction "mean" or "sum" over real rows; the rest is as in nested_cross_entropy.
+    hidden [..., D], table [V, D], target [...], negatives [K] shared by all rows or [..., K].
+    log_q [V] is the log-probability with which a class is drawn: it is subtracted from its logit
+    (Bengio and Senecal 2008). A negative that equals the target is left out. sparse=True gives the
+    table a sparse gradient. reduction "mean" or "sum" over real rows; the rest is as in
+    nested_cross_entropy.
     """
     if reduction not in ("mean", "sum"):
         raise LossError(f"nested_sampled_softmax: reduction {reduction!r} is not 'mean' or 'sum'")
@@ -79,7 +80,7 @@ def nested_losses(
     hit: Tensor,
     blocks: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """The summed loss of each size, from running logits of the positive [N] and negatives [N, K]."""
+    """The summed loss of each size, from running logits of positive [N] and negatives [N, K]."""
     (good, bad), (own, others) = rows, offsets
     others = others.expand(hit.shape).masked_fill(hit, -torch.inf)
     losses = []
