@@ -222,7 +222,7 @@ def _single(runs: list[int]) -> bool:
 def _write_keep(root: nn.Module, node: fx.Node) -> list[Any]:
     """Replace the runs at the end of the arguments by the matrix of kept entries, a buffer."""
     *rest, out_runs, in_runs = node.args
-    out, into = (torch.tensor(levels_of(tuple(runs))) for runs in (out_runs, in_runs))  # type: ignore[arg-type]
+    out, into = (torch.tensor(levels_of(tuple(r))) for r in (out_runs, in_runs))  # type: ignore
     name = f"keep_{node.name}"
     root.register_buffer(name, out[:, None] >= into[None, :], persistent=False)
     with node.graph.inserting_before(node), warnings.catch_warnings():
@@ -372,7 +372,8 @@ def _beside(target: Path) -> Iterator[Path]:
         yield fresh
     except OSError as error:
         raise ExportError(
-            f"cannot write {target}: {error.strerror or error}. Choose a folder that you may write to."
+            f"cannot write {target}: {error.strerror or error}. Choose a folder that you may "
+            "write to."
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

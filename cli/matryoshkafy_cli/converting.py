@@ -1,0 +1,101 @@
+"""matryoshkafy convert: a model becomes a doll, in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from matryoshkafy_cli.options import (
+    Debug,
+    Force,
+    Json,
+    Keep,
+    ModelSpec,
+    Output,
+    Quiet,
+    Scope,
+    Weights,
+)
+from matryoshkafy_cli.screen import Screen, heed, human_bytes, human_count
+
+
+def convert(  # noqa: PLR0913  an option is a parameter
+    model: ModelSpec,
+    sizes: Annotated[
+        str,
+        typer.Option("--sizes", help='"64..1024", "64..768:64", "64,128,1024" or "0.25,0.5,1".'),
+    ],
+    output: Output,
+    nesting: Annotated[
+        str,
+        typer.Option(
+            "--nesting",
+            help="masked: one pass holds every size, to train. sliced: keeps a trained function.",
+        ),
+    ] = "masked",
+    norm: Annotated[
+        str, typer.Option("--norm", help="Statistics of masked norms: block or prefix.")
+    ] = "block",
+    scope: Scope = "full",
+    keep: Keep = None,
+    weights: Weights = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a MODEL into a matryoshka doll and write it as a checkpoint.
+
+    A Python file or module that you name is RUN.
+    """
+    screen = Screen(quiet, json)
+    options = {"nesting": nesting, "norm": norm, "scope": scope, "keep": tuple(keep or ())}
+    with screen.step(f"loading {model}"):
+        import matryoshkafy
+        from matryoshkafy.checkpoint import CheckpointWarning
+        from matryoshkafy.sizes import parse_ladder
+        from matryoshkafy.storage import check_target
+        from matryoshkafy_cli.models import load_model
+
+        parse_ladder(sizes)
+        check_target(output, force=force)
+        loaded = load_model(model, weights)
+    with screen.step("tracing and planning"):
+        doll = matryoshkafy.convert(
+            loaded.model, loaded.args, loaded.kwargs, sizes=sizes, **options
+        )
+    heed(CheckpointWarning)
+    with screen.step(f"writing {output}"):
+        matryoshkafy.save(doll, output, force=force)
+    summary = _summary(doll, output)
+    screen.result(summary, lambda: _text(summary))
+    screen.note(f"next: matryoshkafy verify {output}")
+
+
+def _summary(doll: Any, output: Path) -> dict[str, Any]:
+    from matryoshkafy.profiling import size_of
+
+    parameters, held = size_of(doll)
+    return {
+        "checkpoint": str(output),
+        "width": doll.plan.width,
+        "sizes": doll.sizes,
+        "nesting": doll.plan.options.nesting,
+        "groups": len(doll.plan.groups),
+        "parameters": parameters,
+        "bytes": held,
+        "remarks": list(doll.plan.remarks),
+    }
+
+
+def _text(summary: dict[str, Any]) -> str:
+    lines = [
+        f"{summary['checkpoint']}: a doll of width {summary['width']} with the sizes "
+        f"{', '.join(map(str, summary['sizes']))}",
+        f"{human_count(summary['parameters'])} parameters, {human_bytes(summary['bytes'])}, "
+        f"{summary['groups']} groups, {summary['nesting']} nesting",
+        *(f"remark: {remark}" for remark in summary["remarks"]),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""matryoshkafy info: what each size of a checkpoint costs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Quiet
+from matryoshkafy_cli.screen import Screen, human_bytes, human_count, import_all, table
+
+COLUMNS = ("size", "parameters", "bytes", "FLOPs", "latency")
+
+
+def info(  # noqa: PLR0913  an option is a parameter
+    checkpoint: Folder,
+    device: Device = "cpu",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed passes per size.")] = 7,
+    imports: Imports = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print sizes, parameters, bytes, FLOPs and measured latency of a CHECKPOINT.
+
+    Inputs are random, of the shapes that the model was traced with; latency is the median.
+    """
+    screen = Screen(quiet, json)
+    import_all(imports)
+    with screen.step(f"checking {checkpoint}"):
+        from matryoshkafy.checkpoint import open_checkpoint
+        from matryoshkafy.profiling import device_of
+
+        place = device_of(device)
+        found = open_checkpoint(checkpoint)
+    rows = []
+    for size in found.sizes:
+        with screen.step(f"measuring size {size}"):
+            rows.append(_measure(found, size, place, runs))
+    described = _described(found, device, rows)
+    screen.result(described, lambda: _text(described))
+
+
+def _measure(found: Any, size: int, device: Any, runs: int) -> dict[str, Any]:
+    from matryoshkafy.examples import example_inputs
+    from matryoshkafy.profiling import profile
+
+    small = found.sub_model(size).to(device).eval()
+    args, kwargs = example_inputs(small, device=device)
+    cost = profile(small, args, kwargs, runs=runs)
+    return {
+        "size": size,
+        "parameters": cost.parameters,
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "latency_seconds": cost.latency,
+    }
+
+
+def _described(found: Any, device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "checkpoint": str(found.folder),
+        "kind": found.kind,
+        "nesting": found.plan.options.nesting,
+        "width": found.plan.width,
+        "specialised": found.specialised,
+        "notes": list(found.trace.notes),
+        "versions": dict(found.versions),
+        "device": device,
+        "sizes": rows,
+    }
+
+
+def _text(described: dict[str, Any]) -> str:
+    made = ", ".join(f"{name} {number}" for name, number in described["versions"].items())
+    what = f"doll of width {described['width']}"
+    if described["kind"] == "submodel":
+        what = f"sub-model of size {described['sizes'][-1]['size']} of width {described['width']}"
+    title = (
+        f"{described['checkpoint']}: {what}, "
+        f"{described['nesting']} nesting, saved by {made}; latency on {described['device']}"
+    )
+    if described["specialised"]:
+        title += "\nspecialised: it holds the branch that the example inputs took"
+    rows = [_row(row) for row in described["sizes"]]
+    return table("\n".join([title, *described["notes"]]), COLUMNS, rows)
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["size"]),
+        human_count(row["parameters"]),
+        human_bytes(row["bytes"]),
+        human_count(row["flops"]),
+        f"{row['latency_seconds'] * 1e3:.3g} ms",
+    )

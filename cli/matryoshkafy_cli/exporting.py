@@ -1,0 +1,51 @@
+"""matryoshkafy export: a sub-model as onnx or pt2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matryoshkafy_cli.options import Debug, Folder, Force, Imports, Json, Quiet
+from matryoshkafy_cli.screen import Screen, human_bytes, import_all
+
+
+def export(  # noqa: PLR0913  an option is a parameter
+    checkpoint: Folder,
+    to: Annotated[str, typer.Option("--to", help="onnx or pt2.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Default: CHECKPOINT.onnx or CHECKPOINT.pt2."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="One of the sizes. Default: the largest.")
+    ] = None,
+    imports: Imports = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Export a size of a CHECKPOINT as a file that runs without matryoshkafy.
+
+    The file is run and compared with the sub-model before it is put in place.
+    """
+    screen = Screen(quiet, json)
+    import_all(imports)
+    target = output or checkpoint.parent / f"{checkpoint.name}.{to}"
+    with screen.step(f"loading {checkpoint}"):
+        from matryoshkafy import exporting
+        from matryoshkafy.checkpoint import open_checkpoint
+
+        exporting.check_target(target, to, force=force)
+        found = open_checkpoint(checkpoint)
+        small = found.sub_model(size or found.sizes[-1])
+    with screen.step(f"exporting to {to} and checking"):
+        done = exporting.export(small, target, to=to, force=force)
+    held = done.path.stat().st_size
+    summary = {"file": str(done.path), "to": to, "bytes": held, "relative_error": done.error}
+    screen.result(
+        summary,
+        lambda: f"{done.path}: {human_bytes(held)}, largest relative difference {done.error:.2g}",
+    )

@@ -1,0 +1,51 @@
+"""The commands by name. A command is a file; torch is imported inside the commands only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+
+from matryoshkafy_cli.converting import convert
+from matryoshkafy_cli.describing import info
+from matryoshkafy_cli.exporting import export
+from matryoshkafy_cli.inspecting import inspect
+from matryoshkafy_cli.screen import readable
+from matryoshkafy_cli.slicing import slice_
+from matryoshkafy_cli.verifying import verify
+
+COMMANDS: Mapping[str, Callable[..., Any]] = {
+    "inspect": inspect,
+    "convert": convert,
+    "slice": slice_,
+    "verify": verify,
+    "info": info,
+    "export": export,
+}
+HELP = (
+    "Make any PyTorch model a matryoshka doll: train once, deploy any size.\n\n"
+    "A MODEL is a Python file (model.py or model.py:build), package.module:factory, a local "
+    "transformers folder, timm:NAME or open_clip:NAME. Naming a Python file or module RUNS ITS "
+    "CODE: name only what you trust. A CHECKPOINT is a folder that convert or slice wrote; reading "
+    "one runs no code of it."
+)
+
+
+def app() -> typer.Typer:
+    """Return the application, with every command of the table."""
+    made = typer.Typer(
+        name="matryoshkafy",
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, function in COMMANDS.items():
+        made.command(name)(readable(function))
+    return made
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()(prog_name="matryoshkafy")

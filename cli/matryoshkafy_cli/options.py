@@ -1,0 +1,48 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelSpec = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="model.py, model.py:build, package.module:factory, a transformers folder, timm:NAME "
+        "or open_clip:NAME. The code of a Python file or module is run.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", help="A folder that convert or slice wrote.", show_default=False
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", show_default=False)]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", help="safetensors: a file, a sharded index or a folder of them."),
+]
+Scope = Annotated[str, typer.Option("--scope", help="Which axes nest: full, ffn or output.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", help="A pattern of names whose axes stay whole. May repeat."),
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a module that registers operators which the checkpoint calls (runs its "
+        "code). May repeat.",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1, mps.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,156 @@
+"""What the commands print: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+FAILED = 2
+STOPPED = 130
+
+
+class CommandError(ValueError):
+    """What the user gave to a command cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Screen:
+    """How much a command prints: quiet drops progress, json prints one JSON value instead."""
+
+    quiet: bool = False
+    json: bool = False
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Show what is being done while it is done."""
+        if self.quiet or self.json:
+            yield
+            return
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(what, highlight=False)
+            yield
+            return
+        with console.status(what):
+            yield
+
+    def note(self, text: str) -> None:
+        """Print a remark, unless quiet."""
+        if not (self.quiet or self.json):
+            print(text, file=sys.stderr)
+
+    def result(self, value: Any, text: Callable[[], str]) -> None:
+        """Print a result: the value as JSON, or the text that a person reads."""
+        print(json.dumps(value, allow_nan=False) if self.json else text())
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned table as text; the first column left, the others right."""
+    cells = [list(columns), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [_aligned(row, widths) for row in cells]
+    return "\n".join([title, "", lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.rjust(width) if i else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "  ".join([first, *rest]).rstrip()
+
+
+def readable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command whose errors are one message on stderr and exit code 2, no traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with _warnings_in_one_line():
+                return function(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            raise typer.Exit(STOPPED) from None
+        except Exception as error:  # noqa: BLE001  whatever it is, a person reads it
+            if kwargs.get("debug"):
+                raise
+            print(f"error: {_message(error)}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+
+    return run
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, CommandError) or _is_ours(error):
+        return str(error)
+    kind, text = type(error).__name__, str(error).strip()[:600]
+    return (
+        f"unexpected {kind}: {text or 'no message'}\nThis is a fault of matryoshkafy or of a "
+        "library below it. Run again with --debug to see where, and report it."
+    )
+
+
+def _is_ours(error: Exception) -> bool:
+    module = sys.modules.get("matryoshkafy.errors")
+    return module is not None and isinstance(error, module.MatryoshkafyError)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings of this library are lines on stderr; those of libraries below are left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.showwarning = _show
+        yield
+
+
+def heed(category: type[Warning]) -> None:
+    """Let the warnings of a category through for the rest of the command."""
+    warnings.simplefilter("always", category)
+
+
+def _show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    del category, rest
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def import_all(names: Sequence[str] | None) -> None:
+    """Import the modules that the user named; raises CommandError where one cannot be."""
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise CommandError(
+                f"--import {name} was given, but it cannot be imported ({error}); expected a "
+                "module that is installed here. Check the name, or install it."
+            ) from error
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes as text: 912, 3.4 kB, 438 MB."""
+    return _human(count, ("", " kB", " MB", " GB", " TB"))
+
+
+def human_count(count: float) -> str:
+    """Return a number as text: 912, 3.4 k, 110 M."""
+    return _human(count, ("", " k", " M", " G", " T"))
+
+
+def _human(count: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}{units[-1]}"
