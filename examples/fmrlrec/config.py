@@ -70,7 +70,6 @@ class Config:
     warmup: int = 100
     patience: int = 10
     select_by: str = "largest"
-    pool: int = 16
     checkpoint_steps: int = 500
     eval_batch: int = 256
     alone: bool = False

@@ -56,8 +56,16 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Inputs [R, T] and the next item at each position [R, T]; 0 pads and separates sequences."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Left-padded inputs [B, T], the next item at each position [B, T] (0: none), the users [B]."""
+    """Left-padded histories [B, T], the item that came next [B], and whose they are [B]."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -145,18 +153,42 @@ def training_windows(data: Dataset, config: Config) -> np.ndarray:
 
 def training_batches(
     data: Dataset, windows: np.ndarray, config: Config, *, epoch: int
-) -> Iterator[Batch]:
-    """Shuffled batches of one epoch, a function of seed and epoch alone.
+) -> Iterator[Steps]:
+    """Batches of `config.batch` random windows of one epoch, a function of seed and epoch alone.
 
-    Windows of like length meet in a batch (sorted within pools of `config.pool` batches), so that
-    short sequences are not padded to the longest.
+    Short windows share a row, with padding between them, so that hardly a position is idle.
     """
-    for rows in _shuffled(windows, config, epoch):
-        yield _training_batch(data, windows[rows])
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(windows))
+    for at in range(0, len(order), config.batch):
+        rows = pack(windows[order[at : at + config.batch]], config.max_length)
+        yield steps(data.items, rows)
+
+
+def pack(windows: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
+    """Puts windows [W, 2] into rows of `length` inputs: longest first, into the first that fits."""
+    rows: list[list[tuple[int, int]]] = []
+    free: list[int] = []
+    for start, end in sorted(windows.tolist(), key=lambda bounds: bounds[0] - bounds[1]):
+        needed = end - start - 1
+        row = next((i for i, left in enumerate(free) if left > needed), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(length + 1)
+        rows[row].append((start, end))
+        free[row] -= needed + 1
+    return rows
+
+
+def steps(items: np.ndarray, rows: list[list[tuple[int, int]]]) -> Steps:
+    """Inputs and targets of rows of windows into `items`, as `pack` gives them."""
+    inputs = [_joined([items[start : end - 1] for start, end in row]) for row in rows]
+    targets = [_joined([items[start + 1 : end] for start, end in row]) for row in rows]
+    length = max(len(row) for row in inputs)
+    return Steps(left_pad(inputs, length), left_pad(targets, length))
 
 
 def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Batch]:
-    """Batches for "validation" or "test": the history before the target, and the target last.
+    """Batches for "validation" or "test": the history before the target, and the target.
 
     Users with fewer than three items have no target and are left out.
     """
@@ -199,35 +231,17 @@ def _cut(first: int, last: int, length: int) -> Iterator[tuple[int, int]]:
         end -= length
 
 
-def _shuffled(windows: np.ndarray, config: Config, epoch: int) -> Iterator[np.ndarray]:
-    random = np.random.default_rng((config.seed, epoch))
-    order = random.permutation(len(windows))
-    lengths = np.diff(windows, axis=1)[:, 0]
-    pool = config.batch * max(1, config.pool)
-    batches = []
-    for at in range(0, len(order), pool):
-        rows = order[at : at + pool]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += np.split(rows, range(config.batch, len(rows), config.batch))
-    for number in random.permutation(len(batches)):
-        yield batches[number]
-
-
-def _training_batch(data: Dataset, windows: np.ndarray) -> Batch:
-    parts = [data.items[start:end] for start, end in windows]
-    length = int(np.diff(windows, axis=1).max()) - 1
-    inputs = left_pad([part[:-1] for part in parts], length)
-    targets = left_pad([part[1:] for part in parts], length)
-    return Batch(inputs, targets, np.searchsorted(data.offsets, windows[:, 0], side="right") - 1)
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Sequences in one row with one padding item between them."""
+    gap = np.zeros(1, dtype=np.int32)
+    return np.concatenate([piece for part in parts for piece in (part, gap)][:-1])
 
 
 def _evaluation_batch(data: Dataset, users: np.ndarray, back: int, limit: int) -> Batch:
     parts = [data.sequence(user) for user in users]
     length = max(2, min(limit, max(len(part) for part in parts) - back))
     inputs = left_pad([part[:-back] for part in parts], length)
-    targets = np.full_like(inputs, PADDING)
-    targets[:, -1] = [part[-back] for part in parts]
-    return Batch(inputs, targets, users)
+    return Batch(inputs, np.asarray([part[-back] for part in parts], dtype=np.int64), users)
 
 
 def _timestamp(frame: pl.LazyFrame) -> pl.Expr:

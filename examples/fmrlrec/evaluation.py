@@ -57,7 +57,7 @@ def evaluate(
     for batch in evaluation_batches(data, split, config):
         sequences = torch.from_numpy(batch.inputs).to(device)
         banned = banned_items(data, batch, split, device)
-        target = torch.from_numpy(batch.targets[:, -1]).to(device)
+        target = torch.from_numpy(batch.targets).to(device)
         for size, scores in scorer(sequences):
             _check_finite(scores, size)
             for protocol, ranks in _protocols(scores, target, banned).items():

@@ -93,19 +93,19 @@ class LinearRecurrentUnit(nn.Module):
         angle = torch.exp(self.theta_log)
         return torch.stack((modulus * torch.cos(angle), modulus * torch.sin(angle)), dim=-1)
 
-    def drive(self, x: Tensor, real: Tensor) -> Tensor:
-        """Returns gamma B x as (re, im), [..., N, 2], zero where a position only pads."""
+    def drive(self, x: Tensor) -> Tensor:
+        """Returns gamma B x as (re, im), [..., N, 2]."""
         pairs = self.in_proj(x).unflatten(-1, (-1, 2))
-        return pairs * torch.exp(self.gamma_log).unsqueeze(-1) * real.unsqueeze(-1)
+        return pairs * torch.exp(self.gamma_log).unsqueeze(-1)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """x [B, T, D], real bool [B, T, 1] (no padding there) -> [B, T, D]."""
-        states = lru_scan(self.drive(x, real), self.transition())
+        """x [B, T, D], real bool [B, T] (no padding there) -> [B, T, D]."""
+        states = lru_scan(self.drive(x), self.transition(), real)
         return self.out_proj(states.flatten(-2))
 
     def step(self, x: Tensor, real: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, D], real [B, 1], state [B, N, 2] -> the output of this step and the next state."""
-        state = scan_step(self.drive(x, real), self.transition(), state)
+        """x [B, D], real [B], state [B, N, 2] -> the output of this step and the next state."""
+        state = scan_step(self.drive(x), self.transition(), real, state)
         return self.out_proj(state.flatten(-2)), state
 
 
@@ -137,19 +137,23 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """x [B, T, D], real [B, T, 1] -> [B, T, D]."""
+        """x [B, T, D], real bool [B, T] -> [B, T, D]."""
         x = x + self.dropout(self.mix(self.norm_mix(x), real))
         return x + self.dropout(self.feed(self.norm_feed(x)))
 
     def step(self, x: Tensor, real: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, D], real [B, 1], state [B, N, 2] -> the output and the next state."""
+        """x [B, D], real bool [B], state [B, N, 2] -> the output and the next state."""
         mixed, state = self.mix.step(self.norm_mix(x), real, state)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.feed(self.norm_feed(x))), state
 
 
 class Recommender(nn.Module):
-    """Scores every item as the next one, at every position of left-padded sequences."""
+    """Scores every item as the next one, at every position of sequences.
+
+    Item 0 pads, on the left; between two sequences it separates them, so that several may share a
+    row: its state is zero, and no position sees past it.
+    """
 
     def __init__(
         self, shape: Shape, features: Tensor | None = None, *, trainable_features: bool = False
@@ -170,13 +174,13 @@ class Recommender(nn.Module):
         self.apply(_initialise)
 
     def forward(self, sequences: Tensor) -> Tensor:
-        """sequences int64 [B, T], 0 = padding, left padded -> scores [B, T, items + 1]."""
+        """sequences int64 [B, T] -> scores of the next item [B, T, items + 1]."""
         table = self.items()
         return functional.linear(self.encode(sequences, table), table, self.bias)
 
     def encode(self, sequences: Tensor, table: Tensor) -> Tensor:
         """sequences [B, T] and the item table [items + 1, D] -> hidden states [B, T, D]."""
-        real = (sequences != 0).unsqueeze(-1)
+        real = sequences != 0
         x = self.dropout(self.norm_in(functional.embedding(sequences, table)))
         for block in self.blocks:
             x = block(x, real)
@@ -190,7 +194,7 @@ class Recommender(nn.Module):
     def step(self, items: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """items int64 [B] and the states before them -> scores [B, items + 1], the next states."""
         table, moved = self.items(), []
-        real = (items != 0).unsqueeze(-1)
+        real = items != 0
         x = self.dropout(self.norm_in(functional.embedding(items, table)))
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, real, state)

@@ -10,34 +10,36 @@ from torch import Tensor
 
 
 @torch.library.custom_op("fmrlrec::lru_scan", mutates_args=())
-def lru_scan(u: Tensor, transition: Tensor) -> Tensor:
-    """Returns every state of the recurrence, from a zero state before the first step.
+def lru_scan(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
+    """Returns every state h_t = real_t (lambda h_{t-1} + u_t), from a zero state on.
 
-    u [B, T, N, 2], transition [N, 2] -> [B, T, N, 2] in the dtype of u; half precision is summed in
-    float32.
+    u [B, T, N, 2], transition [N, 2], real bool [B, T] -> [B, T, N, 2] in the dtype of u; half
+    precision is summed in float32. A position that is not real has a zero state, which nothing
+    after it sees beyond: it separates sequences that share a row.
     """
-    states = _working(u, transition).clone(memory_format=torch.contiguous_format)
-    _accumulate(torch.view_as_complex(states), _as_complex(transition, states))
+    states = _working(u, transition) * real[:, :, None, None]
+    _accumulate(torch.view_as_complex(states), _as_complex(transition, states), real)
     return states.to(u.dtype)
 
 
 @lru_scan.register_fake
-def _lru_scan_shape(u: Tensor, transition: Tensor) -> Tensor:
+def _lru_scan_shape(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("fmrlrec::lru_scan_backward", mutates_args=())
 def lru_scan_backward(
-    grad: Tensor, states: Tensor, transition: Tensor
+    grad: Tensor, states: Tensor, transition: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of u and of the transition in closed form.
 
-    G_t = g_t + conj(lambda) G_{t+1} is the gradient of u_t, and sum_t G_t conj(h_{t-1}) that of
-    lambda: two scans instead of a graph of T steps.
+    G_t = real_t (g_t + conj(lambda) G_{t+1}) is the gradient of u_t, and sum_t G_t conj(h_{t-1})
+    that of lambda: two scans instead of a graph of T steps.
     """
-    flowing = _working(grad, transition).clone(memory_format=torch.contiguous_format)
+    flowing = _working(grad, transition) * real[:, :, None, None]
     backwards = torch.view_as_complex(flowing)
-    _accumulate_reversed(backwards, _as_complex(transition, flowing).conj_physical())
+    turned = _as_complex(transition, flowing).conj_physical()
+    _accumulate_reversed(backwards, turned, real)
     earlier = _as_complex(states, flowing)[:, :-1]
     moved = torch.view_as_real((backwards[:, 1:] * earlier.conj()).sum((0, 1)))
     return flowing.to(grad.dtype), moved.to(transition.dtype)
@@ -45,48 +47,55 @@ def lru_scan_backward(
 
 @lru_scan_backward.register_fake
 def _lru_scan_backward_shape(
-    grad: Tensor, states: Tensor, transition: Tensor
+    grad: Tensor, states: Tensor, transition: Tensor, real: Tensor
 ) -> tuple[Tensor, Tensor]:
     contiguous = torch.contiguous_format
     return torch.empty_like(grad, memory_format=contiguous), torch.empty_like(transition)
 
 
 def _remember(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
-    ctx.save_for_backward(output, inputs[1])
+    ctx.save_for_backward(output, *inputs[1:])
 
 
 def _differentiate(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    states, transition = ctx.saved_tensors  # type: ignore[attr-defined]
-    return lru_scan_backward(grad, states, transition)
+) -> tuple[Tensor, Tensor, None]:
+    states, transition, real = ctx.saved_tensors  # type: ignore[attr-defined]
+    return (*lru_scan_backward(grad, states, transition, real), None)
 
 
 lru_scan.register_autograd(_differentiate, setup_context=_remember)
 
 
-def scan_in_parallel(u: Tensor, transition: Tensor) -> Tensor:
+def scan_in_parallel(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
     """The same recurrence by doubling: log2(T) steps, each over all positions at once.
 
     Differentiable plain torch; the reference that the operator is tested against.
     """
-    states, power = torch.view_as_complex(u.contiguous()), torch.view_as_complex(transition)
+    open_gate = real[:, :, None].to(u.dtype)
+    states = torch.view_as_complex(u.contiguous()) * open_gate
+    factors = torch.view_as_complex(transition) * open_gate
     reach = 1
     while reach < u.shape[1]:
-        carried = states[:, :-reach] * power
-        states = torch.cat((states[:, :reach], states[:, reach:] + carried), dim=1)
-        power, reach = power * power, 2 * reach
+        states, factors = (
+            torch.cat((x[:, :reach], later), dim=1)
+            for x, later in (
+                (states, states[:, reach:] + factors[:, reach:] * states[:, :-reach]),
+                (factors, factors[:, reach:] * factors[:, :-reach]),
+            )
+        )
+        reach *= 2
     return torch.view_as_real(states)
 
 
-def scan_step(u: Tensor, transition: Tensor, state: Tensor) -> Tensor:
-    """One step of the recurrence: u [B, N, 2] and state [B, N, 2] -> the next state."""
+def scan_step(u: Tensor, transition: Tensor, real: Tensor, state: Tensor) -> Tensor:
+    """One step: u [B, N, 2], real bool [B] and state [B, N, 2] -> the next state."""
     re, im = transition.unbind(-1)
     before_re, before_im = state.unbind(-1)
     moved = (re * before_re - im * before_im, re * before_im + im * before_re)
-    return u + torch.stack(moved, dim=-1)
+    return (u + torch.stack(moved, dim=-1)) * real[:, None, None]
 
 
 def _working(value: Tensor, transition: Tensor) -> Tensor:
@@ -98,11 +107,22 @@ def _as_complex(value: Tensor, like: Tensor) -> Tensor:
     return torch.view_as_complex(value.to(like.dtype).contiguous())
 
 
-def _accumulate(states: Tensor, transition: Tensor) -> None:
-    for before, after in zip(range(states.shape[1]), range(1, states.shape[1]), strict=False):
-        states[:, after].addcmul_(states[:, before], transition)
+def _accumulate(states: Tensor, transition: Tensor, real: Tensor) -> None:
+    cuts = _cuts(real[:, :-1], real[:, 1:])
+    for t in range(1, states.shape[1]):
+        states[:, t].addcmul_(states[:, t - 1], transition)
+        if cuts[t - 1]:
+            states[:, t].mul_(real[:, t, None])
 
 
-def _accumulate_reversed(grads: Tensor, transition: Tensor) -> None:
-    for after in range(grads.shape[1] - 1, 0, -1):
-        grads[:, after - 1].addcmul_(grads[:, after], transition)
+def _accumulate_reversed(grads: Tensor, transition: Tensor, real: Tensor) -> None:
+    cuts = _cuts(real[:, 1:], real[:, :-1])
+    for t in range(grads.shape[1] - 2, -1, -1):
+        grads[:, t].addcmul_(grads[:, t + 1], transition)
+        if cuts[t]:
+            grads[:, t].mul_(real[:, t, None])
+
+
+def _cuts(before: Tensor, after: Tensor) -> list[bool]:
+    """The steps at which a state that is not zero would be carried into padding."""
+    return (before & ~after).any(0).tolist()

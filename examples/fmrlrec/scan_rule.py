@@ -15,9 +15,11 @@ assert lru_scan
 
 @rule(torch.ops.fmrlrec.lru_scan)
 def scan_axes(walk: Walk, node: fx.Node, args: Args) -> Any:
-    """u [B, T, N, 2] and transition [N, 2]: each state moves by itself, in the order of time."""
+    """u [B, T, N, 2], transition [N, 2], real [B, T]: each state moves by itself, along T."""
     del node
     batch, time, states, parts = walk.of(args["u"])
     own_states, own_parts = walk.of(args["transition"])
-    walk.fix(time, "sequence")
-    return batch, time, walk.unify(states, own_states), walk.unify(parts, own_parts)
+    rows, steps = walk.of(args["real"])
+    walk.fix(walk.unify(time, steps), "sequence")
+    shared = walk.unify(batch, rows), time
+    return *shared, walk.unify(states, own_states), walk.unify(parts, own_parts)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from examples.fmrlrec.config import Config
-from examples.fmrlrec.data import Batch, Dataset, training_batches, training_windows
+from examples.fmrlrec.data import Dataset, Steps, training_batches, training_windows
 from examples.fmrlrec.errors import DataError, RunError
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
 
@@ -85,12 +85,6 @@ class Session:
     def batches(self) -> int:
         """Batches of an epoch."""
         return -(-len(self.windows) // self.config.batch)
-
-    @property
-    def targets_per_batch(self) -> float:
-        """The mean number of targets in a batch."""
-        return float((np.diff(self.windows, axis=1) - 1).sum()) / self.batches
-
 
 def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> Progress:
     """Trains until `config.epochs` or `config.patience`, and leaves the best weights in place.
@@ -192,23 +186,20 @@ def _epoch(session: Session, progress: Progress, show: Any) -> Progress:
     return _close_epoch(session, progress)
 
 
-def _skip(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+def _skip(batches: Iterator[Steps], count: int) -> Iterator[Steps]:
     for number, batch in enumerate(batches):
         if number >= count:
             yield batch
 
 
-def _step(session: Session, progress: Progress, batch: Batch) -> Progress:
+def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     inputs, targets = _share(session.accelerator, batch)
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate(progress.step, session.config)
     loss, losses = session.objective(inputs, targets)
     _check_loss(loss, progress)
     session.optimizer.zero_grad()
-    # Batches of like lengths hold unlike numbers of targets: without the share, the few targets
-    # of short sequences would count for more than those of long ones.
-    share = np.count_nonzero(batch.targets) / session.targets_per_batch
-    session.accelerator.backward(loss * share)
+    session.accelerator.backward(loss)
     session.accelerator.clip_grad_norm_(session.objective.parameters(), session.config.clip)
     session.optimizer.step()
     values = {"loss": loss, **losses}
@@ -223,7 +214,7 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup))
 
 
-def _share(accelerator: Accelerator, batch: Batch) -> tuple[Tensor, Tensor]:
+def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor]:
     """The rows of a batch that belong to this process."""
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     arrays = batch.inputs[mine], batch.targets[mine]

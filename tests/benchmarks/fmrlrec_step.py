@@ -4,7 +4,8 @@
 
 The reference computes the same loss from the same parameters the obvious way: nested linears as a
 loop over prefixes and a cat, norms size by size, the recurrence in complex64, logits size by size,
-cross entropy over all positions. Both take forward, backward and AdamW; rounds alternate.
+cross entropy over all positions. Both take forward, backward and AdamW; rounds alternate. "ours,
+packed" has the same sequences as the example's loader hands them over: several in a row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from examples.fmrlrec.building import build, nest, sizes_of
 from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.data import left_pad
+from examples.fmrlrec.data import left_pad, pack, steps
 from examples.fmrlrec.encoders import Features
 from examples.fmrlrec.objectives import NestedObjective
 
@@ -29,16 +30,22 @@ ITEMS, BATCH, LENGTH = 12_101, 32, 50
 Weights = dict[str, nn.Parameter]
 
 
-def sequences(mean_length: float) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [32, 50], left padded, at lengths like those of Amazon Beauty."""
+Pair = tuple[Tensor, Tensor]
+
+
+def sequences(mean_length: float) -> tuple[Pair, Pair]:
+    """Inputs and targets, left padded [32, 50] and packed, at lengths like Amazon Beauty's."""
     random = np.random.default_rng(0)
     lengths = np.minimum(3 + random.geometric(1 / max(mean_length - 3, 1), BATCH), LENGTH + 1)
     if mean_length >= LENGTH:
         lengths[:] = LENGTH + 1
-    rows = [random.integers(1, ITEMS + 1, n) for n in lengths]
-    inputs = left_pad([row[:-1] for row in rows], LENGTH)
-    targets = left_pad([row[1:] for row in rows], LENGTH)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+    ends = np.cumsum(lengths)
+    items = random.integers(1, ITEMS + 1, ends[-1])
+    rows = [items[end - n : end] for end, n in zip(ends, lengths, strict=True)]
+    padded = left_pad([row[:-1] for row in rows], LENGTH), left_pad([r[1:] for r in rows], LENGTH)
+    packed = steps(items, pack(np.stack([ends - lengths, ends], axis=1), LENGTH))
+    inputs, targets = (torch.from_numpy(part) for part in padded)
+    return (inputs, targets), (torch.from_numpy(packed.inputs), torch.from_numpy(packed.targets))
 
 
 class Reference:
@@ -120,21 +127,21 @@ def compare(config: Config, mean_length: float, rounds: int) -> None:
     sizes = sizes_of(config)
     doll = nest(build(config, ITEMS, Features({}), sizes[-1]), config).train()
     objective, reference = NestedObjective(doll, config), Reference(doll, sizes, config.norm)
-    batch = sequences(mean_length)
-    longest = int((batch[0] != 0).sum(1).max())
-    trimmed = batch[0][:, -longest:], batch[1][:, -longest:]
+    batch, packed = sequences(mean_length)
     ours = lambda i, t: objective(i, t)[0]  # noqa: E731
-    gap = abs(reference(*batch).item() / ours(*batch).item() - 1)
+    expected = reference(*batch).item()
+    gap = max(abs(ours(*inputs).item() / expected - 1) for inputs in (batch, packed))
     optimizer = torch.optim.AdamW(doll.parameters(), lr=1e-5)
     kinds = {
-        "reference": (reference, batch), "ours": (ours, batch), "ours, trimmed": (ours, trimmed),
+        "reference": (reference, batch), "ours": (ours, batch), "ours, packed": (ours, packed),
     }  # fmt: skip
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds + 1):
         for kind, (loss_of, inputs) in kinds.items():
             times[kind].append(step(loss_of, inputs, optimizer)[0])
     targets = int((batch[1] != 0).sum())
-    print(f"{targets} targets of {BATCH * LENGTH}, longest {longest}, relative loss gap {gap:.1e}")
+    shape = "x".join(map(str, packed[0].shape))
+    print(f"{targets} targets of {BATCH * LENGTH}, packed {shape}, relative loss gap {gap:.1e}")
     slow = statistics.median(times["reference"][1:])
     for kind, found in times.items():
         median = statistics.median(found[1:])

@@ -119,25 +119,35 @@ def dataset(tmp_path: Path) -> data.Dataset:
 def test_training_never_sees_held_out_items(windows: str, dataset: data.Dataset) -> None:
     config = replace(Config(), {"windows": windows, "max_length": 4, "batch": 8})
     bounds = data.training_windows(dataset, config)
-    steps: Counter[tuple[int, int, int]] = Counter()
+    steps: Counter[tuple[int, int]] = Counter()
     for batch in data.training_batches(dataset, bounds, config, epoch=0):
-        assert ((batch.inputs == 0) <= (batch.targets == 0)).all()
-        for user, inputs, targets in zip(batch.users, batch.inputs, batch.targets, strict=True):
-            pairs = zip(inputs, targets, strict=True)
-            steps.update((int(user), *pair) for pair in pairs if pair[1])
-    expected: Counter[tuple[int, int, int]] = Counter()
+        assert batch.inputs.shape[1] <= 4
+        assert ((batch.inputs == 0) == (batch.targets == 0)).all()
+        pairs = zip(batch.inputs.ravel().tolist(), batch.targets.ravel().tolist(), strict=True)
+        steps.update(pair for pair in pairs if pair[1])
+    expected: Counter[tuple[int, int]] = Counter()
     for user in range(dataset.users):
-        history = dataset.sequence(user)[:-2]
+        history = dataset.sequence(user)[:-2].tolist()
         kept = history if windows == "all" else history[-5:]
-        expected.update((user, a, b) for a, b in zip(kept[:-1], kept[1:], strict=True))
+        expected.update(zip(kept[:-1], kept[1:], strict=True))
     assert steps == expected
+
+
+def test_packed_rows_hold_each_window_once_and_apart() -> None:
+    random = np.random.default_rng(0)
+    starts = np.cumsum(random.integers(3, 12, 40))
+    windows = np.stack([starts, starts + random.integers(2, 12, 40)], axis=1)
+    rows = data.pack(windows, 10)
+    assert sorted(w for row in rows for w in row) == sorted(map(tuple, windows.tolist()))
+    used = [sum(end - start - 1 for start, end in row) + len(row) - 1 for row in rows]
+    assert max(used) <= 10 and sum(used) > 0.8 * 10 * len(rows)
 
 
 def test_epochs_are_reproducible_and_differ(dataset: data.Dataset) -> None:
     config = replace(Config(), {"batch": 8})
     bounds = data.training_windows(dataset, config)
     epochs = [
-        [b.users.tolist() for b in data.training_batches(dataset, bounds, config, epoch=e)]
+        [b.inputs.tolist() for b in data.training_batches(dataset, bounds, config, epoch=e)]
         for e in (0, 0, 1)
     ]
     assert epochs[0] == epochs[1] != epochs[2]
@@ -148,9 +158,9 @@ def test_leave_one_out(split: str, back: int, dataset: data.Dataset) -> None:
     config = replace(Config(), {"max_length": 6, "eval_batch": 7})
     seen = 0
     for batch in data.evaluation_batches(dataset, split, config):
-        for user, inputs, targets in zip(batch.users, batch.inputs, batch.targets, strict=True):
+        for user, inputs, target in zip(batch.users, batch.inputs, batch.targets, strict=True):
             history = dataset.sequence(user)
-            assert targets[-1] == history[-back] and not targets[:-1].any()
+            assert target == history[-back]
             assert inputs[inputs > 0].tolist() == history[:-back][-6:].tolist()
         pasts = data.histories(dataset, batch.users, split)
         for past, user in zip(pasts, batch.users, strict=True):

@@ -56,6 +56,15 @@ def test_left_padding_never_leaks(padding: int) -> None:
     torch.testing.assert_close(built(padded)[:, padding:, 1:], built(sequences)[..., 1:])
 
 
+def test_sequences_may_share_a_row() -> None:
+    built = build("frozen")
+    first, second = torch.randint(1, 21, (1, 4)), torch.randint(1, 21, (1, 6))
+    shared = torch.cat((first, torch.zeros(1, 1, dtype=torch.int64), second), 1)
+    scores = built(shared)
+    torch.testing.assert_close(scores[:, :4], built(first))
+    torch.testing.assert_close(scores[:, 5:], built(second))
+
+
 def test_no_position_sees_the_future() -> None:
     built, sequences = build(), torch.randint(1, 20, (2, 6))
     changed = sequences.clone()
@@ -101,7 +110,7 @@ def test_recurrence_is_the_complex_one() -> None:
     for t in range(5):
         h = lam * h + unit.gamma_log.exp() * (x[:, t].to(b.dtype) @ b.t() + shift)
     expected = (h @ c.t()).real + unit.out_proj.bias
-    found = unit(x, torch.ones(2, 5, 1, dtype=torch.bool))[:, -1]
+    found = unit(x, torch.ones(2, 5, dtype=torch.bool))[:, -1]
     torch.testing.assert_close(found, expected)
 
 
