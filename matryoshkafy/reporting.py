@@ -16,40 +16,42 @@ from matryoshkafy import pictures
 from matryoshkafy.checkpoint import open_checkpoint
 from matryoshkafy.examples import example_inputs
 from matryoshkafy.plan import Plan
-from matryoshkafy.profiling import Cost, profile
+from matryoshkafy.profiling import Cost, device_of, profile
 from matryoshkafy.report_page import sections
 from matryoshkafy.report_page.contents import Report, ReportError
 from matryoshkafy.report_page.metrics import read_metrics
 
+PathLike = str | os.PathLike[str]
 
-def report_of(
-    folder: str | os.PathLike[str], metrics: str | os.PathLike[str] | None = None
-) -> Report:
+
+def report_of(folder: PathLike, metrics: PathLike | None = None, *, device: str = "cpu") -> Report:
     """Return the report of a checkpoint: every size is loaded, and a call of it measured.
 
     metrics: a CSV as `read_metrics` reads it. Latency in seconds, the median of several calls on
-    random inputs of the shapes that the model was traced with, on the CPU, with torch's threads.
+    random inputs of the shapes that the model was traced with. Raises what `load` raises,
+    `ReportError` for the metrics, `ProfileError` for a device that is not here.
     """
+    place = device_of(device)
     checkpoint = open_checkpoint(folder)
     found = {} if metrics is None else read_metrics(metrics, checkpoint.sizes)
-    costs = {size: _cost(checkpoint.sub_model(size)) for size in checkpoint.sizes}
-    return Report(Path(folder).resolve().name, checkpoint.plan, costs, found, _made_with())
+    costs = {size: _cost(checkpoint.sub_model(size), place) for size in checkpoint.sizes}
+    return Report(Path(folder).resolve().name, checkpoint.plan, costs, found, _made_with(place))
 
 
-def _cost(model: nn.Module) -> Cost:
-    args, kwargs = example_inputs(model)
-    return profile(model.eval(), args, kwargs)
+def _cost(model: nn.Module, device: torch.device) -> Cost:
+    args, kwargs = example_inputs(model, device=device)
+    return profile(model.to(device).eval(), args, kwargs)
 
 
-def _made_with() -> str:
+def _made_with(device: torch.device) -> str:
     return (
         f"Made by matryoshkafy report with torch {torch.__version__}. Latency: the median of "
-        f"calls on {platform.machine()}, threads: {torch.get_num_threads()}, inputs of the shapes "
-        "that the model was traced with."
+        f"calls on {device} ({platform.machine()}, {torch.get_num_threads()} threads), inputs of "
+        "the shapes that the model was traced with."
     )
 
 
-def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
+def write_report(report: Report, path: PathLike) -> Path:
     """Write the page: HTML with its pictures, style and script inside. Returns the path.
 
     Raises `ReportError` where the path cannot be written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from matryoshkafy_cli.main import app
 from torch import nn
+from typer.testing import CliRunner
 
 import matryoshkafy as mk
 from matryoshkafy.checkpoint import save
@@ -61,6 +64,23 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(checkpoint: Path, metrics: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = report_of(checkpoint, metrics)
     return write_report(report, tmp_path_factory.mktemp("page") / "report.html")
+
+
+def test_the_command_writes_the_page_and_prints_its_place(
+    checkpoint: Path, metrics: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    words = ["report", str(checkpoint), "--metrics", str(metrics), "-o", str(page), "--json"]
+    done = CliRunner().invoke(app(), words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"report": str(page)}
+    assert "NDCG@10" in page.read_text()
+
+
+def test_the_command_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app(), ["report", str(tmp_path), "-o", str(tmp_path / "r.html")])
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    assert not (tmp_path / "r.html").exists()
 
 
 class Outline(HTMLParser):

@@ -11,6 +11,7 @@ from matryoshkafy_cli.converting import convert
 from matryoshkafy_cli.describing import info
 from matryoshkafy_cli.exporting import export
 from matryoshkafy_cli.inspecting import inspect
+from matryoshkafy_cli.reporting import report
 from matryoshkafy_cli.screen import readable
 from matryoshkafy_cli.slicing import slice_
 from matryoshkafy_cli.verifying import verify
@@ -22,6 +23,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "verify": verify,
     "info": info,
     "export": export,
+    "report": report,
 }
 HELP = (
     "Make any PyTorch model a matryoshka doll: train once, deploy any size.\n\n"

@@ -1,0 +1,37 @@
+"""matryoshkafy report: a checkpoint as one page that opens offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Output, Quiet
+from matryoshkafy_cli.screen import Screen, import_all
+
+
+def report(  # noqa: PLR0913  an option is a parameter
+    checkpoint: Folder,
+    output: Output = Path("report.html"),
+    metrics: Annotated[
+        Path | None,
+        typer.Option("--metrics", help="CSV: a column `size`, and one for each metric."),
+    ] = None,
+    device: Device = "cpu",
+    imports: Imports = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw what nests, what each size costs and achieves, as one HTML page for offline use.
+
+    Latency is measured on random inputs of the shapes that the model was traced with.
+    """
+    screen = Screen(quiet, json)
+    import_all(imports)
+    with screen.step(f"measuring every size of {checkpoint}"):
+        from matryoshkafy.reporting import report_of, write_report
+
+        page = write_report(report_of(checkpoint, metrics, device=device), output)
+    screen.result({"report": str(page)}, lambda: str(page))
