@@ -2,6 +2,7 @@
 
 from matryoshkafy.checkpoint import load as load
 from matryoshkafy.checkpoint import save as save
+from matryoshkafy.checks import verify as verify
 from matryoshkafy.converting import convert as convert
 from matryoshkafy.converting import inspect as inspect
 from matryoshkafy.doll import Doll as Doll

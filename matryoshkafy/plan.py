@@ -50,7 +50,11 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A constant of the graph that was derived from a width: value = units ** power."""
+    """A constant of the graph that was derived from a width.
+
+    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the slopes
+    of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+    """
 
     node: str
     argument: str
@@ -59,6 +63,17 @@ class Scalar:
     units: int
     power: float
     source: str = ""
+    form: str = "power"
+
+    def at(self, width: int) -> float:
+        """Return the constant where the group has `width` units."""
+        if self.form == "power":
+            return self.value * (width / self.units) ** self.power
+        return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
+
+    def __str__(self) -> str:
+        formula = f"{self.units} ** {self.power:g}" if self.form == "power" else f"2 ** (-8 / {self.units})"
+        return f"{self.value:.6g} = {formula}"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def _rest(plan: Plan) -> Iterator[str]:
     )
     yield from _section(
         "scalars derived from a width",
-        [(s.node, f"{s.value:.6g} = {s.units} ** {s.power}", s.source) for s in plan.scalars],
+        [(s.node, str(s), s.source) for s in plan.scalars],
     )
     yield from _section("remarks", [(r,) for r in plan.remarks])
 

@@ -81,12 +81,14 @@ def _repeat_interleave(r: Resize) -> None:
     dim = a["dim"] % len(out)
     if dims.is_nested(out[dim]) and dims.size(source[dim]) == 1:
         set_arg(r.new, "repeats", r.scaled(a["repeats"], out[dim]))
+    if a.get("output_size") is not None:
+        set_arg(r.new, "output_size", r.scaled(a["output_size"], out[dim]))
 
 
 def _arange(r: Resize) -> None:
     (out,) = r.dims_of(r.old)
     if dims.is_nested(out):
-        set_arg(r.new, "end", r.at(out))
+        set_arg(r.new, "end", bound_args(r.new).get("start", 0) + r.at(out))
 
 
 def _split(r: Resize) -> None:

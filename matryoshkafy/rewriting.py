@@ -18,7 +18,7 @@ from matryoshkafy import dims
 from matryoshkafy.cleaning import bound_args, op_name
 from matryoshkafy.dims import Dim, Widths
 from matryoshkafy.kernels import ops as _ops
-from matryoshkafy.plan import Action, Many, Plan
+from matryoshkafy.plan import Action, Many, Plan, Scalar
 from matryoshkafy.resizing import resize
 from matryoshkafy.tracing import Signature, Trace
 from matryoshkafy.weights import is_weight
@@ -28,6 +28,8 @@ nested = torch.ops.matryoshkafy
 assert _ops
 
 Key = tuple[fx.Node, int]
+# Where a parameter-only statistic, or a parameter of a live graph, stands: before any cut.
+FULL_LEVEL = 10**6
 
 
 @dataclass(frozen=True)
@@ -206,18 +208,18 @@ class Rewriter:
 
     def sources(self, node: fx.Node, level: int) -> list[Key]:
         """Return what must be written before (node, level)."""
-        if level == self.full_level:
+        if level == FULL_LEVEL:
             pass
         elif self._cut_from_full(node, level):
-            return [] if self.source.standalone else [(node, self.full_level)]
+            return [] if self.source.standalone else [(node, FULL_LEVEL)]
         elif self._trunk(node) and level != self.top:
             return [(node, self.top)]
         return [self.key(n, level) for n in node.all_input_nodes]
 
-    full_level = 10**6
-
     def _cut_from_full(self, node: fx.Node, level: int) -> bool:
-        return node.name in self.plan.full and level != self.full_level
+        if self.source.standalone and is_reparametrised(node):
+            return False
+        return node.name in self.plan.full and level != FULL_LEVEL
 
     def _write(self, node: fx.Node, level: int) -> Any:
         if node.op == "get_attr":
@@ -225,8 +227,8 @@ class Rewriter:
         if self._cut_from_full(node, level):
             if self.source.standalone:
                 return self._put(node, level, self.graph.get_attr(baked_name(node)))
-            return self._cut_value(node, self.full_level, level)
-        if self._trunk(node) and level not in (self.top, self.full_level):
+            return self._cut_value(node, FULL_LEVEL, level)
+        if self._trunk(node) and level not in (self.top, FULL_LEVEL):
             return self._cut_value(node, self.top, level)
         return self._put(node, level, self._apply(node, level))
 
@@ -259,10 +261,10 @@ class Rewriter:
         return parts[0] if len(parts) == 1 else call(aten.cat.default, (parts, dim))
 
     def _state(self, node: fx.Node, level: int) -> Any:
-        known = self.written.get((node, self.full_level))
+        known = self.written.get((node, FULL_LEVEL))
         if known is None:
             known = self._attribute(node)
-        if self.source.standalone or level == self.full_level:
+        if self.source.standalone or level == FULL_LEVEL:
             return known
         widths = self.plan.ladder[level]
         return self.cut(known, self.plan.parameters.get(str(node.target), ()), widths)
@@ -273,7 +275,7 @@ class Rewriter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             new = self.graph.get_attr(str(node.target))
-        return self._put(node, self.full_level, new)
+        return self._put(node, FULL_LEVEL, new)
 
     # Nodes.
 
@@ -282,7 +284,7 @@ class Rewriter:
         if picked and isinstance(node.args[0], fx.Node):
             return self._copy(node, level, resized=False)
         action = self.plan.actions.get(node.name)
-        if action is None or level == self.full_level or not self.plan.masked:
+        if action is None or level == FULL_LEVEL or not self.plan.masked:
             return self._copy(node, level)
         return ACTIONS[action.kind](self, node, level, action)
 
@@ -293,7 +295,7 @@ class Rewriter:
     def _copy(self, node: fx.Node, level: int, *, resized: bool = True) -> fx.Node:
         args, kwargs = self.copy_args(node, level)
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-        if resized and level != self.full_level and hasattr(node.target, "_schema"):
+        if resized and level != FULL_LEVEL and hasattr(node.target, "_schema"):
             resize(self.plan, self.plan.ladder[level], node, new)
             self._rescale(node, level, new)
         return new
@@ -302,8 +304,16 @@ class Rewriter:
         for scalar in self.plan.scalars:
             if scalar.node == node.name:
                 width = self.plan.ladder[level][scalar.group]
-                factor = (width / scalar.units) ** scalar.power
-                new.update_arg(int(scalar.argument), scalar.value * factor)
+                new.update_arg(int(scalar.argument), self._constant(node, new, scalar, width))
+
+    def _constant(self, node: fx.Node, new: fx.Node, scalar: Scalar, width: int) -> Any:
+        """A tensor of one element stays a tensor: pow of two tensors takes no number."""
+        value = scalar.at(width)
+        if scalar.form == "power":
+            return value
+        with self.graph.inserting_before(new):
+            old = new.args[int(scalar.argument)]
+            return self.graph.call_function(aten.full_like.default, (old, value))
 
     def runs(self, dim: Dim, level: int) -> list[int]:
         """Return the level of each index of a dim, run-length coded."""
@@ -324,6 +334,15 @@ def _needed(node: fx.Node, level: int, writer: Rewriter) -> list[Key]:
             stack.append((key, True))
             stack.extend((k, False) for k in reversed(writer.sources(*key)))
     return order
+
+
+def is_reparametrised(node: fx.Node) -> bool:
+    """Tell whether a sub-model keeps g v / |v| as it is: v becomes the cut weight and g its norm.
+
+    Then the small model computes its weight as the user's class does, from the user's two names.
+    """
+    plain = op_name(node) == "_weight_norm"
+    return plain and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
 
 
 def baked_name(node: fx.Node) -> str:

@@ -34,7 +34,11 @@ def find_scalars(trace: Trace, plan: Plan) -> Plan:
 
 
 def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
-    if node.op != "call_function" or op_name(node) not in SCALING or len(node.args) != 2:
+    if node.op != "call_function" or len(node.args) != 2:
+        return []
+    if op_name(node) == "pow":
+        return _slopes_of(node, plan, state)
+    if op_name(node) not in SCALING:
         return []
     axes = plan.nodes.get(node.name)
     if not axes or len(axes[-1]) != 1 or not isinstance(axes[-1][0], dims.Nested):
@@ -49,12 +53,27 @@ def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> li
     return []
 
 
+def _slopes_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
+    """The slopes of ALiBi are base ** (1, 2, ..., heads)."""
+    axes = plan.nodes.get(node.name)
+    value = _constant(node.args[0], state)
+    if not axes or value is None or not isinstance(axes[-1][0], dims.Nested) or len(axes[-1]) != 1:
+        return []
+    factor = axes[-1][0]
+    if not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):
+        return []
+    source = node.meta.get("source") or ""
+    return [Scalar(node.name, "0", value, factor.group, factor.size, 0.0, source, "alibi")]
+
+
 def _constant(argument: Any, state: dict[str, torch.Tensor]) -> float | None:
     """A number, or a tensor of one element that is no parameter and was made from numbers."""
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return float(argument)
     if isinstance(argument, fx.Node) and op_name(argument) in ("to", "_to_copy"):
         argument = argument.args[0]
+    if isinstance(argument, fx.Node) and op_name(argument) == "full" and argument.args[0] == []:
+        return float(argument.args[1])  # type: ignore[arg-type]
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
     tensor = state.get(str(argument.target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from matryoshkafy.dims import Dim, Segments, Widths
 from matryoshkafy.doll import Doll
 from matryoshkafy.errors import PlanError
 from matryoshkafy.plan import Plan
-from matryoshkafy.rewriting import baked_name, sub_graph, weight_masks
+from matryoshkafy.rewriting import baked_name, is_reparametrised, sub_graph, weight_masks
 from matryoshkafy.tracing import Trace, attach
 
 Supply = Callable[[tuple[Segments | None, ...]], torch.Tensor]
@@ -49,8 +50,29 @@ def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the fie
     level = plan.level(size)
     full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
     state = _state_of(model) | full
-    cuts = cuts_of(trace, plan, level)
-    return assemble(trace, plan.up_to(level), _cut_state(state, cuts), _kinds(state))
+    tensors = _cut_state(state, cuts_of(trace, plan, level))
+    if level < plan.levels - 1:
+        tensors |= reparametrised(trace, plan, state, level)
+    return assemble(trace, plan.up_to(level), tensors, _kinds(state))
+
+
+def reparametrised(
+    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
+) -> dict[str, torch.Tensor]:
+    """Return v and g of weight-normalised weights so that g v / |v| is the cut of the full weight."""
+    out = {}
+    already = plan.ladder[-1] != tuple(g.size for g in plan.groups)
+    for node in trace.graph.nodes:
+        if node.name in plan.full and is_reparametrised(node):
+            names = [str(n.target) for n in node.args[:2]]  # type: ignore[union-attr]
+            v, g = (state[n].detach() for n in names)
+            dim = node.args[2] if len(node.args) > 2 else 0
+            weight = v if already else torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
+            shape = plan.nodes[node.name]
+            pairs = [relative(d, plan.ladder[-1], plan.ladder[level]) for d in shape]
+            out[names[0]] = take(weight, tuple(pairs))
+            out[names[1]] = torch.norm_except_dim(out[names[0]], 2, dim)  # type: ignore[arg-type]
+    return out
 
 
 def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
@@ -83,7 +105,7 @@ def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
     if not plan.full:
         return {}
     state = trace.state()
-    wanted = [n for n in trace.graph.nodes if n.name in plan.full]
+    wanted = [n for n in trace.graph.nodes if n.name in plan.full and not is_reparametrised(n)]
     kept = {baked_name(n): state[baked_name(n)] for n in wanted if baked_name(n) in state}
     missing = [n for n in wanted if baked_name(n) not in state]
     return kept | dict(zip(map(baked_name, missing), _evaluate(trace, missing), strict=True))
@@ -126,7 +148,10 @@ def cuts_of(trace: Trace, plan: Plan, level: int) -> list[Cut]:
 
 def _shapes(trace: Trace, plan: Plan) -> dict[str, tuple[Dim, ...]]:
     read = {str(n.target) for n in sub_graph(trace, plan, 0).nodes if n.op == "get_attr"}
-    shapes = {name: s for name, s in plan.parameters.items() if name in read}
+    state = trace.state()
+    objects = {id(state[name]) for name in read if name in state}
+    tied = {name for name in plan.parameters if name in state and id(state[name]) in objects}
+    shapes = {name: s for name, s in plan.parameters.items() if name in read | tied}
     baked = {baked_name(n): plan.nodes[n.name] for n in trace.graph.nodes if n.name in plan.full}
     return shapes | {name: s for name, s in baked.items() if name in read}
 
@@ -204,6 +229,17 @@ def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
     return {n: Kind(isinstance(t, nn.Parameter), t.requires_grad) for n, t in state.items()}
 
 
+def _mention(graph: fx.Graph, names: list[str]) -> None:
+    """A GraphModule keeps what its graph names: the other names of tied tensors, too."""
+    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            if name not in read:
+                graph.get_attr(name)
+
+
 def free_name(name: str) -> str:
     """Return the name of a tensor in a GraphModule, which has attributes of its own (graph, code)."""
     head = name.partition(".")[0]
@@ -228,6 +264,7 @@ def assemble(
     for node in graph.nodes:
         if node.op == "get_attr":
             node.target = free_name(str(node.target))
+    _mention(graph, [free_name(name) for name in tensors])
     module = fx.GraphModule(root, graph, class_name="SubModel")
     module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
     module.train(root.training)

@@ -65,7 +65,14 @@ def _parameter_terms(trace: Trace, found: Findings) -> dict[str, Any]:
     for node in trace.graph.nodes:
         if node.op == "get_attr" and found.terms.get(node) is not None and node.target != "training":
             out[str(node.target)] = found.terms[node]
-    return out
+    return out | _aliases(trace, out)
+
+
+def _aliases(trace: Trace, read: Mapping[str, Any]) -> dict[str, Any]:
+    """Ties stay ties: a second name of a tensor that the graph reads has the same axes."""
+    state = trace.state()
+    owners = {id(state[name]): name for name in read if name in state}
+    return {n: read[owners[id(t)]] for n, t in state.items() if n not in read and id(t) in owners}
 
 
 def _keep(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
@@ -166,8 +173,9 @@ def _only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, A
 def _trainable(trace: Trace, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out buffers, whose size says nothing of the model's; keep them where there is no other."""
     state = trace.state()
-    mine = {n: t for n, t in parameters.items() if isinstance(state.get(n), nn.Parameter)}
-    return mine or dict(parameters)
+    once = {id(state[n]): n for n in reversed(list(parameters)) if n in state}
+    names = [n for n in once.values() if isinstance(state[n], nn.Parameter)]
+    return {n: t for n, t in parameters.items() if n in names} or dict(parameters)
 
 
 def _heaviest(parameters: Mapping[str, Any]) -> Axis | None:

@@ -19,9 +19,9 @@ def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 @rule("arange")
 def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """0, 1, 2, ...: a prefix is a shorter range, so the end may shrink."""
+    """a, a + 1, a + 2, ...: a prefix is a shorter range, so the end may shrink."""
     plain = all(isinstance(v, int) for v in (args.get("start", 0), args.get("end"), args.get("step", 1)))
-    free = plain and args.get("start", 0) == 0 and args.get("step", 1) == 1
+    free = plain and args.get("step", 1) == 1
     return tuple(walk.fresh(n, None if free else "range", "range") for n in walk.shape(node))
 
 

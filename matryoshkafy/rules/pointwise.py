@@ -53,16 +53,12 @@ def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
     return broadcast(walk, _tensors(node))
 
 
-@rule("expand_as", "view_as", "reshape_as")
+@rule("expand_as")
 def like_other(walk: Walk, node: fx.Node, args: Args) -> Any:
-    """x takes the shape of other; a dim of size 1 is repeated."""
-    if walk.shape(node) != walk.shape(args["other"]):
-        return None
-    mine = walk.of(args["self"])
-    if node.target._schema.name != "aten::expand_as" and walk.shape(args["self"]) != walk.shape(node):  # type: ignore[union-attr]
-        return None
-    offset = len(walk.shape(node)) - len(mine)
-    other = walk.of(args["other"])
+    """A dim of size 1 is repeated to the other's."""
+    del node
+    other, mine = walk.of(args["other"]), walk.of(args["self"])
+    offset = len(other) - len(mine)
     return tuple(
         walk.unify(mine[i - offset], t) if i >= offset and mine[i - offset] else t
         for i, t in enumerate(other)

@@ -23,6 +23,14 @@ def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
     return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
 
 
+@rule("reshape_as", "view_as")
+def reshape_as(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """A reshape to the dims of another tensor, which are the same axes."""
+    source, other = args["self"], walk.of(args["other"])
+    terms = regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
+    return tuple(walk.unify(a, b) for a, b in zip(terms, other, strict=True))
+
+
 def regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]) -> Terms:
     """Return the terms of `old` dims seen as `new` ones (row-major)."""
     out: list[Any] = []
