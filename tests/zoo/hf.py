@@ -42,6 +42,9 @@ WIDTHS = frozenset(
         "conv_dim",
         "projection_dim",
         "time_step_rank",
+        "state_size",
+        "ssm_state_size",
+        "mamba_d_state",
         "hidden_sizes",
         "pooler_hidden_size",
     }
