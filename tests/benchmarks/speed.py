@@ -15,6 +15,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -340,9 +341,11 @@ def main() -> None:
             continue
         pair = build()
         if pair.figure == "time":
-            results.append(measure_time(name, against, pair, options.alternations, options.clock))
+            result = measure_time(name, against, pair, options.alternations, options.clock)
         else:
-            results.append(measure_memory(name, against, pair))
+            result = measure_memory(name, against, pair)
+        print(*cells(result), sep="  ", file=sys.stderr, flush=True)
+        results.append(result)
     show(results, machine(options.clock), markdown=options.markdown)
 
 
