@@ -112,22 +112,23 @@ def drawn(once: Accuracies, apart: Accuracies, plan: mk.Plan) -> str:
     curve = pictures.lines(series, SIZES, "accuracy by size")
     layer = pictures.weight(plan, "2.weight", side=190)
     body = (
-        _placed(layer, 10, 36, 240)
-        + _placed(curve, 285, 36, 420)
+        _placed(layer, 10, 32, "234", "220")
+        + _placed(curve, 290, 36, "424", "200")
         + text("One weight, six models", 50, 22, class_="title")
         + text("Test accuracy, % (handwritten digits)", 350, 22, class_="title")
         + "".join(_key(i, name) for i, name in enumerate(series))
     )
     label = "Left: the nested weight. Right: accuracy of each size, trained once and trained alone."
-    return pictures.standalone(svg(body, 720, 270, label))
+    return pictures.standalone(svg(body, 720, 282, label))
 
 
-def _placed(drawing: str, x: float, y: float, width: float) -> str:
-    return drawing.replace("<svg ", f'<svg x="{x:g}" y="{y:g}" width="{width:g}" ', 1)
+def _placed(drawing: str, x: float, y: float, width: str, height: str) -> str:
+    place = f'<svg x="{x:g}" y="{y:g}" width="{width}" height="{height}" '
+    return drawing.replace("<svg ", place, 1)
 
 
 def _key(order: int, name: str) -> str:
-    y = 246.0 + 16 * order
+    y = 254.0 + 17 * order
     line = tag("line", x1=350.0, y1=y - 4, x2=372.0, y2=y - 4, class_="line",
                style=f"stroke:{pictures.colour(order)}")  # fmt: skip
     return line + text(name, 380.0, y)
@@ -144,11 +145,11 @@ def table(once: Accuracies, apart: Accuracies) -> str:
     )
     return f"""# Digits: six sizes, trained once
 
-`python docs/pictures.py` draws the picture of the README from this run: a three-layer network of
-width 256 on scikit-learn's digits (1,297 to train on, 500 to test on), {STEPS} steps of {BATCH}, AdamW at
-{RATE}, masked nesting, the plain sum of the six cross entropies, hidden rows initialised for the inputs
-that they read. Test accuracy in %, mean and standard deviation over {len(SEEDS)} seeds; the nested figures
-are those of the sliced models.
+`python docs/pictures.py` draws the picture of the README from this run: a three-layer network
+of width 256 on scikit-learn's digits (1,297 to train on, 500 to test on), {STEPS} steps of
+{BATCH}, AdamW at {RATE}, masked nesting, the plain sum of the six cross entropies, hidden rows
+initialised for the inputs that they read. Test accuracy in %, mean and standard deviation over
+{len(SEEDS)} seeds; the nested figures are those of the sliced models.
 
 | size | trained once | trained alone |
 |---:|---:|---:|

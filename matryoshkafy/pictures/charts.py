@@ -72,7 +72,7 @@ class _Plane:
 
 def _gridline(at: _Plane, value: float) -> str:
     y = at.y(value)
-    words = text(f"{value:.4g}", 46, y + 4, text_anchor="end", class_="soft")
+    words = text(f"{value:.3g}", 46, y + 4, text_anchor="end", class_="soft")
     return tag("line", x1=50.0, y1=y, x2=352.0, y2=y, class_="rule") + words
 
 
