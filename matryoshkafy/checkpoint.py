@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,16 @@ from matryoshkafy.namespaces import allowed, namespaces_of
 from matryoshkafy.plan import Plan, plan_to_dict
 from matryoshkafy.safe_json import parse_json, shown
 from matryoshkafy.signature_json import signature_from_json, signature_to_json
-from matryoshkafy.slicing import Cut, assemble, cuts_of, full_statistics, masked, parts_of
+from matryoshkafy.slicing import (
+    Cut,
+    assemble,
+    cuts_of,
+    full_statistics,
+    masked,
+    parts_of,
+    reparametrised,
+)
+from matryoshkafy.slicing import _state_of as state_of
 from matryoshkafy.state_files import (
     CONSTANTS,
     WEIGHTS,
@@ -157,6 +166,9 @@ class Checkpoint:
                 lambda name: (owner(name), cuts[name].segments),
                 lambda name: self._taken(cuts[name], files, zeros=zeros),
             )
+            if zeros and level < self.plan.levels - 1:
+                full = OnDemand(names=tuple(tensors), read=lambda name: self._tensor(name, files))
+                tensors |= reparametrised(trace, self.plan, full, level)
             kinds = {record.name: record.as_kind for record in self.records}
             return assemble(trace, self.plan.up_to(level), tensors, kinds)
 
@@ -179,6 +191,23 @@ class Checkpoint:
         with ExitStack() as stack:
             names = _files(self.records)
             yield {n: stack.enter_context(TensorFile(self.folder / n)) for n in names}
+
+
+@dataclass(frozen=True)
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for, and not kept."""
+
+    names: tuple[str, ...]
+    read: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def open_checkpoint(folder: str | os.PathLike[str], *, digests: bool = True) -> Checkpoint:
@@ -213,10 +242,7 @@ def open_checkpoint(folder: str | os.PathLike[str], *, digests: bool = True) -> 
 def _state(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
     """Every tensor to save, in the model's order; hidden buffers only if the graph reads them."""
     read = {str(node.target) for node in trace.graph.nodes if node.op == "get_attr"}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
-    shown_names = set(model.state_dict(keep_vars=True))
-    kept = {name: t for name, t in named.items() if name in shown_names or name in read}
+    kept = {n: t for n, t in state_of(model).items() if trace.is_persistent(n) or n in read}
     holder = replace(trace, root=model)
     return kept | {n: t for n, t in full_statistics(holder, plan).items() if n not in kept}
 
@@ -224,7 +250,7 @@ def _state(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
 def _kind(name: str, model: nn.Module, trace: Trace, state: Mapping[str, Tensor]) -> str:
     if isinstance(state[name], nn.Parameter):
         return "parameter"
-    if name not in dict(model.named_buffers(remove_duplicate=False)):
+    if name not in state_of(model):
         return "statistic"
     return "buffer" if trace.is_persistent(name) else "hidden"
 
@@ -258,7 +284,7 @@ def _described(model: nn.Module, trace: Trace, plan: Plan, records: list[Record]
         "versions": {"matryoshkafy": _own_version(), "torch": torch.__version__},
         "sizes": list(plan.sizes),
         "nesting": plan.options.nesting,
-        "specialised": any("branch" in note for note in trace.notes),
+        "specialised": any(note.startswith("specialised") for note in trace.notes),
         "notes": list(trace.notes),
         "training": model.training,
         "namespaces": list(namespaces_of(trace.graph)),

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.doll import Doll
@@ -29,15 +28,16 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.examples import example_inputs
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
-from matryoshkafy.kernels.reductions import level_reduce
-from matryoshkafy.rewriting import sub_graph
+from matryoshkafy.kernels.reductions import level_reduce, reduction
 from matryoshkafy.slicing import parts_of
 from matryoshkafy.slicing import slice as cut
-from matryoshkafy.tracing import Signature, Trace, attach
+from matryoshkafy.tracing import Signature, attach
 
 nested = torch.ops.matryoshkafy
 assert _ops
 
+# The dims of a statistic, the one that nests, its runs, and whether a prefix is taken.
+Place = tuple[list[int], int, list[int], bool]
 TOLERANCE = 1e-3
 # protobuf's limit is 2 GiB for one file.
 LARGEST_SINGLE = 1_800_000_000
@@ -72,7 +72,7 @@ def export(
     Raises ExportError, also where the file's outputs differ by more than 1e-3.
     """
     target = check_target(path, to, force=force)
-    small = cut(model, model.sizes[-1]) if isinstance(model, Doll) else model
+    small = _sub_model(model)
     given = example_inputs(small) if args is None and kwargs is None else (args or (), kwargs or {})
     trace, _ = parts_of(small)
     flat = trace.signature.flatten(*given)
@@ -91,6 +91,14 @@ def export(
     return Exported(target, to, error)
 
 
+def _sub_model(model: nn.Module) -> fx.GraphModule:
+    if isinstance(model, Doll):
+        return cut(model, model.sizes[-1])
+    parts_of(model)
+    assert isinstance(model, fx.GraphModule)
+    return model
+
+
 def check_target(path: str | os.PathLike[str], to: str, *, force: bool = False) -> Path:
     """Return the file to write; raises ExportError now where `export` would later."""
     if to not in FORMATS:
@@ -98,25 +106,26 @@ def check_target(path: str | os.PathLike[str], to: str, *, force: bool = False) 
     return _free(Path(path), force)
 
 
-def plain_module(model: nn.Module) -> fx.GraphModule:
+def plain_module(model: fx.GraphModule) -> fx.GraphModule:
     """Return a sub-model over ATen alone: flat tensor arguments, plain dictionaries and tuples."""
-    trace, plan = parts_of(model)
-    graph = sub_graph(trace, plan, plan.levels - 1)
-    graph.set_codegen(CodeGen())
-    root = _copy_of(trace)
+    trace, _ = parts_of(model)
+    root = _copy_of(model)
+    graph = fx.Graph()
+    flat = graph.graph_copy(model.graph, {})
     for node in list(graph.nodes):
         if node.op == "call_function":
             _write_plainly(root, node)
-    output = next(iter(reversed(graph.nodes)))
-    output.args = (_structured(output.args[0], trace.signature),)
+    graph.output(_structured(flat, trace.signature))
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph)
 
 
-def _copy_of(trace: Trace) -> nn.Module:
+def _copy_of(model: nn.Module) -> nn.Module:
     """The same tensors in containers of our own, to which masks may be added."""
     root = nn.Module()
-    for name, tensor in trace.state().items():
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        attach(root, name, tensor)
+    for name, tensor in model.named_buffers(remove_duplicate=False):
         attach(root, name, tensor)
     return root.eval()
 
@@ -141,19 +150,16 @@ def _built(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
 # --- nested operators as plain ones -------------------------------------------------------------
 
 
-def _moments(x: Tensor, place: tuple[Any, ...], *, centred: bool) -> tuple[Any, Tensor]:
+def _moments(x: Tensor, place: Place, *, centred: bool) -> tuple[Any, Tensor]:
     """Mean (0 where not centred) and mean square deviation of each unit's level."""
     dims, dim, runs, prefix = place
     if not centred:
-        square = level_reduce(x.square(), dims, dim, tuple(runs), kind="mean", prefix=prefix)
-        return 0, square
-    return tuple(
-        level_reduce(x, dims, dim, tuple(runs), kind=kind, prefix=prefix)
-        for kind in ("mean", "var0")
-    )  # type: ignore[return-value]
+        return 0, reduce_levels(x.square(), dims, dim, runs, "mean", prefix)
+    mean = reduce_levels(x, dims, dim, runs, "mean", prefix)
+    return mean, reduce_levels(x, dims, dim, runs, "var0", prefix)
 
 
-def _normalised(x: Tensor, place: tuple[Any, ...], eps: float, *, centred: bool) -> Tensor:
+def _normalised(x: Tensor, place: Place, eps: float, *, centred: bool) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     mean, square = _moments(wide, place, centred=centred)
     return (wide - mean) * torch.rsqrt(square + eps)
@@ -188,11 +194,14 @@ def group_norm(
     return _affine(y, weight, bias, [-1] + [1] * (x.ndim - 2)).to(x.dtype)
 
 
-def reduce_levels(
-    x: Tensor, dims: Any, dim: int, runs: list[int], kind: str, prefix: bool
+def reduce_levels(  # noqa: PLR0913  the operator's schema
+    x: Tensor, over: list[int], dim: int, runs: list[int], kind: str, prefix: bool
 ) -> Tensor:
     """matryoshkafy::level_reduce in plain ATen."""
-    return level_reduce(x, dims, dim, tuple(runs), kind=kind, prefix=prefix)
+    reduce, dims = reduction(kind), [d % x.ndim for d in over]
+    return level_reduce(
+        x, lambda part: reduce(part, dims), dim % x.ndim, tuple(runs), prefix=prefix
+    )
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> Tensor:

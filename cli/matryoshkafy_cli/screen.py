@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -110,10 +111,14 @@ def _is_ours(error: Exception) -> bool:
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     """Warnings of this library are lines on stderr; those of libraries below are left out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.showwarning = _show
-        yield
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.showwarning = _show
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def heed(category: type[Warning]) -> None:

@@ -46,8 +46,16 @@ def _build(folder: Path) -> Any:
     else:
         _refuse_pickle(folder)
         model = maker.from_config(config) if name == "" else maker(config)
-    model.config.use_cache = False
+    _forget_caches(model)
     return model
+
+
+def _forget_caches(model: Any) -> None:
+    """A cache among the outputs cannot be traced; every part has a config of its own."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
 
 
 def _refuse_pickle(folder: Path) -> None:
