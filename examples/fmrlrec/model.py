@@ -155,6 +155,8 @@ class Recommender(nn.Module):
     row: its state is zero, and no position sees past it.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, shape: Shape, features: Tensor | None = None, *, trainable_features: bool = False
     ) -> None:

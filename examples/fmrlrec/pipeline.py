@@ -177,10 +177,7 @@ def evaluate_alone(run: Run, material: Material) -> dict[str, Table]:
 
 
 def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
-    """Evaluates doll and slices, writes both tables, and returns the doll's.
-
-    Raises `RunError` where a slice does not get the metrics of the doll.
-    """
+    """Evaluates doll and slices, writes both tables, tells how far they differ; the doll's."""
     found = evaluate_nested(run, material, trained_doll(run, material))
     write_sheet(metric_sheet("Test, every size", found), run.folder / "tables", "nested")
     sliced = evaluate_slices(run, material)

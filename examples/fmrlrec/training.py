@@ -35,7 +35,10 @@ STATE, BEST = "state.safetensors", "best.safetensors"
 class Objective(Protocol):
     """A module whose call gives the loss of a batch, and which scores for evaluation."""
 
-    model: nn.Module
+    @property
+    def model(self) -> Any:
+        """The plain model or the doll."""
+        ...
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
 
