@@ -41,7 +41,6 @@ from matryoshkafy.slicing import (
     parts_of,
     reparametrised,
 )
-from matryoshkafy.slicing import _state_of as state_of
 from matryoshkafy.state_files import (
     CONSTANTS,
     WEIGHTS,
