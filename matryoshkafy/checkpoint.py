@@ -40,6 +40,7 @@ from matryoshkafy.slicing import (
     masked,
     parts_of,
     reparametrised,
+    state_of,
 )
 from matryoshkafy.state_files import (
     CONSTANTS,

@@ -11,16 +11,16 @@ import signal
 import sys
 import warnings
 
-import matryoshkafy as mk
 import pytest
 import safetensors.torch
 import torch
-from matryoshkafy.checkpoint import CheckpointWarning, open_checkpoint
-from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.state_files import record_from_json, record_of, record_to_json
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import matryoshkafy as mk
+from matryoshkafy.checkpoint import CheckpointWarning, open_checkpoint
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.state_files import record_from_json, record_of, record_to_json
 from tests.small_models import MODELS, build
 
 SIZES = [4, 8, 16]

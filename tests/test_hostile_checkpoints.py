@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import matryoshkafy as mk
 import pytest
-from matryoshkafy.errors import MatryoshkafyError
 
+import matryoshkafy as mk
+from matryoshkafy.errors import MatryoshkafyError
 from tests.small_models import build
 
 WEIGHTS, GRAPH, MANIFEST = "model.safetensors", "graph.json", "matryoshka.json"
