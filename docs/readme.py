@@ -3,8 +3,8 @@
     python docs/readme.py            # writes README.md
     python docs/readme.py --check    # exits 1 where README.md is behind
 
-A section of the README between `<!-- from PAGE: ... -->` and `<!-- /from -->` is what PAGE holds between
-`<!-- readme -->` and `<!-- /readme -->`.
+A section of the README between `<!-- from PAGE: ... -->` and `<!-- /from -->` is what PAGE holds
+between `<!-- readme -->` and `<!-- /readme -->`.
 """
 
 from __future__ import annotations

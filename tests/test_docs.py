@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import subprocess
 import sys
 import types
@@ -20,9 +22,7 @@ PAGES = sorted(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_blocks_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run top to bottom in one namespace, in an empty folder.
 
     Shell blocks marked `sh` run in between, in the same folder: pages may mix the two.
@@ -93,6 +93,30 @@ def test_an_open_block_is_an_error(tmp_path: Path) -> None:
     page.write_text("```python\nx = 1\n")
     with pytest.raises(ValueError, match="line 1: the block is never closed"):
         blocks_of(page)
+
+
+def test_the_readme_shows_the_results_as_their_pages_have_them() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / "readme.py", "--check"])
+    assert done.returncode == 0, "run: python docs/readme.py"
+
+
+def test_a_section_of_the_readme_is_what_its_page_shares(tmp_path: Path) -> None:
+    copier = runpy.run_path(str(ROOT / "docs" / "readme.py"))
+    (tmp_path / "page.md").write_text("a\n<!-- readme -->\n| 95 % |\n<!-- /readme -->\nb\n")
+    before = "x\n<!-- from page.md: generated -->\nold\n<!-- /from -->\ny\n"
+    after = copier["filled"](before, tmp_path)
+    assert after == before.replace("old", "| 95 % |")
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert not broken
 
 
 def test_from_scratch_stays_within_150_lines_of_plain_torch() -> None:
