@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from matryoshkafy import dims
 from matryoshkafy.doll import Doll
+from matryoshkafy.numerics import relative_error
 from matryoshkafy.plan import Many, Plan
 from matryoshkafy.rewriting import FULL_LEVEL, full_graph, outputs_graph
-from matryoshkafy.slicing import parts_of, slice
+from matryoshkafy.slicing import parts_of, relative, slice, state_of, take
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -171,20 +171,16 @@ def _prefixes(plan: Plan, level: int, full: dict[str, Any], small: dict[str, Any
         shape = plan.nodes.get(name)
         known = name in full and name not in plan.tail and shape is not None
         if known and isinstance(value, torch.Tensor) and not isinstance(shape, Many):
-            yield _prefix(full[name], shape, plan.ladder[level]), value
+            yield _prefix(full[name], shape, (plan.ladder[-1], plan.ladder[level])), value
 
 
-def _prefix(value: torch.Tensor, shape: Any, widths: dims.Widths) -> torch.Tensor:
-    for dim, axis in enumerate(shape):
-        if dims.is_nested(axis) and value.shape[dim] == dims.size(axis):
-            kept = [torch.arange(a, b, device=value.device) for a, b in dims.kept(axis, widths)]
-            value = value.index_select(dim, torch.cat(kept))
-    return value
+def _prefix(value: torch.Tensor, shape: Any, widths: tuple[dims.Widths, dims.Widths]) -> torch.Tensor:
+    return take(value, tuple(relative(axis, *widths) for axis in shape))
 
 
 def _disturb(doll: Doll, plan: Plan, level: int, generator: torch.Generator) -> None:
     """Replace everything past the prefix of a size by noise, in place."""
-    state = _named(doll._root)
+    state = state_of(doll)
     fed = _feeding(doll, plan)
     done = set()
     for name, shape in plan.parameters.items():
@@ -193,12 +189,7 @@ def _disturb(doll: Doll, plan: Plan, level: int, generator: torch.Generator) -> 
             continue
         done.add(id(tensor))
         if any(map(dims.is_nested, shape)):
-            tensor.data.copy_(_disturbed(tensor, shape, plan.ladder[level], generator))
-
-
-def _named(root: nn.Module) -> dict[str, torch.Tensor]:
-    named = dict(root.named_parameters(remove_duplicate=False))
-    return named | dict(root.named_buffers(remove_duplicate=False))
+            tensor.data.copy_(_disturbed(tensor, shape, (plan.ladder[-1], plan.ladder[level]), generator))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -206,13 +197,13 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _disturbed(
-    tensor: torch.Tensor, shape: Any, widths: dims.Widths, generator: torch.Generator
+    tensor: torch.Tensor, shape: Any, widths: tuple[Any, Any], generator: torch.Generator
 ) -> torch.Tensor:
     noise = 10 * torch.randn(tensor.shape, generator=generator).abs().to(tensor) + 1
     keep = torch.ones((), dtype=torch.bool, device=tensor.device)
     for dim, axis in enumerate(shape):
         mine = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-        for a, b in dims.kept(axis, widths):
+        for a, b in relative(axis, *widths) or ((0, tensor.shape[dim]),):
             mine[a:b] = True
         keep = keep & mine.view([-1 if d == dim else 1 for d in range(tensor.dim())])
     return torch.where(keep, tensor, noise)
@@ -238,22 +229,3 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.layout != torch.strided:
         a, b = a.to_dense(), b.to_dense()
     return torch.equal(a, b)
-
-
-def relative_error(a: Any, b: Any) -> float:
-    """Return the largest difference of two results, relative to the largest finite value of each tensor."""
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    return max((_tensor_error(x, y) for x, y in pairs if isinstance(y, torch.Tensor)), default=0.0)
-
-
-def _tensor_error(x: torch.Tensor, y: torch.Tensor) -> float:
-    if x.shape != y.shape:
-        return float("inf")
-    if not (y.is_floating_point() or y.is_complex()):
-        return 0.0 if torch.equal(x, y) else float("inf")
-    same = (x == y) | (x.isnan() & y.isnan())
-    if bool(same.all()):
-        return 0.0
-    scale = y[y.isfinite()].abs().max().item() if bool(y.isfinite().any()) else 0.0
-    worst = (x - y).abs()[~same].max().item()
-    return worst / max(scale, 1e-30) if worst == worst else float("inf")

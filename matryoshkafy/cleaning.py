@@ -9,12 +9,13 @@ x.to(x.dtype), alias, x[:]      -> x
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from matryoshkafy.precision import follow_dtype
 
 aten = torch.ops.aten
 
@@ -68,6 +69,8 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     _drop_identities(graph)
     _follow_training(graph, root)
     _follow_device(graph)
+    graph.eliminate_dead_code()
+    follow_dtype(graph, root)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta.pop("storage", None)
@@ -340,5 +343,3 @@ SCATTERS: dict[str, Callable[..., fx.Node]] = {
     "permute": _scatter_permute, "alias": _scatter_same, "detach": _scatter_same,
     "to": _scatter_same, "contiguous": _scatter_same, "narrow": _scatter_slice,
 }  # fmt: skip
-
-CLOSED_SCALAR_OPS = {operator.getitem, getattr}

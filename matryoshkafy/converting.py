@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from matryoshkafy.doll import Doll
-from matryoshkafy.errors import PlanError
+from matryoshkafy.errors import PlanError, TraceError
+from matryoshkafy.numerics import relative_error
 from matryoshkafy.plan import Options, Plan
 from matryoshkafy.propagation import propagate
 from matryoshkafy.solving import Request, output_plan, solve
 from matryoshkafy.tracing import Trace, trace
+
+# float32 sums in another order differ by 1e-6; a bfloat16 model by 1e-2.
+TRACE_TOLERANCE = 3e-2
 
 CHOICES = {
     "nesting": ("masked", "sliced"),
@@ -40,7 +45,7 @@ def inspect(
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
     options = _options(nesting or ("sliced" if scope == "ffn" else "masked"), scope, "block", keep)
-    return _plan(trace(model, args, kwargs), Request(options, sizes))
+    return _plan(_traced(model, args, kwargs), Request(options, sizes))
 
 
 def convert(
@@ -65,8 +70,44 @@ def convert(
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
     request = Request(_options(nesting, scope, norm, keep), sizes, overrides)
-    traced = trace(model, args, kwargs)
+    traced = _traced(model, args, kwargs)
     return Doll(traced, _plan(traced, request))
+
+
+def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Trace:
+    """Trace the model, and refuse a graph that computes something else on the example."""
+    traced = trace(model, args, kwargs)
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    flat = traced.signature.flatten(args, dict(kwargs or {}))
+    tensors = (*traced.state().values(), *flat)
+    if any(t.is_meta for t in tensors if isinstance(t, torch.Tensor)):
+        return traced
+    modes = {m: m.training for m in (*model.modules(), traced.root)}
+    try:
+        model.eval()
+        traced.root.training = False
+        error = _disagreement(traced, flat, lambda: model(*args, **dict(kwargs or {})))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not error <= TRACE_TOLERANCE:
+        raise TraceError(
+            f"the traced graph does not compute what the model computes on the example inputs "
+            f"(relative error {error:.1e}; at most {TRACE_TOLERANCE:g} expected). Some forwards take "
+            'another path while they are traced: with transformers, try attn_implementation="eager"; '
+            "else give inputs (masks, position ids) explicitly."
+        )
+    return traced
+
+
+def _disagreement(traced: Trace, flat: Sequence[Any], run: Callable[[], Any]) -> float:
+    """Return the relative error of the graph against the model, both with the same random numbers."""
+    results = []
+    with torch.no_grad(), torch.random.fork_rng():
+        for compute in (lambda: fx.Interpreter(traced.root, graph=traced.graph).run(*flat), run):
+            torch.manual_seed(0)
+            results.append(compute())
+    return relative_error(traced.signature.unflatten(results[0]), results[1])
 
 
 def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Options:

@@ -77,7 +77,8 @@ class _Planner:
     def __init__(self, trace: Trace, found: Findings, share: Mapping[Axis, float]) -> None:
         self.found, self.share = found, share
         self.nodes = [n for n in trace.graph.nodes if n.op == "call_function" and n in found.terms]
-        self.work = [n for n in self.nodes if n not in found.pure and _is_tensor(n)]
+        self.work = [n for n in self.nodes if n not in found.pure]
+        self.count = sum(map(_is_tensor, self.work))
         self.output = next(iter(reversed(trace.graph.nodes)))
         self.after = _descendants(self.work)
         self.remarks: list[str] = []
@@ -108,7 +109,7 @@ class _Planner:
         if mixed and op_name(node) in NORMS and _over_one_axis(node):
             return "norm"
         if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
-            small = len(self.after[node]) <= TAIL_SHARE * len(self.work)
+            small = len(self.after[node]) <= TAIL_SHARE * self.count
             return "closing" if small and op_name(node) in LENGTHS else "level"
         if summed and not mixed and op_name(node) in MASKABLE and self._fans_out(node):
             return "mask"
@@ -157,7 +158,7 @@ class _Planner:
         after = self.after[node] | {node}
         summed = self._summed(node)
         place = node.meta.get("source") or node.name
-        if not self._reenters(node) or len(self.tail | after) <= TAIL_SHARE * len(self.work):
+        if not self._reenters(node) or len(self.tail | after) <= TAIL_SHARE * self.count:
             self.choices[node.name] = Choice("readout", summed)
             self.tail |= after
             return True

@@ -49,7 +49,7 @@ def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the fie
     trace, plan = parts_of(model)
     level = plan.level(size)
     full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
-    state = _state_of(model) | full
+    state = state_of(model) | full
     tensors = _cut_state(state, cuts_of(trace, plan, level))
     if level < plan.levels - 1:
         tensors |= reparametrised(trace, plan, state, level)
@@ -82,14 +82,24 @@ def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
     meta = getattr(model, "meta", None)
     if isinstance(meta, dict) and "matryoshka" in meta:
         trace, plan = meta["matryoshka"]
-        return replace(trace, root=model), plan
+        return replace(trace, root=_named_root(model)), plan
     raise PlanError(
         f"a {type(model).__name__} was given; expected a model from convert, load or slice. "
         "Convert it first: matryoshkafy.convert(model, args, sizes=...)"
     )
 
 
-def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def _named_root(model: nn.Module) -> nn.Module:
+    """Return containers of the sub-model's tensors under the user's names."""
+    root = nn.Module()
+    for name, tensor in state_of(model).items():
+        attach(root, name, tensor)
+    root.training = model.training
+    return root
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return every tensor of a doll or sub-model under the user's names, ties included."""
     named = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
     return {_own_name(name): tensor for name, tensor in named.items()}

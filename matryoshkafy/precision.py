@@ -1,0 +1,113 @@
+"""follow_dtype(): a trace in float32 runs in whatever type the user casts the model to.
+
+Values that depend on parameters or floating inputs have the model's type; what is made of integers,
+buffers and constants alone (rotary angles, position biases, masks) stays in float32, as models ask
+for, and takes the model's type where it meets a model value. bfloat16 cannot hold float32's largest
+number, so masks use bfloat16's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+aten = torch.ops.aten
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Products of two types are an error in torch; everything else promotes.
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "linear", "mv", "dot"}
+LARGEST = {torch.finfo(torch.float32).max: torch.finfo(torch.bfloat16).max}
+
+
+def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
+    """Rewrite the graph in place; it must be free of mutations."""
+    reference = _reference(graph, root)
+    if reference is None:
+        return
+    dtype = reference.meta["shape"].dtype
+    ours = _model_values(graph, root)
+    with graph.inserting_after(reference):
+        model_dtype = graph.call_function(getattr, (reference, "dtype"))
+    model_dtype.meta["shape"] = None
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node is model_dtype:
+            continue
+        _soften(node)
+        if node in ours:
+            _join(graph, node, ours, model_dtype)
+            _replace_dtype(node, (dtype, model_dtype), reference)
+        elif _name(node) in PRODUCTS:
+            _agree(graph, node, dtype)
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.partition("::")[2] if schema is not None else ""
+
+
+def _reference(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
+    """A parameter of the most common floating type."""
+    parameters = {n for n, _ in root.named_parameters(remove_duplicate=False)}
+    nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in parameters]
+    nodes = [n for n in nodes if n.meta["shape"].dtype in FLOATS]
+    if not nodes:
+        return None
+    common = Counter(n.meta["shape"].dtype for n in nodes).most_common(1)[0][0]
+    return next(n for n in nodes if n.meta["shape"].dtype == common)
+
+
+def _is_float(node: fx.Node) -> bool:
+    return getattr(node.meta.get("shape"), "dtype", None) in FLOATS
+
+
+def _model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
+    parameters = {n for n, _ in root.named_parameters(remove_duplicate=False)}
+    ours: set[fx.Node] = set()
+    for node in graph.nodes:
+        leaf = node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in parameters)
+        if (leaf and _is_float(node)) or any(n in ours for n in node.all_input_nodes):
+            ours.add(node)
+    return ours
+
+
+def _join(graph: fx.Graph, node: fx.Node, ours: set[fx.Node], dtype: fx.Node) -> None:
+    """Cast what comes from outside the model's values to the model's type."""
+    for source in node.all_input_nodes:
+        if source not in ours and source.op == "call_function" and _is_float(source):
+            with graph.inserting_before(node):
+                cast = graph.call_function(aten.to.dtype, (source, dtype))
+            cast.meta = dict(source.meta)
+            node.replace_input_with(source, cast)
+
+
+def _replace_dtype(node: fx.Node, types: tuple[torch.dtype, fx.Node], reference: fx.Node) -> None:
+    """A constant of the model's type is the model's type."""
+    constant, runtime = types
+    if reference > node:
+        return
+    node.args = tuple(runtime if a is constant else a for a in node.args)
+    node.kwargs = {k: runtime if v is constant else v for k, v in node.kwargs.items()}
+
+
+def _agree(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
+    """A product of buffers and positions is computed in the traced type."""
+    for source in node.all_input_nodes:
+        if _is_float(source):
+            with graph.inserting_before(node):
+                cast = graph.call_function(aten.to.dtype, (source, dtype))
+            cast.meta = dict(source.meta)
+            node.replace_input_with(source, cast)
+
+
+def _soften(node: fx.Node) -> None:
+    """The most negative float32 becomes the most negative bfloat16: as good a mask, in every type."""
+
+    def soft(value: Any) -> Any:
+        if isinstance(value, float) and abs(value) in LARGEST:
+            return LARGEST[abs(value)] * (1 if value > 0 else -1)
+        return value
+
+    node.args = tuple(map(soft, node.args))
+    node.kwargs = {k: soft(v) for k, v in node.kwargs.items()}
