@@ -144,8 +144,8 @@ def main() -> None:
     found = [m for path in files() for m in measures(path)]
     for kind in ("body", "nesting", "parameters", "module"):
         values = sorted(m.value for m in found if m.kind == kind)
-        deciles = statistics.quantiles(values, n=10)
-        print(f"{kind}: median {statistics.median(values):g}, p90 {deciles[-1]:g}, max {values[-1]}")
+        median, p90 = statistics.median(values), statistics.quantiles(values, n=10)[-1]
+        print(f"{kind}: median {median:g}, p90 {p90:g}, max {values[-1]}")
     for key, value in sorted(offenders().items()):
         print(f"    {key!r}: {value},".replace("'", '"'))
 
