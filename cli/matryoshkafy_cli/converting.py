@@ -55,11 +55,9 @@ def convert(  # noqa: PLR0913  an option is a parameter
     with screen.step(f"loading {model}"):
         import matryoshkafy
         from matryoshkafy.checkpoint import CheckpointWarning
-        from matryoshkafy.sizes import parse_ladder
         from matryoshkafy.storage import check_target
         from matryoshkafy_cli.models import load_model
 
-        parse_ladder(sizes)
         check_target(output, force=force)
         loaded = load_model(model, weights)
     with screen.step("tracing and planning"):
