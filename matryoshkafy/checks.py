@@ -199,7 +199,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _disturbed(
     tensor: torch.Tensor, shape: Any, widths: tuple[Any, Any], generator: torch.Generator
 ) -> torch.Tensor:
-    noise = 10 * torch.randn(tensor.shape, generator=generator).abs().to(tensor) + 1
+    noise = _noise_like(tensor, generator)
     keep = torch.ones((), dtype=torch.bool, device=tensor.device)
     for dim, axis in enumerate(shape):
         mine = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
@@ -207,6 +207,13 @@ def _disturbed(
             mine[a:b] = True
         keep = keep & mine.view([-1 if d == dim else 1 for d in range(tensor.dim())])
     return torch.where(keep, tensor, noise)
+
+
+def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise of the tensor's own scale: larger values overflow in deep models, and 0 * inf is NaN."""
+    scale = tensor.detach().abs().mean().clamp_min(1e-3)
+    noise = scale * torch.randn(tensor.shape, generator=generator).to(tensor)
+    return noise.abs() + scale / 2 if bool((tensor >= 0).all()) else noise
 
 
 def _feeding(doll: Doll, plan: Plan) -> set[str]:
