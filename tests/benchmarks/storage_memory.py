@@ -1,8 +1,10 @@
-"""Prints the peak memory of slicing a checkpoint of 2 GB, over that of importing torch.
+"""Prints the peak memory of loading and slicing a checkpoint of 2 GB, over that of importing torch.
 
-    python tests/benchmarks/storage_memory.py [--gigabytes 2] [--folder DIR]
+    python tests/benchmarks/storage_memory.py [--gigabytes 2] [--folder DIR] [--nesting masked]
 
-Each row runs in a process of its own and reports its peak resident memory (mapped pages count).
+Each row runs in a process of its own and reports its peak resident memory (mapped pages count)
+above that of a process that imported torch. Allowed: 1.3 times the sub-model, the largest tensor
+of the checkpoint, and 100 MB.
 """
 
 from __future__ import annotations
@@ -13,93 +15,126 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from matryoshkafy.tensor_files import Entry, TensorFile, write_tensors
-
 MB = 2**20
-BLOCK = {"q": (4096, 4096), "o": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008)}
-VOCABULARY = (32000, 4096)
+WIDTH, HIDDEN, VOCABULARY = 2048, 8192, 32_000
+SIZES = [256, 512, 1024, 2048]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of the sub-model, and of the checkpoint's largest tensor."""
+
+    result: int
+    largest: int
+
+    @property
+    def allowed(self) -> int:
+        """The peak that the library promises."""
+        return int(1.3 * self.result) + self.largest + 100 * MB
 
 
 def main() -> None:
     """Writes the checkpoint, runs every row and prints the table."""
     options = _options()
     if options.row:
-        _run(options.row, Path(options.folder))
+        _run(options.row, Path(options.folder), options.size)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        _write_checkpoint(Path(folder), options.gigabytes)
-        print("| what | result MB | peak over import MB | allowed MB | seconds |")
-        print("|---|---|---|---|---|")
-        for row in ROWS:
-            command = [sys.executable, __file__, "--row", row, "--folder", folder]
-            subprocess.run(command, check=True)
+        _write(Path(folder), options)
+        print("| what | size | result MB | peak over import MB | allowed MB | seconds |")
+        print("|---|---|---|---|---|---|")
+        failed = [_start(row, size, folder) for row in ROWS for size in SIZES]
+    raise SystemExit(any(failed))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--folder", default=None)
+    parser.add_argument("--nesting", choices=("masked", "sliced"), default="masked")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--row", choices=tuple(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _write_checkpoint(folder: Path, gigabytes: float) -> None:
-    shapes = {"embed": VOCABULARY}
-    layer = sum(4 * rows * columns for rows, columns in BLOCK.values())
-    for i in range(max(1, round((gigabytes * 1e9 - 4 * 32000 * 4096) / layer))):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in BLOCK.items()}
-    entries = [Entry(n, s, torch.float32, lambda s=s: torch.rand(s)) for n, s in shapes.items()]
-    write_tensors(folder / "model.safetensors", entries)
-    tall = Entry("tall", (65536, 4096), torch.float32, lambda: torch.rand(65536, 4096))
-    write_tensors(folder / "tall.safetensors", [tall])
+def _start(row: str, size: int, folder: str) -> int:
+    words = [sys.executable, __file__, "--row", row, "--folder", folder, "--size", str(size)]
+    return subprocess.run(words, check=False).returncode
 
 
-def _halves(file: TensorFile) -> Iterator[Entry]:
-    for name in file.names:
-        shape = tuple(n // 2 for n in file.info(name).shape)
-        cut = [[(0, n)] for n in shape]
-        yield Entry(name, shape, torch.float32, lambda n=name, c=cut: file.read_slice(n, c))
+def _write(folder: Path, options: argparse.Namespace) -> None:
+    import matryoshkafy as mk
+
+    dtype = DTYPES[options.dtype]
+    layer = dtype.itemsize * 2 * WIDTH * HIDDEN
+    count = round((options.gigabytes * 1e9 - dtype.itemsize * VOCABULARY * WIDTH) / layer)
+    model = _net(max(1, count)).to(dtype)
+    ids = torch.randint(0, VOCABULARY, (2, 3))
+    doll = mk.convert(model, (ids,), sizes=SIZES, nesting=options.nesting)
+    mk.save(doll, folder / "doll")
 
 
-def _stream(folder: Path) -> tuple[int, int]:
-    """Slices every dim to half into a file, holding one tensor at a time."""
-    with TensorFile(folder / "model.safetensors") as file:
-        write_tensors(folder / "half.safetensors", _halves(file))
-    largest = 4 * VOCABULARY[0] * VOCABULARY[1] // 4
-    return (folder / "half.safetensors").stat().st_size, largest + 64 * MB
+def _net(layers: int) -> torch.nn.Module:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(WIDTH)
+            self.up = torch.nn.Linear(WIDTH, HIDDEN)
+            self.down = torch.nn.Linear(HIDDEN, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(self.norm(x))))
+
+    blocks = [Block() for _ in range(layers)]
+    return torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, WIDTH), *blocks)
 
 
-def _hold(folder: Path) -> tuple[int, int]:
-    """Slices every dim to half and holds all of it, as a load at a size does."""
-    with TensorFile(folder / "model.safetensors") as file:
-        held = [entry.supply() for entry in _halves(file)]
-    result = sum(tensor.nbytes for tensor in held)
-    return result, int(1.3 * result) + 4 * VOCABULARY[0] * VOCABULARY[1] + 100 * MB
+def _load(folder: Path, size: int) -> Measured:
+    """mk.load(folder, size=m), digests checked."""
+    import matryoshkafy as mk
+
+    small = mk.load(folder / "doll", size=size)
+    return _measured(folder, sum(p.nbytes for p in small.parameters()))
 
 
-def _columns(folder: Path) -> tuple[int, int]:
-    """Takes 1/8 of the columns of one tensor of 1 GB, in two segments."""
-    with TensorFile(folder / "tall.safetensors") as file:
-        result = file.read_slice("tall", [None, [(0, 256), (2048, 2304)]]).nbytes
-    return result, result + 64 * MB
+def _slice(folder: Path, size: int) -> Measured:
+    """matryoshkafy slice doll --size m -o OUT."""
+    from matryoshkafy_cli.main import app
+
+    target = folder / f"slice-{size}"
+    words = ["slice", str(folder / "doll"), "--size", str(size), "-o", str(target), "--force"]
+    app()([*words, "--json"], standalone_mode=False)
+    return _measured(folder, (target / "model.safetensors").stat().st_size)
 
 
-ROWS = {"stream to a file": _stream, "hold in memory": _hold, "columns of 1 GB": _columns}
+def _measured(folder: Path, result: int) -> Measured:
+    from matryoshkafy.tensor_files import TensorFile
+
+    with TensorFile(folder / "doll" / "model.safetensors") as file:
+        infos = [file.info(name) for name in file.names]
+    sizes = [torch.Size(i.shape).numel() * i.dtype.itemsize for i in infos]
+    return Measured(result, max(sizes))
 
 
-def _run(row: str, folder: Path) -> None:
+ROWS: Mapping[str, Callable[[Path, int], Measured]] = {"load": _load, "slice": _slice}
+
+
+def _run(row: str, folder: Path, size: int) -> None:
     before, start = _peak(), time.perf_counter()
-    result, allowed = ROWS[row](folder)
+    found = ROWS[row](folder, size)
     seconds, over = time.perf_counter() - start, _peak() - before
-    cells = (result // MB, over // MB, allowed // MB, f"{seconds:.1f}")
+    cells = (size, found.result // MB, over // MB, found.allowed // MB, f"{seconds:.1f}")
     print(f"| {row} | " + " | ".join(map(str, cells)) + " |", flush=True)
-    if over > allowed:
-        raise SystemExit(f"{row}: {over // MB} MB over the import, {allowed // MB} MB allowed")
+    if over > found.allowed:
+        raise SystemExit(f"{row}: {over // MB} MB over the import, {found.allowed // MB} allowed")
 
 
 def _peak() -> int:
