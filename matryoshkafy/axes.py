@@ -150,6 +150,8 @@ def unify(a: Term, b: Term, reason: Reason) -> bool:
 
     Terminates because each step removes a factor or binds an axis to strictly smaller ones.
     """
+    if is_fixed(a) and is_fixed(b):
+        return True
     if _unify(resolve(a), resolve(b)):
         return True
     fix(a, reason)
@@ -165,6 +167,12 @@ def _unify(a: Term, b: Term) -> bool:
         if a[-1].size < b[-1].size:
             a, b = b, a
         before = a[-1], b[-1]
+        if isinstance(before[0], Sum) and isinstance(before[1], Sum):
+            # Aligned segment by segment they are one, even where they are cut up differently.
+            if a[-1].size != b[-1].size or not _meet_sums(*before):
+                return False
+            a, b = resolve(a[:-1]), resolve(b[:-1])
+            continue
         if _is_copies(a[-1]) and a[-1].size != b[-1].size:
             a = _split_copies(a, b[-1].size)
         elif not _meet(*before):
@@ -201,9 +209,8 @@ def _meet(x: Factor, y: Factor) -> bool:
         return _meet_axes(x, y)
     if isinstance(x, Axis):
         return _meet_axis_sum(x, y)
-    if isinstance(y, Axis):
-        return _meet_axis_sum(y, x) if x.size == y.size else _factor_out(x, y)
-    return x.size == y.size and _meet_sums(x, y)
+    assert isinstance(y, Axis)
+    return _meet_axis_sum(y, x) if x.size == y.size else _factor_out(x, y)
 
 
 def _bind(axis: Axis, term: Term) -> bool:

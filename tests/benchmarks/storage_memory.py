@@ -10,6 +10,8 @@ of the checkpoint, and 100 MB.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import resource
 import subprocess
 import sys
@@ -111,7 +113,8 @@ def _slice(folder: Path, size: int) -> Measured:
 
     target = folder / f"slice-{size}"
     words = ["slice", str(folder / "doll"), "--size", str(size), "-o", str(target), "--force"]
-    app()([*words, "--json"], standalone_mode=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        app()([*words, "--json"], standalone_mode=False)
     return _measured(folder, (target / "model.safetensors").stat().st_size)
 
 
