@@ -1,0 +1,131 @@
+"""AllSizes: a doll and its loss as one module, because DDP, FSDP2 and Trainer hook a module's call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from matryoshkafy.doll import Doll
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.losses import MatryoshkaLoss
+from matryoshkafy.training.blaming import NonFiniteLoss, explain
+
+TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+class AllSizesError(MatryoshkafyError):
+    """A doll and a loss that do not make a training step."""
+
+
+class StepLoss(NamedTuple):
+    """The loss of a step, and {size: unweighted loss}, detached."""
+
+    loss: Tensor
+    per_size: dict[int, Tensor]
+
+
+def own_loss(output: Any) -> Tensor:
+    """The loss that a model computed itself: its output's "loss", .loss, or first part."""
+    if isinstance(output, Mapping):
+        return output["loss"]
+    return output.loss if hasattr(output, "loss") else output[0]
+
+
+class AllSizes(nn.Module):
+    """`loss, per_size = AllSizes(doll, loss)(x, labels=y)`: one call computes every size's loss.
+
+    Give it to DistributedDataParallel, fully_shard, accelerate or Trainer in place of the model. It
+    holds the doll's own parameters under the user's own names, without a prefix.
+
+    loss(outputs, *targets) is a MatryoshkaLoss over what `doll.outputs` returns. `labels` is a
+    target or a tuple of them; it goes into the model instead where the doll was traced with an
+    argument `labels`: then the losses that the model itself returns are summed over the sizes.
+    check: a loss that is not finite raises NonFiniteLoss with the place of its origin; reading the
+    loss waits for the device. fully_shard this module as a whole: the modules inside are only names.
+    Raises AllSizesError for a loss with parameters of its own, or none where one is needed.
+    """
+
+    # Trainer would otherwise pass num_items_in_batch and expect the model to divide by it.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self, doll: Doll, loss: Callable[..., Any] | None = None, *, check: bool = True
+    ) -> None:
+        super().__init__()
+        self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
+        inside = "labels" in input_names(doll)
+        check_loss(loss, inside)
+        # Past nn.Module's __setattr__, which would register both under names of ours.
+        self.__dict__["doll"] = doll
+        self.__dict__["loss"] = MatryoshkaLoss(own_loss) if loss is None else loss
+        self.labels_inside, self.check = inside, check
+        self.training = doll.training
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of the doll, ascending."""
+        return self.doll.sizes
+
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> StepLoss:
+        """The doll's own arguments, and labels -> the loss and {size: loss}."""
+        targets, kwargs = self.targets(labels, kwargs)
+        outputs = self.doll.outputs(*args, **kwargs)
+        found = self.evaluated(outputs, targets)
+        if self.check and not torch.compiler.is_compiling() and not is_finite(found.loss):
+            raise NonFiniteLoss(explain(found.loss, self.doll, args, kwargs))
+        return found
+
+    def targets(self, labels: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the loss gets, and the keywords that the model gets."""
+        if labels is None:
+            return (), kwargs
+        if self.labels_inside:
+            return (), {**kwargs, "labels": labels}
+        return (labels if isinstance(labels, tuple) else (labels,)), kwargs
+
+    def evaluated(self, outputs: Mapping[int, Any], targets: tuple[Any, ...]) -> StepLoss:
+        """The loss, per size where it is a MatryoshkaLoss."""
+        if isinstance(self.loss, MatryoshkaLoss):
+            return StepLoss(*self.loss(outputs, *targets, return_per_size=True))
+        return StepLoss(self.loss(outputs, *targets), {})
+
+    def train(self, mode: bool = True) -> AllSizes:
+        """Switch the doll, too."""
+        self.training = mode
+        self.doll.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AllSizes:
+        """Class weights and the like follow the model to its device."""
+        super()._apply(fn, recurse)
+        if isinstance(self.loss, nn.Module):
+            self.loss._apply(fn, recurse)
+        return self
+
+
+def input_names(doll: Doll) -> list[str]:
+    """The names of the arguments that a doll was traced with."""
+    return [item.name for item in doll._trace.signature.inputs]
+
+
+def check_loss(loss: Callable[..., Any] | None, inside: bool) -> None:
+    """Raises AllSizesError with the remedy."""
+    if loss is None and not inside:
+        raise AllSizesError(
+            "no loss was given, and the doll was not traced with labels; give one, e.g. "
+            "AllSizes(doll, MatryoshkaLoss(nn.CrossEntropyLoss()))"
+        )
+    own = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
+    if own:
+        raise AllSizesError(
+            f"the loss has parameters of its own ({', '.join(own)}), which would need names in the "
+            "model's state_dict; make them part of the model before convert"
+        )
+
+
+def is_finite(loss: Tensor) -> bool:
+    """Whether every entry is finite."""
+    return bool(torch.isfinite(loss.detach()).all())

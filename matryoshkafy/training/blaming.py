@@ -1,0 +1,177 @@
+"""Where a non-finite loss comes from: the doll runs once more, node by node, and is read backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.cleaning import op_name
+from matryoshkafy.doll import Doll
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.rewriting import outputs_graph
+
+# Ops whose result is infinite because they were told to write infinity.
+MASKS = set("masked_fill where full full_like new_full scalar_tensor fill triu tril".split())
+REMEDY = "Lower the learning rate, clip the gradients, or use bfloat16 in place of float16."
+
+
+class NonFiniteLoss(MatryoshkafyError):
+    """A loss became infinite or nan; the message names the first module that made it so."""
+
+
+@dataclass(frozen=True)
+class Blame:
+    """What made a non-finite value out of finite ones (or nan out of the infinities of a mask).
+
+    kind: "input", "parameter" or "op"; name: the input's, the parameter's, or the op's; module: the
+    one whose parameters the op reads, "after " the last such one for an op without any ("" if there
+    is none); source: the user's line; size: that of the pass (None: no pass); value: "nan" or "inf".
+    """
+
+    kind: str
+    name: str
+    module: str
+    source: str
+    size: int | None
+    value: str
+
+    def __str__(self) -> str:
+        if self.kind != "op":
+            return f"{self.kind} `{self.name}` holds {self.value}"
+        module = f"module {self.module}" if self.module else "the model"
+        size = "" if self.size is None else f", size {self.size}"
+        return f"{module}: {self.name} gives {self.value} ({self.source or 'unknown line'}{size})"
+
+
+def explain(loss: Tensor, doll: Doll, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The message about a loss that is not finite."""
+    value = loss.detach().flatten()[:1].tolist()
+    found = first_non_finite(doll, args, kwargs)
+    if found is None:
+        return (
+            f"the loss is {value}, but the outputs are finite at every size: the criterion or its "
+            "labels make it so (all labels ignored, a log of 0, a target out of range)."
+        )
+    return f"the loss is {value}. First non-finite value: {found}. {REMEDY}"
+
+
+def first_non_finite(
+    doll: Doll, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Blame | None:
+    """Return the first culprit behind non-finite outputs, or None where every output is finite.
+
+    Runs the doll at every size in its present mode, without gradients, and leaves the random state
+    and the buffers alone. Infinities that an op takes in and does not pass on, such as those of an
+    attention mask, are no culprits.
+    """
+    trace, plan = doll._trace, doll._plan
+    flat = trace.signature.flatten(args, kwargs or {})
+    graph = outputs_graph(trace, plan, list(range(plan.levels)))
+    watcher = Watcher(graph, doll)
+    kept = {name: buffer.clone() for name, buffer in doll.named_buffers()}
+    with torch.random.fork_rng(), torch.no_grad():
+        watcher.run(*flat, enable_io_processing=False)
+        for name, buffer in doll.named_buffers():
+            buffer.copy_(kept[name])
+    return culprit(graph, watcher.found, doll)
+
+
+class Watcher(fx.Interpreter):
+    """Runs a graph and keeps "nan" or "inf" of each node that has either."""
+
+    def __init__(self, graph: fx.Graph, doll: Doll) -> None:
+        super().__init__(doll._root, graph=graph)
+        self.found: dict[fx.Node, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, looked at."""
+        value = super().run_node(n)
+        word = worst(value)
+        if word:
+            self.found[n] = word
+        return value
+
+
+def worst(value: Any) -> str:
+    """"nan", "inf" or "" of a value's tensors."""
+    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    if any(bool(t.isnan().any()) for t in floats):
+        return "nan"
+    return "inf" if any(not bool(t.isfinite().all()) for t in floats) else ""
+
+
+def culprit(graph: fx.Graph, found: Mapping[fx.Node, str], doll: Doll) -> Blame | None:
+    """The first node behind the output that made a non-finite value out of finite ones.
+
+    An op that writes the infinities of a mask is none; then it is the first that turns them to nan.
+    """
+    output = next(iter(reversed(graph.nodes)))
+    behind = ancestors(output, found)
+    ordered = [node for node in graph.nodes if node in behind]
+    roots = [n for n in ordered if not behind & set(n.all_input_nodes)]
+    nans = [n for n in ordered if found[n] == "nan" and not nan_inputs(n, found)]
+    first = next((n for n in roots if not masks(n, found[n])), next(iter(nans), None))
+    return None if first is None else blame(first, found[first], doll)
+
+
+def nan_inputs(node: fx.Node, found: Mapping[fx.Node, str]) -> bool:
+    """Whether a node was given nan."""
+    return any(found.get(n) == "nan" for n in node.all_input_nodes)
+
+
+def masks(node: fx.Node, value: str) -> bool:
+    """Whether a node writes infinities on purpose."""
+    return value == "inf" and node.op == "call_function" and op_name(node) in MASKS
+
+
+def ancestors(output: fx.Node, found: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """The non-finite nodes from which non-finite values reach the output."""
+    reached, queue = set[fx.Node](), list(output.all_input_nodes)
+    while queue:
+        node = queue.pop()
+        if node in found and node not in reached:
+            reached.add(node)
+            queue.extend(node.all_input_nodes)
+    return reached
+
+
+def blame(node: fx.Node, value: str, doll: Doll) -> Blame:
+    """What a node is in the user's words."""
+    source = node.meta.get("source", "")
+    if node.op != "call_function":
+        kind = "input" if node.op == "placeholder" else "parameter"
+        return Blame(kind, str(node.target), "", source, None, value)
+    name, level = node.meta.get("origin", (node.name, None))
+    own = {n.name: n for n in doll._trace.graph.nodes}
+    op = op_name(own.get(name, node))
+    size = doll.sizes[level] if level in range(len(doll.sizes)) else None
+    return Blame("op", op, module_of(node), source, size, value)
+
+
+def module_of(node: fx.Node) -> str:
+    """The module whose parameters a node reads, or that of the nearest node before it."""
+    queue, seen = [node], {node}
+    for current in queue:
+        name = next((str(n.target) for n in states(current)), None)
+        if name is not None:
+            module = f"`{name.rpartition('.')[0] or name}`"
+            return module if current is node else f"after {module}"
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return ""
+
+
+def states(node: fx.Node) -> Iterable[fx.Node]:
+    """The parameters and buffers that a node reads, directly or by a slice of them."""
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr":
+            yield argument
+        elif argument.all_input_nodes and all(n.op == "get_attr" for n in argument.all_input_nodes):
+            yield from argument.all_input_nodes

@@ -1,0 +1,87 @@
+"""The Trainer of transformers for a doll: one training run, metrics of every size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, Trainer
+
+from matryoshkafy.doll import Doll
+from matryoshkafy.training.all_sizes import AllSizes, input_names
+
+Metrics = Callable[[EvalPrediction], dict[str, float]]
+
+
+class NestedTrainer(Trainer):
+    """Trainer(model=doll, loss=MatryoshkaLoss(...)): trains every size, evaluates every size.
+
+    model: a doll (or an AllSizes); loss: as for AllSizes. compute_metrics gets the predictions of
+    one size at a time; its metrics come back as `eval_<size>_<name>`. Logs hold `loss_<size>`.
+    Checkpoints hold the weights under the user's own names.
+    """
+
+    def __init__(
+        self,
+        model: Doll | AllSizes,
+        *args: Any,
+        loss: Callable[..., Any] | None = None,
+        compute_metrics: Metrics | None = None,
+        **kwargs: Any,
+    ) -> None:
+        everything = model if isinstance(model, AllSizes) else AllSizes(model, loss)
+        metrics = None if compute_metrics is None else per_size(compute_metrics, everything.sizes)
+        self._seen: dict[int, list[Tensor]] = {}
+        super().__init__(everything, *args, compute_metrics=metrics, **kwargs)
+        self._signature_columns = [*input_names(everything.doll), "label", "label_ids", "labels"]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of all sizes; what each size lost is kept for the log."""
+        found = model(**inputs)
+        if model.training:
+            for size, value in found.per_size.items():
+                self._seen.setdefault(size, []).append(value.detach())
+        return (found.loss, found) if return_outputs else found.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean loss of each size since the last time."""
+        if "loss" in logs:
+            means = {m: torch.stack(values).mean().item() for m, values in self._seen.items()}
+            logs |= {f"loss_{size}": mean for size, mean in means.items()}
+            self._seen = {}
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """(loss, a tuple of every size's predictions, labels)."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach() if labels is not None else None
+            if prediction_loss_only:
+                return loss, None, None
+            kept = {k: v for k, v in inputs.items() if k in input_names(self.model.doll)}
+            outputs = self.model.doll.outputs(**kept)
+        return loss, tuple(scores(outputs[size]) for size in self.model.sizes), labels
+
+
+def scores(output: Any) -> Tensor:
+    """The logits of a model's output."""
+    logits = getattr(output, "logits", output)
+    return (logits if isinstance(logits, Tensor) else logits[0]).detach()
+
+
+def per_size(metrics: Metrics, sizes: list[int]) -> Metrics:
+    """Metrics over the predictions of every size."""
+
+    def every(found: EvalPrediction) -> dict[str, float]:
+        each = zip(sizes, found.predictions, strict=True)
+        results = {m: metrics(EvalPrediction(out, found.label_ids)) for m, out in each}
+        return {f"{m}_{name}": v for m, found in results.items() for name, v in found.items()}
+
+    return every

@@ -1,0 +1,49 @@
+"""Weights drawn for all inputs, scaled to the inputs that each row reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from matryoshkafy import dims
+from matryoshkafy.dims import Dim
+from matryoshkafy.doll import Doll
+from matryoshkafy.plan import Plan
+from matryoshkafy.rewriting import weight_masks
+
+
+def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
+    """Scale each row of the masked weights by sqrt(inputs / inputs that it reads), in place.
+
+    For a doll that is about to be trained from scratch with its user's own initialisation: a row of
+    the smallest size reads 8 of 256 inputs but was drawn for all of them (He et al. 2015, eq. 10).
+    Returns {weight: factor at each level}, ascending; empty for sliced nesting. A weight that
+    several layers share is scaled once. Call it once.
+    """
+    plan = doll.plan
+    state, done, factors = dict(doll.named_parameters(remove_duplicate=False)), set[int](), {}
+    for node, mask in weight_masks(doll._trace, plan).items() if plan.masked else ():
+        name = str(node.target)
+        if node.op == "get_attr" and name in state and id(state[name]) not in done:
+            done.add(id(state[name]))
+            shape = plan.nodes[node.name]
+            factors[name] = level_factors(shape[mask.into], plan)  # type: ignore[arg-type]
+            scale_levels(state[name], (shape[mask.out], mask.out), factors[name], plan)  # type: ignore[arg-type]
+    return factors
+
+
+def level_factors(into: Dim, plan: Plan) -> tuple[float, ...]:
+    """sqrt(units / units at the level) of an input dim."""
+    return tuple((dims.size(into) / dims.size_at(into, widths)) ** 0.5 for widths in plan.ladder)
+
+
+def scale_levels(
+    weight: Tensor, out: tuple[Dim, int], factors: tuple[float, ...], plan: Plan
+) -> None:
+    """Multiply what stands at each level of an output dim by that level's factor."""
+    dim, position = out
+    runs, start = dims.runs(dim, plan.ladder), 0
+    with torch.no_grad():
+        for length, level in zip(runs[::2], runs[1::2], strict=True):
+            weight.narrow(position, start, length).mul_(factors[level])
+            start += length

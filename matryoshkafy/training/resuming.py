@@ -1,0 +1,244 @@
+"""save_run() and resume_run(): a training run as a folder that replaces its predecessor whole.
+
+    run.json               every part's state without its tensors, the position, Python's random state
+    tensors.safetensors    the tensors of all parts, and torch's and numpy's random state
+
+Nothing is pickled: what is neither a tensor nor one of the kinds in `KINDS` is refused by its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.safe_json import parse_json, shown
+from matryoshkafy.storage import check_digests, digest_file, recover_folder, write_folder
+from matryoshkafy.tensor_files import TensorFile, entry_of, write_tensors
+from matryoshkafy.training.sharding import placed_like, whole
+
+RUN, TENSORS, FORMAT = "run.json", "tensors.safetensors", 1
+PLAIN = (type(None), bool, int, str)
+RANDOM = "random state"
+
+
+class ResumeError(MatryoshkafyError):
+    """A part of a run that cannot be saved, or a saved run that does not fit."""
+
+
+def save_run(
+    folder: str | os.PathLike[str], parts: Mapping[str, Any], position: Any = None
+) -> Path:
+    """Save the parts of a run, the random states and the position in the data; return the path.
+
+    parts: by name, what has a state_dict (model, optimizer, scheduler, scaler, stateful loader), or
+    a torch.Generator. position: what the next step needs to know, e.g. {"epoch": 2, "batch": 17}.
+    A killed save leaves the run that was there. With several processes call it on each: the first
+    one writes, its random states count, and what FSDP2 has sharded is gathered. Raises ResumeError
+    naming what cannot be represented, FolderError where the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    states = {name: state_of(part) for name, part in parts.items()} | {RANDOM: random_state()}
+    tree = {name: encode(state, name, tensors) for name, state in states.items()}
+    content = {"format": FORMAT, "parts": tree, "position": encode(position, "position", {})}
+    if is_first():
+        write_folder(folder, writers(content, tensors), force=True)
+    if dist.is_initialized():
+        dist.barrier()
+    return Path(os.path.realpath(folder))
+
+
+def writers(content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Callable[[Path], Any]]:
+    """How each file is written."""
+
+    def described(path: Path) -> None:
+        digests = {TENSORS: digest_file(path.parent / TENSORS)}
+        path.write_text(json.dumps({**content, "digests": digests}, allow_nan=False))
+
+    def stored(path: Path) -> None:
+        write_tensors(path, [entry_of(name, tensor) for name, tensor in tensors.items()])
+
+    return {TENSORS: stored, RUN: described}
+
+
+def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, Any]) -> Any:
+    """Load a saved run into its parts and the random states; return the position, None without one.
+
+    A folder that does not exist is the start of a new run: nothing is changed and None returned.
+    Raises ResumeError for parts other than the saved ones, FolderError or JsonError for damage.
+    """
+    target = recover_folder(folder)
+    if not target.exists():
+        return None
+    content = read(target)
+    saved, names = set(content["parts"]) - {RANDOM}, set(parts)
+    if saved != names:
+        raise ResumeError(
+            f"{folder} holds a run of {sorted(saved)}, but {sorted(names)} were given; give the "
+            "parts that were saved"
+        )
+    with TensorFile(target / TENSORS) as file:
+        states = {name: decode(tree, file) for name, tree in content["parts"].items()}
+    position = decode(content["position"], None)
+    for name, part in parts.items():
+        load(part, states[name])
+    set_random_state(states[RANDOM])
+    return position
+
+
+def read(target: Path) -> dict[str, Any]:
+    """The checked content of run.json."""
+    path = target / RUN
+    if not path.is_file():
+        raise ResumeError(f"{target} is no saved run: it has no {RUN}; give a folder of save_run")
+    content = parse_json(path.read_bytes(), str(path))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ResumeError(f"{path} is not of format {FORMAT}; resume with the version that saved it")
+    check_digests(target, content.get("digests"))
+    return content
+
+
+def batches(count: int, batch: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+    """Yield the indices of each batch of an epoch from batch `start` on.
+
+    The order of the `count` examples follows from seed and epoch alone, so that a resumed run sees
+    what the uninterrupted one would have seen. The last batch may be smaller.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    yield from order.split(batch)[start:]
+
+
+def is_first() -> bool:
+    """Whether this process writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+# Parts.
+
+
+def state_of(part: Any) -> Any:
+    """The state of a part."""
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def load(part: Any, state: Any) -> None:
+    """Put a state back into a part; tensors become sharded where the part's are."""
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(sharded_optimizer(part, state))
+    elif isinstance(part, torch.nn.Module):
+        own = part.state_dict()
+        part.load_state_dict({k: placed_like(v, own.get(k)) for k, v in state.items()})
+    else:
+        part.load_state_dict(state)
+
+
+def sharded_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state with tensors of a parameter's shape placed as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    known = dict(zip(numbers, parameters, strict=False))
+    placed = {
+        i: {name: placed_like(value, known[i]) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    return {**state, "state": placed}
+
+
+# Random states.
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's global generators."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), *map(float, rest)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave; the states of absent CUDA devices are left out."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    words = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, words, int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(saved, device)
+
+
+# Trees of states as JSON and tensors.
+
+
+def pairs(value: Mapping[Any, Any], place: str, tensors: dict[str, Tensor]) -> list[Any]:
+    """[[key, value], ...]: JSON's own objects have texts as keys only."""
+    return [
+        [encode(k, f"{place}.{k}", tensors), encode(v, f"{place}.{k}", tensors)]
+        for k, v in value.items()
+    ]
+
+
+def items(value: Any, place: str, tensors: dict[str, Tensor]) -> list[Any]:
+    """[value, ...]."""
+    return [encode(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
+
+
+def as_dict(rows: list[Any], file: TensorFile | None) -> dict[Any, Any]:
+    """What `pairs` was made of."""
+    return {decode(k, file): decode(v, file) for k, v in rows}
+
+
+# type -> (its name in the file, to JSON, from JSON)
+KINDS: dict[type, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    list: ("list", items, lambda rows, file: [decode(v, file) for v in rows]),
+    tuple: ("tuple", items, lambda rows, file: tuple(decode(v, file) for v in rows)),
+    dict: ("dict", pairs, as_dict),
+    OrderedDict: ("ordered", pairs, lambda rows, file: OrderedDict(as_dict(rows, file))),
+    Counter: ("counter", pairs, lambda rows, file: Counter(as_dict(rows, file))),
+    float: ("float", lambda value, place, tensors: value.hex(), lambda text, file: float.fromhex(text)),
+}
+READERS = {name: reader for name, _, reader in KINDS.values()}
+
+
+def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON; its tensors go into `tensors` under their places. Raises ResumeError."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        tensors[place] = whole(value)
+        return {"tensor": place}
+    if type(value) not in KINDS:
+        kinds = ", ".join(k.__name__ for k in (*PLAIN[1:], *KINDS))
+        raise ResumeError(
+            f"{place} is {shown(value)} of type {type(value).__name__}, which cannot be saved: "
+            f"expected a tensor, None, or one of {kinds}. Convert it in the part's state_dict."
+        )
+    name, writer, _ = KINDS[type(value)]
+    return {name: writer(value, place, tensors)}
+
+
+def decode(tree: Any, file: TensorFile | None) -> Any:
+    """What `encode` was given. Raises ResumeError."""
+    if type(tree) in PLAIN:
+        return tree
+    name, value = next(iter(tree.items())) if isinstance(tree, dict) and tree else ("", None)
+    if name == "tensor" and file is not None:
+        return file.read(value)
+    if name not in READERS:
+        raise ResumeError(f"a saved run holds {shown(tree)}, of no known kind: it is damaged")
+    return READERS[name](value, file)
