@@ -49,6 +49,8 @@ class Run:
     log: list[Any] = field(default_factory=list)
     given: Sequence[Tensor] = ()
     native: bool = True
+    constant: bool = False
+    copied: bool = False
 
 
 class Builder:
@@ -79,8 +81,14 @@ class Builder:
         return self.choose([i < percent for i in range(100)])
 
     def divisor(self, n: int) -> int:
-        """Return a divisor of a full width that a replay keeps (a head dim, channels per group)."""
-        return self.choose([d for d in range(1, n + 1) if n % d == 0])
+        """Return a divisor of a width that a replay keeps (a head dim), or the whole width (one head)."""
+        dim = self.choose([d for d in range(1, n) if n % d == 0] + [None])
+        self.run.constant |= dim is not None
+        return dim or n
+
+    def decide(self, answer: bool) -> bool:
+        """Return what the first run found: a replay has other sizes, but the same layers."""
+        return self.choose((answer,))
 
     # Leaves.
 

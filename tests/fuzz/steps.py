@@ -125,7 +125,7 @@ def statistic(b: Builder, x: Value, pool: list[Value]) -> Value:
 
 @step(SEQUENCE)
 def variance(b: Builder, x: Value, pool: list[Value]) -> Value:
-    if x.width < 2:
+    if b.decide(x.width < 2):
         return x
     var = b(aten.var.correction, x, [-1], correction=0, keepdim=True)
     return b(aten.mul.Tensor, x, b(aten.rsqrt.default, b(aten.add.Tensor, var, 1.0)))
@@ -162,10 +162,10 @@ def gated_by_two(b: Builder, x: Value, pool: list[Value]) -> Value:
     return b(aten.add.Tensor, x, linear(b, hidden_units, x.width))
 
 
-def heads(b: Builder, x: Value, dim: int) -> Value:
-    """[N, L, H d] -> [N, H, L, d]"""
+def heads(b: Builder, x: Value, dim: int, count: int) -> Value:
+    """[N, L, H d] -> [N, H, L, d]; a single head is as wide as it comes."""
     n, length, _ = x.shape
-    split = b(aten.reshape.default, x, [n, length, -1, dim])
+    split = b(aten.reshape.default, x, [n, length, -1, dim if count > 1 else x.width])
     return b(aten.transpose.int, split, 1, 2)
 
 
@@ -188,18 +188,18 @@ def attend(b: Builder, q: Value, k: Value, v: Value) -> Value:
 @step(SEQUENCE)
 def attention(b: Builder, x: Value, pool: list[Value]) -> Value:
     dim, count = b.choose((1, 2, 3, 4)), b.choose((1, 2, 3, 4))
-    q, k, v = (heads(b, linear(b, x, count * dim), dim) for _ in range(3))
+    q, k, v = (heads(b, linear(b, x, count * dim), dim, count) for _ in range(3))
     return b(aten.add.Tensor, x, linear(b, merged(b, attend(b, q, k, v)), x.width))
 
 
 @step(SEQUENCE)
 def fused_attention(b: Builder, x: Value, pool: list[Value]) -> Value:
     """q, k, v in one linear: by chunk, by a view, or by a view whose heads come first."""
-    dim, count, how = b.choose((2, 3)), b.choose((1, 2, 4)), b.choose((0, 1, 2))
+    dim, count, how = b.choose((2, 3)), b.choose((2, 3, 4)), b.choose((0, 1, 2))
     packed = linear(b, x, 3 * count * dim)
     n, length, _ = x.shape
     if how == 0:
-        q, k, v = (heads(b, part, dim) for part in b(aten.chunk.default, packed, 3, -1))
+        q, k, v = (heads(b, part, dim, count) for part in b(aten.chunk.default, packed, 3, -1))
     elif how == 1:
         five = b(aten.reshape.default, packed, [n, length, 3, -1, dim])
         q, k, v = b(aten.unbind.int, b(aten.permute.default, five, [2, 0, 3, 1, 4]), 0)
@@ -213,9 +213,9 @@ def fused_attention(b: Builder, x: Value, pool: list[Value]) -> Value:
 @step(SEQUENCE)
 def grouped_attention(b: Builder, x: Value, pool: list[Value]) -> Value:
     """Several query heads share one key and value head."""
-    dim, count, share = b.choose((2, 3)), b.choose((1, 2, 3, 4)), b.choose((2, 3))
-    q = heads(b, linear(b, x, count * share * dim), dim)
-    k, v = (heads(b, linear(b, x, count * dim), dim) for _ in range(2))
+    dim, count, share = b.choose((2, 3)), b.choose((2, 3, 4)), b.choose((2, 3))
+    q = heads(b, linear(b, x, count * share * dim), dim, count)
+    k, v = (heads(b, linear(b, x, count * dim), dim, count) for _ in range(2))
     if b.chance(50):
         out = b(aten.scaled_dot_product_attention.default, q, k, v, enable_gqa=True)
     else:
@@ -234,13 +234,15 @@ def _shared(b: Builder, x: Value, share: int) -> Value:
 @step(SEQUENCE)
 def concatenated(b: Builder, x: Value, pool: list[Value]) -> Value:
     other = partner(b, x, pool, last=False)
-    wide = x.width + other.width > LARGEST
+    b.run.copied = True
+    wide = b.decide(x.width + other.width > LARGEST)
     return x if wide else b(aten.cat.default, [x, other], -1)
 
 
 @step(SEQUENCE)
 def halves(b: Builder, x: Value, pool: list[Value]) -> Value:
     """Rotate halves, as rotary embeddings do."""
+    b.run.copied = True
     wide = linear(b, x, 2 * b.width())
     first, second = b(aten.chunk.default, wide, 2, -1)
     turned = b(aten.cat.default, [b(aten.neg.default, second), first], -1)
@@ -251,8 +253,8 @@ def halves(b: Builder, x: Value, pool: list[Value]) -> Value:
 def uneven(b: Builder, x: Value, pool: list[Value]) -> Value:
     """Two pieces of unequal widths, one changed, laid together again."""
     b.run.native = False
-    at = b.choose(range(x.width + 1))
-    if at in (0, x.width) or b.run.state is not None:
+    at = b.choose(range(x.width))
+    if at == 0:
         return x
     first, second = b(aten.split_with_sizes.default, x, [at, x.width - at], -1)
     parts = [b(aten.tanh.default, first), second]
@@ -271,11 +273,12 @@ def sliced(b: Builder, x: Value, pool: list[Value]) -> Value:
 def stacked(b: Builder, x: Value, pool: list[Value]) -> Value:
     """Two values one beside the other, merged in either order, or summed."""
     pair, n, length = [x, partner(b, x, pool)], *x.shape[:2]
+    b.run.copied = True
     dim = b.choose((2, 3))
     both = b(aten.stack.default, pair, dim)
-    if b.chance(40):
+    if b.decide(2 * x.width > LARGEST) or b.chance(40):
         return b(aten.sum.dim_IntList, both, [dim])
-    return x if 2 * x.width > LARGEST else b(aten.reshape.default, both, [n, length, 2 * x.width])
+    return b(aten.reshape.default, both, [n, length, 2 * x.width])
 
 
 @step(SEQUENCE)
@@ -288,8 +291,8 @@ def reordered(b: Builder, x: Value, pool: list[Value]) -> Value:
 
 @step(SEQUENCE)
 def repeated(b: Builder, x: Value, pool: list[Value]) -> Value:
-    times = b.choose((2, 3))
-    if x.width * times > LARGEST:
+    b.run.copied, times = True, b.choose((2, 3))
+    if b.decide(x.width * times > LARGEST):
         return x
     if b.chance(50):
         return b(aten.repeat.default, x, [1, 1, times])
@@ -312,6 +315,7 @@ def positions(b: Builder, x: Value, pool: list[Value]) -> Value:
 @step(SEQUENCE)
 def ramp(b: Builder, x: Value, pool: list[Value]) -> Value:
     """0, 1, 2, ... along the width."""
+    b.run.constant = True
     line = b(aten.arange.default, x.width, dtype=torch.float64)
     return b(aten.add.Tensor, x, b(aten.mul.Tensor, line, 0.01))
 
@@ -503,8 +507,8 @@ def skip(b: Builder, x: Value, pool: list[Value]) -> Value:
 @step(IMAGE)
 def dense_net(b: Builder, x: Value, pool: list[Value]) -> Value:
     grown = conv(b, x, aten.conv2d.default, (1, 1))
-    both = x.shape[1] + grown.shape[1]
-    return grown if both > LARGEST else b(aten.cat.default, [x, grown], 1)
+    both, b.run.copied = x.shape[1] + grown.shape[1], True
+    return grown if b.decide(both > LARGEST) else b(aten.cat.default, [x, grown], 1)
 
 
 @step(IMAGE)
