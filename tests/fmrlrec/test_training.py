@@ -75,7 +75,7 @@ def test_the_seed_decides_the_weights(uninterrupted, material, tiny, tmp_path: P
     assert other[0] != uninterrupted[0]
 
 
-@pytest.mark.parametrize("moment", ["3 before", "6 cut"])
+@pytest.mark.parametrize("moment", [pytest.param("3 before", marks=pytest.mark.slow), "6 cut"])
 def test_a_killed_run_ends_with_the_same_bits(
     moment: str, uninterrupted, material, tiny, tmp_path: Path
 ) -> None:
