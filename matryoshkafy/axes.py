@@ -8,8 +8,8 @@ dimension of size 1, which carries no information.
     factor := Axis | Sum(term, ...)    gate|up:    (Sum((ffn,), (ffn,)),) = (copies of 2, ffn)
 
 Two axes are one only if they are the same object: equal sizes are a coincidence. `unify` makes two
-terms one, from the right, splitting the larger axis where the factors of the smaller one ask for it.
-What cannot be aligned is held fixed on both sides, with the reason, and never guessed.
+terms one, from the right, splitting the larger axis where the factors of the smaller one ask for
+it. What cannot be aligned is held fixed on both sides, with the reason, and never guessed.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _unify(a: Term, b: Term) -> bool:
         before = a[-1], b[-1]
         if isinstance(before[0], Sum) and isinstance(before[1], Sum):
             # Aligned segment by segment they are one, even where they are cut up differently.
-            if a[-1].size != b[-1].size or not _meet_sums(*before):
+            if a[-1].size != b[-1].size or not _meet_sums(before[0], before[1]):
                 return False
             a, b = resolve(a[:-1]), resolve(b[:-1])
             continue
@@ -208,6 +208,7 @@ def _meet(x: Factor, y: Factor) -> bool:
     if isinstance(x, Axis) and isinstance(y, Axis):
         return _meet_axes(x, y)
     if isinstance(x, Axis):
+        assert isinstance(y, Sum)
         return _meet_axis_sum(x, y)
     assert isinstance(y, Axis)
     return _meet_axis_sum(y, x) if x.size == y.size else _factor_out(x, y)
@@ -330,7 +331,9 @@ def concatenate(terms: Iterable[Term]) -> Term:
 
 
 def regroup(term: Term, sizes: list[int]) -> list[Term] | None:
-    """View one dimension as several (row-major) of the given sizes; None if it does not come apart."""
+    """View one dimension as several (row-major) of the given sizes; None if it does not come
+    apart.
+    """
     out: list[Term] = []
     term = resolve(term)
     for n in reversed(sizes):

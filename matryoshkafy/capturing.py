@@ -26,8 +26,8 @@ TORCH_FOLDER = str(Path(torch.__file__).parent)
 class Captured:
     """A graph with lifted state: which placeholder is which tensor of the model.
 
-    `outputs` are the positions of the user's outputs among the graph's; `constants` tensors that the
-    model holds neither as parameters nor as buffers; `notes` remarks for the plan.
+    `outputs` are the positions of the user's outputs among the graph's; `constants` tensors that
+    the model holds neither as parameters nor as buffers; `notes` remarks for the plan.
     """
 
     module: fx.GraphModule
@@ -77,6 +77,7 @@ def _exported(program: torch.export.ExportedProgram, notes: tuple[str, ...]) -> 
     )
     constants = {n: c for n, c in program.constants.items() if isinstance(c, torch.Tensor)}
     spec = program.call_spec.out_spec
+    assert spec is not None
     return Captured(program.graph_module, state, outputs, spec, constants, notes)
 
 
@@ -88,7 +89,9 @@ def _depends_on_values(error: BaseException) -> bool:
 def _recorded(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> Captured:
-    """Run the example and record every op on its way: branches are taken as the example takes them."""
+    """Run the example and record every op on its way: branches are taken as the example takes
+    them.
+    """
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     flat, spec = pytree.tree_flatten((args, kwargs))
     out_specs: list[pytree.TreeSpec] = []
@@ -101,7 +104,9 @@ def _recorded(
         out_specs.append(out_spec)
         return leaves
 
-    record = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)
+    record = make_fx(
+        run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True
+    )
     try:
         with warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")
@@ -167,9 +172,12 @@ def _silent() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
-            with contextlib.redirect_stdout(sink):
-                yield
+        with (
+            open(os.devnull, "w") as sink,
+            contextlib.redirect_stderr(sink),
+            contextlib.redirect_stdout(sink),
+        ):
+            yield
     finally:
         logging.disable(before)
 
@@ -183,7 +191,8 @@ def _explain(model: nn.Module, call: tuple[Any, Any], error: BaseException) -> s
     except Exception as own:  # noqa: BLE001  the user's forward may raise anything
         return (
             f"the forward fails on the example inputs{_at(own)}: {_short(own)}\n"
-            f"Given: {_described(args, kwargs)}. Give example inputs with which model(*args, **kwargs) runs."
+            f"Given: {_described(args, kwargs)}. "
+            "Give example inputs with which model(*args, **kwargs) runs."
         )
     return (
         f"the model could not be traced{_at(error)}: {_short(error)}\n"

@@ -24,10 +24,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, tor
 class SizeReport:
     """What was measured at one size; errors are relative to the largest value of the tensor.
 
-    `output_error`: the doll's output of this size against the standalone sub-model's. `trunk_error`:
+    `output_error`: the doll's output of this size against the standalone sub-model's.
+    `trunk_error`:
     the worst node of the trunk against the same node of the sub-model. `beyond_error`: how far the
-    output moves when everything past the prefix is replaced by noise. `resliced`: a slice of the next
-    larger slice equals this one bit for bit.
+    output moves when everything past the prefix is replaced by noise. `resliced`: a slice of the
+    next larger slice equals this one bit for bit.
     """
 
     size: int
@@ -58,7 +59,10 @@ class Report:
         return s.resliced and all(e <= self.tolerance for e in errors)
 
     def __str__(self) -> str:
-        head = f"{'size':>6}  {'output':>9}  {'trunk':>9}  {'beyond':>9}  {'reslice':>7}  {'parameters':>12}  {'bytes':>14}"
+        head = (
+            f"{'size':>6}  {'output':>9}  {'trunk':>9}  {'beyond':>9}  {'reslice':>7}  "
+            f"{'parameters':>12}  {'bytes':>14}"
+        )
         rows = [
             f"{s.size:>6}  {s.output_error:9.1e}  {s.trunk_error:9.1e}  {s.beyond_error:9.1e}  "
             f"{'same' if s.resliced else 'DIFFERS':>7}  {s.parameters:>12,}  {s.bytes:>14,}"
@@ -66,7 +70,11 @@ class Report:
         ]
         verdict = "every law holds" if self.passed else "A LAW FAILS"
         return "\n".join(
-            [head, *rows, f"{verdict} (tolerance {self.tolerance:g}, tail {self.tail_share:.0%} of the nodes)"]
+            [
+                head,
+                *rows,
+                f"{verdict} (tolerance {self.tolerance:g}, tail {self.tail_share:.0%} of nodes)",
+            ]
         )
 
 
@@ -74,7 +82,8 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
     """Check the laws of a doll on inputs, in evaluation mode, without gradients.
 
     For each size: the standalone sub-model equals the doll's output of that size, its trunk equals
-    the prefix of the doll's (masked) or the doll's live slices (sliced), noise past the prefix moves
+    the prefix of the doll's (masked) or the doll's live slices (sliced), noise past the prefix
+    moves
     nothing, and slicing twice is slicing once. Raises `PlanError` for a model that is no doll.
     """
     trace, plan = parts_of(model)
@@ -100,7 +109,11 @@ def _report(doll: Doll, plan: Plan, flat: list[Any]) -> Report:
     share = len(plan.tail) / max(1, len(work))
     rows: list[SizeReport] = []
     larger: fx.GraphModule | None = None
-    full = None if not plan.masked else _values(full_graph(doll._trace, plan), doll._root, flat)
+    full = (
+        None
+        if not plan.masked
+        else _values(full_graph(doll._trace, plan), doll.__dict__["_root"], flat)
+    )
     noisy = copy.deepcopy(doll)
     generator = torch.Generator().manual_seed(0)
     for level in reversed(range(plan.levels)):
@@ -115,12 +128,12 @@ def _report(doll: Doll, plan: Plan, flat: list[Any]) -> Report:
 def _size_report(models: Any, place: tuple[Plan, int], flat: list[Any], full: Any) -> SizeReport:
     doll, noisy, small, larger = models
     plan, level = place
-    own = _run(outputs_graph(doll._trace, plan, [level]), doll._root, flat)
+    own = _run(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
     values = _values(small.graph, small, flat)
     reference = values.pop("output")
-    moved = _run(outputs_graph(doll._trace, plan, [level]), noisy._root, flat)
+    moved = _run(outputs_graph(doll._trace, plan, [level]), noisy.__dict__["_root"], flat)
     if full is None:
-        full = _values(outputs_graph(doll._trace, plan, [level]), doll._root, flat)
+        full = _values(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
         pairs = [(full[n], v) for n, v in values.items() if n in full]
     else:
         pairs = list(_prefixes(plan, level, full, values))
@@ -174,7 +187,9 @@ def _prefixes(plan: Plan, level: int, full: dict[str, Any], small: dict[str, Any
             yield _prefix(full[name], shape, (plan.ladder[-1], plan.ladder[level])), value
 
 
-def _prefix(value: torch.Tensor, shape: Any, widths: tuple[dims.Widths, dims.Widths]) -> torch.Tensor:
+def _prefix(
+    value: torch.Tensor, shape: Any, widths: tuple[dims.Widths, dims.Widths]
+) -> torch.Tensor:
     return take(value, tuple(relative(axis, *widths) for axis in shape))
 
 
@@ -189,7 +204,9 @@ def _disturb(doll: Doll, plan: Plan, level: int, generator: torch.Generator) -> 
             continue
         done.add(id(tensor))
         if any(map(dims.is_nested, shape)):
-            tensor.data.copy_(_disturbed(tensor, shape, (plan.ladder[-1], plan.ladder[level]), generator))
+            tensor.data.copy_(
+                _disturbed(tensor, shape, (plan.ladder[-1], plan.ladder[level]), generator)
+            )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -210,7 +227,9 @@ def _disturbed(
 
 
 def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise of the tensor's own scale: larger values overflow in deep models, and 0 * inf is NaN."""
+    """Noise of the tensor's own scale: larger values overflow in deep models, and 0 * inf is
+    NaN.
+    """
     scale = tensor.detach().abs().mean().clamp_min(1e-3)
     noise = scale * torch.randn(tensor.shape, generator=generator).to(tensor)
     return noise.abs() + scale / 2 if bool((tensor >= 0).all()) else noise

@@ -53,9 +53,15 @@ def set_arg(node: fx.Node, name: str, value: Any) -> None:
 
 
 ASSERTIONS = {
-    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range",
-    "sym_constrain_range_for_size", "_functional_assert_async", "_check", "item",
-}  # fmt: skip
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_functional_assert_async",
+    "_check",
+    "item",
+}
 IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
 
 
@@ -144,7 +150,9 @@ def _constant_run(root: nn.Module, index: fx.Node, size: int) -> tuple[int, int]
 
 
 def _relax_views(graph: fx.Graph) -> None:
-    """x.view(...) -> x.reshape(...): nothing writes through a view any more, and strides may differ."""
+    """x.view(...) -> x.reshape(...): nothing writes through a view any more, and strides may
+    differ.
+    """
     for node in graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
@@ -159,10 +167,19 @@ def _drop_identities(graph: fx.Graph) -> None:
 
 def _follow_training(graph: fx.Graph, root: nn.Module) -> None:
     del root
-    flags = {"dropout": "train", "feature_dropout": "train", "alpha_dropout": "train",
-             "feature_alpha_dropout": "train", "native_dropout": "train", "batch_norm": "training",
-             "rrelu": "training", "lstm": "train", "gru": "train", "rnn_tanh": "train",
-             "rnn_relu": "train"}  # fmt: skip
+    flags = {
+        "dropout": "train",
+        "feature_dropout": "train",
+        "alpha_dropout": "train",
+        "feature_alpha_dropout": "train",
+        "native_dropout": "train",
+        "batch_norm": "training",
+        "rrelu": "training",
+        "lstm": "train",
+        "gru": "train",
+        "rnn_tanh": "train",
+        "rnn_relu": "train",
+    }
     affected = [n for n in graph.nodes if n.op == "call_function" and op_name(n) in flags]
     affected = [n for n in affected if _has_statistics(n)]
     if not affected:
@@ -273,7 +290,8 @@ def _refresh_views(
         if not any(u in later for u in _all_users(view)):
             continue
         with graph.inserting_after(new):
-            again = graph.call_function(view.target, (new, *view.args[1:]), dict(view.kwargs))
+            target: Any = view.target
+            again = graph.call_function(target, (new, *view.args[1:]), dict(view.kwargs))
         again.meta = dict(view.meta)
         _redirect(view, again, later)
         _refresh_views(graph, view, again, later, done)
@@ -306,8 +324,9 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
 
 def _scatter_slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     a = bound_args(view)
-    return _call(graph, aten.slice_scatter.default, base, value, a["dim"], a["start"], a["end"],
-                 a["step"])  # fmt: skip
+    return _call(
+        graph, aten.slice_scatter.default, base, value, a["dim"], a["start"], a["end"], a["step"]
+    )
 
 
 def _scatter_select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
@@ -337,9 +356,19 @@ def _scatter_same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node)
 
 
 SCATTERS: dict[str, Callable[..., fx.Node]] = {
-    "slice": _scatter_slice, "select": _scatter_select, "view": _scatter_shape,
-    "reshape": _scatter_shape, "unsqueeze": _scatter_shape, "squeeze": _scatter_shape,
-    "flatten": _scatter_shape, "transpose": _scatter_transpose, "t": _scatter_transpose,
-    "permute": _scatter_permute, "alias": _scatter_same, "detach": _scatter_same,
-    "to": _scatter_same, "contiguous": _scatter_same, "narrow": _scatter_slice,
-}  # fmt: skip
+    "slice": _scatter_slice,
+    "select": _scatter_select,
+    "view": _scatter_shape,
+    "reshape": _scatter_shape,
+    "unsqueeze": _scatter_shape,
+    "squeeze": _scatter_shape,
+    "flatten": _scatter_shape,
+    "transpose": _scatter_transpose,
+    "t": _scatter_transpose,
+    "permute": _scatter_permute,
+    "alias": _scatter_same,
+    "detach": _scatter_same,
+    "to": _scatter_same,
+    "contiguous": _scatter_same,
+    "narrow": _scatter_slice,
+}

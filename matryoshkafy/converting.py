@@ -26,7 +26,7 @@ CHOICES = {
 }
 
 
-def inspect(
+def inspect(  # noqa: PLR0913  the public signature
     model: nn.Module,
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -39,8 +39,8 @@ def inspect(
     """Return the plan of a model: which axes are widths. Nothing is changed.
 
     Arguments: `args`, `kwargs` example inputs of the forward; `sizes` a ladder such as "64..1024"
-    (default: ratios 1/4, 1/2, 1); `scope` full, ffn or output; `keep` patterns of parameter or module
-    names that stay whole; `nesting` masked (default, except for scope ffn) or sliced.
+    (default: ratios 1/4, 1/2, 1); `scope` full, ffn or output; `keep` patterns of parameter or
+    module names that stay whole; `nesting` masked (default, except for scope ffn) or sliced.
 
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
@@ -48,7 +48,7 @@ def inspect(
     return _plan(_traced(model, args, kwargs), Request(options, sizes))
 
 
-def convert(
+def convert(  # noqa: PLR0913  the public signature
     model: nn.Module,
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -62,8 +62,9 @@ def convert(
 ) -> Doll:
     """Return the model as a matryoshka doll that shares its parameters.
 
-    Arguments: as for `inspect`; `nesting` "masked" (one full pass holds every size; for training from
-    scratch or fine-tuning) or "sliced" (the full model keeps its function; one pass per size); `norm`
+    Arguments: as for `inspect`; `nesting` "masked" (one full pass holds every size; for training
+    from scratch or fine-tuning) or "sliced" (the full model keeps its function; one pass per size);
+    `norm`
     "block" or "prefix", the statistics of norms in masked nesting; `overrides` {group name: widths,
     one for each size}.
 
@@ -92,16 +93,18 @@ def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Tr
             module.training = mode
     if not error <= TRACE_TOLERANCE:
         raise TraceError(
-            f"the traced graph does not compute what the model computes on the example inputs "
-            f"(relative error {error:.1e}; at most {TRACE_TOLERANCE:g} expected). Some forwards take "
-            'another path while they are traced: with transformers, try attn_implementation="eager"; '
-            "else give inputs (masks, position ids) explicitly."
+            "the traced graph does not compute what the model computes on the example inputs "
+            f"(relative error {error:.1e}; at most {TRACE_TOLERANCE:g} expected). Some forwards "
+            "take another path while they are traced: with transformers, try "
+            'attn_implementation="eager"; else give inputs (masks, position ids) explicitly.'
         )
     return traced
 
 
 def _disagreement(traced: Trace, flat: Sequence[Any], run: Callable[[], Any]) -> float:
-    """Return the relative error of the graph against the model, both with the same random numbers."""
+    """Return the relative error of the graph against the model, both with the same random
+    numbers.
+    """
     results = []
     with torch.no_grad(), torch.random.fork_rng():
         for compute in (lambda: fx.Interpreter(traced.root, graph=traced.graph).run(*flat), run):
@@ -113,7 +116,9 @@ def _disagreement(traced: Trace, flat: Sequence[Any], run: Callable[[], Any]) ->
 def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Options:
     for name, value in (("nesting", nesting), ("scope", scope), ("norm", norm)):
         if value not in CHOICES[name]:
-            raise PlanError(f"{name}={value!r} was given; expected one of {', '.join(CHOICES[name])}")
+            raise PlanError(
+                f"{name}={value!r} was given; expected one of {', '.join(CHOICES[name])}"
+            )
     if scope == "ffn" and nesting == "masked":
         raise PlanError(
             'scope="ffn" nests hidden axes only, so each size is a pass of its own; '

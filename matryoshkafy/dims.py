@@ -117,7 +117,9 @@ def _times(outer: Segments, inner: Segments, unit: int) -> Segments:
 
 @lru_cache(maxsize=65536)
 def runs(dim: Dim, ladder: tuple[Widths, ...]) -> tuple[int, ...]:
-    """Return (length, level, length, level, ...) along a dim: the first level that keeps each index."""
+    """Return (length, level, length, level, ...) along a dim: the first level that keeps each
+    index.
+    """
     levels: list[tuple[int, int]] = [(1, 0)]
     for factor in reversed(dim):
         levels = _run_product(_factor_runs(factor, ladder), levels)
@@ -147,7 +149,9 @@ def _joined(pairs: Any) -> list[tuple[int, int]]:
     return out
 
 
-def _run_product(outer: list[tuple[int, int]], inner: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _run_product(
+    outer: list[tuple[int, int]], inner: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """Of a product at most the outermost nested factor has levels; the others repeat."""
     unit = sum(n for n, _ in inner)
     if len(inner) == 1:

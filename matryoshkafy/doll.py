@@ -1,4 +1,6 @@
-"""Doll: the converted model. A module that computes as the user's does, at full size or at every size."""
+"""Doll: the converted model. A module that computes as the user's does, at full size or at every
+size.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Function = Callable[..., Any]
 
 
 def compiled(graph: fx.Graph) -> Function:
-    """Return the function that torch.fx generates for a graph; its first argument holds the state."""
+    """Return the function that torch.fx generates for a graph; its first argument holds the
+    state.
+    """
     code = graph.python_code("self")
     return _forward_from_src(code.src, code.globals)
 
@@ -60,17 +64,18 @@ class Doll(nn.Module):
     def train(self, mode: bool = True) -> Doll:
         """Switch dropout and batch norm, as in any module."""
         super().train(mode)
-        self._root.training = mode
+        self.__dict__["_root"].training = mode
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""
-        return self._forward(self._root, *args, **kwargs)
+        return self._forward(self.__dict__["_root"], *args, **kwargs)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
         """Return {size: output} for every size; each output has the structure of the user's.
 
-        Masked nesting: one pass over the trunk, the tail once per size. Sliced nesting: one pass per
+        Masked nesting: one pass over the trunk, the tail once per size. Sliced nesting: one pass
+        per
         size, over live slices of the shared parameters. A tail that is one linear, and each pass of
         sliced nesting, is computed when its size is first read.
         """
@@ -90,17 +95,19 @@ class Doll(nn.Module):
     def _sliced(self, level: int, args: Any, kwargs: Any) -> Callable[[], Any]:
         function = self._function(level, lambda: _live_graph(self._trace, self._plan, level))
         assert function is not None
-        return lambda: function(self._root, *args, **kwargs)
+        return lambda: function(self.__dict__["_root"], *args, **kwargs)
 
     def _readout(self, args: Any, kwargs: Any) -> Readout | None:
         function = self._function("readout", lambda: readout_graph(self._trace, self._plan))
         if function is None:
             return None
-        hidden, table, bias = function(self._root, *args, **kwargs)
+        hidden, table, bias = function(self.__dict__["_root"], *args, **kwargs)
         node = readout_node(self._trace, self._plan)
         assert node is not None
         inner = self._plan.nodes[node.args[0].name][-1]  # type: ignore[union-attr]
-        widths = {s: dims.size_at(inner, w) for s, w in zip(self.sizes, self._plan.ladder, strict=True)}
+        widths = {
+            s: dims.size_at(inner, w) for s, w in zip(self.sizes, self._plan.ladder, strict=True)
+        }
         turned = node.target._schema.name != "aten::linear"  # type: ignore[union-attr]
         return Readout(hidden, table.t() if turned else table, bias, widths)
 
@@ -117,11 +124,14 @@ class Doll(nn.Module):
         levels = list(range(self._plan.levels))
         function = self._function("outputs", lambda: outputs_graph(self._trace, self._plan, levels))
         assert function is not None
-        flat = function(self._root, *args, **kwargs)
+        flat = function(self.__dict__["_root"], *args, **kwargs)
         count = len(flat) // len(levels)
         unflatten = self._trace.signature.unflatten
         return Outputs(
-            {s: _given(unflatten(flat[i * count : (i + 1) * count])) for i, s in enumerate(self.sizes)}
+            {
+                s: _given(unflatten(flat[i * count : (i + 1) * count]))
+                for i, s in enumerate(self.sizes)
+            }
         )
 
 
@@ -141,11 +151,13 @@ class Outputs(dict):
     """{size: output}, where an output may be computed when it is first read.
 
     `readout` is the last linear of the model where the whole tail is one: losses use it to handle
-    all sizes at the cost of one. What is computed late is computed in the mode (gradients, autocast)
-    in which `outputs` was called.
+    all sizes at the cost of one. What is computed late is computed in the mode (gradients,
+    autocast) in which `outputs` was called.
     """
 
-    def __init__(self, pending: Mapping[int, Callable[[], Any]], readout: Readout | None = None) -> None:
+    def __init__(
+        self, pending: Mapping[int, Callable[[], Any]], readout: Readout | None = None
+    ) -> None:
         super().__init__(dict.fromkeys(pending))
         self.readout = readout
         self._pending = dict(pending)
@@ -165,7 +177,9 @@ class Outputs(dict):
 
     def get(self, size: int, default: Any = None) -> Any:
         """Return the output of a size, or the default."""
-        return self[size] if size in self else default
+        if size not in self:
+            return default
+        return self[size]
 
     def values(self) -> Any:
         """Return the outputs, ascending by size."""
@@ -194,5 +208,3 @@ class _Mode:
             for device in self.autocast:
                 stack.enter_context(torch.autocast(device, self.dtypes[device]))
             yield
-
-

@@ -1,10 +1,10 @@
 """choose(): what masked nesting does at each node, so that one full pass holds every size.
 
-    mask      a contraction with a parameter: outputs of a level read inputs of levels up to it
-    norm      a norm over a nested axis: statistics of each unit's own level (or prefix)
-    level     another statistic over a nested axis, kept at full length, one value per level
-    readout   a contraction into a whole axis that ends in outputs: the tail, once per size
-    clamp     a contraction into a whole axis inside the trunk: reads the smallest size only
+mask      a contraction with a parameter: outputs of a level read inputs of levels up to it
+norm      a norm over a nested axis: statistics of each unit's own level (or prefix)
+level     another statistic over a nested axis, kept at full length, one value per level
+readout   a contraction into a whole axis that ends in outputs: the tail, once per size
+clamp     a contraction into a whole axis inside the trunk: reads the smallest size only
 """
 
 from __future__ import annotations
@@ -30,14 +30,45 @@ NORMS = {"layer_norm", "rms_norm", "group_norm"}
 LENGTHS = {"linalg_vector_norm", "norm"}
 LEVEL_STATISTICS = {"mean", "sum", "var", "std", "amax", "amin", *LENGTHS}
 MASKABLE = {
-    "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
-    "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru",
-    "rnn_tanh", "rnn_relu", "_grouped_mm", "mv", "dot", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "linear",
+    "addmm",
+    "mm",
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "_grouped_mm",
+    "mv",
+    "dot",
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
     "rnn_relu_cell",
-}  # fmt: skip
-CLAMPABLE = MASKABLE | LEVEL_STATISTICS | {"scaled_dot_product_attention", "logsumexp", "prod", "max",
-                                           "min", "cosine_similarity", "cdist"}  # fmt: skip
-
+}
+CLAMPABLE = (
+    MASKABLE
+    | LEVEL_STATISTICS
+    | {
+        "scaled_dot_product_attention",
+        "logsumexp",
+        "prod",
+        "max",
+        "min",
+        "cosine_similarity",
+        "cdist",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -165,8 +196,8 @@ class _Planner:
         if self._weighty(summed) and op_name(node) in CLAMPABLE:
             self.choices[node.name] = Choice("clamp", summed)
             self.remarks.append(
-                f"clamp: {op_name(node)} at {place} turns a width into a whole axis inside the trunk; "
-                "it reads the smallest size only, which costs capacity"
+                f"clamp: {op_name(node)} at {place} turns a width into a whole axis inside the "
+                "trunk; it reads the smallest size only, which costs capacity"
             )
             return True
         for leaf in summed:
@@ -260,4 +291,3 @@ def _descendants(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
                 mine |= after[user]
         after[node] = mine
     return after
-

@@ -9,7 +9,9 @@ from torch.utils import _pytree as pytree
 
 
 def relative_error(a: Any, b: Any) -> float:
-    """Return the largest difference of two results, relative to the largest finite value of each tensor."""
+    """Return the largest difference of two results, relative to the largest finite value of each
+    tensor.
+    """
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
     return max((_tensor_error(x, y) for x, y in pairs if isinstance(y, torch.Tensor)), default=0.0)
 

@@ -22,7 +22,9 @@ PLAN_FORMAT = 1
 
 @dataclass(frozen=True)
 class Group:
-    """Axes that must shrink together: a name (where it was born), its units, the parameters in it."""
+    """Axes that must shrink together: a name (where it was born), its units, the parameters in
+    it.
+    """
 
     name: str
     size: int
@@ -52,8 +54,8 @@ class Unknown:
 class Scalar:
     """A constant of the graph that was derived from a width.
 
-    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the slopes
-    of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
+    slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
     """
 
     node: str
@@ -72,7 +74,11 @@ class Scalar:
         return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
 
     def __str__(self) -> str:
-        formula = f"{self.units} ** {self.power:g}" if self.form == "power" else f"2 ** (-8 / {self.units})"
+        formula = (
+            f"{self.units} ** {self.power:g}"
+            if self.form == "power"
+            else f"2 ** (-8 / {self.units})"
+        )
         return f"{self.value:.6g} = {formula}"
 
 
@@ -100,8 +106,8 @@ class Plan:
 
     `nodes` gives each node's dims (a tuple of Dims, or a tuple of those for several outputs);
     `notes` the extra dims of a node (groups of a convolution); `actions` what masked nesting does
-    at a node; `tail` the nodes computed once per size; `full` the parameter-only statistics that are
-    taken at full width before they are cut.
+    at a node; `tail` the nodes computed once per size; `full` the parameter-only statistics that
+    are taken at full width before they are cut.
     """
 
     options: Options
@@ -162,7 +168,9 @@ class Plan:
         try:
             return plan_from_dict(json.loads(text))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"this is no plan of matryoshkafy ({error}); the file is damaged") from error
+            raise PlanError(
+                f"this is no plan of matryoshkafy ({error}); the file is damaged"
+            ) from error
 
 
 def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> tuple[Widths, ...]:
@@ -223,21 +231,16 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
             f"the plan has format {data.get('format')!r}, this version reads {PLAN_FORMAT}; "
             "upgrade matryoshkafy"
         )
-    options = dict(data["options"])
     plan = Plan(
-        options=Options(**options | {"keep": tuple(options["keep"])}),
+        options=_options(data["options"]),
         sizes=tuple(data["sizes"]),
         main=data["main"],
         unit=data["unit"],
         groups=tuple(Group(g["name"], g["size"], tuple(g["parameters"])) for g in data["groups"]),
         ladder=tuple(tuple(w) for w in data["ladder"]),
-        parameters={
-            k: tuple(dims.from_json(d) for d in v) for k, v in data["parameters"].items()
-        },
+        parameters={k: tuple(dims.from_json(d) for d in v) for k, v in data["parameters"].items()},
         nodes={k: _node_dims_from_json(v) for k, v in data["nodes"].items()},
-        notes={
-            k: {n: dims.from_json(d) for n, d in v.items()} for k, v in data["notes"].items()
-        },
+        notes={k: {n: dims.from_json(d) for n, d in v.items()} for k, v in data["notes"].items()},
         actions={k: Action(v[0], tuple(v[1:])) for k, v in data["actions"].items()},
         tail=frozenset(data["tail"]),
         full=frozenset(data["full"]),
@@ -248,6 +251,10 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
     )
     _check(plan)
     return plan
+
+
+def _options(saved: Mapping[str, Any]) -> Options:
+    return Options(saved["nesting"], saved["scope"], saved["norm"], tuple(saved["keep"]))
 
 
 def _check(plan: Plan) -> None:

@@ -66,7 +66,9 @@ def _model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
     parameters = {n for n, _ in root.named_parameters(remove_duplicate=False)}
     ours: set[fx.Node] = set()
     for node in graph.nodes:
-        leaf = node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in parameters)
+        leaf = node.op == "placeholder" or (
+            node.op == "get_attr" and str(node.target) in parameters
+        )
         if (leaf and _is_float(node)) or any(n in ours for n in node.all_input_nodes):
             ours.add(node)
     return ours
@@ -102,7 +104,9 @@ def _agree(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
 
 
 def _soften(node: fx.Node) -> None:
-    """The most negative float32 becomes the most negative bfloat16: as good a mask, in every type."""
+    """The most negative float32 becomes the most negative bfloat16: as good a mask, in every
+    type.
+    """
 
     def soft(value: Any) -> Any:
         if isinstance(value, float) and abs(value) in LARGEST:

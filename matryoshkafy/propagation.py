@@ -40,8 +40,11 @@ class Findings:
 
 def flat_terms(terms: Any) -> Iterator[Term]:
     """Yield the terms of one value, or of each of several."""
-    if terms and isinstance(terms[0], tuple) and any(isinstance(t, tuple) and t and
-                                                    isinstance(t[0], tuple) for t in terms):  # fmt: skip
+    if (
+        terms
+        and isinstance(terms[0], tuple)
+        and any(isinstance(t, tuple) and t and isinstance(t[0], tuple) for t in terms)
+    ):
         for inner in terms:
             yield from inner
     else:
@@ -69,12 +72,24 @@ def _keep_weights(graph: fx.Graph, found: Findings) -> None:
             continue
         slots = [strict.get(u) if u in found.pure else _weight_slot(node, u) for u in node.users]
         strict[node] = all(slots)
-        weight = None not in slots and bool(slots) and (strict[node] or node not in found.contracted)
+        weight = (
+            None not in slots and bool(slots) and (strict[node] or node not in found.contracted)
+        )
         if node.op != "get_attr" and not weight:
             found.pure.discard(node)
 
 
-WEIGHT_SLOTS = {"weight", "bias", "running_mean", "running_var", "params", "w_ih", "w_hh", "b_ih", "b_hh"}
+WEIGHT_SLOTS = {
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "params",
+    "w_ih",
+    "w_hh",
+    "b_ih",
+    "b_hh",
+}
 
 
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "_grouped_mm"}
@@ -183,7 +198,11 @@ class _Walker:
 
     def _born(self, name: str, shape: tuple[int, ...], tensor: Any) -> Terms:
         integers = not (tensor.is_floating_point() or tensor.is_complex())
-        reason = Reason("indexed", name) if integers or tensor.layout.__str__() != "torch.strided" else None
+        reason = (
+            Reason("indexed", name)
+            if integers or tensor.layout.__str__() != "torch.strided"
+            else None
+        )
         return tuple(
             (Axis(n, f"{name}:{i}", reason),) if n != 1 else () for i, n in enumerate(shape)
         )

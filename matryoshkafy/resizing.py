@@ -115,7 +115,11 @@ def _slice(r: Resize) -> None:
         return
     new_start, new_end = (r.kept_before(source[dim], i) for i in (start, end))
     set_arg(r.new, "start", new_start)
-    set_arg(r.new, "length" if "length" in a else "end", new_end - new_start if "length" in a else new_end)
+    set_arg(
+        r.new,
+        "length" if "length" in a else "end",
+        new_end - new_start if "length" in a else new_end,
+    )
 
 
 def _bounds(a: dict[str, Any], size: int) -> tuple[int, int]:
@@ -143,19 +147,70 @@ def _groups(name: str) -> Callable[[Resize], None]:
 
 
 RESIZERS: dict[str, Callable[[Resize], None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "zeros", "ones", "full", "empty", "rand",
-                     "randn", "new_zeros", "new_ones", "new_full", "new_empty", "view_copy", "broadcast_to",
-                     "_reshape_alias", "empty_strided", "randint"), _sizes),
-    "repeat": _repeat, "tile": _repeat, "repeat_interleave": _repeat_interleave,
-    "unflatten": _unflatten, "arange": _arange,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split",
-                     "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy", "hsplit"), _split),
-    "slice": _slice, "narrow": _slice,
-    "layer_norm": _normalized, "rms_norm": _normalized, "_fused_rms_norm": _normalized,
-    "native_layer_norm": _normalized, "group_norm": _groups("num_groups"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
-                     "conv_transpose3d"), _groups("groups")),
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "expand",
+            "zeros",
+            "ones",
+            "full",
+            "empty",
+            "rand",
+            "randn",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+            "new_empty",
+            "view_copy",
+            "broadcast_to",
+            "_reshape_alias",
+            "empty_strided",
+            "randint",
+        ),
+        _sizes,
+    ),
+    "repeat": _repeat,
+    "tile": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "unflatten": _unflatten,
+    "arange": _arange,
+    **dict.fromkeys(
+        (
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unsafe_chunk",
+            "unsafe_split",
+            "tensor_split",
+            "unsafe_split_with_sizes",
+            "split_copy",
+            "split_with_sizes_copy",
+            "hsplit",
+        ),
+        _split,
+    ),
+    "slice": _slice,
+    "narrow": _slice,
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "_fused_rms_norm": _normalized,
+    "native_layer_norm": _normalized,
+    "group_norm": _groups("num_groups"),
+    **dict.fromkeys(
+        (
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "convolution",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
+        ),
+        _groups("groups"),
+    ),
+}
 
 
 def resize(plan: Plan, widths: Widths, old: fx.Node, new: fx.Node) -> None:

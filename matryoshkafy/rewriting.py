@@ -397,8 +397,12 @@ def _narrow_from(
 
 
 def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
-    """A contraction with a parameter: fast nested operators where they exist, masked weights else."""
-    if writer.source.standalone and all(m in writer.masks for m in _masked_weights(node, writer.plan)):
+    """A contraction with a parameter: fast nested operators where they exist, masked weights
+    else.
+    """
+    if writer.source.standalone and all(
+        m in writer.masks for m in _masked_weights(node, writer.plan)
+    ):
         return writer._copy(node, level)
     fast = FAST.get(op_name(node))
     new = fast(writer, node, level) if fast else None
@@ -425,8 +429,16 @@ def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -
 
 def node_masks(node: fx.Node, plan: Plan) -> dict[fx.Node, tuple[Mask, ...]]:
     """Return which weights of a masked contraction are masked, over which of their dims."""
-    rows = {"lstm": _gates, "gru": _gates, "rnn_tanh": _gates, "rnn_relu": _gates, "lstm_cell": _cell,
-            "gru_cell": _cell, "rnn_tanh_cell": _cell, "rnn_relu_cell": _cell}  # fmt: skip
+    rows = {
+        "lstm": _gates,
+        "gru": _gates,
+        "rnn_tanh": _gates,
+        "rnn_relu": _gates,
+        "lstm_cell": _cell,
+        "gru_cell": _cell,
+        "rnn_tanh_cell": _cell,
+        "rnn_relu_cell": _cell,
+    }
     row = rows.get(op_name(node))
     if row is not None:
         return row(node)
@@ -443,9 +455,15 @@ def node_masks(node: fx.Node, plan: Plan) -> dict[fx.Node, tuple[Mask, ...]]:
 
 
 WEIGHT_DIMS = {
-    "linear": (0, 1), "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1), "convolution": (0, 1),
-    "conv_transpose1d": (1, 0), "conv_transpose2d": (1, 0), "conv_transpose3d": (1, 0),
-}  # fmt: skip
+    "linear": (0, 1),
+    "conv1d": (0, 1),
+    "conv2d": (0, 1),
+    "conv3d": (0, 1),
+    "convolution": (0, 1),
+    "conv_transpose1d": (1, 0),
+    "conv_transpose2d": (1, 0),
+    "conv_transpose3d": (1, 0),
+}
 
 
 def _pairs(shape: Any, summed: set[int], leaving: set[int], place: Any) -> tuple[Mask, ...]:
@@ -506,16 +524,25 @@ def _without_aliased(trace: Trace, masks: dict[fx.Node, Mask]) -> dict[fx.Node, 
     for node in trace.graph.nodes:
         if node.op == "get_attr" and str(node.target) in state:
             owners.setdefault(id(state[str(node.target)]), set()).add(str(node.target))
-    return {n: m for n, m in masks.items() if len(owners.get(id(state.get(str(n.target))), ())) <= 1}
+    return {
+        n: m for n, m in masks.items() if len(owners.get(id(state.get(str(n.target))), ())) <= 1
+    }
 
 
 def _fast_linear(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     a = bound_args(node)
     if len(writer.plan.nodes[a["weight"].name]) != 2:
         return None
-    new = {k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v for k, v in a.items()}
-    return _linear(writer, node, (new["input"], new["weight"], new["bias"]),
-                   (writer.plan.nodes[a["weight"].name], level))  # fmt: skip
+    new = {
+        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
+        for k, v in a.items()
+    }
+    return _linear(
+        writer,
+        node,
+        (new["input"], new["weight"], new["bias"]),
+        (writer.plan.nodes[a["weight"].name], level),
+    )
 
 
 def _linear(writer: Rewriter, node: fx.Node, operands: Any, place: Any) -> fx.Node:
@@ -539,7 +566,9 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     bias = a["self"] if biased else None
     if bias is not None and len(writer.plan.nodes[bias.name]) != 1:
         return None
-    new = [writer.written[writer.key(v, level)] if v is not None else None for v in (x, weight, bias)]
+    new = [
+        writer.written[writer.key(v, level)] if v is not None else None for v in (x, weight, bias)
+    ]
     turned = writer.graph.call_function(aten.t.default, (new[1],))
     return _linear(writer, node, (new[0], turned, new[2]), (shape[::-1], level))
 
@@ -552,11 +581,18 @@ def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     transposed = "transpose" in op_name(node)
     rank = len(shape) - 2
     out, into = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    new = {k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v for k, v in a.items()}
+    new = {
+        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
+        for k, v in a.items()
+    }
     geometry = (
-        _spread(a["stride"], rank), _spread(a["padding"], rank), _spread(a["dilation"], rank), transposed,
-        _spread(a.get("output_padding", 0), rank), 1,
-    )  # fmt: skip
+        _spread(a["stride"], rank),
+        _spread(a["padding"], rank),
+        _spread(a["dilation"], rank),
+        transposed,
+        _spread(a.get("output_padding", 0), rank),
+        1,
+    )
     runs = [writer.runs(d, level) for d in (out, into)]
     args = (new["input"], new["weight"], new["bias"], *geometry, *runs)
     return writer.graph.create_node("call_function", nested.conv.default, args, {}, name=node.name)
@@ -568,17 +604,27 @@ def _spread(value: Any, rank: int) -> list[int]:
 
 
 FAST: Mapping[str, Callable[[Rewriter, fx.Node, int], fx.Node | None]] = {
-    "linear": _fast_linear, "addmm": _fast_product, "mm": _fast_product, "matmul": _fast_product,
-    "conv1d": _fast_conv, "conv2d": _fast_conv, "conv3d": _fast_conv,
-    "conv_transpose1d": _fast_conv, "conv_transpose2d": _fast_conv, "conv_transpose3d": _fast_conv,
-}  # fmt: skip
+    "linear": _fast_linear,
+    "addmm": _fast_product,
+    "mm": _fast_product,
+    "matmul": _fast_product,
+    "conv1d": _fast_conv,
+    "conv2d": _fast_conv,
+    "conv3d": _fast_conv,
+    "conv_transpose1d": _fast_conv,
+    "conv_transpose2d": _fast_conv,
+    "conv_transpose3d": _fast_conv,
+}
 
 
 def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
     """Statistics of each unit's own level, or of its prefix."""
     del action
     a = bound_args(node)
-    new = {k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v for k, v in a.items()}
+    new = {
+        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
+        for k, v in a.items()
+    }
     prefix = writer.plan.options.norm == "prefix"
     shape = writer.plan.nodes[a["input"].name]
     name = op_name(node)
@@ -595,8 +641,17 @@ def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
 
 def _group_norm(writer: Rewriter, node: fx.Node, level: int, given: Any) -> fx.Node:
     new, shape, prefix = given
-    args = (new["input"], new["weight"], new["bias"], new["eps"], writer.runs(shape[1], level), prefix)
-    return writer.graph.create_node("call_function", nested.group_norm.default, args, {}, name=node.name)
+    args = (
+        new["input"],
+        new["weight"],
+        new["bias"],
+        new["eps"],
+        writer.runs(shape[1], level),
+        prefix,
+    )
+    return writer.graph.create_node(
+        "call_function", nested.group_norm.default, args, {}, name=node.name
+    )
 
 
 KINDS = {"linalg_vector_norm": "norm"}
@@ -606,18 +661,29 @@ def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     """A statistic over a nested axis, kept at full length: each unit has its own level's."""
     del action
     a = bound_args(node)
-    shape = writer.plan.nodes[node.args[0].name]  # type: ignore[union-attr]
+    source: Any = node.args[0]
+    shape = writer.plan.nodes[source.name]
     over = [d % len(shape) for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])]
     dim = next(d for d in over if dims.is_nested(shape[d]))
     kind = KINDS.get(op_name(node), op_name(node))
     kind += "0" if a.get("correction") == 0 else ""
     args = (
-        writer.written[writer.key(node.args[0], level)], over, dim, writer.runs(shape[dim], level),  # type: ignore[arg-type]
-        kind, writer.plan.options.norm == "prefix",
-    )  # fmt: skip
-    return writer.graph.create_node("call_function", nested.level_reduce.default, args, {}, name=node.name)
+        writer.written[writer.key(source, level)],
+        over,
+        dim,
+        writer.runs(shape[dim], level),
+        kind,
+        writer.plan.options.norm == "prefix",
+    )
+    return writer.graph.create_node(
+        "call_function", nested.level_reduce.default, args, {}, name=node.name
+    )
 
 
 ACTIONS: Mapping[str, Callable[[Rewriter, fx.Node, int, Action], fx.Node]] = {
-    "mask": _mask, "norm": _norm, "level": _level, "clamp": _clamp, "readout": _plain,
-}  # fmt: skip
+    "mask": _mask,
+    "norm": _norm,
+    "level": _level,
+    "clamp": _clamp,
+    "readout": _plain,
+}

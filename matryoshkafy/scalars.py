@@ -1,6 +1,7 @@
 """find_scalars(): constants of the graph that were derived from a width, such as sqrt(d_model).
 
-A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it multiplies or
+A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it
+multiplies or
 divides a tensor whose last dimension is a nested axis of n units and equals n ** p for p in
 1/2, -1/2, 1, -1; what is found is reported in the plan and rewritten at each size.
 """
@@ -49,7 +50,17 @@ def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> li
         power = None if value is None else _power(value, factor.size)
         if power is not None:
             source = node.meta.get("source") or ""
-            return [Scalar(node.name, str(index), float(value or 0), factor.group, factor.size, power, source)]
+            return [
+                Scalar(
+                    node.name,
+                    str(index),
+                    float(value or 0),
+                    factor.group,
+                    factor.size,
+                    power,
+                    source,
+                )
+            ]
     return []
 
 

@@ -59,7 +59,9 @@ def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the fie
 def reparametrised(
     trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
 ) -> dict[str, torch.Tensor]:
-    """Return v and g of weight-normalised weights so that g v / |v| is the cut of the full weight."""
+    """Return v and g of weight-normalised weights so that g v / |v| is the cut of the full
+    weight.
+    """
     out = {}
     already = plan.ladder[-1] != tuple(g.size for g in plan.groups)
     for node in trace.graph.nodes:
@@ -171,7 +173,10 @@ def _mask_runs(mask: Any, ladder: tuple[Widths, ...]) -> MaskRuns | None:
         return None
     where, shape = mask
     return MaskRuns(
-        where.out, where.into, dims.runs(shape[where.out], ladder), dims.runs(shape[where.into], ladder)
+        where.out,
+        where.into,
+        dims.runs(shape[where.out], ladder),
+        dims.runs(shape[where.into], ladder),
     )
 
 
@@ -182,7 +187,11 @@ def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
     out, offset = [], 0
     wanted = dims.kept(dim, want)
     for a, b in dims.kept(dim, have):
-        out += [(max(a, c) - a + offset, min(b, d) - a + offset) for c, d in wanted if max(a, c) < min(b, d)]
+        out += [
+            (max(a, c) - a + offset, min(b, d) - a + offset)
+            for c, d in wanted
+            if max(a, c) < min(b, d)
+        ]
         offset += b - a
     return tuple(out)
 
@@ -196,7 +205,11 @@ def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.T
         elif kept is not None:
             index = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in kept])
             tensor = tensor.index_select(dim, index)
-    return tensor.clone(memory_format=torch.contiguous_format) if tensor.layout == torch.strided else tensor
+    return (
+        tensor.clone(memory_format=torch.contiguous_format)
+        if tensor.layout == torch.strided
+        else tensor
+    )
 
 
 def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, torch.Tensor]:
@@ -251,7 +264,9 @@ def _mention(graph: fx.Graph, names: list[str]) -> None:
 
 
 def free_name(name: str) -> str:
-    """Return the name of a tensor in a GraphModule, which has attributes of its own (graph, code)."""
+    """Return the name of a tensor in a GraphModule, which has attributes of its own (graph,
+    code).
+    """
     head = name.partition(".")[0]
     taken = head == "meta" or (head != "training" and hasattr(fx.GraphModule, head))
     return f"user_{name}" if taken else name
@@ -269,7 +284,9 @@ def assemble(
         name, kept_name = free_name(name), name
         if kind.parameter and id(tensor) not in objects:
             objects[id(tensor)] = nn.Parameter(tensor, requires_grad=kind.requires_grad)
-        attach(root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(kept_name))
+        attach(
+            root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(kept_name)
+        )
     graph = sub_graph(replace(trace, root=root), plan, plan.levels - 1)
     for node in graph.nodes:
         if node.op == "get_attr":

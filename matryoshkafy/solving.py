@@ -1,7 +1,8 @@
-"""solve(): findings become a frozen plan. Which axes nest, in which groups, and what each node does.
+"""solve(): findings become a frozen plan. Which axes nest, in which groups, and what each node
+does.
 
-The policies, in order: what the user keeps stays whole; an axis nests only if it is a feature (in or
-out of a contraction with a parameter, or the columns of an embedding); of a product only the
+The policies, in order: what the user keeps stays whole; an axis nests only if it is a feature
+(in or out of a contraction with a parameter, or the columns of an embedding); of a product only the
 outermost free factor nests; an output axis that nothing contracts is a head and stays whole; in
 masked nesting a width that is contracted into a whole axis either ends in the tail, is demoted, or
 is clamped to the smallest size.
@@ -30,7 +31,18 @@ from matryoshkafy.scalars import find_scalars
 from matryoshkafy.sizes import parse_sizes
 from matryoshkafy.tracing import Trace
 
-NONLINEAR = {"tanh", "relu", "gelu", "silu", "elu", "mish", "leaky_relu", "hardswish", "relu6", "selu"}
+NONLINEAR = {
+    "tanh",
+    "relu",
+    "gelu",
+    "silu",
+    "elu",
+    "mish",
+    "leaky_relu",
+    "hardswish",
+    "relu6",
+    "selu",
+}
 DEFAULT_LADDER = [0.25, 0.5, 1.0]
 
 
@@ -56,14 +68,20 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
         _only_feed_forward(trace, found, parameters)
     masking = Masking({}, frozenset(), ())
     if request.options.nesting == "masked" and request.options.scope == "full":
-        masking = choose(trace, found, lambda: _settle(found), _shares(_trainable(trace, parameters)))
+        masking = choose(
+            trace, found, lambda: _settle(found), _shares(_trainable(trace, parameters))
+        )
     return _frozen(trace, found, request, (parameters, masking))
 
 
 def _parameter_terms(trace: Trace, found: Findings) -> dict[str, Any]:
     out = {}
     for node in trace.graph.nodes:
-        if node.op == "get_attr" and found.terms.get(node) is not None and node.target != "training":
+        if (
+            node.op == "get_attr"
+            and found.terms.get(node) is not None
+            and node.target != "training"
+        ):
             out[str(node.target)] = found.terms[node]
     return out | _aliases(trace, out)
 
@@ -142,17 +160,23 @@ def _outermost(term: Term) -> bool:
     return changed
 
 
+def _inside_products(parameters: Mapping[str, Any]) -> set[Axis]:
+    """Return the axes that are one factor among several of some dimension, copies not counted."""
+    inside: set[Axis] = set()
+    for term in (t for terms in parameters.values() for t in terms):
+        resolved = axes.resolve(term)
+        if len([f for f in resolved if not (isinstance(f, Axis) and f.fixed is COPIES)]) > 1:
+            inside.update(axes.leaves(resolved))
+    return inside
+
+
 def _only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, Any]) -> None:
     """Keep the hidden axes between two contractions with the residual stream, fix the rest.
 
     An attention head axis is a factor of a product (heads x head_dim), a hidden axis stands alone.
     """
     main = _heaviest(_trainable(trace, parameters))
-    inside: set[Axis] = set()
-    for term in (t for terms in parameters.values() for t in terms):
-        resolved = axes.resolve(term)
-        if len([f for f in resolved if not (isinstance(f, Axis) and f.fixed is COPIES)]) > 1:
-            inside.update(axes.leaves(resolved))
+    inside = _inside_products(parameters)
     partners: dict[Axis, set[Axis]] = {}
     for terms in parameters.values():
         free = [{leaf for leaf in axes.leaves(t) if leaf.fixed is None} for t in terms]
@@ -171,7 +195,9 @@ def _only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, A
 
 
 def _trainable(trace: Trace, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out buffers, whose size says nothing of the model's; keep them where there is no other."""
+    """Leave out buffers, whose size says nothing of the model's; keep them where there is no
+    other.
+    """
     state = trace.state()
     once = {id(state[n]): n for n in reversed(list(parameters)) if n in state}
     names = [n for n in once.values() if isinstance(state[n], nn.Parameter)]
@@ -212,14 +238,23 @@ def _frozen(trace: Trace, found: Findings, request: Request, solved: Any) -> Pla
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     nodes = {n.name: _frozen_node(n, found, freeze) for n in found.terms if n.op != "output"}
     plan = Plan(
-        options=request.options, sizes=sizes, main=order.index(main), unit=unit, groups=groups,
-        ladder=ladder_of(groups, sizes, width), parameters=solved_parameters, nodes=nodes,
+        options=request.options,
+        sizes=sizes,
+        main=order.index(main),
+        unit=unit,
+        groups=groups,
+        ladder=ladder_of(groups, sizes, width),
+        parameters=solved_parameters,
+        nodes=nodes,
         notes={n.name: {k: freeze(t) for k, t in v.items()} for n, v in found.notes.items()},
-        actions={n: _action(c, order) for n, c in masking.choices.items()}, tail=masking.tail,
+        actions={n: _action(c, order) for n, c in masking.choices.items()},
+        tail=masking.tail,
         full=_full_nodes(found, nodes),
-        whole=tuple(_whole(parameters)), unknown=tuple(Unknown(*u) for u in found.unknown),
-        scalars=(), remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks))),
-    )  # fmt: skip
+        whole=tuple(_whole(parameters)),
+        unknown=tuple(Unknown(*u) for u in found.unknown),
+        scalars=(),
+        remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks))),
+    )
     plan = _overridden(plan, request.overrides)
     return find_scalars(trace, plan)
 
@@ -236,7 +271,11 @@ def _nothing(parameters: Mapping[str, Any], found: Findings) -> str:
     if not parameters:
         return "the model has no parameters, so there is nothing to nest; give a model with weights"
     reasons = Counter(
-        leaf.fixed.kind for ts in parameters.values() for t in ts for leaf in axes.leaves(t) if leaf.fixed
+        leaf.fixed.kind
+        for ts in parameters.values()
+        for t in ts
+        for leaf in axes.leaves(t)
+        if leaf.fixed
     )
     why = ", ".join(f"{kind} ({count} axes)" for kind, count in reasons.most_common(5))
     ops = ", ".join(f"{op} at {source or node}" for op, node, source in found.unknown[:3])
@@ -324,7 +363,9 @@ def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:
     spans: Counter[int] = Counter()
     for shape in parameters.values():
         for dim in shape:
-            at = next((i for i, f in enumerate(dim) if isinstance(f, Nested) and f.group == main), None)
+            at = next(
+                (i for i, f in enumerate(dim) if isinstance(f, Nested) and f.group == main), None
+            )
             if at is not None:
                 spans[dims.size(dim[at + 1 :])] += dims.size(sum(shape, ()))
     return spans.most_common(1)[0][0] if spans else 1
@@ -387,13 +428,21 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     shapes = [getattr(getattr(v, "meta", {}).get("shape"), "shape", ()) for v in output.args[0]]  # type: ignore[union-attr]
     width = next((s[-1] for s in shapes if s), None)
     if width is None or width < 2:
-        raise NothingNests("the model returns no tensor with a last axis, so there is nothing to nest")
+        raise NothingNests(
+            "the model returns no tensor with a last axis, so there is nothing to nest"
+        )
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     group = Group("output", width, ())
     notes = {str(i): (Nested(0, width),) for i, s in enumerate(shapes) if s and s[-1] == width}
     return Plan(
-        options=request.options, sizes=sizes, main=0, unit=1, groups=(group,),
-        ladder=ladder_of((group,), sizes, width), nodes={}, notes={"output": notes},
+        options=request.options,
+        sizes=sizes,
+        main=0,
+        unit=1,
+        groups=(group,),
+        ladder=ladder_of((group,), sizes, width),
+        nodes={},
+        notes={"output": notes},
         parameters={name: tuple((n,) for n in t.shape) for name, t in trace.state().items()},
         remarks=trace.notes,
-    )  # fmt: skip
+    )

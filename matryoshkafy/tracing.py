@@ -2,7 +2,8 @@
 
 What holds of a `Trace`: the graph lints; every tensor of the model is a `get_attr` under the user's
 own name; no node mutates its input; dropout and batch norm follow `self.training`; nothing is bound
-to a device; every node carries `meta["shape"]` (concrete sizes) and `meta["source"]` (the user's line).
+to a device; every node carries `meta["shape"]` (concrete sizes) and `meta["source"]` (the user's
+line).
 """
 
 from __future__ import annotations
@@ -157,12 +158,12 @@ def _root_of(model: nn.Module, captured: Captured) -> nn.Module:
 
 def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
     """Put a tensor under a dotted name, making plain containers on the way."""
-    parent = root
+    parent: Any = root
     *path, leaf = name.split(".")
     for part in path:
         if part not in parent._modules:
             parent.add_module(part, nn.Module())
-        parent = parent._modules[part]  # type: ignore[assignment]
+        parent = parent._modules[part]
     if isinstance(tensor, nn.Parameter):
         parent.register_parameter(leaf, tensor)
     else:
@@ -230,9 +231,9 @@ class _Copier:
                 "branch on Python values, or use torch.where"
             )
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        picked = args and isinstance(args[0], (tuple, list)) and name == "getitem"
-        if picked:
-            self.env[node] = args[0][args[1]]
+        first: Any = args[0] if args else None
+        if isinstance(first, (tuple, list)) and name == "getitem":
+            self.env[node] = first[args[1]]  # type: ignore[index]
             return
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
         self.env[node] = self._described(new, node)
@@ -283,4 +284,3 @@ def _bounds(value: Any) -> tuple[float, float] | None:
         return None
     low, high = (float(n) for n in torch.aminmax(value.detach().to(torch.float64)))
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
-

@@ -1,4 +1,6 @@
-"""The laws on the zoo: every required architecture in the quick suite, all the others in the slow one."""
+"""The laws on the zoo: every required architecture in the quick suite, all the others in the
+slow one.
+"""
 
 from __future__ import annotations
 

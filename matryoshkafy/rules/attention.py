@@ -41,5 +41,3 @@ def _mask(walk: Walk, mask: Terms, scores: Terms) -> None:
     for mine, theirs in zip(mask[::-1], scores[::-1], strict=False):
         if mine and theirs and axes.size(mine) == axes.size(theirs):
             walk.unify(mine, theirs)
-
-

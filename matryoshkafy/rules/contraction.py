@@ -39,7 +39,8 @@ def matmul(walk: Walk, node: fx.Node, args: Args) -> Terms:
 def product(walk: Walk, left: Any, right: Any) -> Terms:
     """Return the terms of left @ right."""
     a, b = walk.of(left), walk.of(right)
-    walk.contract(walk.unify(a[-1], b[-2] if len(b) > 1 else b[-1]))
+    inner = b[-2:][0]
+    walk.contract(walk.unify(a[-1], inner))
     walk.weight(right, -1, -2)
     walk.weight(left, -1, -2)
     batch = _batch(walk, a[:-2], b[:-2])
@@ -125,12 +126,20 @@ def _spell_ellipsis(equation: str, ranks: list[int]) -> str:
     """Give the dims behind `...` letters of their own (upper case from Z down)."""
     left, arrow, right = equation.partition("->")
     operands = left.split(",")
-    hidden = [r - len(o.replace("...", "")) if "..." in o else 0 for o, r in zip(operands, ranks, strict=True)]
+    hidden = [
+        r - len(o.replace("...", "")) if "..." in o else 0
+        for o, r in zip(operands, ranks, strict=True)
+    ]
     used = set(equation)
     spare = [c for c in "ZYXWVUTSRQPONMLKJIHGFEDCBA" if c not in used][: max(hidden)]
-    names = [o.replace("...", "".join(spare[len(spare) - h :])) for o, h in zip(operands, hidden, strict=True)]
+    names = [
+        o.replace("...", "".join(spare[len(spare) - h :]))
+        for o, h in zip(operands, hidden, strict=True)
+    ]
     if not arrow:
-        free = "".join(sorted(c for c in set("".join(names)) - set(spare) if "".join(names).count(c) == 1))
+        free = "".join(
+            sorted(c for c in set("".join(names)) - set(spare) if "".join(names).count(c) == 1)
+        )
         return ",".join(names) + "->" + "".join(spare) + free
     return ",".join(names) + "->" + right.replace("...", "".join(spare))
 
@@ -223,7 +232,9 @@ def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Any, Any]) -> T
 
 
 def _grouped(walk: Walk, args: Args, terms: tuple[Any, Any, Any], groups: int) -> Any:
-    """Group g of the outputs reads group g of the inputs: the groups are shared, the rest is inner."""
+    """Group g of the outputs reads group g of the inputs: the groups are shared, the rest is
+    inner.
+    """
     x, out, inner = terms
     n_in, n_out = walk.shape(args["weight"])[1], walk.shape(args["weight"])[0] // groups
     mine = walk.fresh(groups, name="groups")

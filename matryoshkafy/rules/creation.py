@@ -9,8 +9,20 @@ from torch import fx
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
-@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full",
-      "new_empty", "randint", "empty_strided")  # fmt: skip
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "rand",
+    "randn",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "randint",
+    "empty_strided",
+)
 def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every unit is made alike."""
     del args
@@ -20,14 +32,34 @@ def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
 @rule("arange")
 def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """a, a + 1, a + 2, ...: a prefix is a shorter range, so the end may shrink."""
-    plain = all(isinstance(v, int) for v in (args.get("start", 0), args.get("end"), args.get("step", 1)))
+    plain = all(
+        isinstance(v, int) for v in (args.get("start", 0), args.get("end"), args.get("step", 1))
+    )
     free = plain and args.get("step", 1) == 1
     return tuple(walk.fresh(n, None if free else "range", "range") for n in walk.shape(node))
 
 
-@rule("scalar_tensor", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "one_hot", "tensor",
-      "randperm", "hann_window", "hamming_window", "sym_size", "nonzero", "bincount", "histc", "unique_dim",
-      "_unique2", "bucketize", "searchsorted")  # fmt: skip
+@rule(
+    "scalar_tensor",
+    "linspace",
+    "logspace",
+    "eye",
+    "tril_indices",
+    "triu_indices",
+    "one_hot",
+    "tensor",
+    "randperm",
+    "hann_window",
+    "hamming_window",
+    "sym_size",
+    "nonzero",
+    "bincount",
+    "histc",
+    "unique_dim",
+    "_unique2",
+    "bucketize",
+    "searchsorted",
+)
 def counted(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Values depend on the size: whole."""
     for value in args.values():

@@ -15,7 +15,10 @@ def _index_terms(walk: Walk, x: Terms, indices: Any) -> tuple[list[int], list[An
     dims: list[int] = []
     at = 0
     for index in indices:
-        mask = isinstance(index, fx.Node) and str(index.meta["shape"].dtype) in ("torch.bool", "torch.uint8")
+        mask = isinstance(index, fx.Node) and str(index.meta["shape"].dtype) in (
+            "torch.bool",
+            "torch.uint8",
+        )
         width = len(walk.shape(index)) if mask else 1
         if index is not None:
             dims.extend(range(at, at + width))
@@ -104,7 +107,15 @@ def gather(walk: Walk, node: fx.Node, args: Args) -> Any:
     return tuple(out)
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
+@rule(
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "index_reduce",
+)
 def scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Along one dim by index, into x."""
     x = walk.of(args["self"])

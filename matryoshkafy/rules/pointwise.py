@@ -9,7 +9,8 @@ from torch import fx
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 UNARY = """
-    abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sign sgn floor ceil round
+    abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sign sgn floor ceil
+    round
     trunc frac sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv sigmoid
     logit relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus
     softsign hardshrink softshrink threshold log_sigmoid tanhshrink rrelu
@@ -114,7 +115,9 @@ def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
     del node
     x, source = walk.of(args["self"]), walk.of(args["source"])
     mask = args["mask"]
-    constant = isinstance(mask, fx.Node) and getattr(mask.target, "__name__", "").startswith("expand")
+    constant = isinstance(mask, fx.Node) and getattr(mask.target, "__name__", "").startswith(
+        "expand"
+    )
     broadcast(walk, [args["self"], mask])
     if constant and walk.shape(args["source"])[-1:] == walk.shape(args["self"])[-1:]:
         walk.unify(x[-1], source[-1])

@@ -77,9 +77,31 @@ def _normal(dim: Any, rank: int) -> list[int]:
     return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
 
 
-@rule("mean", "sum", "var", "std", "amax", "amin", "prod", "logsumexp", "linalg_vector_norm", "norm",
-      "any", "all", "argmax", "argmin", "var_mean", "std_mean", "max", "min", "median", "count_nonzero",
-      "nansum", "nanmean", "aminmax")  # fmt: skip
+@rule(
+    "mean",
+    "sum",
+    "var",
+    "std",
+    "amax",
+    "amin",
+    "prod",
+    "logsumexp",
+    "linalg_vector_norm",
+    "norm",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "var_mean",
+    "std_mean",
+    "max",
+    "min",
+    "median",
+    "count_nonzero",
+    "nansum",
+    "nanmean",
+    "aminmax",
+)
 def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Statistics over dims; torch.max of two tensors is pointwise."""
     if isinstance(args.get("other"), fx.Node):
@@ -91,8 +113,19 @@ def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
     return (terms,) * count if count else terms
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp",
-      "cummax", "cummin", "_safe_softmax")  # fmt: skip
+@rule(
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "softmin",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "cummax",
+    "cummin",
+    "_safe_softmax",
+)
 def along(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every output unit sees the units of one dim, which is mixed."""
     terms = walk.of(args["self"])

@@ -1,4 +1,6 @@
-"""Ops over space and frequency: pooling, resizing, Fourier transforms. Channels pass, space stays."""
+"""Ops over space and frequency: pooling, resizing, Fourier transforms. Channels pass, space
+stays.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,25 @@ def _register(dims: int, *names: str) -> None:
 for _n in (1, 2, 3):
     _register(
         _n,
-        f"max_pool{_n}d", f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d", f"adaptive_max_pool{_n}d",
-        f"_adaptive_avg_pool{_n}d", f"max_pool{_n}d_with_indices", f"lp_pool{_n}d",
-        f"upsample_nearest{_n}d", f"_upsample_nearest_exact{_n}d",
-    )  # fmt: skip
+        f"max_pool{_n}d",
+        f"avg_pool{_n}d",
+        f"adaptive_avg_pool{_n}d",
+        f"adaptive_max_pool{_n}d",
+        f"_adaptive_avg_pool{_n}d",
+        f"max_pool{_n}d_with_indices",
+        f"lp_pool{_n}d",
+        f"upsample_nearest{_n}d",
+        f"_upsample_nearest_exact{_n}d",
+    )
 _register(1, "upsample_linear1d")
-_register(2, "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-          "_upsample_bicubic2d_aa", "upsample_nearest2d_backward")  # fmt: skip
+_register(
+    2,
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "upsample_nearest2d_backward",
+)
 _register(3, "upsample_trilinear3d")
 
 
@@ -51,8 +65,22 @@ def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Any:
     return _spatial(walk, node, len(walk.shape(node)) - 2)
 
 
-@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", "fft_fft2", "fft_ifft2",
-      "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn")  # fmt: skip
+@rule(
+    "fft_fft",
+    "fft_ifft",
+    "fft_rfft",
+    "fft_irfft",
+    "fft_hfft",
+    "fft_ihfft",
+    "fft_fft2",
+    "fft_ifft2",
+    "fft_rfft2",
+    "fft_irfft2",
+    "fft_fftn",
+    "fft_ifftn",
+    "fft_rfftn",
+    "fft_irfftn",
+)
 def fourier(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Transformed dims stay whole, the others pass."""
     terms, new = list(walk.of(args["self"])), walk.shape(node)

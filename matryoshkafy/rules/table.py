@@ -1,8 +1,8 @@
 """The rule table: how axes cross each op. A rule is a row; adding an op adds a row.
 
 A rule receives the walk (where terms are looked up, made one, or held fixed), the node, and the
-node's arguments by their schema names; it returns the terms of the output, one per dimension (a tuple
-of such tuples where the op returns several tensors). Rules never traverse and keep no state.
+node's arguments by their schema names; it returns the terms of the output, one per dimension (a
+tuple of such tuples where the op returns several tensors). Rules never traverse and keep no state.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for ops: overloads (`torch.ops.mylib.scan.default`), packets, or schema names.
+    """Register a rule for ops: overloads (`torch.ops.mylib.scan.default`), packets, or schema
+    names.
 
     Example:
         @mk.rule(torch.ops.mylib.scan)

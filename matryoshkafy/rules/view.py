@@ -11,14 +11,30 @@ from matryoshkafy import axes
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "ravel", "view_copy", "squeeze",
-      "unsqueeze", "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d")  # fmt: skip
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "ravel",
+    "view_copy",
+    "squeeze",
+    "unsqueeze",
+    "_reshape_alias",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+)
 def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Minimal runs of dims with equal product become one another."""
     del args
-    source = node.args[0]
-    info = getattr(source, "meta", {}).get("shape"), node.meta["shape"]
-    if node.target._schema.name == "aten::view" and info[0].dtype.itemsize != info[1].dtype.itemsize:  # type: ignore[union-attr]
+    source: Any = node.args[0]
+    info: Any = getattr(source, "meta", {}).get("shape"), node.meta["shape"]
+    if (
+        node.target._schema.name == "aten::view"
+        and info[0].dtype.itemsize != info[1].dtype.itemsize
+    ):  # type: ignore[union-attr]
         return None
     return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
 
@@ -163,7 +179,8 @@ def cat(walk: Walk, node: fx.Node, args: Args) -> Any:
     rank = len(walk.shape(node))
     if any(len(walk.shape(t)) != rank for t in tensors):
         return None
-    dim = {"aten::hstack": min(1, rank - 1), "aten::vstack": 0}.get(name, args.get("dim", 0)) % rank
+    dim = {"aten::hstack": min(1, rank - 1), "aten::vstack": 0}.get(name)
+    dim = (args.get("dim", 0) if dim is None else dim) % rank
     out = list(walk.of(tensors[0]))
     for tensor in tensors[1:]:
         for i, term in enumerate(walk.of(tensor)):
@@ -184,8 +201,18 @@ def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*out[:dim], axes.copies(len(tensors)), *out[dim:])
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split",
-      "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy", "hsplit")  # fmt: skip
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_chunk",
+    "unsafe_split",
+    "tensor_split",
+    "unsafe_split_with_sizes",
+    "split_copy",
+    "split_with_sizes_copy",
+    "hsplit",
+)
 def split(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Consecutive pieces of one dim."""
     source = args.get("self", node.args[0])
@@ -217,7 +244,7 @@ def unbind(walk: Walk, node: fx.Node, args: Args) -> Any:
 def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """A piece of one dim; every second unit of an axis halves it."""
     terms, old, new = list(walk.of(args["self"])), walk.shape(args["self"]), walk.shape(node)
-    dim = args["dim"] % len(terms)
+    dim = (args["dim"] or 0) % len(terms)
     step, start = args.get("step", 1), args.get("start") or 0
     if old[dim] == new[dim]:
         return tuple(terms)
@@ -292,8 +319,16 @@ def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return terms
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
-      "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
+@rule(
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+)
 def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Padded dims: constants before and after the axis; other modes hold it whole."""
     names = list(args)
@@ -302,7 +337,9 @@ def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
     for i in range(len(widths) // 2):
         dim = len(terms) - 1 - i
         if walk.shape(args["self"])[dim] != walk.shape(node)[dim]:
-            plain = constant and all(isinstance(w, int) and w >= 0 for w in widths[2 * i : 2 * i + 2])
+            plain = constant and all(
+                isinstance(w, int) and w >= 0 for w in widths[2 * i : 2 * i + 2]
+            )
             padding = widths[2 * i : 2 * i + 2] if plain else None
             terms[dim] = _padded(walk, terms[dim], padding, walk.shape(node)[dim])
     return tuple(terms)
@@ -318,7 +355,9 @@ def _padded(walk: Walk, term: Any, width: Any, size: int) -> Any:
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
 def shuffle(walk: Walk, node: fx.Node, args: Args) -> Any:
-    """[.., C r r, H, W] -> [.., C, H r, W r] and back; channel groups change places with channels."""
+    """[.., C r r, H, W] -> [.., C, H r, W r] and back; channel groups change places with
+    channels.
+    """
     del args
     name = node.target._schema.name  # type: ignore[union-attr]
     terms, new = walk.of(node.args[0]), walk.shape(node)

@@ -1,4 +1,4 @@
-"""AllSizes: a doll and its loss as one module, because DDP, FSDP2 and Trainer hook a module's call."""
+"""AllSizes: a doll and its loss as one module, whose call DDP, FSDP2 and Trainer can hook."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ class AllSizes(nn.Module):
     target or a tuple of them; it goes into the model instead where the doll was traced with an
     argument `labels`: then the losses that the model itself returns are summed over the sizes.
     check: a loss that is not finite raises NonFiniteLoss with the place of its origin; reading the
-    loss waits for the device. fully_shard this module as a whole: the modules inside are only names.
+    loss waits for the device. fully_shard this module as a whole: those inside are only names.
     Raises AllSizesError for a loss with parameters of its own, or none where one is needed.
     """
 
+    doll: Doll
+    loss: Callable[..., Any]
     # Trainer would otherwise pass num_items_in_batch and expect the model to divide by it.
     accepts_loss_kwargs = False
 
@@ -78,7 +80,7 @@ class AllSizes(nn.Module):
             raise NonFiniteLoss(explain(found.loss, self.doll, args, kwargs))
         return found
 
-    def targets(self, labels: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def targets(self, labels: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """What the loss gets, and the keywords that the model gets."""
         if labels is None:
             return (), kwargs
@@ -86,7 +88,7 @@ class AllSizes(nn.Module):
             return (), {**kwargs, "labels": labels}
         return (labels if isinstance(labels, tuple) else (labels,)), kwargs
 
-    def evaluated(self, outputs: Mapping[int, Any], targets: tuple[Any, ...]) -> StepLoss:
+    def evaluated(self, outputs: Mapping[int, Any], targets: tuple) -> StepLoss:
         """The loss, per size where it is a MatryoshkaLoss."""
         if isinstance(self.loss, MatryoshkaLoss):
             return StepLoss(*self.loss(outputs, *targets, return_per_size=True))

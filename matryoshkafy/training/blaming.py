@@ -1,4 +1,4 @@
-"""Where a non-finite loss comes from: the doll runs once more, node by node, and is read backwards."""
+"""Where a non-finite loss comes from: the doll runs once more and is read backwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.rewriting import outputs_graph
 
 # Ops whose result is infinite because they were told to write infinity.
-MASKS = set("masked_fill where full full_like new_full scalar_tensor fill triu tril".split())
+MASKS = {
+    "masked_fill", "where", "full", "full_like", "new_full", "scalar_tensor", "fill",
+    "triu", "tril",
+}  # fmt: skip
 REMEDY = "Lower the learning rate, clip the gradients, or use bfloat16 in place of float16."
 
 
@@ -30,7 +33,7 @@ class Blame:
 
     kind: "input", "parameter" or "op"; name: the input's, the parameter's, or the op's; module: the
     one whose parameters the op reads, "after " the last such one for an op without any ("" if there
-    is none); source: the user's line; size: that of the pass (None: no pass); value: "nan" or "inf".
+    is none); source: the user's line; size: that of the pass, if any; value: "nan" or "inf".
     """
 
     kind: str
@@ -85,7 +88,7 @@ class Watcher(fx.Interpreter):
     """Runs a graph and keeps "nan" or "inf" of each node that has either."""
 
     def __init__(self, graph: fx.Graph, doll: Doll) -> None:
-        super().__init__(doll._root, graph=graph)
+        super().__init__(doll._trace.root, graph=graph)
         self.found: dict[fx.Node, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -33,9 +33,10 @@ class NestedTrainer(Trainer):
     ) -> None:
         everything = model if isinstance(model, AllSizes) else AllSizes(model, loss)
         metrics = None if compute_metrics is None else per_size(compute_metrics, everything.sizes)
-        self._seen: dict[int, list[Tensor]] = {}
+        self._everything, self._seen = everything, dict[int, list[Tensor]]()
         super().__init__(everything, *args, compute_metrics=metrics, **kwargs)
-        self._signature_columns = [*input_names(everything.doll), "label", "label_ids", "labels"]
+        self._columns = input_names(everything.doll)
+        self._signature_columns = [*self._columns, "label", "label_ids", "labels"]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -65,9 +66,9 @@ class NestedTrainer(Trainer):
             loss = self.compute_loss(model, inputs).detach() if labels is not None else None
             if prediction_loss_only:
                 return loss, None, None
-            kept = {k: v for k, v in inputs.items() if k in input_names(self.model.doll)}
-            outputs = self.model.doll.outputs(**kept)
-        return loss, tuple(scores(outputs[size]) for size in self.model.sizes), labels
+            kept = {k: v for k, v in inputs.items() if k in self._columns}
+            outputs = self._everything.doll.outputs(**kept)
+        return loss, tuple(scores(outputs[size]) for size in outputs), labels
 
 
 def scores(output: Any) -> Tensor:

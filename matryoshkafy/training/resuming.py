@@ -1,9 +1,10 @@
 """save_run() and resume_run(): a training run as a folder that replaces its predecessor whole.
 
-    run.json               every part's state without its tensors, the position, Python's random state
-    tensors.safetensors    the tensors of all parts, and torch's and numpy's random state
+    run.json               every part's state without its tensors, and the position
+    tensors.safetensors    the tensors of all parts
 
-Nothing is pickled: what is neither a tensor nor one of the kinds in `KINDS` is refused by its place.
+Nothing is pickled: what is neither a tensor nor of `KINDS` is refused, by its place. The random
+states of Python, numpy and torch are one more part.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.safe_json import parse_json, shown
-from matryoshkafy.storage import check_digests, digest_file, recover_folder, write_folder
+from matryoshkafy.storage import Writer, check_digests, digest_file, recover_folder, write_folder
 from matryoshkafy.tensor_files import TensorFile, entry_of, write_tensors
 from matryoshkafy.training.sharding import placed_like, whole
 
@@ -58,7 +59,7 @@ def save_run(
     return Path(os.path.realpath(folder))
 
 
-def writers(content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Callable[[Path], Any]]:
+def writers(content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Writer]:
     """How each file is written."""
 
     def described(path: Path) -> None:
@@ -103,7 +104,7 @@ def read(target: Path) -> dict[str, Any]:
         raise ResumeError(f"{target} is no saved run: it has no {RUN}; give a folder of save_run")
     content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ResumeError(f"{path} is not of format {FORMAT}; resume with the version that saved it")
+        raise ResumeError(f"{path} is not of format {FORMAT}: resume where it was saved")
     check_digests(target, content.get("digests"))
     return content
 
@@ -210,7 +211,7 @@ KINDS: dict[type, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     dict: ("dict", pairs, as_dict),
     OrderedDict: ("ordered", pairs, lambda rows, file: OrderedDict(as_dict(rows, file))),
     Counter: ("counter", pairs, lambda rows, file: Counter(as_dict(rows, file))),
-    float: ("float", lambda value, place, tensors: value.hex(), lambda text, file: float.fromhex(text)),
+    float: ("float", lambda value, *_: value.hex(), lambda text, _: float.fromhex(text)),
 }
 READERS = {name: reader for name, _, reader in KINDS.values()}
 
@@ -237,7 +238,7 @@ def decode(tree: Any, file: TensorFile | None) -> Any:
     if type(tree) in PLAIN:
         return tree
     name, value = next(iter(tree.items())) if isinstance(tree, dict) and tree else ("", None)
-    if name == "tensor" and file is not None:
+    if name == "tensor" and file is not None and isinstance(value, str):
         return file.read(value)
     if name not in READERS:
         raise ResumeError(f"a saved run holds {shown(tree)}, of no known kind: it is damaged")

@@ -1,4 +1,6 @@
-"""The laws of the design on one entry of the zoo, as numbers: used by the tests and by the table."""
+"""The laws of the design on one entry of the zoo, as numbers: used by the tests and by the
+table.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,10 @@ TOLERANCE = 1e-5
 class Row:
     """What one nesting of one architecture came to.
 
-    `status`: ok, refused, or broken. Errors are relative to the largest value; `native` compares the
-    sliced half size with the same class built from the smaller config (None: no such config).
-    `half` is the share of parameters left at half size, `tables` that of whole (fixed) tables in them.
+    `status`: ok, refused, or broken. Errors are relative to the largest value; `native` compares
+    the sliced half size with the same class built from the smaller config (None: no such config).
+    `half` is the share of parameters left at half size, `tables` that of whole (fixed) tables in
+    them.
     """
 
     name: str
@@ -71,9 +74,18 @@ def _row(entry: Entry, built: Any, traced: Trace, nesting: str) -> Row:
     laws = max(max(s.output_error, s.trunk_error, s.beyond_error) for s in report.sizes)
     broken = not report.passed or identity > TOLERANCE
     return Row(
-        entry.name, entry.family, nesting, "broken" if broken else "ok", "", identity, laws, native,
-        report.sizes[1].parameters / report.sizes[-1].parameters, report.tail_share, doll.plan.remarks,
-    )  # fmt: skip
+        entry.name,
+        entry.family,
+        nesting,
+        "broken" if broken else "ok",
+        "",
+        identity,
+        laws,
+        native,
+        report.sizes[1].parameters / report.sizes[-1].parameters,
+        report.tail_share,
+        doll.plan.remarks,
+    )
 
 
 def _identity(model: nn.Module, doll: Doll, call: tuple[Any, Mapping[str, Any]]) -> float:

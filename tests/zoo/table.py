@@ -49,7 +49,11 @@ def _measured(chosen: Iterable[Entry], path: Path) -> list[dict[str, Any]]:
         with path.open("a") as sink:
             sink.writelines(json.dumps(r.as_json()) + "\n" for r in rows)
         known += [r.as_json() for r in rows]
-        print(*(f"{r.name} {r.nesting} {r.status} {r.message[:90]}" for r in rows), sep="\n", flush=True)
+        print(
+            *(f"{r.name} {r.nesting} {r.status} {r.message[:90]}" for r in rows),
+            sep="\n",
+            flush=True,
+        )
     return known
 
 
@@ -73,13 +77,16 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         *_summary(rows),
         "",
-        "`identity`: full size against the user's model. `laws`: worst of outputs, trunk nodes and noise",
-        "past the prefix. `native`: the half-size slice in the same class built from the smaller config",
-        "(inf: the shapes differ; blank: no such config). `half`: parameters left at half size.",
+        "`identity`: full size against the user's model. `laws`: worst of outputs, trunk nodes and",
+        "noise past the prefix. `native`: the half-size slice in the same class built from the",
+        "smaller config (inf: the shapes differ; blank: no such config). `half`: parameters left.",
         "",
         "| architecture | library | nesting | status | identity | laws | native | half | tail |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(_line(r) for r in sorted(rows, key=lambda r: (r["name"] not in REQUIRED, r["family"], r["name"]))),
+        *(
+            _line(r)
+            for r in sorted(rows, key=lambda r: (r["name"] not in REQUIRED, r["family"], r["name"]))
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -97,10 +104,16 @@ def _summary(rows: list[dict[str, Any]]) -> list[str]:
 
 COUNTS = (
     ("every law holds", lambda r: r["status"] == "ok"),
-    ("at half size at most half of all parameters", lambda r: r["status"] == "ok" and r["half"] <= 0.5),
+    (
+        "at half size at most half of all parameters",
+        lambda r: r["status"] == "ok" and r["half"] <= 0.5,
+    ),
     ("tail at most 20 % of the nodes", lambda r: r["status"] == "ok" and r["tail"] <= 0.2),
     ("both of these", lambda r: r["status"] == "ok" and r["half"] <= 0.5 and r["tail"] <= 0.2),
-    ("equals the native small model to 1e-5", lambda r: r["native"] is not None and r["native"] <= 1e-5),
+    (
+        "equals the native small model to 1e-5",
+        lambda r: r["native"] is not None and r["native"] <= 1e-5,
+    ),
     ("has a native small model", lambda r: r["native"] is not None),
     ("refused by name", lambda r: r["status"] == "refused"),
     ("broken", lambda r: r["status"] == "broken"),
@@ -111,12 +124,11 @@ def _line(r: dict[str, Any]) -> str:
     mark = "**" if r["name"] in REQUIRED else ""
     native = "" if r["native"] is None else f"{r['native']:.0e}"
     message = r["message"].replace("|", "/")[:100]
+    head = f"| {mark}{r['name']}{mark} | {r['family']} | {r['nesting']} | {r['status']}"
     if r["status"] != "ok" and message:
-        return f"| {mark}{r['name']}{mark} | {r['family']} | {r['nesting']} | {r['status']}: {message} | | | | | |"
-    return (
-        f"| {mark}{r['name']}{mark} | {r['family']} | {r['nesting']} | {r['status']} | {r['identity']:.0e} "
-        f"| {r['laws']:.0e} | {native} | {r['half']:.2f} | {r['tail']:.2f} |"
-    )
+        return f"{head}: {message} | | | | | |"
+    errors = f"{r['identity']:.0e} | {r['laws']:.0e} | {native}"
+    return f"{head} | {errors} | {r['half']:.2f} | {r['tail']:.2f} |"
 
 
 if __name__ == "__main__":
