@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -105,7 +104,7 @@ class Digits(nn.Module):
 
 
 class Characters(nn.Module):
-    """Characters [B, T] -> logits of the next one [B, T, symbols], by a small causal transformer."""
+    """Characters [B, T] -> logits of the next one [B, T, symbols]: a causal transformer."""
 
     def __init__(self, width: int, symbols: int, length: int) -> None:
         super().__init__()
