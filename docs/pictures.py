@@ -20,6 +20,7 @@ import matryoshkafy as mk
 from matryoshkafy import pictures
 from matryoshkafy.losses import MatryoshkaLoss
 from matryoshkafy.pictures.svg import svg, tag, text
+from matryoshkafy.training import scale_rows
 
 SIZES = [8, 16, 32, 64, 128, 256]
 SEEDS = range(5)
@@ -60,23 +61,11 @@ def accuracy(model: nn.Module) -> float:
         return (model(x).argmax(-1) == y).float().mean().item()
 
 
-def start_each_size_at_its_own_scale(layer: nn.Linear) -> None:
-    """Draw each block of rows for the inputs that it will read, as nn.Linear does for all of them.
-
-    Rows of the smallest size read 8 of the 256 inputs: drawn for 256 they would start too small.
-    """
-    for start, end in zip([0, *SIZES], SIZES, strict=False):
-        bound = end**-0.5
-        nn.init.uniform_(layer.weight.data[start:end], -bound, bound)
-        nn.init.uniform_(layer.bias.data[start:end], -bound, bound)
-
-
 def nested(seed: int) -> mk.Doll:
     """Return the model trained once for every size."""
     torch.manual_seed(seed)
-    model = network(SIZES[-1])
-    start_each_size_at_its_own_scale(model[2])
-    doll = mk.convert(model, (data()[0][:2],), sizes=SIZES)
+    doll = mk.convert(network(SIZES[-1]), (data()[0][:2],), sizes=SIZES)
+    scale_rows(doll)
     loss = MatryoshkaLoss(nn.CrossEntropyLoss())
     train(doll, lambda x, y: loss(doll.outputs(x), y))
     return doll
@@ -147,8 +136,8 @@ def table(once: Accuracies, apart: Accuracies) -> str:
 
 `python docs/pictures.py` draws the picture of the README from this run: a three-layer network
 of width 256 on scikit-learn's digits (1,297 to train on, 500 to test on), {STEPS} steps of
-{BATCH}, AdamW at {RATE}, masked nesting, the plain sum of the six cross entropies, hidden rows
-initialised for the inputs that they read. Test accuracy in %, mean and standard deviation over
+{BATCH}, AdamW at {RATE}, masked nesting, the plain sum of the six cross entropies, rows scaled
+to the inputs that they read (`scale_rows`). Test accuracy in %, mean and standard deviation over
 {len(SEEDS)} seeds; the nested figures are those of the sliced models.
 
 | size | trained once | trained alone |
