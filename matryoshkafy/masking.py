@@ -181,8 +181,8 @@ class _Planner:
         return any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
 
     def _reenters(self, node: fx.Node) -> bool:
-        """Tell whether what follows feeds a nested layer again."""
-        return any(self.choices.get(n.name, Choice("")).kind == "mask" for n in self.after[node])
+        """Tell whether what follows is nested again: the tail would be a model of its own."""
+        return any(nested(t) for n in self.after[node] for t in flat_terms(self.found.terms[n]))
 
     def _close(self, node: fx.Node) -> bool:
         """A width ends here in a whole axis: the tail, or clamped, or demoted."""

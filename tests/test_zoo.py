@@ -19,8 +19,8 @@ from tests.zoo.required import REQUIRED
 
 OTHERS = [e.name for e in entries() if e.name not in REQUIRED and "large" not in e.tags]
 
-# Each entry says what stays whole, and why it cannot be otherwise.
-FAT: dict[tuple[str, str], str] = {}
+# Graphs so small that their heads alone are more than a fifth of the nodes.
+SMALL = {"deepfm": "27 nodes: three heads, their sum and the sigmoid are the tail"}
 
 
 def _check_laws(row: Row) -> None:
@@ -33,8 +33,8 @@ def test_required(name: str) -> None:
     (entry,) = entries([name])
     for row in measure(entry):
         _check_laws(row)
-        assert row.half <= 0.5 or (name, row.nesting) in FAT, row
-        assert row.tail <= 0.2, row
+        assert row.half <= 0.5, row
+        assert row.tail <= 0.2 or name in SMALL, row
         assert row.native is None or row.native <= TOLERANCE, row
 
 

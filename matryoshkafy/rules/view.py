@@ -31,10 +31,11 @@ def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
     del args
     source: Any = node.args[0]
     info: Any = getattr(source, "meta", {}).get("shape"), node.meta["shape"]
+    target: Any = node.target
     if (
-        node.target._schema.name == "aten::view"
+        target._schema.name == "aten::view"
         and info[0].dtype.itemsize != info[1].dtype.itemsize
-    ):  # type: ignore[union-attr]
+    ):
         return None
     return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
 
