@@ -57,7 +57,20 @@ def propagate(trace: Trace, free: tuple[str, ...] = ()) -> Findings:
     for node in trace.graph.nodes:
         walker.visit(node)
     _keep_weights(trace.graph, walker.found)
+    _fix_counted(trace.graph, walker.found)
     return walker.found
+
+
+def _fix_counted(graph: fx.Graph, found: Findings) -> None:
+    """0, 1, 2, ... may shrink only where the kept units are a prefix of the counted ones."""
+    for node in graph.nodes:
+        if node.op != "call_function" or op_key(node.target) != "arange":
+            continue
+        for term in found.terms[node]:
+            first = axes.resolve(term)[:1]
+            prefix = first and isinstance(first[0], Axis) and first[0].fixed is None
+            if not prefix:
+                axes.fix(term, Reason("range", node.name))
 
 
 def _keep_weights(graph: fx.Graph, found: Findings) -> None:
