@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = Fals
     """
     trace, plan = parts_of(model)
     state = _state(model, trace, plan)
-    kinds = {name: _kind(name, model, trace, state) for name in state}
+    own = set(state_of(model))
+    kinds = {name: _kind(name, tensor, trace, own) for name, tensor in state.items()}
     records = [record_of(name, tensor, kinds[name]) for name, tensor in state.items()]
     _warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     described = _described(model, trace, plan, records)
@@ -138,12 +139,12 @@ class Checkpoint:
         with self._open() as files, _fitting(self.folder):
             read = shared(
                 [r.name for r in self.records if r.kind != "statistic"],
-                partial(_owner, files, self._by_name()),
+                partial(_owner, files, self._by_name),
                 lambda name: self._tensor(name, files),
             )
             root = nn.Module()
             for name, tensor in read.items():
-                persistent = self._by_name()[name].kind != "hidden"
+                persistent = self._by_name[name].kind != "hidden"
                 attach(root, name, tensor, persistent=persistent)
             root.training = self.training
             return Doll(replace(self.trace, root=root), self.plan)
@@ -160,7 +161,7 @@ class Checkpoint:
             root.training = self.training
             trace = replace(self.trace, root=root)
             cuts = {cut.name: cut for cut in cuts_of(trace, self.plan, level)}
-            owner = partial(_owner, files, self._by_name())
+            owner = partial(_owner, files, self._by_name)
             tensors = shared(
                 cuts,
                 lambda name: (owner(name), cuts[name].segments),
@@ -173,16 +174,17 @@ class Checkpoint:
             return assemble(trace, self.plan.up_to(level), tensors, kinds)
 
     def _tensor(self, name: str, files: Mapping[str, TensorFile]) -> Tensor:
-        record = self._by_name()[name]
+        record = self._by_name[name]
         return as_parameter(read_whole(record, files[record.file]), record)
 
     def _taken(self, cut: Cut, files: Mapping[str, TensorFile], *, zeros: bool) -> Tensor:
-        record = self._by_name()[cut.name]
+        record = self._by_name[cut.name]
         if record.sparse:
             return read_whole(record, files[record.file])
         tensor = files[record.file].read_slice(cut.name, cut.segments)
         return masked(tensor, cut.mask) if zeros else tensor
 
+    @cached_property
     def _by_name(self) -> dict[str, Record]:
         return {record.name: record for record in self.records}
 
@@ -247,10 +249,10 @@ def _state(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
     return kept | {n: t for n, t in full_statistics(holder, plan).items() if n not in kept}
 
 
-def _kind(name: str, model: nn.Module, trace: Trace, state: Mapping[str, Tensor]) -> str:
-    if isinstance(state[name], nn.Parameter):
+def _kind(name: str, tensor: Tensor, trace: Trace, own: Container[str]) -> str:
+    if isinstance(tensor, nn.Parameter):
         return "parameter"
-    if name not in state_of(model):
+    if name not in own:
         return "statistic"
     return "buffer" if trace.is_persistent(name) else "hidden"
 
