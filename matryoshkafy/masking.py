@@ -22,7 +22,7 @@ from matryoshkafy.propagation import Findings, flat_terms
 from matryoshkafy.rules import RULES, op_key
 from matryoshkafy.rules.pointwise import pointwise
 from matryoshkafy.tracing import Trace
-from matryoshkafy.weights import is_weight
+from matryoshkafy.weights import weight_places
 
 TAIL_SHARE = 0.1
 CLAMP_SHARE = 0.2
@@ -169,12 +169,13 @@ class _Planner:
         return bool(args.get("keepdim")) and isinstance(args.get("dim"), (int, list, tuple))
 
     def _fans_out(self, node: fx.Node) -> bool:
-        """The outputs nest by an axis of the weight, which therefore can be masked."""
-        weights = [a for a in node.all_input_nodes if a in self.found.pure or is_weight(a)]
-        mine = {leaf for w in weights for t in flat_terms(self.found.terms[w]) for leaf in free(t)}
-        outs = {leaf for t in flat_terms(self.found.terms[node]) for leaf in free(t)}
-        recurrent = op_name(node).startswith(("lstm", "gru", "rnn"))
-        return recurrent or bool(mine & outs)
+        """Every summed axis stands in a weight whose outputs nest, which therefore is masked."""
+        masked: set[Axis] = set()
+        for weight, place in weight_places(node).items():
+            terms = list(flat_terms(self.found.terms[weight]))
+            if any(nested(terms[o]) for o in place.outs):
+                masked.update(leaf for i in place.into for leaf in free(terms[i]))
+        return set(self._summed(node)) <= masked
 
     def _weighty(self, summed: tuple[Axis, ...]) -> bool:
         """An axis that carries much of the model must shrink, even at the cost of a clamp."""

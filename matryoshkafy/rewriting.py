@@ -21,7 +21,7 @@ from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan import Action, Many, Plan, Scalar
 from matryoshkafy.resizing import resize
 from matryoshkafy.tracing import Signature, Trace
-from matryoshkafy.weights import is_weight
+from matryoshkafy.weights import weight_places
 
 aten = torch.ops.aten
 nested = torch.ops.matryoshkafy
@@ -429,65 +429,14 @@ def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -
 
 def node_masks(node: fx.Node, plan: Plan) -> dict[fx.Node, tuple[Mask, ...]]:
     """Return which weights of a masked contraction are masked, over which of their dims."""
-    rows = {
-        "lstm": _gates,
-        "gru": _gates,
-        "rnn_tanh": _gates,
-        "rnn_relu": _gates,
-        "lstm_cell": _cell,
-        "gru_cell": _cell,
-        "rnn_tanh_cell": _cell,
-        "rnn_relu_cell": _cell,
-    }
-    row = rows.get(op_name(node))
-    if row is not None:
-        return row(node)
-    summed = set(plan.actions[node.name].groups)
-    outs = plan.nodes[node.name]
-    leaving = {g for dim in outs for g in dims.groups_of(dim)}
     found = {}
-    for operand in node.all_input_nodes:
-        shape = plan.nodes.get(operand.name, ())
-        if isinstance(shape, Many) or len(shape) < 2:
-            continue
-        found[operand] = _pairs(shape, summed, leaving, WEIGHT_DIMS.get(op_name(node)))
-    return {n: m for n, m in found.items() if m and is_weight(n)}
-
-
-WEIGHT_DIMS = {
-    "linear": (0, 1),
-    "conv1d": (0, 1),
-    "conv2d": (0, 1),
-    "conv3d": (0, 1),
-    "convolution": (0, 1),
-    "conv_transpose1d": (1, 0),
-    "conv_transpose2d": (1, 0),
-    "conv_transpose3d": (1, 0),
-}
-
-
-def _pairs(shape: Any, summed: set[int], leaving: set[int], place: Any) -> tuple[Mask, ...]:
-    if place is not None:
-        out, into = place
-        return (Mask(out, into),) if dims.is_nested(shape[into]) else ()
-    groups = [set(dims.groups_of(d)) for d in shape]
-    last = range(max(0, len(shape) - 2), len(shape))
-    into = [i for i in range(len(shape)) if groups[i] & summed]
-    if len(into) > 1:
-        return ()
-    outs = [i for i in range(len(shape)) if i not in into and groups[i] & leaving]
-    del last
-    return tuple(Mask(o, i) for i in into for o in outs)
-
-
-def _gates(node: fx.Node) -> dict[fx.Node, tuple[Mask, ...]]:
-    a = bound_args(node)
-    return {w: (Mask(0, 1),) for w in a["params"] if len(w.meta["shape"].shape) == 2}
-
-
-def _cell(node: fx.Node) -> dict[fx.Node, tuple[Mask, ...]]:
-    a = bound_args(node)
-    return {a[name]: (Mask(0, 1),) for name in ("w_ih", "w_hh")}
+    for weight, place in weight_places(node).items():
+        shape = plan.nodes[weight.name]
+        into = [i for i in place.into if dims.is_nested(shape[i])]
+        masks = tuple(Mask(o, i) for i in into for o in place.outs)
+        if masks:
+            found[weight] = masks
+    return found
 
 
 def _masked_weights(node: fx.Node, plan: Plan) -> list[fx.Node]:

@@ -35,6 +35,20 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
     return ((*x[:-1], (*axes.copies(directions), *output)), *(walk.of(s) for s in states))
 
 
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """One step: [N, in] and [N, state] -> [N, state] (and the cell state of an LSTM)."""
+    kind = node.target._schema.name.removeprefix("aten::").removesuffix("_cell")  # type: ignore[union-attr]
+    states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
+    x, output = walk.of(args["input"]), walk.of(states[0])[-1]
+    for other in states[1:]:
+        walk.unify(walk.of(other)[-1], output)
+    params = [args[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh") if args.get(n) is not None]
+    _layer(walk, params, (x[-1], output, (*axes.copies(GATES[kind]), *output)), len(params) == 4)
+    outs = tuple((*x[:-1], output) for _ in states)
+    return outs if isinstance(node.meta["shape"], tuple) else outs[0]
+
+
 def _layer(walk: Walk, params: Any, terms: tuple[Any, Any, Any], biases: bool) -> None:
     """w_ih [gates, in], w_hh [gates, state], biases [gates], projection [state, cell]."""
     inner, output, gates = terms

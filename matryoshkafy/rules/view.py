@@ -32,10 +32,7 @@ def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
     source: Any = node.args[0]
     info: Any = getattr(source, "meta", {}).get("shape"), node.meta["shape"]
     target: Any = node.target
-    if (
-        target._schema.name == "aten::view"
-        and info[0].dtype.itemsize != info[1].dtype.itemsize
-    ):
+    if target._schema.name == "aten::view" and info[0].dtype.itemsize != info[1].dtype.itemsize:
         return None
     return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
 
