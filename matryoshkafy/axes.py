@@ -357,7 +357,7 @@ def _take_right(term: Term, n: int) -> tuple[Term, Term] | None:
             return None
         elif _is_copies(term[-1]):
             term = _split_copies(term, want)
-        elif not _split_factor(term[-1], want):
+        elif not _split_factor(term[-1], want) or resolve(term)[-1].size >= term[-1].size:
             return None
     return term, taken
 

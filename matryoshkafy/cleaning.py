@@ -172,7 +172,6 @@ def _follow_training(graph: fx.Graph, root: nn.Module) -> None:
         "feature_dropout": "train",
         "alpha_dropout": "train",
         "feature_alpha_dropout": "train",
-        "native_dropout": "train",
         "batch_norm": "training",
         "rrelu": "training",
         "lstm": "train",

@@ -70,12 +70,13 @@ def complexed(b: Builder, x: Value) -> Value:
 add("""abs neg exp exp2 expm1 square sign sgn floor ceil round trunc frac sin cos atan tanh sinh cosh asinh
        erf erfc sigmoid relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh
        softplus hardshrink softshrink log_sigmoid nan_to_num isnan isinf isfinite logical_not
-       contiguous clone alias detach positive zeros_like ones_like zero conj resolve_conj _conj
+       contiguous clone alias detach positive zeros_like ones_like zero conj resolve_conj
        resolve_neg conj_physical real angle deg2rad rad2deg lift_fresh lift_fresh_copy sinc i0 reciprocal""",
     lambda b, op, x: op(x))  # fmt: skip
 add("log log2 log10 log1p sqrt rsqrt asin acos atanh erfinv logit lgamma digamma tan",
     lambda b, op, x: op(positive(b, x)))
 add("acosh", lambda b, op, x: op(b(aten.add.Tensor, positive(b, x), 1.0)))
+add("_conj", lambda b, op, x: b(aten.imag.default, op(complexed(b, x))))
 add("imag", lambda b, op, x: op(complexed(b, x)))
 add("threshold", lambda b, op, x: op(x, 0.1, 0.0))
 add("clamp clip", lambda b, op, x: op(x, -0.5, 0.5))
@@ -107,7 +108,8 @@ add("lerp", lambda b, op, x: op(x, second(b, x), 0.3))
 add("addcmul", lambda b, op, x: op(x, x, second(b, x)))
 add("addcdiv", lambda b, op, x: op(x, x, positive(b, x)))
 add("expand_as", lambda b, op, x: op(b.param(x.width), x))
-add("prelu _prelu_kernel", lambda b, op, x: op(x, b.param(x.shape[1])), "channels")
+add("prelu", lambda b, op, x: op(x, b.param(x.shape[1])), "channels")
+add("_prelu_kernel", lambda b, op, x: op(x, b.param(1, x.shape[1], 1)), "channels")
 add("view_as_real", lambda b, op, x: b(aten.sum.dim_IntList, op(complexed(b, x)), [-1]))
 add("view_as_complex", lambda b, op, x: b(aten.real.default, op(
     b(aten.stack.default, [x, second(b, x)], -1))))
@@ -117,7 +119,7 @@ add("masked_scatter", lambda b, op, x: op(x, b(aten.expand.default, truth(
 
 # --- contractions -----------------------------------------------------------------------------
 
-add("linear", lambda b, op, x: op(x, b.param(5, x.width), b.param(5)))
+add("linear", lambda b, op, x: op(x, b.param(6, x.width), b.param(6)))
 add("matmul", lambda b, op, x: op(x, b.param(x.width, 6)))
 
 
@@ -141,16 +143,16 @@ add("einsum", lambda b, op, x: op("...c,dc", [x, b.param(6, x.width)]))
 add("embedding", lambda b, op, x: b(aten.add.Tensor, x, op(b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]))))
 add("embedding_bag _embedding_bag", lambda b, op, x: b(aten.add.Tensor, x, b(aten.select.int, op(
     b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]), b.indices([0, 3]))[0], 0, 1)))
-add("conv1d", lambda b, op, x: op(x, b.param(5, x.shape[1], 3), b.param(5), [1], [1]), "channels")
+add("conv1d", lambda b, op, x: op(x, b.param(6, x.shape[1], 3), b.param(6), [1], [1]), "channels")
 add("conv2d", lambda b, op, x: op(x, b.param(5, x.shape[1], 3, 3), None, [1, 1], [1, 1]), "image")
 add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1], 1, 3, 3), b.param(x.shape[1]), [1, 1], [1, 1],
                                   [1, 1], x.shape[1]), "image")  # fmt: skip
 add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1] // 2 * 3, 2, 1, 1), None, [1, 1], [0, 0], [1, 1],
                                   x.shape[1] // 2), "image")  # fmt: skip
 add("conv3d", lambda b, op, x: op(b(aten.unsqueeze.default, x, 2), b.param(5, x.shape[1], 1, 1, 1)), "image")
-add("convolution", lambda b, op, x: op(x, b.param(5, x.shape[1], 1), b.param(5), [1], [0], [1], False,
+add("convolution", lambda b, op, x: op(x, b.param(6, x.shape[1], 1), b.param(6), [1], [0], [1], False,
                                        [0], 1), "channels")  # fmt: skip
-add("conv_transpose1d", lambda b, op, x: op(x, b.param(x.shape[1], 5, 3), b.param(5)), "channels")
+add("conv_transpose1d", lambda b, op, x: op(x, b.param(x.shape[1], 6, 3), b.param(6)), "channels")
 add("conv_transpose2d", lambda b, op, x: op(x, b.param(x.shape[1], 5, 2, 2), None, [2, 2]), "image")
 add("conv_transpose3d", lambda b, op, x: op(
     b(aten.unsqueeze.default, x, 2), b.param(x.shape[1], 5, 1, 1, 1)), "image")
@@ -167,6 +169,44 @@ def _heads(b: Builder, x: Value) -> Value:
     return b(aten.transpose.int, b(aten.reshape.default, x, [2, 6, -1, 2]), 1, 2)
 
 
+add("_weight_norm", lambda b, op, x: b(aten.linear.default, x, op(b.param(6, x.width), b.param(6, 1), 0)))
+
+
+def _recurrent(gates: int, cells: int) -> Body:
+    """Two layers of 4 units, both directions."""
+
+    def body(b: Builder, op: Op, x: Value) -> Value:
+        params, width = [], x.width
+        for _ in range(2):
+            for _ in range(2):
+                params += [b.param(gates * 4, width, scale=0.3), b.param(gates * 4, 4, scale=0.3),
+                           b.param(gates * 4), b.param(gates * 4)]  # fmt: skip
+            units = params[-3].width
+            width = 2 * units
+        states = [b(aten.zeros.default, [4, 2, units], dtype=torch.float64) for _ in range(cells)]
+        hx = states if cells > 1 else states[0]
+        return op(x, hx, params, True, 2, 0.0, False, True, True)[0]
+
+    return body
+
+
+def _cell(gates: int, cells: int) -> Body:
+    def body(b: Builder, op: Op, x: Value) -> Value:
+        weights = [b.param(gates * 4, x.width), b.param(gates * 4, 4)]
+        biases = [b.param(gates * 4), b.param(gates * 4)]
+        states = [b(aten.zeros.default, [6, weights[1].width], dtype=torch.float64)] * cells
+        return first(op(row(b, x), states if cells > 1 else states[0], *weights, *biases))
+
+    return body
+
+
+add("lstm", _recurrent(4, 2))
+add("gru", _recurrent(3, 1))
+add("rnn_tanh rnn_relu", _recurrent(1, 1))
+add("lstm_cell", _cell(4, 2))
+add("gru_cell", _cell(3, 1))
+add("rnn_tanh_cell rnn_relu_cell", _cell(1, 1))
+
 # --- statistics -------------------------------------------------------------------------------
 
 add("layer_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), b.param(x.width)))
@@ -175,6 +215,8 @@ add("rms_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), 1e-5))
 add("_fused_rms_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), 1e-5)[0])
 add("group_norm", lambda b, op, x: op(x, x.shape[1] // 2, b.param(x.shape[1]), b.param(x.shape[1])), "image")
 add("group_norm", lambda b, op, x: op(x, 1, b.param(x.shape[1]), b.param(x.shape[1])), "image")
+add("native_group_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), 2, x.shape[1], 16,
+                                             x.shape[1] // 2, 1e-5)[0], "image")  # fmt: skip
 add("batch_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), b.buffer(x.shape[1]),
                                       b.buffer(x.shape[1]), False, 0.1, 1e-5, False), "image")  # fmt: skip
 add("instance_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), None, None, True, 0.1,
@@ -205,7 +247,7 @@ add("sort", lambda b, op, x: op(x, -1)[0], holds=True)
 add("argsort", lambda b, op, x: op(x, -1), holds=True)
 add("glu", lambda b, op, x: op(b(aten.linear.default, x, b.param(8, x.width)), -1))
 add("cosine_similarity", lambda b, op, x: op(x, second(b, x), 1))
-add("pairwise_distance", lambda b, op, x: op(b.param(x.width, 3), b.param(x.width, 3)))
+add("pairwise_distance", lambda b, op, x: op(x, second(b, x)))
 add("cdist", lambda b, op, x: op(x, second(b, x)))
 add("_cdist_forward", lambda b, op, x: op(x, second(b, x), 2.0, None))
 
@@ -303,6 +345,16 @@ add("index_fill", lambda b, op, x: op(x, 1, b.indices([0, 2, 4]), 0.5))
 add("index_reduce", lambda b, op, x: op(x, 1, b.indices([0, 2, 4]), _part(b, x), "amax"))
 add("isin", lambda b, op, x: op(integers(b, x), b.indices([0, 1])), holds=True)
 add("take", lambda b, op, x: b(aten.reshape.default, op(x, b.indices([0, 9, 4])), [1, 3]), holds=True)
+add("nonzero", lambda b, op, x: b(aten.slice.Tensor, op(truth(b, x)), 0, 0, 4), holds=True)
+add("masked_select", lambda b, op, x: b(aten.reshape.default, b(aten.slice.Tensor, op(
+    x, truth(b, x)), 0, 0, 4), [1, 4]), holds=True)
+add("histc", lambda b, op, x: b(aten.reshape.default, op(x, 4), [1, 4]), holds=True)
+add("histogram", lambda b, op, x: b(aten.reshape.default, op(x, 4)[0], [1, 4]), holds=True)
+add("bincount", lambda b, op, x: b(aten.reshape.default, op(
+    b(aten.flatten.using_ints, b(aten.to.dtype, truth(b, x), torch.int64)), None, 2), [1, 2]), holds=True)
+add("_unique2", lambda b, op, x: b(aten.reshape.default, b(aten.slice.Tensor, op(x)[0], 0, 0, 2), [1, 2]),
+    holds=True)
+add("unique_dim", lambda b, op, x: op(x, 0)[0], holds=True)
 add("bucketize", lambda b, op, x: op(x, b.buffer(1)), holds=True)
 add("searchsorted", lambda b, op, x: op(b(aten.cumsum.default, positive(b, x), -1), positive(b, x)), holds=True)
 add("one_hot", lambda b, op, x: b(aten.sum.dim_IntList, op(b(aten.to.dtype, truth(b, x), torch.int64), 2), [-1]),
@@ -320,6 +372,8 @@ add("empty_strided", lambda b, op, x: b(aten.add.Tensor, x, op([x.width], [1], *
 add("arange", lambda b, op, x: b(aten.add.Tensor, x, op(x.width, **FLOAT)))
 add("scalar_tensor", lambda b, op, x: b(aten.mul.Tensor, x, op(0.5, **FLOAT)))
 add("linspace logspace", lambda b, op, x: b(aten.add.Tensor, x, op(0, 1, x.width, **FLOAT)), holds=True)
+add("tril_indices triu_indices", lambda b, op, x: b(aten.add.Tensor, x, b(
+    aten.sum.default, op(x.width, x.width))), noise=True)
 add("eye", lambda b, op, x: b(aten.matmul.default, x, op(x.width, **FLOAT)), holds=True)
 add("randperm", lambda b, op, x: b(aten.add.Tensor, x, op(x.width)), holds=True, noise=True)
 add("hann_window hamming_window", lambda b, op, x: b(aten.mul.Tensor, x, op(x.width, **FLOAT)), holds=True)
@@ -361,6 +415,8 @@ add("grid_sampler grid_sampler_2d", lambda b, op, x: op(x, grid(b, x, 2), 0, 0, 
 add("grid_sampler_3d", lambda b, op, x: op(cube(b, x), grid(b, x, 3), 0, 0, False), "image")
 add("fft_fft fft_ifft fft_rfft fft_ihfft", lambda b, op, x: b(aten.abs.default, op(x, None, 1)))
 add("fft_fft", lambda b, op, x: b(aten.abs.default, op(x, None, -1)), holds=True)
+add("stft", lambda b, op, x: b(aten.abs.default, op(row(b, x), 4, return_complex=True)), holds=True)
+add("istft", lambda b, op, x: op(b(aten.stft.default, row(b, x), 4, return_complex=True), 4), holds=True)
 add("fft_irfft fft_hfft", lambda b, op, x: op(complexed(b, x), None, 1))
 add("fft_fft2 fft_ifft2 fft_rfft2 fft_fftn fft_ifftn fft_rfftn",
     lambda b, op, x: b(aten.abs.default, op(x, None, [0, 1])))

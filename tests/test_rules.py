@@ -29,7 +29,19 @@ from tests.rule_cases import CASES, WIDTH, Case
 aten = torch.ops.aten
 
 # Keys that no case can bring into a graph, and why.
-EXEMPT: dict[str, str] = {}
+COMPOSITE = "a function of Python, no op: it enters a graph as the ops that it is made of"
+EXEMPT: dict[str, str] = {
+    **dict.fromkeys(
+        ("softsign", "tanhshrink", "softmin", "lp_pool1d", "lp_pool2d", "lp_pool3d", "float",
+         "_adaptive_avg_pool1d"), COMPOSITE),
+    "requires_grad_": "returns its input; recorded as the input itself",
+    "addbmm_": "writes into its first argument; cleaning gives addbmm",
+    "sym_size": "gives an integer, no tensor",
+    "tensor": "torch.tensor is recorded as a constant of the model",
+    "_grouped_mm": "bfloat16 on a GPU only",
+    "_sparse_mm": "needs a sparse buffer, which the recorder of these cases has not",
+    "upsample_nearest2d_backward": "in backward graphs only",
+}  # fmt: skip
 # Spellings that cleaning turns into another before the rules see them.
 CLEANED = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "view", "index_put_"}
 
@@ -94,7 +106,7 @@ def built(number: int) -> tuple[Run, fx.GraphModule, Tensor, Tensor, Trace]:
     case, run = CASES[number], Run(random.Random(number))
     builder, x = Builder(run), example(CASES[number])
     y = forward(builder, case, x)
-    module = builder.finish([y])
+    module = builder.finish([y]).eval()
     return run, module, x, y.tensor, direct_trace(module, (x,))
 
 
@@ -145,4 +157,7 @@ def test_masked_keeps_the_prefix_law(number: int) -> None:
     _, _, x, _, trace = built(number)
     doll = doll_of(trace, "masked")
     report = verify(doll, (x,))
-    assert report.passed, f"{report}\n{doll.plan}"
+    if CASES[number].noise:
+        assert all(s.output_error == s.beyond_error == 0 and s.resliced for s in report.sizes)
+    else:
+        assert report.passed, f"{report}\n{doll.plan}"

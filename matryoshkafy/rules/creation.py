@@ -21,7 +21,6 @@ from matryoshkafy.rules.table import Args, Terms, Walk, rule
     "new_full",
     "new_empty",
     "randint",
-    "empty_strided",
 )
 def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every unit is made alike."""

@@ -21,7 +21,6 @@ from matryoshkafy.rules.table import Args, Terms, Walk, rule
     "view_copy",
     "squeeze",
     "unsqueeze",
-    "_reshape_alias",
     "atleast_1d",
     "atleast_2d",
     "atleast_3d",
@@ -209,7 +208,6 @@ def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "unsafe_split_with_sizes",
     "split_copy",
     "split_with_sizes_copy",
-    "hsplit",
 )
 def split(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Consecutive pieces of one dim."""

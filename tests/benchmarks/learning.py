@@ -168,7 +168,7 @@ TASKS = {
         (8, 16, 32, 64, 128),
         partial(Characters, symbols=len(ALPHABET), length=LENGTH),
         text_data,
-        steps=1000,
+        steps=400,
         batch=32,
     ),
 }
