@@ -61,10 +61,10 @@ class RunLog:
     def step(self, loss: Tensor | float, per_size: Mapping[int, Tensor | float]) -> None:
         """Count a step, and record `loss` and `loss/<size>` at every n-th."""
         if self.count % self.every == 0:
-            values = {size: float(value) for size, value in per_size.items()}
+            total, values = number(loss), {m: number(value) for m, value in per_size.items()}
             self.record("loss", values, self.count)
-            self.scalar("loss", float(loss), self.count)
-            words = [f"loss {float(loss):.4f}", *[f"{m}: {v:.3f}" for m, v in values.items()]]
+            self.scalar("loss", total, self.count)
+            words = [f"loss {total:.4f}", *[f"{m}: {v:.3f}" for m, v in values.items()]]
             self.bar.update(self.task, description="  ".join(words))
         self.count += 1
         self.bar.update(self.task, completed=self.count)
@@ -72,12 +72,17 @@ class RunLog:
     def record(self, name: str, values: Mapping[int, Tensor | float], step: int) -> None:
         """Record a metric of every size as `<name>/<size>`."""
         for size, value in values.items():
-            self.scalar(f"{name}/{size}", float(value), step)
+            self.scalar(f"{name}/{size}", number(value), step)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Record one value."""
         if self.writer is not None:
             self.writer.add_scalar(name, value, step)
+
+
+def number(value: Tensor | float) -> float:
+    """A value as Python's float."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def event_writer(folder: str | os.PathLike[str], start: int) -> Any:
