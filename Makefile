@@ -22,7 +22,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.fmrlrec run
 
 test: $(VENV)/all.stamp
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) --timeout 300 -m "not slow and not gpu"
 
 test-all: $(VENV)/all.stamp
 	$(PYTEST)
