@@ -73,8 +73,10 @@ add("""abs neg exp exp2 expm1 square sign sgn floor ceil round trunc frac sin co
        contiguous clone alias detach positive zeros_like ones_like zero conj resolve_conj
        resolve_neg conj_physical real angle deg2rad rad2deg lift_fresh lift_fresh_copy sinc i0 reciprocal""",
     lambda b, op, x: op(x))  # fmt: skip
-add("log log2 log10 log1p sqrt rsqrt asin acos atanh erfinv logit lgamma digamma tan",
-    lambda b, op, x: op(positive(b, x)))
+add(
+    "log log2 log10 log1p sqrt rsqrt asin acos atanh erfinv logit lgamma digamma tan",
+    lambda b, op, x: op(positive(b, x)),
+)
 add("acosh", lambda b, op, x: op(b(aten.add.Tensor, positive(b, x), 1.0)))
 add("_conj", lambda b, op, x: b(aten.imag.default, op(complexed(b, x))))
 add("imag", lambda b, op, x: op(complexed(b, x)))
@@ -87,8 +89,10 @@ add("bitwise_not", lambda b, op, x: op(integers(b, x)))
 add("to", lambda b, op, x: b(aten.to.dtype, op(x, torch.float32), torch.float64))
 add("_to_copy", lambda b, op, x: op(x, dtype=torch.float32))
 add("type_as", lambda b, op, x: op(integers(b, x), x))
-add("dropout feature_dropout alpha_dropout feature_alpha_dropout", lambda b, op, x: op(x, 0.5, False))
-add("native_dropout", lambda b, op, x: op(x, 0.5, False)[0])
+add(
+    "dropout feature_dropout alpha_dropout feature_alpha_dropout",
+    lambda b, op, x: op(x, 0.5, False),
+)
 add("rrelu", lambda b, op, x: op(x, 0.125, 0.3, False))
 add("bernoulli", lambda b, op, x: op(positive(b, x)), noise=True)
 add("rand_like randn_like empty_like", lambda b, op, x: op(x), noise=True)
@@ -98,10 +102,14 @@ add("""add sub mul div true_divide maximum minimum fmax fmin atan2 eq ne lt le g
 add("floor_divide remainder fmod xlogy", lambda b, op, x: op(x, positive(b, x)))
 add("pow", lambda b, op, x: op(positive(b, x), x))
 add("complex polar", lambda b, op, x: b(aten.real.default, op(positive(b, x), second(b, x))))
-add("logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__",
-    lambda b, op, x: op(truth(b, x), truth(b, second(b, x))))
-add("__lshift__ __rshift__ bitwise_left_shift bitwise_right_shift",
-    lambda b, op, x: op(integers(b, x), 1))
+add(
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__",
+    lambda b, op, x: op(truth(b, x), truth(b, second(b, x))),
+)
+add(
+    "__lshift__ __rshift__ bitwise_left_shift bitwise_right_shift",
+    lambda b, op, x: op(integers(b, x), 1),
+)
 add("where", lambda b, op, x: op(truth(b, x), x, second(b, x)))
 add("masked_fill", lambda b, op, x: op(x, truth(b, second(b, x)), 0.5))
 add("lerp", lambda b, op, x: op(x, second(b, x), 0.3))
@@ -111,11 +119,19 @@ add("expand_as", lambda b, op, x: op(b.param(x.width), x))
 add("prelu", lambda b, op, x: op(x, b.param(x.shape[1])), "channels")
 add("_prelu_kernel", lambda b, op, x: op(x, b.param(1, x.shape[1], 1)), "channels")
 add("view_as_real", lambda b, op, x: b(aten.sum.dim_IntList, op(complexed(b, x)), [-1]))
-add("view_as_complex", lambda b, op, x: b(aten.real.default, op(
-    b(aten.stack.default, [x, second(b, x)], -1))))
+add(
+    "view_as_complex",
+    lambda b, op, x: b(aten.real.default, op(b(aten.stack.default, [x, second(b, x)], -1))),
+)
 add("tril triu", lambda b, op, x: op(x), holds=True)
-add("masked_scatter", lambda b, op, x: op(x, b(aten.expand.default, truth(
-    b, b(aten.slice.Tensor, b.inputs[0], 2, 0, 1)), list(x.shape)), second(b, x)))
+add(
+    "masked_scatter",
+    lambda b, op, x: op(
+        x,
+        b(aten.expand.default, truth(b, b(aten.slice.Tensor, b.inputs[0], 2, 0, 1)), list(x.shape)),
+        second(b, x),
+    ),
+)
 
 # --- contractions -----------------------------------------------------------------------------
 
@@ -131,31 +147,63 @@ def row(b: Builder, x: Value) -> Value:
 add("mm", lambda b, op, x: op(row(b, x), b.param(x.width, 6)))
 add("bmm", lambda b, op, x: op(x, b.param(2, x.width, 6)))
 add("mv", lambda b, op, x: op(b.param(6, x.width), b(aten.select.int, row(b, x), 0, 0)))
-add("dot vdot linalg_vecdot", lambda b, op, x: b(aten.reshape.default, op(
-    b(aten.select.int, row(b, x), 0, 0), b.param(x.width)), [1, 1]))
+add(
+    "dot vdot linalg_vecdot",
+    lambda b, op, x: b(
+        aten.reshape.default, op(b(aten.select.int, row(b, x), 0, 0), b.param(x.width)), [1, 1]
+    ),
+)
 add("addmm", lambda b, op, x: op(b.param(6), row(b, x), b.param(x.width, 6)))
 add("baddbmm", lambda b, op, x: op(b.param(2, 6, 6), x, b.param(2, x.width, 6)))
-add("addmv", lambda b, op, x: op(b.param(6), b.param(6, x.width), b(aten.select.int, row(b, x), 0, 0)))
+add(
+    "addmv",
+    lambda b, op, x: op(b.param(6), b.param(6, x.width), b(aten.select.int, row(b, x), 0, 0)),
+)
 add("outer ger", lambda b, op, x: op(b.param(3), b(aten.select.int, row(b, x), 0, 0)))
-add("bilinear", lambda b, op, x: op(x, second(b, x), b.param(4, x.width, x.width), b.param(4)), holds=True)
+add(
+    "bilinear",
+    lambda b, op, x: op(x, second(b, x), b.param(4, x.width, x.width), b.param(4)),
+    holds=True,
+)
 add("einsum", lambda b, op, x: op("nlc,cd->nld", [x, b.param(x.width, 6)]))
 add("einsum", lambda b, op, x: op("...c,dc", [x, b.param(6, x.width)]))
-add("embedding", lambda b, op, x: b(aten.add.Tensor, x, op(b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]))))
-add("embedding_bag _embedding_bag", lambda b, op, x: b(aten.add.Tensor, x, b(aten.select.int, op(
-    b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]), b.indices([0, 3]))[0], 0, 1)))
+add(
+    "embedding",
+    lambda b, op, x: b(aten.add.Tensor, x, op(b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]))),
+)
+add(
+    "embedding_bag _embedding_bag",
+    lambda b, op, x: b(
+        aten.add.Tensor,
+        x,
+        b(
+            aten.select.int,
+            op(b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]), b.indices([0, 3]))[0],
+            0,
+            1,
+        ),
+    ),
+)
 add("conv1d", lambda b, op, x: op(x, b.param(6, x.shape[1], 3), b.param(6), [1], [1]), "channels")
 add("conv2d", lambda b, op, x: op(x, b.param(5, x.shape[1], 3, 3), None, [1, 1], [1, 1]), "image")
 add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1], 1, 3, 3), b.param(x.shape[1]), [1, 1], [1, 1],
                                   [1, 1], x.shape[1]), "image")  # fmt: skip
 add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1] // 2 * 3, 2, 1, 1), None, [1, 1], [0, 0], [1, 1],
                                   x.shape[1] // 2), "image")  # fmt: skip
-add("conv3d", lambda b, op, x: op(b(aten.unsqueeze.default, x, 2), b.param(5, x.shape[1], 1, 1, 1)), "image")
+add(
+    "conv3d",
+    lambda b, op, x: op(b(aten.unsqueeze.default, x, 2), b.param(5, x.shape[1], 1, 1, 1)),
+    "image",
+)
 add("convolution", lambda b, op, x: op(x, b.param(6, x.shape[1], 1), b.param(6), [1], [0], [1], False,
                                        [0], 1), "channels")  # fmt: skip
 add("conv_transpose1d", lambda b, op, x: op(x, b.param(x.shape[1], 6, 3), b.param(6)), "channels")
 add("conv_transpose2d", lambda b, op, x: op(x, b.param(x.shape[1], 5, 2, 2), None, [2, 2]), "image")
-add("conv_transpose3d", lambda b, op, x: op(
-    b(aten.unsqueeze.default, x, 2), b.param(x.shape[1], 5, 1, 1, 1)), "image")
+add(
+    "conv_transpose3d",
+    lambda b, op, x: op(b(aten.unsqueeze.default, x, 2), b.param(x.shape[1], 5, 1, 1, 1)),
+    "image",
+)
 add("scaled_dot_product_attention", lambda b, op, x: _attended(b, op, x))
 
 
@@ -169,7 +217,10 @@ def _heads(b: Builder, x: Value) -> Value:
     return b(aten.transpose.int, b(aten.reshape.default, x, [2, 6, -1, 2]), 1, 2)
 
 
-add("_weight_norm", lambda b, op, x: b(aten.linear.default, x, op(b.param(6, x.width), b.param(6, 1), 0)))
+add(
+    "_weight_norm",
+    lambda b, op, x: b(aten.linear.default, x, op(b.param(6, x.width), b.param(6, 1), 0)),
+)
 
 
 def _recurrent(gates: int, cells: int) -> Body:
@@ -210,10 +261,17 @@ add("rnn_tanh_cell rnn_relu_cell", _cell(1, 1))
 # --- statistics -------------------------------------------------------------------------------
 
 add("layer_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), b.param(x.width)))
-add("native_layer_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), b.param(x.width), 1e-5)[0])
+add(
+    "native_layer_norm",
+    lambda b, op, x: op(x, [x.width], b.param(x.width), b.param(x.width), 1e-5)[0],
+)
 add("rms_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), 1e-5))
 add("_fused_rms_norm", lambda b, op, x: op(x, [x.width], b.param(x.width), 1e-5)[0])
-add("group_norm", lambda b, op, x: op(x, x.shape[1] // 2, b.param(x.shape[1]), b.param(x.shape[1])), "image")
+add(
+    "group_norm",
+    lambda b, op, x: op(x, x.shape[1] // 2, b.param(x.shape[1]), b.param(x.shape[1])),
+    "image",
+)
 add("group_norm", lambda b, op, x: op(x, 1, b.param(x.shape[1]), b.param(x.shape[1])), "image")
 add("native_group_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), 2, x.shape[1], 16,
                                              x.shape[1] // 2, 1e-5)[0], "image")  # fmt: skip
@@ -260,7 +318,6 @@ add("unflatten", lambda b, op, x: b(aten.sum.dim_IntList, op(x, -1, [x.width // 
 add("ravel", lambda b, op, x: b(aten.reshape.default, op(x), [2, 6, x.width]))
 add("squeeze", lambda b, op, x: op(b(aten.unsqueeze.default, x, 1)))
 add("unsqueeze", lambda b, op, x: op(x, 1))
-add("_reshape_alias", lambda b, op, x: op(x, [12, x.width], [x.width, 1]))
 add("atleast_1d atleast_2d atleast_3d", lambda b, op, x: op(x))
 add("reshape_as view_as", lambda b, op, x: op(b(aten.flatten.using_ints, x, 0, 1), second(b, x)))
 add("transpose swapaxes swapdims", lambda b, op, x: op(x, 0, 1))
@@ -269,10 +326,16 @@ add("mT adjoint mH", lambda b, op, x: b(aten.transpose.int, op(x), 1, 2))
 add("matrix_H", lambda b, op, x: b(aten.transpose.int, op(row(b, x)), 0, 1))
 add("permute", lambda b, op, x: op(x, [1, 0, 2]))
 add("movedim moveaxis", lambda b, op, x: b(aten.transpose.int, op(x, -1, 0), 0, -1))
-add("expand broadcast_to", lambda b, op, x: b(aten.add.Tensor, x, op(b.param(1, 1, x.width), list(x.shape))))
+add(
+    "expand broadcast_to",
+    lambda b, op, x: b(aten.add.Tensor, x, op(b.param(1, 1, x.width), list(x.shape))),
+)
 add("repeat tile", lambda b, op, x: op(x, [1, 2, 3]))
 add("repeat_interleave", lambda b, op, x: op(x, 3, 2))
-add("cat concat concatenate", lambda b, op, x: op([x, b(aten.linear.default, x, b.param(5, x.width))], -1))
+add(
+    "cat concat concatenate",
+    lambda b, op, x: op([x, b(aten.linear.default, x, b.param(5, x.width))], -1),
+)
 add("hstack vstack", lambda b, op, x: op([x, second(b, x)]))
 add("stack", lambda b, op, x: b(aten.sum.dim_IntList, op([x, second(b, x)], 2), [2]))
 
@@ -285,13 +348,16 @@ def _wide(b: Builder, x: Value, times: int = 2) -> Value:
     return b(aten.linear.default, x, b.param(times * 4, x.width))
 
 
-add("split unsafe_split split_copy", lambda b, op, x: _gate(b, op(
-    wide := _wide(b, x), wide.width // 2, -1)))
-add("split_with_sizes unsafe_split_with_sizes split_with_sizes_copy", lambda b, op, x: _gate(b, op(
-    wide := _wide(b, x), [wide.width // 2] * 2, -1)))
+add(
+    "split unsafe_split split_copy",
+    lambda b, op, x: _gate(b, op(wide := _wide(b, x), wide.width // 2, -1)),
+)
+add(
+    "split_with_sizes unsafe_split_with_sizes split_with_sizes_copy",
+    lambda b, op, x: _gate(b, op(wide := _wide(b, x), [wide.width // 2] * 2, -1)),
+)
 add("chunk unsafe_chunk", lambda b, op, x: _gate(b, op(_wide(b, x), 2, -1)))
 add("tensor_split", lambda b, op, x: _gate(b, op(_wide(b, x), 2, -1)))
-add("hsplit", lambda b, op, x: _gate(b, op(row(b, _wide(b, x)), 2)))
 add("unbind", lambda b, op, x: _gate(b, op(x, 1)))
 add("slice", lambda b, op, x: op(x, 1, 1, 5, 2))
 add("narrow", lambda b, op, x: op(x, 1, 2, 3))
@@ -307,9 +373,16 @@ add("pad", lambda b, op, x: op(x, [1, 2]))
 add("constant_pad_nd", lambda b, op, x: op(x, [2, 1, 1, 0]))
 add("reflection_pad1d replication_pad1d", lambda b, op, x: op(x, [1, 1]), "channels")
 add("reflection_pad2d replication_pad2d", lambda b, op, x: op(x, [1, 1, 1, 1]), "image")
-add("reflection_pad3d replication_pad3d", lambda b, op, x: op(
-    b(aten.stack.default, [x, x], 2), [1, 1, 1, 1, 1, 1]), "image")
-add("pixel_shuffle", lambda b, op, x: op(b(aten.conv2d.default, x, b.param(4 * 3, x.shape[1], 1, 1)), 2), "image")
+add(
+    "reflection_pad3d replication_pad3d",
+    lambda b, op, x: op(b(aten.stack.default, [x, x], 2), [1, 1, 1, 1, 1, 1]),
+    "image",
+)
+add(
+    "pixel_shuffle",
+    lambda b, op, x: op(b(aten.conv2d.default, x, b.param(4 * 3, x.shape[1], 1, 1)), 2),
+    "image",
+)
 add("pixel_unshuffle", lambda b, op, x: op(x, 2), "image")
 add("channel_shuffle native_channel_shuffle", lambda b, op, x: op(x, 2), "image", holds=True)
 add("unfold", lambda b, op, x: b(aten.sum.dim_IntList, op(x, 1, 3, 1), [-1]))
@@ -320,8 +393,14 @@ add("diagonal", lambda b, op, x: b(aten.transpose.int, op(x, 0, 0, 1), 0, 1))
 
 add("index _unsafe_index", lambda b, op, x: op(x, [None, b.indices([0, 2, 2])]))
 add("index", lambda b, op, x: op(x, [None, None, b.indices([0, 7, 2])]), holds=True)
-add("index_put index_put_ _unsafe_index_put", lambda b, op, x: op(
-    b(aten.clone.default, x), [None, b.indices([0, 2])], b(aten.slice.Tensor, second(b, x), 1, 0, 2)))
+add(
+    "index_put index_put_ _unsafe_index_put",
+    lambda b, op, x: op(
+        b(aten.clone.default, x),
+        [None, b.indices([0, 2])],
+        b(aten.slice.Tensor, second(b, x), 1, 0, 2),
+    ),
+)
 add("index_select", lambda b, op, x: op(x, 1, b.indices([0, 2, 2])))
 add("index_select", lambda b, op, x: op(x, 2, b.indices([0, 2, 2])), holds=True)
 
@@ -344,39 +423,85 @@ add("index_add index_copy", lambda b, op, x: op(x, 1, b.indices([0, 2, 4]), _par
 add("index_fill", lambda b, op, x: op(x, 1, b.indices([0, 2, 4]), 0.5))
 add("index_reduce", lambda b, op, x: op(x, 1, b.indices([0, 2, 4]), _part(b, x), "amax"))
 add("isin", lambda b, op, x: op(integers(b, x), b.indices([0, 1])), holds=True)
-add("take", lambda b, op, x: b(aten.reshape.default, op(x, b.indices([0, 9, 4])), [1, 3]), holds=True)
+add(
+    "take",
+    lambda b, op, x: b(aten.reshape.default, op(x, b.indices([0, 9, 4])), [1, 3]),
+    holds=True,
+)
 add("nonzero", lambda b, op, x: b(aten.slice.Tensor, op(truth(b, x)), 0, 0, 4), holds=True)
-add("masked_select", lambda b, op, x: b(aten.reshape.default, b(aten.slice.Tensor, op(
-    x, truth(b, x)), 0, 0, 4), [1, 4]), holds=True)
+add(
+    "masked_select",
+    lambda b, op, x: b(
+        aten.reshape.default, b(aten.slice.Tensor, op(x, truth(b, x)), 0, 0, 4), [1, 4]
+    ),
+    holds=True,
+)
 add("histc", lambda b, op, x: b(aten.reshape.default, op(x, 4), [1, 4]), holds=True)
 add("histogram", lambda b, op, x: b(aten.reshape.default, op(x, 4)[0], [1, 4]), holds=True)
-add("bincount", lambda b, op, x: b(aten.reshape.default, op(
-    b(aten.flatten.using_ints, b(aten.to.dtype, truth(b, x), torch.int64)), None, 2), [1, 2]), holds=True)
-add("_unique2", lambda b, op, x: b(aten.reshape.default, b(aten.slice.Tensor, op(x)[0], 0, 0, 2), [1, 2]),
-    holds=True)
+add(
+    "bincount",
+    lambda b, op, x: b(
+        aten.reshape.default,
+        op(b(aten.flatten.using_ints, b(aten.to.dtype, truth(b, x), torch.int64)), None, 2),
+        [1, 2],
+    ),
+    holds=True,
+)
+add(
+    "_unique2",
+    lambda b, op, x: b(aten.reshape.default, b(aten.slice.Tensor, op(x)[0], 0, 0, 2), [1, 2]),
+    holds=True,
+)
 add("unique_dim", lambda b, op, x: op(x, 0)[0], holds=True)
 add("bucketize", lambda b, op, x: op(x, b.buffer(1)), holds=True)
-add("searchsorted", lambda b, op, x: op(b(aten.cumsum.default, positive(b, x), -1), positive(b, x)), holds=True)
-add("one_hot", lambda b, op, x: b(aten.sum.dim_IntList, op(b(aten.to.dtype, truth(b, x), torch.int64), 2), [-1]),
-    holds=True)
+add(
+    "searchsorted",
+    lambda b, op, x: op(b(aten.cumsum.default, positive(b, x), -1), positive(b, x)),
+    holds=True,
+)
+add(
+    "one_hot",
+    lambda b, op, x: b(
+        aten.sum.dim_IntList, op(b(aten.to.dtype, truth(b, x), torch.int64), 2), [-1]
+    ),
+    holds=True,
+)
 
 # --- made from numbers ------------------------------------------------------------------------
 
 FLOAT = {"dtype": torch.float64}
-add("zeros ones empty rand randn", lambda b, op, x: b(aten.add.Tensor, x, op([x.width], **FLOAT)), noise=True)
+add(
+    "zeros ones empty rand randn",
+    lambda b, op, x: b(aten.add.Tensor, x, op([x.width], **FLOAT)),
+    noise=True,
+)
 add("full", lambda b, op, x: b(aten.add.Tensor, x, op([x.width], 0.5, **FLOAT)))
-add("new_zeros new_ones new_empty", lambda b, op, x: b(aten.add.Tensor, x, op(x, [x.width])), noise=True)
+add(
+    "new_zeros new_ones new_empty",
+    lambda b, op, x: b(aten.add.Tensor, x, op(x, [x.width])),
+    noise=True,
+)
 add("new_full", lambda b, op, x: b(aten.add.Tensor, x, op(x, [x.width], 0.5)))
 add("randint", lambda b, op, x: b(aten.add.Tensor, x, op(5, [x.width])), noise=True)
-add("empty_strided", lambda b, op, x: b(aten.add.Tensor, x, op([x.width], [1], **FLOAT)), noise=True)
 add("arange", lambda b, op, x: b(aten.add.Tensor, x, op(x.width, **FLOAT)))
 add("scalar_tensor", lambda b, op, x: b(aten.mul.Tensor, x, op(0.5, **FLOAT)))
-add("linspace logspace", lambda b, op, x: b(aten.add.Tensor, x, op(0, 1, x.width, **FLOAT)), holds=True)
-add("tril_indices triu_indices", lambda b, op, x: b(aten.add.Tensor, x, b(
-    aten.sum.default, op(x.width, x.width))), noise=True)
+add(
+    "linspace logspace",
+    lambda b, op, x: b(aten.add.Tensor, x, op(0, 1, x.width, **FLOAT)),
+    holds=True,
+)
+add(
+    "tril_indices triu_indices",
+    lambda b, op, x: b(aten.add.Tensor, x, b(aten.sum.default, op(x.width, x.width))),
+    noise=True,
+)
 add("eye", lambda b, op, x: b(aten.matmul.default, x, op(x.width, **FLOAT)), holds=True)
 add("randperm", lambda b, op, x: b(aten.add.Tensor, x, op(x.width)), holds=True, noise=True)
-add("hann_window hamming_window", lambda b, op, x: b(aten.mul.Tensor, x, op(x.width, **FLOAT)), holds=True)
+add(
+    "hann_window hamming_window",
+    lambda b, op, x: b(aten.mul.Tensor, x, op(x.width, **FLOAT)),
+    holds=True,
+)
 
 # --- space and frequency ----------------------------------------------------------------------
 
@@ -392,17 +517,35 @@ def first(value: Any) -> Value:
 
 add("max_pool1d avg_pool1d max_pool1d_with_indices", lambda b, op, x: first(op(x, [2])), "channels")
 add("max_pool2d avg_pool2d max_pool2d_with_indices", lambda b, op, x: first(op(x, [2, 2])), "image")
-add("max_pool3d avg_pool3d max_pool3d_with_indices", lambda b, op, x: first(op(cube(b, x), [1, 2, 2])), "image")
+add(
+    "max_pool3d avg_pool3d max_pool3d_with_indices",
+    lambda b, op, x: first(op(cube(b, x), [1, 2, 2])),
+    "image",
+)
 add("adaptive_avg_pool1d adaptive_max_pool1d", lambda b, op, x: first(op(x, [2])), "channels")
-add("adaptive_avg_pool2d adaptive_max_pool2d _adaptive_avg_pool2d", lambda b, op, x: first(op(x, [2, 2])), "image")
-add("adaptive_avg_pool3d adaptive_max_pool3d _adaptive_avg_pool3d",
-    lambda b, op, x: first(op(cube(b, x), [1, 2, 2])), "image")
+add(
+    "adaptive_avg_pool2d adaptive_max_pool2d _adaptive_avg_pool2d",
+    lambda b, op, x: first(op(x, [2, 2])),
+    "image",
+)
+add(
+    "adaptive_avg_pool3d adaptive_max_pool3d _adaptive_avg_pool3d",
+    lambda b, op, x: first(op(cube(b, x), [1, 2, 2])),
+    "image",
+)
 add("upsample_nearest1d _upsample_nearest_exact1d", lambda b, op, x: op(x, [9]), "channels")
 add("upsample_nearest2d _upsample_nearest_exact2d", lambda b, op, x: op(x, [6, 6]), "image")
-add("upsample_nearest3d _upsample_nearest_exact3d", lambda b, op, x: op(cube(b, x), [2, 6, 6]), "image")
+add(
+    "upsample_nearest3d _upsample_nearest_exact3d",
+    lambda b, op, x: op(cube(b, x), [2, 6, 6]),
+    "image",
+)
 add("upsample_linear1d", lambda b, op, x: op(x, [9], False), "channels")
-add("upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
-    lambda b, op, x: op(x, [6, 6], False), "image")
+add(
+    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+    lambda b, op, x: op(x, [6, 6], False),
+    "image",
+)
 add("upsample_trilinear3d", lambda b, op, x: op(cube(b, x), [2, 6, 6], False), "image")
 
 
@@ -416,8 +559,14 @@ add("grid_sampler_3d", lambda b, op, x: op(cube(b, x), grid(b, x, 3), 0, 0, Fals
 add("fft_fft fft_ifft fft_rfft fft_ihfft", lambda b, op, x: b(aten.abs.default, op(x, None, 1)))
 add("fft_fft", lambda b, op, x: b(aten.abs.default, op(x, None, -1)), holds=True)
 add("stft", lambda b, op, x: b(aten.abs.default, op(row(b, x), 4, return_complex=True)), holds=True)
-add("istft", lambda b, op, x: op(b(aten.stft.default, row(b, x), 4, return_complex=True), 4), holds=True)
+add(
+    "istft",
+    lambda b, op, x: op(b(aten.stft.default, row(b, x), 4, return_complex=True), 4),
+    holds=True,
+)
 add("fft_irfft fft_hfft", lambda b, op, x: op(complexed(b, x), None, 1))
-add("fft_fft2 fft_ifft2 fft_rfft2 fft_fftn fft_ifftn fft_rfftn",
-    lambda b, op, x: b(aten.abs.default, op(x, None, [0, 1])))
+add(
+    "fft_fft2 fft_ifft2 fft_rfft2 fft_fftn fft_ifftn fft_rfftn",
+    lambda b, op, x: b(aten.abs.default, op(x, None, [0, 1])),
+)
 add("fft_irfft2 fft_irfftn", lambda b, op, x: op(complexed(b, x), None, [0, 1]))

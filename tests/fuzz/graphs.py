@@ -44,7 +44,9 @@ class Built:
 
 def random_program(source: random.Random) -> Program:
     """Return a program of 1 to 10 steps."""
-    steps = tuple((source.randrange(1000), source.randrange(4)) for _ in range(source.randint(1, 10)))
+    steps = tuple(
+        (source.randrange(1000), source.randrange(4)) for _ in range(source.randint(1, 10))
+    )
     return Program(source.choice(INPUTS), steps, source.randrange(2**31))
 
 
@@ -75,7 +77,9 @@ def _start(b: Builder, kind: str) -> Value:
     generator = torch.Generator().manual_seed(b.run.random.randrange(2**31))
     if kind == "image":
         x = b.input(torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64))
-        return b(aten.conv2d.default, x, b.param(b.width(), 3, 3, 3, scale=0.3), None, [1, 1], [1, 1])
+        return b(
+            aten.conv2d.default, x, b.param(b.width(), 3, 3, 3, scale=0.3), None, [1, 1], [1, 1]
+        )
     if kind == "ids":
         ids = b.input(torch.randint(0, TABLE, (2, 5), generator=generator))
         return b(aten.embedding.default, b.param(TABLE, b.width()), ids)

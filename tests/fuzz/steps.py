@@ -81,7 +81,18 @@ def contracted(b: Builder, x: Value, pool: list[Value]) -> Value:
 
 @step(SEQUENCE)
 def activation(b: Builder, x: Value, pool: list[Value]) -> Value:
-    names = ("tanh", "relu", "gelu", "silu", "sigmoid", "sin", "cos", "elu", "softplus", "leaky_relu")
+    names = (
+        "tanh",
+        "relu",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "sin",
+        "cos",
+        "elu",
+        "softplus",
+        "leaky_relu",
+    )
     return b(getattr(aten, b.choose(names)).default, x)
 
 
@@ -362,8 +373,9 @@ def held(b: Builder, x: Value, pool: list[Value]) -> Value:
 
 @step(SEQUENCE)
 def indexed(b: Builder, x: Value, pool: list[Value]) -> Value:
-    order = b.choose([tuple(b.run.random.sample(range(x.width), x.width))]) if _first(b) else b.choose(())
+    order = b.choose((tuple(b.run.random.sample(range(x.width), x.width)),) if _first(b) else ())
     index = b.indices(order)
+    b.run.native &= order != tuple(range(len(order)))
     if b.chance(50):
         return b(aten.index_select.default, x, 2, index)
     return b(aten.index.Tensor, x, [None, None, index])
