@@ -48,6 +48,8 @@ def main() -> int:
     start, results = time.monotonic(), Counter[str]()
     for number in range(given.first, given.first + given.count):
         results[run_case(given.seed, number)] += 1
+        if sum(results.values()) % 500 == 0:
+            print(f"{sum(results.values())} cases, {results['BROKEN']} broken", flush=True)
         if time.monotonic() - start > 60 * given.minutes:
             break
     seconds = time.monotonic() - start
