@@ -10,7 +10,7 @@ import pytest
 from tests.benchmarks.learning import METHODS, TASKS, Accuracies, run
 
 TASK = replace(TASKS["digits"], sizes=(8, 16, 32, 64), steps=600)
-SEEDS = range(5)
+SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")

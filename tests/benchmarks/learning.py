@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.learning digits --seeds 5        the digits of scikit-learn
     python -m tests.benchmarks.learning text --seeds 3          the manual that ships with Python
-    python -m tests.benchmarks.learning digits --write          docs/results/learning*, from --out
+    python -m tests.benchmarks.learning_page learning.jsonl     docs/results/learning*
 
 Each finished run is a line of the file --out, and is not run again: stop and go on as you like.
 """
@@ -59,7 +59,6 @@ class Method:
     convert: Mapping[str, str] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
     scaled: bool = True
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -186,7 +185,7 @@ METHODS = {
 
 def run(task: Task, method: Method, seed: int) -> Accuracies:
     """{size: accuracy in % on the test set} of one method and seed."""
-    return KINDS[method.kind](replace(task, **method.changes), method, seed)
+    return KINDS[method.kind](task, method, seed)
 
 
 def alone(task: Task, method: Method, seed: int) -> Accuracies:
@@ -279,20 +278,24 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--steps", type=int, help="instead of the task's own")
+    parser.add_argument("--rate", type=float, help="instead of the task's own; use another --out")
     parser.add_argument("--out", type=Path, default=Path("learning.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in range(options.seeds):
         for name in options.methods:
             if (options.task, name, seed) not in results(options.out):
-                finish(options.task, name, seed, options.out)
+                finish(name, seed, options)
 
 
-def finish(task: str, name: str, seed: int, out: Path) -> None:
+def finish(name: str, seed: int, options: argparse.Namespace) -> None:
     """Run one and append its line."""
-    found = run(TASKS[task], METHODS[name], seed)
-    line = {"task": task, "method": name, "seed": seed, "accuracy": found}
-    with out.open("a") as file:
+    given = {"steps": options.steps, "rate": options.rate}
+    task = replace(TASKS[options.task], **{k: v for k, v in given.items() if v is not None})
+    found = run(task, METHODS[name], seed)
+    line = {"task": options.task, "method": name, "seed": seed, "accuracy": found}
+    with options.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
 

@@ -105,9 +105,12 @@ def main() -> None:
 
 def between_marks(page: str, task: str, new: str) -> str:
     """The page with the table of a task replaced."""
-    start, end = f"<!-- table: {task} -->\n", f"\n<!-- end: {task} -->"
+    start, end = f"<!-- table: {task} -->", f"<!-- end: {task} -->"
     before, _, rest = page.partition(start)
-    return before + start + new + end + rest.partition(end)[2]
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{RESULTS / 'learning.md'} should have a line {start} and then {end}")
+    return f"{before}{start}\n\n{new}\n\n{end}{after}"
 
 
 if __name__ == "__main__":
