@@ -1,8 +1,8 @@
 """The rule table, row by row: for every op key a small model that puts the op between two layers.
 
-A case receives the builder, the op under test (the overload that takes the arguments) and x, which a
-layer made: [2, 6, 8] for "sequence", [2, 8, 4, 4] for "image", [2, 8, 6] for "channels". What it returns
-is read by further layers. `Holds` cases say that the op needs the axis whole.
+A case receives the builder, the op under test (the overload that takes the arguments) and x, which
+a layer made: [2, 6, 8] for "sequence", [2, 8, 4, 4] for "image", [2, 8, 6] for "channels". What it
+returns is read by further layers. `Holds` cases say that the op needs the axis whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Body = Callable[[Builder, Op, Value], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One model around one op; `holds`: the width stays whole; `noise`: only shapes are compared."""
+    """One model around an op; `holds`: the width stays whole; `noise`: random, not compared."""
 
     key: str
     body: Body
@@ -67,11 +67,14 @@ def complexed(b: Builder, x: Value) -> Value:
 
 # --- elementwise ------------------------------------------------------------------------------
 
-add("""abs neg exp exp2 expm1 square sign sgn floor ceil round trunc frac sin cos atan tanh sinh cosh asinh
-       erf erfc sigmoid relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh
+add("""abs neg exp exp2 expm1 square sign sgn floor ceil round trunc frac sin cos atan
+       tanh sinh cosh asinh
+       erf erfc sigmoid relu relu6 gelu silu mish elu selu celu leaky_relu
+       hardswish hardsigmoid hardtanh
        softplus hardshrink softshrink log_sigmoid nan_to_num isnan isinf isfinite logical_not
        contiguous clone alias detach positive zeros_like ones_like zero conj resolve_conj
-       resolve_neg conj_physical real angle deg2rad rad2deg lift_fresh lift_fresh_copy sinc i0 reciprocal""",
+       resolve_neg conj_physical real angle deg2rad rad2deg lift_fresh lift_fresh_copy
+       sinc i0 reciprocal""",
     lambda b, op, x: op(x))  # fmt: skip
 add(
     "log log2 log10 log1p sqrt rsqrt asin acos atanh erfinv logit lgamma digamma tan",
@@ -186,16 +189,19 @@ add(
 )
 add("conv1d", lambda b, op, x: op(x, b.param(6, x.shape[1], 3), b.param(6), [1], [1]), "channels")
 add("conv2d", lambda b, op, x: op(x, b.param(5, x.shape[1], 3, 3), None, [1, 1], [1, 1]), "image")
-add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1], 1, 3, 3), b.param(x.shape[1]), [1, 1], [1, 1],
+add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1], 1, 3, 3), b.param(x.shape[1]), [1, 1],
+                                  [1, 1],
                                   [1, 1], x.shape[1]), "image")  # fmt: skip
-add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1] // 2 * 3, 2, 1, 1), None, [1, 1], [0, 0], [1, 1],
+add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1] // 2 * 3, 2, 1, 1), None, [1, 1], [0, 0],
+                                  [1, 1],
                                   x.shape[1] // 2), "image")  # fmt: skip
 add(
     "conv3d",
     lambda b, op, x: op(b(aten.unsqueeze.default, x, 2), b.param(5, x.shape[1], 1, 1, 1)),
     "image",
 )
-add("convolution", lambda b, op, x: op(x, b.param(6, x.shape[1], 1), b.param(6), [1], [0], [1], False,
+add("convolution", lambda b, op, x: op(x, b.param(6, x.shape[1], 1), b.param(6), [1], [0], [1],
+                                       False,
                                        [0], 1), "channels")  # fmt: skip
 add("conv_transpose1d", lambda b, op, x: op(x, b.param(x.shape[1], 6, 3), b.param(6)), "channels")
 add("conv_transpose2d", lambda b, op, x: op(x, b.param(x.shape[1], 5, 2, 2), None, [2, 2]), "image")
@@ -273,11 +279,14 @@ add(
     "image",
 )
 add("group_norm", lambda b, op, x: op(x, 1, b.param(x.shape[1]), b.param(x.shape[1])), "image")
-add("native_group_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), 2, x.shape[1], 16,
+add("native_group_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), 2,
+                                             x.shape[1], 16,
                                              x.shape[1] // 2, 1e-5)[0], "image")  # fmt: skip
-add("batch_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), b.buffer(x.shape[1]),
-                                      b.buffer(x.shape[1]), False, 0.1, 1e-5, False), "image")  # fmt: skip
-add("instance_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), None, None, True, 0.1,
+add("batch_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]),
+                                      b.buffer(x.shape[1]), b.buffer(x.shape[1]), False, 0.1,
+                                      1e-5, False), "image")  # fmt: skip
+add("instance_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), None, None,
+                                         True, 0.1,
                                          1e-5, False), "image")  # fmt: skip
 add("mean sum amax amin logsumexp", lambda b, op, x: b(aten.sub.Tensor, x, op(x, [-1], True)))
 add("mean sum amax amin logsumexp nansum nanmean", lambda b, op, x: op(x, [1]))

@@ -1,4 +1,4 @@
-"""Cleaning: whatever way a model spells an op, the cleaned graph computes what the model computes."""
+"""Cleaning: however a model spells an op, the cleaned graph computes what the model computes."""
 
 from __future__ import annotations
 

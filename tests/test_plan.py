@@ -16,7 +16,7 @@ from matryoshkafy.plan import Plan
 
 
 class Recommender(nn.Module):
-    """Item ids to scores over a tied table, one attention layer with grouped heads, a gated block."""
+    """Item ids to scores over a tied table, attention with grouped heads, a gated block."""
 
     def __init__(self, width: int = 16, heads: int = 4) -> None:
         super().__init__()
@@ -167,7 +167,8 @@ def test_a_model_without_a_width_is_refused() -> None:
 
 
 @pytest.mark.parametrize("change", [
-    {"format": 99}, {"sizes": []}, {"sizes": [8, 4, 16]}, {"main": 50}, {"ladder": [[0]]}, {"groups": []},
+    {"format": 99}, {"sizes": []}, {"sizes": [8, 4, 16]}, {"main": 50}, {"ladder": [[0]]},
+    {"groups": []},
     {"parameters": {"a": [["g9:4"]]}}, {"parameters": 3}, {"nodes": None},
 ])  # fmt: skip
 def test_a_damaged_plan_is_refused(plan: Plan, change: dict[str, object]) -> None:

@@ -42,7 +42,7 @@ class Value:
 
 @dataclass
 class Run:
-    """What one run draws from and leaves behind; `state`, `log` and `given` inputs are a replay's."""
+    """What a run draws from and leaves behind; `state`, `log`, `given` inputs are a replay's."""
 
     random: random.Random
     state: Mapping[str, Tensor] | None = None
@@ -81,7 +81,7 @@ class Builder:
         return self.choose([i < percent for i in range(100)])
 
     def divisor(self, n: int) -> int:
-        """Return a divisor of a width that a replay keeps (a head dim), or the whole width (one head)."""
+        """Return a divisor that a replay keeps (a head dim), or the whole width (one head)."""
         dim = self.choose([d for d in range(1, n) if n % d == 0] + [None])
         self.run.constant |= dim is not None
         return dim or n

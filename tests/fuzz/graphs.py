@@ -28,7 +28,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Built:
-    """A random model at full width, its inputs, its outputs computed eagerly, and how to replay it."""
+    """A random model at full width, its inputs, its eager outputs, and how to replay it."""
 
     program: Program
     model: fx.GraphModule
@@ -37,7 +37,7 @@ class Built:
     run: Run
 
     def replay(self, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Return what the same model computes with smaller weights, sizes taken from their shapes."""
+        """Return what the model computes with smaller weights, sizes taken from their shapes."""
         run = Run(random.Random(0), state, self.run.log, self.inputs)
         return tuple(v.tensor for v in _outputs(Builder(run), self.program))
 

@@ -1,4 +1,4 @@
-"""The steps that random models are made of: each turns a value [N, L, C] or [N, C, H, W] into another.
+"""The steps of random models: each turns a value [N, L, C] or [N, C, H, W] into another.
 
 Sizes come from the shapes at hand, or are constants of the model (a head dim, channels per group);
 a step whose meaning at a smaller width the model's text leaves open says so with `native = False`.
@@ -126,7 +126,8 @@ def statistic(b: Builder, x: Value, pool: list[Value]) -> Value:
     """x less (or times) a statistic of its units."""
     calls = {
         "mean": (aten.mean.dim, [-1], True), "sum": (aten.sum.dim_IntList, [-1], True),
-        "amax": (aten.amax.default, [-1], True), "norm": (aten.linalg_vector_norm.default, 2, [-1], True),
+        "amax": (aten.amax.default, [-1], True),
+        "norm": (aten.linalg_vector_norm.default, 2, [-1], True),
         "logsumexp": (aten.logsumexp.default, [-1], True), "amin": (aten.amin.default, [-1], True),
     }  # fmt: skip
     target, *args = calls[b.choose(tuple(calls))]
@@ -362,7 +363,8 @@ def held(b: Builder, x: Value, pool: list[Value]) -> Value:
     calls = {
         "flip": (aten.flip.default, [-1]), "roll": (aten.roll.default, [1], [-1]),
         "cumsum": (aten.cumsum.default, -1), "topk": (aten.topk.default, 1, -1),
-        "sort": (aten.sort.default, -1), "triu": (aten.triu.default,), "select": (aten.select.int, -1, 0),
+        "sort": (aten.sort.default, -1), "triu": (aten.triu.default,),
+        "select": (aten.select.int, -1, 0),
     }  # fmt: skip
     name = b.choose(tuple(calls))
     target, *args = calls[name]
