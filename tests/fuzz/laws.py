@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -76,7 +78,7 @@ def _native(built: Built, small: fx.GraphModule) -> tuple[Tensor, ...]:
         raise Broken(f"no model of this kind has the shapes of the sub-model: {error}") from error
 
 
-def _same(actual: object, expected: tuple[Tensor, ...], law: str) -> None:
+def _same(actual: Any, expected: tuple[Tensor, ...], law: str) -> None:
     values = actual if isinstance(actual, (tuple, list)) else (actual,)
     for i, (a, e) in enumerate(zip(values, expected, strict=True)):
         if a.shape != e.shape:

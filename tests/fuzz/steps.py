@@ -304,6 +304,7 @@ def reordered(b: Builder, x: Value, pool: list[Value]) -> Value:
 @step(SEQUENCE)
 def repeated(b: Builder, x: Value, pool: list[Value]) -> Value:
     b.run.copied, times = True, b.choose((2, 3))
+    b.run.native &= not b.decide(x.width == 1)  # one unit repeated is a broadcast, of any width
     if b.decide(x.width * times > LARGEST):
         return x
     if b.chance(50):
