@@ -129,7 +129,7 @@ def _size_report(models: Any, place: tuple[Plan, int], flat: list[Any], full: An
     doll, noisy, small, larger = models
     plan, level = place
     own = _run(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
-    values = _values(small.graph, small, flat)
+    values = _values(small.graph, small, _prefix_inputs(doll, place, flat))
     reference = values.pop("output")
     moved = _run(outputs_graph(doll._trace, plan, [level]), noisy.__dict__["_root"], flat)
     if full is None:
@@ -152,6 +152,17 @@ def _size_report(models: Any, place: tuple[Plan, int], flat: list[Any], full: An
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _prefix_inputs(doll: Doll, place: tuple[Plan, int], flat: list[Any]) -> list[Any]:
+    """A sub-model takes the prefix of an input whose axis was freed."""
+    plan, level = place
+    holes = [n.name for n in doll._trace.graph.nodes if n.op == "placeholder"]
+    widths = (plan.ladder[-1], plan.ladder[level])
+    return [
+        _prefix(value, plan.nodes.get(name, ()), widths)
+        for name, value in zip(holes, flat, strict=True)
+    ]
 
 
 class _Recorder(fx.Interpreter):

@@ -58,7 +58,7 @@ def convert(  # noqa: PLR0913  the public signature
     scope: str = "full",
     norm: str = "block",
     keep: Sequence[str] = (),
-    overrides: Mapping[str, Sequence[int]] | None = None,
+    overrides: Mapping[str, Sequence[Any]] | None = None,
 ) -> Doll:
     """Return the model as a matryoshka doll that shares its parameters.
 
@@ -66,7 +66,7 @@ def convert(  # noqa: PLR0913  the public signature
     from scratch or fine-tuning) or "sliced" (the full model keeps its function; one pass per size);
     `norm`
     "block" or "prefix", the statistics of norms in masked nesting; `overrides` {group name: widths,
-    one for each size}.
+    one for each size; "inputs": names of inputs whose last axis nests with the model's}.
 
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
@@ -130,5 +130,8 @@ def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Option
 def _plan(traced: Trace, request: Request) -> Plan:
     if request.options.scope == "output":
         return output_plan(traced, request)
-    free = tuple(k.removeprefix("input:") for k in request.options.keep if k.startswith("input:"))
+    free = tuple((request.overrides or {}).get("inputs", ()))
+    inputs = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+    if not set(free) <= set(inputs):
+        raise PlanError(f"overrides free the inputs {list(free)}; the inputs are {inputs}")
     return solve(traced, propagate(traced, free), request)

@@ -115,6 +115,23 @@ def _times(outer: Segments, inner: Segments, unit: int) -> Segments:
     return _merged([(row + a, row + b) for row in rows for a, b in inner])
 
 
+def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
+    """Return the segments to keep of a dim that is already cut to `have`; None where all stays."""
+    if not is_nested(dim) or size_at(dim, have) == size_at(dim, want):
+        return None
+    out: list[tuple[int, int]] = []
+    offset = 0
+    wanted = kept(dim, want)
+    for a, b in kept(dim, have):
+        out += [
+            (max(a, c) - a + offset, min(b, d) - a + offset)
+            for c, d in wanted
+            if max(a, c) < min(b, d)
+        ]
+        offset += b - a
+    return tuple(out)
+
+
 @lru_cache(maxsize=65536)
 def runs(dim: Dim, ladder: tuple[Widths, ...]) -> tuple[int, ...]:
     """Return (length, level, length, level, ...) along a dim: the first level that keeps each

@@ -213,5 +213,5 @@ RESIZERS: dict[str, Callable[[Resize], None]] = {
 def resize(plan: Plan, widths: Widths, old: fx.Node, new: fx.Node) -> None:
     """Write the size constants of `new`, a copy of `old`, for a level."""
     row = RESIZERS.get(op_name(old))
-    if row is not None:
+    if row is not None and old.name in plan.nodes:
         row(Resize(plan, widths, old, new))

@@ -193,9 +193,10 @@ class Rewriter:
 
     def key(self, node: fx.Node, level: int) -> Key:
         """Return at which level a node is written where `level` is asked for."""
-        if node.op == "placeholder":
-            return node, -1
-        return node, level
+        if node.op != "placeholder":
+            return node, level
+        freed = any(map(dims.is_nested, self.plan.nodes.get(node.name, ())))
+        return node, (level if freed and level != FULL_LEVEL else -1)
 
     def _trunk(self, node: fx.Node) -> bool:
         """A trunk value of a masked doll is computed once, at full width, and read by prefix."""
@@ -224,6 +225,8 @@ class Rewriter:
     def _write(self, node: fx.Node, level: int) -> Any:
         if node.op == "get_attr":
             return self._state(node, level)
+        if node.op == "placeholder":
+            return self._input(node, level)
         if self._cut_from_full(node, level):
             if self.source.standalone:
                 return self._put(node, level, self.graph.get_attr(baked_name(node)))
@@ -231,6 +234,12 @@ class Rewriter:
         if self._trunk(node) and level not in (self.top, FULL_LEVEL):
             return self._cut_value(node, self.top, level)
         return self._put(node, level, self._apply(node, level))
+
+    def _input(self, node: fx.Node, level: int) -> Any:
+        """An input whose axis the user freed: a sub-model takes its prefix, a doll cuts it."""
+        if self.source.standalone or level == self.top:
+            return self.written[node, -1]
+        return self._cut_value(node, -1, level)
 
     def _put(self, node: fx.Node, level: int, new: Any) -> Any:
         new.meta = {k: node.meta[k] for k in ("source",) if k in node.meta}
@@ -249,13 +258,12 @@ class Rewriter:
     def cut(self, value: fx.Node, shape: tuple[Dim, ...], widths: Widths) -> fx.Node:
         """Return the part of a value that is kept at the given widths."""
         for i, dim in enumerate(shape):
-            if dims.is_nested(dim):
-                value = self._cut_dim(value, i, dims.kept(dim, widths), dims.size(dim))
+            segments = dims.relative(dim, self.plan.ladder[-1], widths)
+            if segments is not None:
+                value = self._cut_dim(value, i, segments)
         return value
 
-    def _cut_dim(self, value: fx.Node, dim: int, segments: dims.Segments, size: int) -> fx.Node:
-        if segments == ((0, size),):
-            return value
+    def _cut_dim(self, value: fx.Node, dim: int, segments: dims.Segments) -> fx.Node:
         call = self.graph.call_function
         parts = [call(aten.slice.Tensor, (value, dim, a, b)) for a, b in segments]
         return parts[0] if len(parts) == 1 else call(aten.cat.default, (parts, dim))
@@ -371,29 +379,14 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
             return new
         for i, dim in enumerate(shape):
             if groups & set(dims.groups_of(dim)):
-                new = _narrow_from(writer, new, (i, dim), (tuple(ladder), tuple(smallest)))
+                segments = dims.relative(dim, tuple(ladder), tuple(smallest))
+                new = new if segments is None else writer._cut_dim(new, i, segments)
         return new
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), narrowed)
     new = writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
     resize(writer.plan, tuple(smallest), node, new)
     return new
-
-
-def _narrow_from(
-    writer: Rewriter, value: fx.Node, place: tuple[int, Dim], widths: tuple[Widths, Widths]
-) -> fx.Node:
-    """Cut a value that is at one set of widths down to a smaller one."""
-    at, dim = place
-    have, want = (dims.kept(dim, w) for w in widths)
-    segments, offset = [], 0
-    for a, b in have:
-        for c, d in want:
-            lo, hi = max(a, c), min(b, d)
-            if lo < hi:
-                segments.append((lo - a + offset, hi - a + offset))
-        offset += b - a
-    return writer._cut_dim(value, at, tuple(segments), offset)
 
 
 def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from matryoshkafy import dims
 from matryoshkafy.dims import Dim, Segments, Widths
+from matryoshkafy.dims import relative as relative
 from matryoshkafy.doll import Doll
 from matryoshkafy.errors import PlanError
 from matryoshkafy.plan import Plan
@@ -178,22 +179,6 @@ def _mask_runs(mask: Any, ladder: tuple[Widths, ...]) -> MaskRuns | None:
         dims.runs(shape[where.out], ladder),
         dims.runs(shape[where.into], ladder),
     )
-
-
-def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
-    """Return the segments to keep of a dim that is already cut to `have`; None where all stays."""
-    if not dims.is_nested(dim) or dims.size_at(dim, have) == dims.size_at(dim, want):
-        return None
-    out, offset = [], 0
-    wanted = dims.kept(dim, want)
-    for a, b in dims.kept(dim, have):
-        out += [
-            (max(a, c) - a + offset, min(b, d) - a + offset)
-            for c, d in wanted
-            if max(a, c) < min(b, d)
-        ]
-        offset += b - a
-    return tuple(out)
 
 
 def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.Tensor:

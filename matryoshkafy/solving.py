@@ -398,6 +398,8 @@ def _overridden(plan: Plan, overrides: Mapping[str, Any] | None) -> Plan:
     names = [g.name for g in plan.groups]
     ladder = [list(w) for w in plan.ladder]
     for name, widths in overrides.items():
+        if name == "inputs":
+            continue
         if name not in names:
             raise PlanError(f"overrides name the group {name!r}; the groups are {', '.join(names)}")
         index = names.index(name)

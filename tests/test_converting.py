@@ -1,0 +1,260 @@
+"""convert(): the doll behaves like the module that it came from, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import matryoshkafy as mk
+from matryoshkafy.errors import NothingNests, PlanError, TraceError
+
+
+class Block(nn.Module):
+    """Embedding, attention, a gated feed-forward, batch norm, a head: most of what there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(19, 32)
+        self.attention = nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True)
+        self.norm = nn.LayerNorm(32)
+        self.up, self.gate, self.down = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.batch = nn.BatchNorm1d(32)
+        self.head = nn.Linear(32, 7)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embed(tokens)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.down(nn.functional.silu(self.gate(self.norm(x))) * self.up(self.norm(x)))
+        x = self.batch(self.drop(x).transpose(1, 2)).transpose(1, 2)
+        return {"hidden": x, "logits": self.head(x)}
+
+
+TOKENS = torch.randint(0, 19, (3, 5), generator=torch.Generator().manual_seed(0))
+NESTINGS = pytest.mark.parametrize("nesting", ["sliced", "masked"])
+
+
+@pytest.fixture
+def model() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def doll_of(model: nn.Module, nesting: str = "masked", **options: Any) -> mk.Doll:
+    return mk.convert(model, (TOKENS,), sizes=[8, 16, 32], nesting=nesting, **options)
+
+
+def test_sliced_is_the_model_at_full_size(model: Block) -> None:
+    ours, theirs = doll_of(model, "sliced")(TOKENS), model(TOKENS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@NESTINGS
+def test_every_law_holds(model: Block, nesting: str) -> None:
+    report = mk.verify(doll_of(model, nesting), (TOKENS,))
+    assert report.passed, str(report)
+
+
+@NESTINGS
+def test_the_laws_hold_on_a_sub_model(model: Block, nesting: str) -> None:
+    report = mk.verify(mk.slice(doll_of(model, nesting), 16), (TOKENS,))
+    assert [s.size for s in report.sizes] == [8, 16]
+    assert report.passed, str(report)
+
+
+@NESTINGS
+def test_shares_the_parameters_of_the_model(model: Block, nesting: str) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    doll = doll_of(model, nesting)
+    named = dict(model.named_parameters())
+    assert all(named[name] is p for name, p in doll.named_parameters())
+    assert list(doll.state_dict()) == list(model.state_dict())
+    before = model.up.weight.detach().clone()
+    sum(o["logits"].square().mean() for o in doll.outputs(TOKENS).values()).backward()
+    optimizer.step()
+    assert not torch.equal(before, doll.state_dict()["up.weight"])
+
+
+@NESTINGS
+def test_train_and_eval_switch_dropout_and_batch_norm(model: Block, nesting: str) -> None:
+    doll = doll_of(model, nesting)
+    still = [doll(TOKENS)["logits"] for _ in range(2)]
+    assert torch.equal(*still)
+    mean = model.batch.running_mean.clone()
+    doll.train()
+    moving = [doll(TOKENS)["logits"] for _ in range(2)]
+    assert not torch.equal(*moving)
+    assert not torch.equal(mean, model.batch.running_mean)
+
+
+@NESTINGS
+@pytest.mark.parametrize("shape", [(1, 5), (2, 9), (6, 3)])
+def test_other_batch_and_length(model: Block, nesting: str, shape: tuple[int, int]) -> None:
+    tokens = torch.randint(0, 19, shape)
+    doll = doll_of(model, nesting)
+    out = doll.outputs(tokens)
+    assert out[8]["hidden"].shape == (*shape, 8)
+    if nesting == "sliced":
+        assert torch.allclose(doll(tokens)["logits"], model(tokens)["logits"], atol=1e-6)
+
+
+@NESTINGS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types(model: Block, nesting: str, dtype: torch.dtype) -> None:
+    doll = doll_of(model, nesting).to(dtype)
+    assert doll(TOKENS)["logits"].dtype == dtype
+    assert mk.verify(doll, (TOKENS,)).passed
+
+
+@NESTINGS
+def test_autocast(model: Block, nesting: str) -> None:
+    doll = doll_of(model, nesting)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert doll(TOKENS)["logits"].dtype == torch.bfloat16
+
+
+@NESTINGS
+def test_deepcopy_is_independent(model: Block, nesting: str) -> None:
+    doll = doll_of(model, nesting)
+    twin = copy.deepcopy(doll)
+    expected = doll(TOKENS)["logits"].clone()
+    with torch.no_grad():
+        model.up.weight.zero_()
+    assert torch.equal(twin(TOKENS)["logits"], expected)
+    assert not torch.equal(doll(TOKENS)["logits"], expected)
+
+
+@NESTINGS
+def test_compiles_as_one_graph(nesting: str) -> None:
+    """Without nn.MultiheadAttention, which torch 2.15 fails to compile on its own (aot_eager)."""
+    net = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4))
+    x = torch.randn(3, 6)
+    doll = mk.convert(net, (x,), sizes=[8, 32], nesting=nesting)
+    torch._dynamo.reset()
+    compiled = torch.compile(doll, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), doll(x), atol=1e-6)
+
+
+def test_a_slice_owns_its_memory_and_slices_again(model: Block) -> None:
+    doll = doll_of(model)
+    small = mk.slice(doll, 16)
+    theirs = {p.data_ptr() for p in model.parameters()}
+    assert not theirs & {p.data_ptr() for p in small.parameters()}
+    again, direct = mk.slice(small, 8), mk.slice(doll, 8)
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in direct.state_dict().items())
+
+
+def test_ffn_scope_keeps_the_residual_stream(model: Block) -> None:
+    doll = mk.convert(model, (TOKENS,), sizes=[0.5, 1.0], nesting="sliced", scope="ffn")
+    (group,) = doll.plan.groups
+    assert group.size == 48
+    small = mk.slice(doll, doll.sizes[0])
+    assert small.get_parameter("up.weight").shape == (24, 32)
+    assert mk.verify(doll, (TOKENS,)).passed
+
+
+def test_output_scope_changes_no_weight(model: Block) -> None:
+    doll = mk.convert(model, (TOKENS,), sizes=[8, 32], scope="output")
+    out = doll.outputs(TOKENS)
+    assert torch.equal(out[8]["hidden"], model(TOKENS)["hidden"][..., :8])
+    assert mk.slice(doll, 8).get_parameter("up.weight").shape == (48, 32)
+
+
+@NESTINGS
+def test_an_input_that_feeds_the_stream_can_be_freed(nesting: str) -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    stack, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 32)
+    options: dict[str, Any] = {"nesting": nesting, "overrides": {"inputs": ["src"]}}
+    doll = mk.convert(stack, (x,), sizes=[8, 32], **options)
+    assert mk.verify(doll, (x,)).passed
+    assert mk.slice(doll, 8)(x[..., :8]).shape == (2, 3, 8)
+
+
+def test_overrides_set_the_widths_of_a_group(model: Block) -> None:
+    doll = doll_of(model, overrides={"up.out": [24, 48, 48]})
+    assert mk.slice(doll, 8).get_parameter("up.weight").shape[0] == 24
+
+
+def test_keep_holds_a_layer_whole(model: Block) -> None:
+    doll = doll_of(model, keep=["up"])
+    assert mk.slice(doll, 8).get_parameter("up.bias").shape == (48,)
+    assert mk.verify(doll, (TOKENS,)).passed
+
+
+def test_plan_round_trips_and_prints(model: Block) -> None:
+    plan = mk.inspect(model, (TOKENS,), sizes="8..32")
+    assert mk.Plan.from_json(plan.to_json()) == plan
+    assert plan.width == 32
+    for word in ("embed", "vocabulary", "classes", "head.weight:0"):
+        assert word in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nesting": "nested"}, ("nesting='nested'", "masked", "sliced")),
+        ({"scope": "ffn"}, ('scope="ffn"', 'nesting="sliced"')),
+        ({"norm": "layer"}, ("norm='layer'", "block")),
+        ({"keep": ["nowhere"]}, ("keep='nowhere'", "matches no")),
+        ({"overrides": {"nowhere": [1, 2, 3]}}, ("'nowhere'", "the groups are")),
+        ({"overrides": {"up.out": [5, 4, 48]}}, ("up.out", "ascending")),
+        ({"overrides": {"inputs": ["nowhere"]}}, ("nowhere", "the inputs are")),
+    ],
+)
+def test_bad_requests_say_what_to_do(
+    model: Block, options: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        doll_of(model, **options)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_sizes_must_end_at_the_width(model: Block) -> None:
+    with pytest.raises(mk.MatryoshkafyError, match="32"):
+        mk.convert(model, (TOKENS,), sizes="8..64")
+
+
+def test_an_unknown_size_lists_the_sizes(model: Block) -> None:
+    with pytest.raises(PlanError, match="8, 16, 32"):
+        mk.slice(doll_of(model), 10)
+
+
+def test_a_failing_forward_names_the_line(model: Block) -> None:
+    with pytest.raises(TraceError) as caught:
+        mk.convert(model, (torch.randn(3, 5),), sizes=[0.5, 1.0])
+    assert "fails on the example inputs" in str(caught.value)
+    assert "float32[3, 5]" in str(caught.value)
+
+
+def test_a_model_without_any_width() -> None:
+    with pytest.raises(NothingNests, match="classes"):
+        mk.convert(nn.Linear(3, 4), (torch.randn(2, 3),), sizes=[0.5, 1.0])
+
+
+class Stray(nn.Module):
+    """Computes something else while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return self.b(h * 2 if torch.compiler.is_compiling() else h)
+
+
+def test_a_trace_that_computes_something_else_is_refused() -> None:
+    with pytest.raises(TraceError, match="does not compute what the model computes"):
+        mk.convert(Stray(), (torch.randn(3, 4),), sizes=[0.5, 1.0])
+
+
+def test_the_model_is_left_as_it_was(model: Block) -> None:
+    model.train()
+    model.drop.eval()
+    doll_of(model)
+    assert model.training and not model.drop.training
