@@ -75,7 +75,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`python -m tests.zoo.table` on a 2-core CPU machine, "
         f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}.",
         "",
+        "<!-- readme -->",
         *_summary(rows),
+        "<!-- /readme -->",
         "",
         "`identity`: full size against the user's model. `laws`: worst of outputs, trunk nodes and",
         "noise past the prefix. `native`: the half-size slice in the same class built from the",
