@@ -115,6 +115,7 @@ add(
 )
 add("where", lambda b, op, x: op(truth(b, x), x, second(b, x)))
 add("masked_fill", lambda b, op, x: op(x, truth(b, second(b, x)), 0.5))
+add("copy", lambda b, op, x: op(x, second(b, x)))
 add("lerp", lambda b, op, x: op(x, second(b, x), 0.3))
 add("addcmul", lambda b, op, x: op(x, x, second(b, x)))
 add("addcdiv", lambda b, op, x: op(x, x, positive(b, x)))
@@ -279,9 +280,6 @@ add(
     "image",
 )
 add("group_norm", lambda b, op, x: op(x, 1, b.param(x.shape[1]), b.param(x.shape[1])), "image")
-add("native_group_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]), 2,
-                                             x.shape[1], 16,
-                                             x.shape[1] // 2, 1e-5)[0], "image")  # fmt: skip
 add("batch_norm", lambda b, op, x: op(x, b.param(x.shape[1]), b.param(x.shape[1]),
                                       b.buffer(x.shape[1]), b.buffer(x.shape[1]), False, 0.1,
                                       1e-5, False), "image")  # fmt: skip
@@ -446,7 +444,6 @@ add(
     holds=True,
 )
 add("histc", lambda b, op, x: b(aten.reshape.default, op(x, 4), [1, 4]), holds=True)
-add("histogram", lambda b, op, x: b(aten.reshape.default, op(x, 4)[0], [1, 4]), holds=True)
 add(
     "bincount",
     lambda b, op, x: b(

@@ -120,11 +120,7 @@ def name_of(case: Case) -> str:
 
 # Rows that do not do what they say yet: their ops freeze what they touch, or fail.
 GRAPH, NARROW, PREFIX = "graph", "narrow", "prefix"
-KNOWN = {
-    "native_group_norm": ("the rule reads the arguments of group_norm", GRAPH, NARROW, PREFIX),
-    "_prelu_kernel": ("slopes of shape [1, C, 1] do not meet the channels", NARROW, PREFIX),
-    "histogram": ("the op has two outputs, the rule one", GRAPH),
-}
+KNOWN: dict[str, tuple[str, ...]] = {}
 
 
 def numbered(test: str) -> Any:

@@ -142,7 +142,7 @@ def _meet(walk: Walk, x: Terms, other: Terms, place: tuple[int, bool]) -> None:
             walk.unify(mine, theirs)
 
 
-@rule("histogram", "isin", "masked_select", "take")
+@rule("isin", "masked_select", "take")
 def looked_up(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Everything that is looked at stays whole."""
     for value in args.values():

@@ -28,7 +28,7 @@ def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     return (terms, *(kept for _ in shapes[1:]))
 
 
-@rule("group_norm", "native_group_norm")
+@rule("group_norm")
 def group_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Statistics over the channels of a group and over space: whole groups shrink."""
     del node
