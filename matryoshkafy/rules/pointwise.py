@@ -21,7 +21,8 @@ UNARY = """
     type_as requires_grad_ lift_fresh lift_fresh_copy polygamma i0 sinc heaviside float
     """.split()
 NARY = """
-    add sub rsub copy _prelu_kernel mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
+    copy _prelu_kernel
+    add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
     eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
     __and__ __or__ __xor__ __lshift__ __rshift__ where masked_fill lerp addcmul addcdiv
     copysign hypot logaddexp logaddexp2 xlogy polar complex subtract multiply divide greater less
