@@ -187,3 +187,47 @@ def test_noise_beyond_a_prefix_moves_nothing() -> None:
     other = doll_of(noisy, x)
     assert torch.equal(other.outputs(x)[2], before[2])
     assert not torch.equal(other.outputs(x)[4], before[4])
+
+
+class Counted(nn.Module):
+    """0, 1, 2, ... added to units that changed places: [h, d] -> [d, h]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(3, 12).double(), nn.Linear(12, 5).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        h = self.first(x).view(x.shape[0], -1, 3).transpose(1, 2).reshape(x.shape[0], 12)
+        return self.head(h + 0.01 * torch.arange(12, dtype=torch.float64))
+
+
+@pytest.mark.xfail(strict=True, reason="arange along a product whose outer factor stays whole")
+def test_a_range_along_units_that_changed_places() -> None:
+    x = whole()
+    assert mk.verify(mk.convert(Counted(), (x,), sizes=[0.5, 1.0]), (x,)).passed
+
+
+class Square(nn.Module):
+    """A square weight read by a matmul: both of its dims are one group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(3, 8).double(), nn.Linear(8, 5).double()
+        self.inner = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        x = self.first(x)
+        return self.head(x + x @ self.inner)
+
+
+def test_a_square_weight_of_a_matmul_is_masked() -> None:
+    model, x = Square(), whole()
+    doll = doll_of(model, x)
+    assert mk.verify(doll, (x,)).passed
+    h = model.first(x)
+    expected = model.head(h + h @ masked(model.inner.t()).t())
+    torch.testing.assert_close(doll(x), expected, rtol=1e-12, atol=1e-12)
