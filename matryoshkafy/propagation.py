@@ -67,9 +67,8 @@ def _fix_counted(graph: fx.Graph, found: Findings) -> None:
         if node.op != "call_function" or op_key(node.target) != "arange":
             continue
         for term in found.terms[node]:
-            first = axes.resolve(term)[:1]
-            prefix = first and isinstance(first[0], Axis) and first[0].fixed is None
-            if not prefix:
+            factors = axes.resolve(term)
+            if len(factors) != 1 or not isinstance(factors[0], Axis):
                 axes.fix(term, Reason("range", node.name))
 
 
