@@ -24,6 +24,7 @@ from matryoshkafy.axes import COPIES, Axis, Reason, Sum, Term
 from matryoshkafy.cleaning import op_name
 from matryoshkafy.dims import Cat, Dim, Nested
 from matryoshkafy.errors import NothingNests, PlanError
+from matryoshkafy.graph_json import source_of
 from matryoshkafy.masking import Choice, Masking, choose
 from matryoshkafy.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
 from matryoshkafy.propagation import Findings, flat_terms
@@ -228,7 +229,7 @@ def _frozen(trace: Trace, found: Findings, request: Request, solved: Any) -> Pla
     parameters, masking = solved
     main = _heaviest(_trainable(trace, parameters))
     if main is None:
-        raise NothingNests(_nothing(parameters, found))
+        raise NothingNests(_nothing(trace, parameters, found, request))
     order = _group_order(parameters)
     freeze = _freezer({axis: i for i, axis in enumerate(order)})
     solved_parameters = {name: tuple(map(freeze, terms)) for name, terms in parameters.items()}
@@ -267,22 +268,39 @@ def _default(width: int) -> Any:
     return DEFAULT_LADDER if width >= 4 else [width]
 
 
-def _nothing(parameters: Mapping[str, Any], found: Findings) -> str:
+def _nothing(trace: Trace, parameters: Mapping[str, Any], found: Findings, request: Request) -> str:
+    """Say why no axis is a width: each reason with its first place, and what may help."""
     if not parameters:
         return "the model has no parameters, so there is nothing to nest; give a model with weights"
-    reasons = Counter(
-        leaf.fixed.kind
-        for ts in parameters.values()
-        for t in ts
-        for leaf in axes.leaves(t)
+    reasons = [
+        leaf.fixed
+        for terms in parameters.values()
+        for term in terms
+        for leaf in axes.leaves(term)
         if leaf.fixed
+    ]
+    sources = {node.name: source_of(node) for node in trace.graph.nodes}
+    first = {r.kind: sources.get(r.place) for r in reversed(reasons)}
+    counts = Counter(reason.kind for reason in reasons).most_common(5)
+    why = ", ".join(
+        f"{kind} ({count} axes{f', first at {first[kind]}' if first[kind] else ''})"
+        for kind, count in counts
     )
-    why = ", ".join(f"{kind} ({count} axes)" for kind, count in reasons.most_common(5))
     ops = ", ".join(f"{op} at {source or node}" for op, node, source in found.unknown[:3])
+    remedies = [
+        remedy
+        for remedy, fits in (
+            ('nesting="sliced"', request.options.nesting == "masked"),
+            ("fewer keep patterns", request.options.keep),
+            ("mk.rule for the op without a rule", ops),
+            ('scope="output", which nests the last axis of the output alone', True),
+        )
+        if fits
+    ]
     return (
         f"no axis of the model is a width that can nest: {why}"
         + (f"; ops without a rule: {ops}" if ops else "")
-        + '. Try nesting="sliced", fewer keep patterns, or write a rule for the op.'
+        + f". Try {' or '.join(remedies)}."
     )
 
 

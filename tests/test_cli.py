@@ -217,7 +217,16 @@ def test_quiet_prints_no_progress(place, tmp_path):
     assert quiet.stderr == ""
 
 
-def test_python_m_runs_the_same_program():
-    words = [sys.executable, "-m", "matryoshkafy", "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+def test_python_m_runs_the_same_program_and_its_help_needs_no_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['matryoshkafy', '--help']\n"
+        "try:\n"
+        "    runpy.run_module('matryoshkafy', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert "convert" in done.stdout

@@ -39,7 +39,6 @@ def test_random_models_keep_the_laws(program: Program, options: Options) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="arange along a product whose outer factor stays whole")
 @settings(checked, max_examples=2000)
 @given(programs, st.sampled_from(NESTINGS))
 def test_two_thousand_random_models_keep_the_laws(program: Program, options: Options) -> None:

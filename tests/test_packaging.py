@@ -74,7 +74,10 @@ def test_the_commands_work_outside_the_checkout(environment: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_importing_pulls_in_torch_and_nothing_heavy(environment: Path, tmp_path: Path) -> None:
     heavy = ["transformers", "sklearn", "polars", "matplotlib", "onnx", "rich", "typer", "pandas"]
-    code = f"import sys, matryoshkafy; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, matryoshkafy as mk; [getattr(mk, name) for name in mk.__all__]; "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     assert call(environment / "python", "-c", code, cwd=tmp_path).strip() == "[]"
 
 

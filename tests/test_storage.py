@@ -29,16 +29,12 @@ from matryoshkafy.storage import (
 )
 
 FILES = ("weights.bin", "graph.json", MANIFEST)
-# The saver runs without torch: a bare package stands in for matryoshkafy/__init__.py.
 SAVER = """
-import itertools, os, sys, types
-package = types.ModuleType("matryoshkafy")
-package.__path__ = [sys.argv[1]]
-sys.modules["matryoshkafy"] = package
-sys.path.insert(0, sys.argv[2])
+import sys
+sys.path.insert(0, sys.argv[1])
 from tests.saver import save
-swap, stop_at = sys.argv[4] == "swap", int(sys.argv[5])
-save(sys.argv[3], swap=swap, stop_at=stop_at)
+swap, stop_at = sys.argv[3] == "swap", int(sys.argv[4])
+save(sys.argv[2], swap=swap, stop_at=stop_at)
 """
 
 
@@ -186,7 +182,7 @@ def test_what_a_killed_save_left_is_removed_but_not_a_running_one(tmp_path):
 
 def start_saver(folder, swap, stop_at=-1):
     here = Path(__file__).parent.parent
-    arguments = [here / "matryoshkafy", here, folder, "swap" if swap else "journal", stop_at]
+    arguments = [here, folder, "swap" if swap else "journal", stop_at]
     return subprocess.Popen(
         [sys.executable, "-c", SAVER, *map(str, arguments)], stdout=subprocess.PIPE
     )

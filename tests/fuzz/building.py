@@ -51,6 +51,7 @@ class Run:
     native: bool = True
     constant: bool = False
     copied: bool = False
+    reordered: bool = False
 
 
 class Builder:

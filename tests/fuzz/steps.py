@@ -297,6 +297,9 @@ def stacked(b: Builder, x: Value, pool: list[Value]) -> Value:
 def reordered(b: Builder, x: Value, pool: list[Value]) -> Value:
     """[C] -> [h, d] -> [d, h] -> [C]: the units change places."""
     dim, n, length = b.divisor(x.width), *x.shape[:2]
+    # In [d, h] the number d' of a second split may count units of either: the model's text is open.
+    b.run.native &= not b.run.reordered
+    b.run.reordered = True
     split = b(aten.reshape.default, x, [n, length, -1, dim])
     return b(aten.reshape.default, b(aten.transpose.int, split, 2, 3), [n, length, x.width])
 
