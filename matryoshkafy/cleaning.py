@@ -2,6 +2,7 @@
 
 x.relu_(), F.relu, nn.ReLU      -> aten.relu
 x[:, 0] = y                     -> select_scatter, and later readers of x see the new value
+uninitialised memory            -> zeros
 dropout / batch norm flags      -> self.training
 device=cpu                      -> the device of the inputs
 x.to(x.dtype), alias, x[:]      -> x
@@ -70,6 +71,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     _drop_assertions(graph)
     _drop_detached(graph)
     _make_functional(graph)
+    _fill_empty(graph)
     _relax_views(graph)
     _slice_constants(graph, root)
     _drop_identities(graph)
@@ -156,6 +158,28 @@ def _relax_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
+
+
+EMPTIES = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_permuted.default: aten.zeros.default,
+    aten.empty_strided.default: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.new_empty_strided.default: aten.new_zeros.default,
+}
+
+
+def _fill_empty(graph: fx.Graph) -> None:
+    """Memory that a forward fills piece by piece starts as zeros: no node's value is left to
+    chance.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in EMPTIES:
+            target = EMPTIES[node.target]
+            known = {a.name for a in target._schema.arguments}
+            given = {k: v for k, v in bound_args(node).items() if k in known and v is not None}
+            node.target, node.args, node.kwargs = target, (), given
 
 
 def _drop_identities(graph: fx.Graph) -> None:

@@ -14,6 +14,7 @@ from matryoshkafy.numerics import relative_error
 from matryoshkafy.plan import Options, Plan
 from matryoshkafy.propagation import propagate
 from matryoshkafy.solving import Request, output_plan, solve
+from matryoshkafy.train_time import follow_training
 from matryoshkafy.tracing import Trace, trace
 
 # float32 sums in another order differ by 1e-6; a bfloat16 model by 1e-2.
@@ -98,7 +99,7 @@ def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Tr
             "take another path while they are traced: with transformers, try "
             'attn_implementation="eager"; else give inputs (masks, position ids) explicitly.'
         )
-    return traced
+    return follow_training(traced, model, args, dict(kwargs or {}))
 
 
 def _disagreement(traced: Trace, flat: Sequence[Any], run: Callable[[], Any]) -> float:

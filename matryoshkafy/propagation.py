@@ -233,12 +233,14 @@ class _Walker:
         self.found.terms[node] = self._applied(node)
 
     def _applied(self, node: fx.Node) -> Any:
-        rule = RULES.get(op_key(node.target))
-        terms = rule(self, node, bound_args(node)) if rule else None
-        if terms is not None and self._fits(node, terms):
-            return terms
-        source = node.meta.get("source") or ""
-        self.found.unknown.append((op_key(node.target), node.name, source))
+        rule, name = RULES.get(op_key(node.target)), op_key(node.target)
+        try:
+            terms = rule(self, node, bound_args(node)) if rule else None
+            if terms is not None and self._fits(node, terms):
+                return terms
+        except Exception as error:  # noqa: BLE001  a use that a rule did not foresee stays whole
+            name = f"{name} (its rule raised {type(error).__name__}: {error})"
+        self.found.unknown.append((name, node.name, node.meta.get("source") or ""))
         return self._frozen(node)
 
     def _fits(self, node: fx.Node, terms: Any) -> bool:

@@ -32,16 +32,9 @@ checked = settings(
 )
 
 
-@settings(checked, max_examples=150)
-@given(programs, st.sampled_from(NESTINGS))
-def test_random_models_keep_the_laws(program: Program, options: Options) -> None:
-    check(build(program), options)
-
-
-@pytest.mark.slow
 @settings(checked, max_examples=2000)
 @given(programs, st.sampled_from(NESTINGS))
-def test_two_thousand_random_models_keep_the_laws(program: Program, options: Options) -> None:
+def test_random_models_keep_the_laws(program: Program, options: Options) -> None:
     check(build(program), options)
 
 

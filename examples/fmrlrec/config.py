@@ -20,6 +20,7 @@ CHOICES = {
     "nesting": ("masked", "sliced"),
     "norm": ("block", "prefix"),
     "select_by": ("largest", "mean"),
+    "schedule": ("constant", "cosine"),
 }
 
 
@@ -29,8 +30,8 @@ class Config:
 
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
-    AdamW; `warmup` counts steps, `patience` epochs; `alone` makes `run` compare, too. The defaults
-    are those of arXiv 2409.16627.
+    AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up; `alone`
+    makes `run` compare, too. The defaults are those of arXiv 2409.16627.
     """
 
     data: str = "synthetic"
@@ -68,6 +69,7 @@ class Config:
     weight_decay: float = 1e-2
     clip: float = 5.0
     warmup: int = 100
+    schedule: str = "constant"
     patience: int = 10
     select_by: str = "largest"
     checkpoint_steps: int = 500
@@ -101,10 +103,10 @@ def cpu_synthetic() -> dict[str, Any]:
 
 
 def cpu_beauty() -> dict[str, Any]:
-    """The id variant on Amazon Beauty, the recipe of LRURec with this model."""
+    """The id variant on Amazon Beauty: the recipe of LRURec, and a learning rate that falls."""
     return {
         "sizes": "8..64", "modality": "id", "batch": 128, "dropout": 0.5, "windows": "all",
-        "r_min": 0.8, "epochs": 100,
+        "r_min": 0.8, "epochs": 40, "schedule": "cosine",
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from examples.fmrlrec.errors import DataError, RunError
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
 
 STATE, BEST = "state.safetensors", "best.safetensors"
+LAST_RATE = 0.02  # of the learning rate is left at the end of a cosine
 
 
 class Objective(Protocol):
@@ -88,6 +90,7 @@ class Session:
     def batches(self) -> int:
         """Batches of an epoch."""
         return -(-len(self.windows) // self.config.batch)
+
 
 def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> Progress:
     """Trains until `config.epochs` or `config.patience`, and leaves the best weights in place.
@@ -198,7 +201,7 @@ def _skip(batches: Iterator[Steps], count: int) -> Iterator[Steps]:
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     inputs, targets = _share(session.accelerator, batch)
     for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate(progress.step, session.config)
+        group["lr"] = learning_rate(progress.step, session.batches, session.config)
     loss, losses = session.objective(inputs, targets)
     _check_loss(loss, progress)
     session.optimizer.zero_grad()
@@ -212,9 +215,13 @@ def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     )
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Rises over `warmup` steps and stays."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+def learning_rate(step: int, batches: int, config: Config) -> float:
+    """Rises over `warmup` steps; then stays, or falls as a cosine until the last of `epochs`."""
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "constant":
+        return rate
+    share = min(1.0, step / (batches * config.epochs))
+    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor]:

@@ -46,11 +46,15 @@ def reshape_as(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 def regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]) -> Terms:
     """Return the terms of `old` dims seen as `new` ones (row-major)."""
+    if not math.prod(new):  # no unit says which dim of `old` a dim of `new` is
+        for term in terms:
+            walk.fix(term, "reshaped")
+        return tuple(walk.fresh(n, "reshaped") for n in new)
     out: list[Any] = []
     for ins, outs in runs(old, new):
         whole = tuple(f for i in ins for f in axes.resolve(terms[i]))
         sizes = [new[o] for o in outs]
-        pieces = axes.regroup(whole, sizes) if math.prod(sizes) else None
+        pieces = axes.regroup(whole, sizes)
         if pieces is None:
             walk.fix(whole, "reshaped")
             pieces = [walk.fresh(n, "reshaped") for n in sizes]

@@ -134,8 +134,16 @@ def test_users_without_a_step_are_refused(material, tiny, tmp_path: Path) -> Non
 
 def test_warm_up_rises_and_stays() -> None:
     config = replace(Config(), {"lr": 0.1, "warmup": 4})
-    rates = [training.learning_rate(step, config) for step in range(6)]
+    rates = [training.learning_rate(step, 10, config) for step in range(6)]
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+def test_a_cosine_falls_to_a_fiftieth_over_all_epochs() -> None:
+    settings = {"lr": 0.1, "warmup": 1, "schedule": "cosine", "epochs": 5}
+    config = replace(Config(), settings)
+    rates = [training.learning_rate(step, 10, config) for step in range(51)]
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], rates[25], rates[50]) == pytest.approx((0.1, 0.051, 0.002))
 
 
 def test_only_matrices_decay(material, tiny) -> None:
