@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def _recorded(
         run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True
     )
     try:
-        with warnings.catch_warnings(), _silent():
+        with warnings.catch_warnings(), silent():
             warnings.simplefilter("ignore")
             module = record(list(named.values()), flat)
     except Exception as second:  # noqa: BLE001  the user's forward may raise anything
@@ -119,6 +119,7 @@ def _recorded(
 def _lifted(
     module: fx.GraphModule, names: list[str], out_spec: pytree.TreeSpec, error: BaseException
 ) -> Captured:
+    _mark_storage(module.graph)
     holes = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     state = dict(zip(holes, names, strict=False))
     count = len(next(iter(reversed(module.graph.nodes))).args[0])
@@ -126,6 +127,44 @@ def _lifted(
     why = "branches on the values of tensors" if _depends_on_values(error) else "cannot be exported"
     note = f"specialised: the forward {why} at {place}; the path of the example inputs was recorded"
     return Captured(module, state, tuple(range(count)), out_spec, {}, (note, *ATTEMPTS[2][1]))
+
+
+def _mark_storage(graph: fx.Graph) -> None:
+    """Say which nodes share memory: what a recorded value was a view of is not kept with it."""
+    for node in graph.nodes:
+        node.meta["storage"] = node.args[0].meta["storage"] if _is_view(node) else id(node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
+        return False
+    source: Any = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    old, new = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return False
+    copies = COPIES_IF.get(schema.name.partition("::")[2])
+    return copies is None or not copies(old, new)
+
+
+def _reshape_copies(old: torch.Tensor, new: torch.Tensor) -> bool:
+    try:
+        old.view(new.shape)
+    except (RuntimeError, ValueError):
+        return True
+    return False
+
+
+# Ops that return a view where they can, and when they cannot.
+COPIES_IF: Mapping[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
+    "contiguous": lambda old, new: old.stride() != new.stride(),
+    "to": lambda old, new: (old.dtype, old.device) != (new.dtype, new.device),
+    "reshape": _reshape_copies,
+    "reshape_as": _reshape_copies,
+    "flatten": _reshape_copies,
+}
 
 
 @contextlib.contextmanager
@@ -161,14 +200,14 @@ def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 
 def _quiet_export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
-    with warnings.catch_warnings(), _silent():
+    with warnings.catch_warnings(), silent():
         warnings.simplefilter("ignore")
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """torch prints the whole graph when an export fails: the error says what a person needs."""
+def silent() -> Iterator[None]:
+    """torch prints the whole graph when it fails: the error says what a person needs."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from matryoshkafy import slicing
+from matryoshkafy.capturing import silent
 from matryoshkafy.doll import Doll
 from matryoshkafy.errors import PlanError, TraceError
 from matryoshkafy.numerics import relative_error
@@ -73,7 +75,31 @@ def convert(  # noqa: PLR0913  the public signature
     """
     request = Request(_options(nesting, scope, norm, keep), sizes, overrides)
     traced = _traced(model, args, kwargs)
-    return Doll(traced, _plan(traced, request))
+    doll = Doll(traced, _plan(traced, request))
+    if any(note.startswith("specialised") for note in traced.notes):
+        for size in doll.sizes[:-1]:
+            _run_recorded(doll, size, args, kwargs)
+    return doll
+
+
+def _run_recorded(doll: Doll, size: int, args: Any, kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse a recorded path whose numbers of rows are other ones in a smaller model."""
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    try:
+        with torch.no_grad(), silent():
+            slicing.slice(doll, size)(*args, **dict(kwargs or {}))
+    except (RuntimeError, IndexError) as error:
+        raise TraceError(
+            f"the path that the example takes cannot be taken at size {size}: "
+            f"{str(error).splitlines()[0]}\nThe forward {_reason(doll)}; how many rows it works on "
+            "depends on values that differ between the sizes. Rewrite that part with masks of a "
+            "fixed shape (torch.where, one product over all experts)."
+        ) from error
+
+
+def _reason(doll: Doll) -> str:
+    note = next(n for n in doll.plan.remarks if n.startswith("specialised"))
+    return note.removeprefix("specialised: the forward ").partition(";")[0]
 
 
 def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Trace:

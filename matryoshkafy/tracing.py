@@ -253,7 +253,9 @@ class _Copier:
         new.meta["shape"] = info_of(old.meta.get("val"))
         new.meta["source"] = source_of(old) or ""
         value = old.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        if "storage" in old.meta:
+            new.meta["storage"] = old.meta["storage"]
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
             new.meta["storage"] = value.untyped_storage()._cdata
         return new
 

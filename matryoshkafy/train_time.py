@@ -139,10 +139,14 @@ def _training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers.items():
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        _put_back(buffers)
+
+
+@torch.no_grad()
+def _put_back(buffers: dict[Tensor, Tensor]) -> None:
+    for buffer, before in buffers.items():
+        if not torch.equal(buffer, before):
+            buffer.copy_(before)
 
 
 def _set_attention(traced: Trace, rates: list[float]) -> str | None:

@@ -101,7 +101,15 @@ def dropped(x: Tensor) -> Tensor:
     return F.dropout(F.dropout1d(x, 0.5, False), 0.5, False)
 
 
-BODIES = (write_slice, write_view, read_before_and_after, write_turned, write_chain, write_index,
+def filled(x: Tensor) -> Tensor:
+    """Memory that starts as anything, filled piece by piece."""
+    y, z = torch.empty_like(x), x.new_empty(x.shape)
+    y[:, 1:], z[:, 0] = x[:, 1:], x[:, 0]
+    y[:, 0], z[:, 1:] = 1.0, torch.empty(1, dtype=x.dtype).fill_(2)
+    return y * z
+
+
+BODIES = (filled, write_slice, write_view, read_before_and_after, write_turned, write_chain, write_index,
           write_masked, stale_view, copied, cast, dropped)  # fmt: skip
 each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 
@@ -119,6 +127,29 @@ def test_the_cleaned_graph_is_the_model(body: Body) -> None:
     cleaned = trace(model, (example(),))
     actual = fx.GraphModule(cleaned.root, cleaned.graph)(example())
     torch.testing.assert_close(actual[0], expected, rtol=1e-12, atol=1e-12)
+
+
+class Branching(Around):
+    """A branch on a value: torch.export gives up, and the path of the example is recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [2, 4, 3] -> [2, .., 5]"""
+        return -super().forward(x) if x.sum() > 1e6 else super().forward(x)
+
+
+@each_body
+def test_a_recorded_path_knows_what_is_a_view(body: Body) -> None:
+    model = Branching(body).eval()
+    expected = model(example())
+    traced = trace(model, (example(),))
+    assert any(note.startswith("specialised") for note in traced.notes)
+    actual = fx.GraphModule(traced.root, traced.graph)(example())
+    torch.testing.assert_close(actual[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_uninitialised_memory_is_not_in_the_graph() -> None:
+    graph = trace(model_of(filled), (example(),)).graph
+    assert not [n for n in graph.nodes if n.op == "call_function" and "empty" in op_name(n)]
 
 
 @each_body

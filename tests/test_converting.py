@@ -258,3 +258,40 @@ def test_the_model_is_left_as_it_was(model: Block) -> None:
     model.drop.eval()
     doll_of(model)
     assert model.training and not model.drop.training
+
+
+class Uneven(nn.Module):
+    """One path for each positive row of the big model; a small one has fewer of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.first.weight[:6], self.first.bias[:6] = 0.0, -1.0
+            self.first.weight[6:], self.first.bias[6:] = 0.0, 9.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, 3] -> [N, 3]"""
+        h = self.first(x)
+        parts = h[h.sum(-1) > 0].unbind(0)
+        return self.last(torch.stack([part * (i + 1) for i, part in enumerate(parts)]))
+
+
+def test_a_recorded_path_that_no_smaller_model_can_take_is_refused() -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(mk.MatryoshkafyError, match=r"cannot be taken at size 2: .*\n.*test_conv"):
+        mk.convert(Uneven(), (x,), sizes=[0.25, 1.0], nesting="sliced")
+
+
+def test_a_rule_that_raises_costs_widths_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(walk: object, node: object, args: object) -> None:
+        raise IndexError("not foreseen")
+
+    from matryoshkafy.rules.table import RULES
+
+    monkeypatch.setitem(RULES, "tanh", broken)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    doll = mk.convert(model, (torch.randn(4, 3),), sizes=[0.5, 1.0])
+    assert mk.verify(doll, (torch.randn(4, 3),)).passed
+    assert doll.plan.parameters["0.weight"] == ((8,), (3,))
+    assert "tanh (its rule raised IndexError: not foreseen)" in str(doll.plan)
