@@ -16,8 +16,8 @@ from matryoshkafy.numerics import relative_error
 from matryoshkafy.plan import Options, Plan
 from matryoshkafy.propagation import propagate
 from matryoshkafy.solving import Request, output_plan, solve
-from matryoshkafy.train_time import follow_training
 from matryoshkafy.tracing import Trace, trace
+from matryoshkafy.train_time import follow_training
 
 # float32 sums in another order differ by 1e-6; a bfloat16 model by 1e-2.
 TRACE_TOLERANCE = 3e-2
@@ -43,7 +43,8 @@ def inspect(  # noqa: PLR0913  the public signature
 
     Arguments: `args`, `kwargs` example inputs of the forward; `sizes` a ladder such as "64..1024"
     (default: ratios 1/4, 1/2, 1); `scope` full, ffn or output; `keep` patterns of parameter or
-    module names that stay whole; `nesting` masked (default, except for scope ffn) or sliced.
+    module names that stay whole, or "scalar:NODE" for a constant; `nesting` masked (default, except
+    for scope ffn) or sliced.
 
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """

@@ -49,8 +49,8 @@ def _rest(plan: Plan) -> Iterator[str]:
         [(u.op, u.node, u.source) for u in plan.unknown],
     )
     yield from _section(
-        "scalars derived from a width",
-        [(s.node, str(s), s.source) for s in plan.scalars],
+        "scalars derived from a width (keep one with its name)",
+        [(f"scalar:{s.node}", str(s), s.source) for s in plan.scalars],
     )
     yield from _section("remarks", [(r,) for r in plan.remarks])
 

@@ -1,14 +1,17 @@
 """find_scalars(): constants of the graph that were derived from a width, such as sqrt(d_model).
 
-A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it
-multiplies or
-divides a tensor whose last dimension is a nested axis of n units and equals n ** p for p in
-1/2, -1/2, 1, -1; what is found is reported in the plan and rewritten at each size.
+A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it multiplies
+or divides a tensor and equals n ** p: n the units of the tensor's last dimension, a nested axis,
+and p one of 1/2, -1/2, 1, -1; or n the width that holds the heads of the tensor (heads times units
+of a head) and p one of 1/2, -1/2. What is found is reported in the plan and rewritten at each
+size, unless keep=["scalar:NODE"] holds it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +20,13 @@ from torch import fx
 
 from matryoshkafy import dims
 from matryoshkafy.cleaning import op_name
+from matryoshkafy.errors import PlanError
 from matryoshkafy.plan import Plan, Scalar
 from matryoshkafy.tracing import Trace
 
 POWERS = (0.5, -0.5, 1.0, -1.0)
+EXACT = 1e-6
+KEEP = "scalar:"
 SCALING = {"mul", "div", "true_divide", "multiply", "divide"}
 
 
@@ -30,8 +36,23 @@ def find_scalars(trace: Trace, plan: Plan) -> Plan:
         return plan
     state = trace.state()
     found = [s for n in trace.graph.nodes for s in _scalars_of(n, plan, state)]
-    kept = plan.options.keep
+    kept = {s.node for p in scalar_patterns(plan.options.keep) for s in _matching(found, p)}
     return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
+
+
+def scalar_patterns(keep: Sequence[str]) -> list[str]:
+    """Return the keep patterns that hold constants: "scalar:mul_3", "scalar:*"."""
+    return [p.removeprefix(KEEP) for p in keep if p.startswith(KEEP)]
+
+
+def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
+    matching = [s for s in found if fnmatch.fnmatch(s.node, pattern)]
+    if not matching:
+        raise PlanError(
+            f"keep={KEEP + pattern!r} matches no constant derived from a width; the constants are "
+            f"{[KEEP + s.node for s in found]}"
+        )
+    return matching
 
 
 def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
@@ -41,34 +62,54 @@ def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> li
         return _slopes_of(node, plan, state)
     if op_name(node) not in SCALING:
         return []
-    axes = plan.nodes.get(node.name)
-    if not axes or len(axes[-1]) != 1 or not isinstance(axes[-1][0], dims.Nested):
-        return []
-    factor = axes[-1][0]
     for index, argument in enumerate(node.args):
-        value = _constant(argument, state)
-        power = None if value is None else _power(value, factor.size)
-        if power is not None:
+        value, tolerance = _constant(argument, state)
+        derived = _derivation(value, tolerance, node, plan) if value else None
+        if derived:
+            group, units, power = derived
             source = node.meta.get("source") or ""
-            return [
-                Scalar(
-                    node.name,
-                    str(index),
-                    float(value or 0),
-                    factor.group,
-                    factor.size,
-                    power,
-                    source,
-                )
-            ]
+            return [Scalar(node.name, str(index), value, group, units, power, source)]
     return []
+
+
+def _derivation(
+    value: float, tolerance: float, node: fx.Node, plan: Plan
+) -> tuple[int, int, float] | None:
+    """Return the group, its units, and the power of its width that the value holds."""
+    for factor, width, powers in _widths_of(node, plan):
+        for power in powers:
+            if width > 1 and math.isclose(value, width**power, rel_tol=tolerance):
+                return factor.group, factor.size, power
+    return None
+
+
+def _widths_of(node: fx.Node, plan: Plan) -> Iterator[tuple[dims.Nested, int, tuple[float, ...]]]:
+    """Yield the widths that a constant at this node may come from."""
+    axes = [dim[0] for dim in plan.nodes.get(node.name, ()) if len(dim) == 1]
+    last = (plan.nodes.get(node.name) or ((),))[-1]
+    if len(last) == 1 and isinstance(last[0], dims.Nested):
+        yield last[0], last[0].size, POWERS
+    heads = [factor for factor in axes if isinstance(factor, dims.Nested)]
+    for factor in heads:
+        for width in _widths_holding(factor, plan):
+            yield factor, width, POWERS[:2]
+
+
+def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
+    """Return the widths of parameters that are these heads, times whole units of a head."""
+    found = {dim for terms in plan.parameters.values() for dim in terms if heads in dim}
+    return {
+        dims.size(dim)
+        for dim in found
+        if len(dim) > 1 and all(isinstance(f, int) for f in dim if f != heads)
+    }
 
 
 def _slopes_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
     """The slopes of ALiBi are base ** (1, 2, ..., heads)."""
     axes = plan.nodes.get(node.name)
-    value = _constant(node.args[0], state)
-    if not axes or value is None or not isinstance(axes[-1][0], dims.Nested) or len(axes[-1]) != 1:
+    value, _ = _constant(node.args[0], state)
+    if not axes or not isinstance(axes[-1][0], dims.Nested) or len(axes[-1]) != 1:
         return []
     factor = axes[-1][0]
     if not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):
@@ -77,25 +118,21 @@ def _slopes_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> lis
     return [Scalar(node.name, "0", value, factor.group, factor.size, 0.0, source, "alibi")]
 
 
-def _constant(argument: Any, state: dict[str, torch.Tensor]) -> float | None:
-    """A number, or a tensor of one element that is no parameter and was made from numbers."""
+def _constant(argument: Any, state: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Return a number and how far off its type may have made it; (0, 0) where it is none.
+
+    It may stand in a tensor of one element that is no parameter and was made from numbers.
+    """
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-        return float(argument)
-    if isinstance(argument, fx.Node) and op_name(argument) in ("to", "_to_copy"):
+        return float(argument), EXACT
+    while isinstance(argument, fx.Node) and op_name(argument) in ("to", "_to_copy"):
         argument = argument.args[0]
     if isinstance(argument, fx.Node) and op_name(argument) == "full" and argument.args[0] == []:
-        return float(argument.args[1])  # type: ignore[arg-type]
+        return float(argument.args[1]), EXACT  # type: ignore[arg-type]
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return None
+        return 0.0, 0.0
     tensor = state.get(str(argument.target))
     scalar = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
     if not scalar or tensor is None or tensor.is_meta or not tensor.is_floating_point():
-        return None
-    return float(tensor)
-
-
-def _power(value: float, n: int) -> float | None:
-    """Half precision keeps three digits of such a constant, so it may be that far off."""
-    if n < 2:
-        return None
-    return next((p for p in POWERS if math.isclose(value, n**p, rel_tol=1e-6)), None)
+        return 0.0, 0.0
+    return float(tensor), max(EXACT, torch.finfo(tensor.dtype).eps)

@@ -28,7 +28,7 @@ from matryoshkafy.graph_json import source_of
 from matryoshkafy.masking import Choice, Masking, choose
 from matryoshkafy.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
 from matryoshkafy.propagation import Findings, flat_terms
-from matryoshkafy.scalars import find_scalars
+from matryoshkafy.scalars import KEEP, find_scalars
 from matryoshkafy.sizes import parse_sizes
 from matryoshkafy.tracing import Trace
 
@@ -95,6 +95,7 @@ def _aliases(trace: Trace, read: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keep(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
+    patterns = [p for p in patterns if not p.startswith(KEEP)]
     used = set()
     for node in trace.graph.nodes:
         name = str(node.target) if node.op == "get_attr" else node.name

@@ -98,7 +98,7 @@ add(
 )
 add("rrelu", lambda b, op, x: op(x, 0.125, 0.3, False))
 add("bernoulli", lambda b, op, x: op(positive(b, x)), noise=True)
-add("rand_like randn_like empty_like", lambda b, op, x: op(x), noise=True)
+add("rand_like randn_like", lambda b, op, x: op(x), noise=True)
 add("""add sub mul div true_divide maximum minimum fmax fmin atan2 eq ne lt le gt ge copysign hypot
        logaddexp logaddexp2 subtract multiply divide greater less greater_equal less_equal not_equal
        rsub""", lambda b, op, x: op(x, second(b, x)))  # fmt: skip
@@ -477,13 +477,13 @@ add(
 
 FLOAT = {"dtype": torch.float64}
 add(
-    "zeros ones empty rand randn",
+    "zeros ones rand randn",
     lambda b, op, x: b(aten.add.Tensor, x, op([x.width], **FLOAT)),
     noise=True,
 )
 add("full", lambda b, op, x: b(aten.add.Tensor, x, op([x.width], 0.5, **FLOAT)))
 add(
-    "new_zeros new_ones new_empty",
+    "new_zeros new_ones",
     lambda b, op, x: b(aten.add.Tensor, x, op(x, [x.width])),
     noise=True,
 )

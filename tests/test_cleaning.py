@@ -109,8 +109,8 @@ def filled(x: Tensor) -> Tensor:
     return y * z
 
 
-BODIES = (filled, write_slice, write_view, read_before_and_after, write_turned, write_chain, write_index,
-          write_masked, stale_view, copied, cast, dropped)  # fmt: skip
+BODIES = (filled, write_slice, write_view, read_before_and_after, write_turned, write_chain,
+          write_index, write_masked, stale_view, copied, cast, dropped)  # fmt: skip
 each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 
 

@@ -147,5 +147,3 @@ def steps(model: Any, optimizer: Any, which: slice = slice(0, STEPS)) -> list[fl
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-

@@ -105,8 +105,9 @@ def test_linear_layouts(cut):
     x = x.detach().requires_grad_()
     w = stored.t()
     assert not x.is_contiguous() and not w.is_contiguous()
-    agree(nested.linear(x, w, None, other, runs), reference.linear(x, w, None, other, runs),
-          x, stored)
+    agree(
+        nested.linear(x, w, None, other, runs), reference.linear(x, w, None, other, runs), x, stored
+    )
     y = nested.linear(x, w, None, other, runs)
     expected = reference.linear(x, w, None, other, runs)
     expanded = torch.autograd.grad(y.sum(), (x, stored))
@@ -128,12 +129,19 @@ def test_linear_prefix_is_the_sliced_linear(cut):
     runs = RUNS["doubling"]
     x, w, b = draw(5, 16), draw(16, 16, seed=1), draw(16, seed=2)
     y = nested.linear(x, w, b, runs, runs)
-    blocks = torch.cat([w[lo:hi, :hi] @ x[:, :hi].t() for lo, hi in
-                        [(0, 2), (2, 4), (4, 8), (8, 16)]]).t() + b
+    blocks = (
+        torch.cat(
+            [w[lo:hi, :hi] @ x[:, :hi].t() for lo, hi in [(0, 2), (2, 4), (4, 8), (8, 16)]]
+        ).t()
+        + b
+    )
     assert torch.equal(y, blocks)
     for m in (2, 4, 8):
-        short = nested.linear(x[:, :m], w[:m, :m], b[:m], [m, 0], [m, 0]) if m == 2 else \
-            nested.linear(x[:, :m], w[:m, :m], b[:m], cropped(runs, m), cropped(runs, m))
+        short = (
+            nested.linear(x[:, :m], w[:m, :m], b[:m], [m, 0], [m, 0])
+            if m == 2
+            else nested.linear(x[:, :m], w[:m, :m], b[:m], cropped(runs, m), cropped(runs, m))
+        )
         assert torch.equal(y[:, :m], short)
 
 
@@ -230,8 +238,10 @@ def test_mask(dims):
     w = draw(*shape)
     ours = nested.mask(w, *dims, out_runs, in_runs)
     agree(ours, reference.mask(w, *dims, out_runs, in_runs), w)
-    assert torch.equal(nested.mask(torch.full(shape, NAN), *dims, out_runs, in_runs).isnan(),
-                       reference.mask(torch.ones(shape), *dims, out_runs, in_runs) == 1)
+    assert torch.equal(
+        nested.mask(torch.full(shape, NAN), *dims, out_runs, in_runs).isnan(),
+        reference.mask(torch.ones(shape), *dims, out_runs, in_runs) == 1,
+    )
 
 
 @pytest.mark.parametrize("runs", RUNS)
@@ -244,12 +254,22 @@ def test_norms(runs, prefix, affine):
     rest = (1e-5, runs, prefix)
     x = draw(3, 2, width)
     some = (w, b) if affine else ()
-    agree(nested.layer_norm(x, w, b, *rest), reference.layer_norm(x, w, b, *rest), x, *some,
-          exact=False)
+    agree(
+        nested.layer_norm(x, w, b, *rest),
+        reference.layer_norm(x, w, b, *rest),
+        x,
+        *some,
+        exact=False,
+    )
     agree(nested.rms_norm(x, w, *rest), reference.rms_norm(x, w, *rest), x, *some[:1], exact=False)
     image = draw(3, width, 2, 3)
-    agree(nested.group_norm(image, w, b, *rest), reference.group_norm(image, w, b, *rest), image,
-          *some, exact=False)
+    agree(
+        nested.group_norm(image, w, b, *rest),
+        reference.group_norm(image, w, b, *rest),
+        image,
+        *some,
+        exact=False,
+    )
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -264,9 +284,11 @@ def test_norms_do_not_look_at_higher_levels(prefix):
     runs, x = RUNS["doubling"], draw(3, 16).detach()
     spoilt = x.clone()
     spoilt[:, 8:] = NAN
-    for norm in (lambda t: nested.layer_norm(t, None, None, 1e-5, runs, prefix),
-                 lambda t: nested.rms_norm(t, None, 1e-5, runs, prefix),
-                 lambda t: nested.group_norm(t[..., None], None, None, 1e-5, runs, prefix)):
+    for norm in (
+        lambda t: nested.layer_norm(t, None, None, 1e-5, runs, prefix),
+        lambda t: nested.rms_norm(t, None, 1e-5, runs, prefix),
+        lambda t: nested.group_norm(t[..., None], None, None, 1e-5, runs, prefix),
+    ):
         assert torch.equal(norm(x)[:, :8], norm(spoilt)[:, :8])
         if prefix:
             continue
@@ -328,12 +350,18 @@ def test_level_reduce_unknown_kind():
 @pytest.mark.parametrize(
     "call, text",
     [
-        (lambda: nested.linear(torch.zeros(2, 4), torch.zeros(4, 4), None, [3, 0], [4, 0]),
-         "describe 3 indices, but the weight's dim 0 has 4"),
-        (lambda: nested.linear(torch.zeros(2, 5), torch.zeros(4, 4), None, [4, 0], [4, 0]),
-         "ends in 5 units but the weight"),
-        (lambda: nested.layer_norm(torch.zeros(2, 4), None, None, 1e-5, [5, 0], False),
-         "the normalised dim has 4"),
+        (
+            lambda: nested.linear(torch.zeros(2, 4), torch.zeros(4, 4), None, [3, 0], [4, 0]),
+            "describe 3 indices, but the weight's dim 0 has 4",
+        ),
+        (
+            lambda: nested.linear(torch.zeros(2, 5), torch.zeros(4, 4), None, [4, 0], [4, 0]),
+            "ends in 5 units but the weight",
+        ),
+        (
+            lambda: nested.layer_norm(torch.zeros(2, 4), None, None, 1e-5, [5, 0], False),
+            "the normalised dim has 4",
+        ),
         (lambda: nested.mask(torch.zeros(4, 4), 0, 1, [4, 0], [1, 0, 3]), "give \\[length, level"),
     ],
 )

@@ -27,8 +27,9 @@ def length(runs):
     return sum(runs[::2])
 
 
-@pytest.fixture(params=[tiling.Cost(1e-12, 1e9, 1e15), tiling.Cost(1e3, 1e15, 1e15)],
-                ids=["fine", "merged"])
+@pytest.fixture(
+    params=[tiling.Cost(1e-12, 1e9, 1e15), tiling.Cost(1e3, 1e15, 1e15)], ids=["fine", "merged"]
+)
 def cost(request, monkeypatch):
     monkeypatch.setattr(tiling, "COSTS", {})
     monkeypatch.setattr(tiling, "DEFAULT", request.param)

@@ -77,8 +77,9 @@ def test_per_size_in_the_order_given(reduction):
     )
     expected = reference.nested_cross_entropy(hidden, table, target, sizes, reduction=reduction)
     torch.testing.assert_close(parts, expected.detach())
-    torch.testing.assert_close(total.detach(), torch.tensordot(torch.tensor([2.0, 3, 4]).double(),
-                                                              parts, 1))
+    torch.testing.assert_close(
+        total.detach(), torch.tensordot(torch.tensor([2.0, 3, 4]).double(), parts, 1)
+    )
     assert not parts.requires_grad
 
 
@@ -100,8 +101,9 @@ def test_no_real_position_is_nan_as_in_torch():
     theirs = plain(hidden, table, target, SIZES)
     assert ours.isnan() and theirs.isnan()
     assert nested_cross_entropy(hidden, table, target, SIZES, reduction="sum") == 0
-    dx, dtable = grads(nested_cross_entropy(hidden, table, target, SIZES, reduction="sum"),
-                       hidden, table)
+    dx, dtable = grads(
+        nested_cross_entropy(hidden, table, target, SIZES, reduction="sum"), hidden, table
+    )
     assert not dx.any() and not dtable.any()
 
 
@@ -341,8 +343,9 @@ def test_nothing_is_mutated_or_patched():
 def test_sandwich_rule():
     sizes = [1, 2, 4, 8, 16, 32]
     outputs = {m: torch.tensor(float(m)) for m in sizes}
-    loss = MatryoshkaLoss(lambda out: out, n_sizes_per_step=4,
-                          generator=torch.Generator().manual_seed(0))
+    loss = MatryoshkaLoss(
+        lambda out: out, n_sizes_per_step=4, generator=torch.Generator().manual_seed(0)
+    )
     seen = set()
     for _ in range(40):
         _, parts = loss(outputs, return_per_size=True)
@@ -355,8 +358,9 @@ def test_sampling_follows_the_generator_and_leaves_the_global_one():
     outputs = {m: torch.tensor(float(m)) for m in range(1, 9)}
 
     def draw():
-        loss = MatryoshkaLoss(lambda out: out, n_sizes_per_step=3,
-                              generator=torch.Generator().manual_seed(7))
+        loss = MatryoshkaLoss(
+            lambda out: out, n_sizes_per_step=3, generator=torch.Generator().manual_seed(7)
+        )
         return [float(loss(outputs)) for _ in range(5)]
 
     state = torch.get_rng_state()
@@ -390,10 +394,12 @@ def test_readout_is_recognised_and_equal(criterion, options):
     assert outputs.touched == []
     slow = loss({m: outputs.readout.logits(m) for m in SIZES}, target)
     torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(grads(fast.sum(), hidden, table, bias),
-                               grads(slow.sum(), hidden, table, bias))
-    torch.testing.assert_close(loss.per_size(outputs, target)[8],
-                               criterion(outputs.readout.logits(8), target).detach())
+    torch.testing.assert_close(
+        grads(fast.sum(), hidden, table, bias), grads(slow.sum(), hidden, table, bias)
+    )
+    torch.testing.assert_close(
+        loss.per_size(outputs, target)[8], criterion(outputs.readout.logits(8), target).detach()
+    )
 
 
 def test_class_weights_use_the_logits():
@@ -470,7 +476,14 @@ def test_sampled_softmax(shared, corrected):
     negatives = torch.randint(0, 33, (7,) if shared else (50, 7))
     log_q = torch.randn(33, dtype=torch.float64) if corrected else None
     loss, parts = nested_sampled_softmax(
-        hidden, table, target, negatives, [8, 1, 16], bias=bias, log_q=log_q, weights=[1, 2, 3],
+        hidden,
+        table,
+        target,
+        negatives,
+        [8, 1, 16],
+        bias=bias,
+        log_q=log_q,
+        weights=[1, 2, 3],
         return_per_size=True,
     )
     expected = []

@@ -83,7 +83,5 @@ def test_importing_pulls_in_torch_and_nothing_heavy(environment: Path, tmp_path:
 
 @pytest.mark.slow
 def test_help_does_not_import_torch(environment: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from matryoshkafy_cli.main import app; app(); print('torch' in sys.modules)"
-    )
+    code = "import sys; from matryoshkafy_cli.main import app; app(); print('torch' in sys.modules)"
     assert call(environment / "python", "-c", code, cwd=tmp_path).strip() == "False"

@@ -252,9 +252,7 @@ def _timestamp(frame: pl.LazyFrame) -> pl.Expr:
     return pl.coalesce(number, date)
 
 
-def _partition(
-    source: Source, folder: Path, config: Config
-) -> tuple[list[Path], dict[str, int]]:
+def _partition(source: Source, folder: Path, config: Config) -> tuple[list[Path], dict[str, int]]:
     """Writes users by hash into files that fit in memory, each ordered and without duplicates."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = source.interactions.with_row_index("row").select(

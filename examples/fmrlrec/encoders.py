@@ -197,9 +197,7 @@ def _text_vectors(texts: list[str], config: Config) -> np.ndarray:
     return vectors
 
 
-def _image_vectors(
-    paths: list[Path | None], config: Config, problems: Counter[str]
-) -> np.ndarray:
+def _image_vectors(paths: list[Path | None], config: Config, problems: Counter[str]) -> np.ndarray:
     make = IMAGE_ENCODERS.get(config.image_encoder)
     encoder = clip_encoder(config.image_encoder) if make is None else make()
     rows: dict[int, np.ndarray] = {}

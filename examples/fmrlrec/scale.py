@@ -1,6 +1,6 @@
 """Preparing more interactions than fit in memory: time and peak memory on a generated file.
 
-    python -m examples.fmrlrec.scale --interactions 20000000
+python -m examples.fmrlrec.scale --interactions 20000000
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ def draw(look: int, random: np.random.Generator) -> Image.Image:
     return image
 
 
-def _outline(
-    corners: int, centre: np.ndarray, radius: float
-) -> list[tuple[float, float]]:
+def _outline(corners: int, centre: np.ndarray, radius: float) -> list[tuple[float, float]]:
     """A regular polygon that stands on its side; no corners means a disc."""
     count = corners or 24
     angles = [2 * math.pi * (k + 0.5) / count for k in range(count)]

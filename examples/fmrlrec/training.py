@@ -157,9 +157,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
-def _open(
-    objective: Any, data: Dataset, config: Config, folder: Path
-) -> tuple[Session, Progress]:
+def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[Session, Progress]:
     precision = "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(mixed_precision=precision)
     optimizer = torch.optim.AdamW(

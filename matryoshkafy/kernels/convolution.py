@@ -85,7 +85,11 @@ def hidden(part: Tensor, tile: Tile, geometry: Geometry) -> Tensor:
 def output_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
     """Of a plain convolution."""
     sizes = zip(
-        x.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation,
+        x.shape[2:],
+        weight.shape[2:],
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
         strict=True,
     )
     spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
@@ -113,14 +117,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
     return y
 
 
-def derivative(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, wanted: int
-) -> Tensor:
+def derivative(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, wanted: int) -> Tensor:
     """dx (wanted 0) or dW (wanted 1) of a dense convolution."""
     mask = [wanted == 0, wanted == 1, False]
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, *geometry.arguments, mask
-    )[wanted]
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry.arguments, mask)[
+        wanted
+    ]
 
 
 def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -163,9 +163,7 @@ def allocate_scratch(
     return [problem.hidden.new_empty(rows, width, dtype=dtype) for _ in range(count)]
 
 
-def take(
-    problem: Problem, index: Tensor, scale: float | Tensor, scratch: list[Tensor]
-) -> Chunk:
+def take(problem: Problem, index: Tensor, scale: float | Tensor, scratch: list[Tensor]) -> Chunk:
     """The rows of the index."""
     logits, *slots = [part[: len(index)] for part in scratch]
     x = problem.hidden.index_select(0, index)
@@ -256,9 +254,7 @@ def normalizer(logits: Tensor, probabilities: Tensor, picked: Tensor, target: Te
     return norm
 
 
-def smoothed(
-    norm: Tensor, picked: Tensor, total: Tensor, options: Options, classes: int
-) -> Tensor:
+def smoothed(norm: Tensor, picked: Tensor, total: Tensor, options: Options, classes: int) -> Tensor:
     """The loss from logsumexp, the target's logit and the sum of logits."""
     if not options.smoothing:
         return norm - picked

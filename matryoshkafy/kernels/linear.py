@@ -81,9 +81,7 @@ def grad_input(dy: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs) -> Ten
     return dx
 
 
-def grad_weight(
-    dy: Tensor, x: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs
-) -> Tensor:
+def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs) -> Tensor:
     """dy [N, O], x [N, I] -> dW, laid out as weight [O, I] is, zero at the structural zeros."""
     dy, x, runs = strided(dy), strided(x), (out_runs, in_runs)
     cut, dw = plan(x, *runs), torch.empty_like(weight)
@@ -117,9 +115,7 @@ class Triangular(torch.autograd.Function):
         return dx, dw, dy.sum(0) if needs_bias else None, None
 
 
-def apply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs
-) -> Tensor:
+def apply(x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs) -> Tensor:
     """x [..., I] -> [..., O], differentiable once."""
     flat = rows(x)
     if plan(flat, out_runs, in_runs).dense:

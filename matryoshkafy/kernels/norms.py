@@ -130,9 +130,7 @@ def native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) ->
     return y.view(x.shape), mean, rstd
 
 
-def native_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> Triple:
+def native_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Triple:
     """dx [N, c, S], dweight [c], dbias [c] of `native`."""
     (rows, width, inner), every = x.shape, [True, True, True]
     if inner > 1:
@@ -230,9 +228,7 @@ def backward(dy: Tensor, saved: Saved, norm: Norm) -> Triple:
     return dx, unsort_dim(dweight, bands, 0), unsort_dim(dbias, bands, 0)
 
 
-def backward_native(
-    dy: Tensor, saved: Saved, norm: Norm, dx: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_native(dy: Tensor, saved: Saved, norm: Norm, dx: Tensor) -> tuple[Tensor, Tensor]:
     """torch's own kernel on each band: dweight and dbias [C]."""
     dws, dbs = [], []
     ones = dy.new_ones(dy.shape[1]) if saved.weight is None else saved.weight
@@ -245,9 +241,7 @@ def backward_native(
     return torch.cat(dws), torch.cat(dbs)
 
 
-def backward_general(
-    dy: Tensor, saved: Saved, norm: Norm, dx: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_general(dy: Tensor, saved: Saved, norm: Norm, dx: Tensor) -> tuple[Tensor, Tensor]:
     """The general form: dweight and dbias [C]."""
     scale_bands(saved.x, saved.mean, saved.rstd, norm, dx)
     along = dy * dx
@@ -268,9 +262,7 @@ def band_sums(x: Tensor, norm: Norm) -> Tensor:
     return torch.stack([x[:, lo:hi].sum((1, 2)) for lo, hi in norm.bands.pairs()], 1)
 
 
-def coefficients(
-    plain: Tensor, along: Tensor, saved: Saved, norm: Norm
-) -> tuple[Tensor, Tensor]:
+def coefficients(plain: Tensor, along: Tensor, saved: Saved, norm: Norm) -> tuple[Tensor, Tensor]:
     """dx_j = g_j r + a + b (x_j - mean), from sums of g and of g times the normalised x."""
     n = counts(norm, saved.x.shape[2], saved.mean)
     a, b = -saved.rstd * plain / n, -saved.rstd.square() * along / n

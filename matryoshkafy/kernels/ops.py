@@ -449,9 +449,7 @@ define("mask", mask, mask_shape)
 define("norm", norm, norm_shape)
 define("norm_backward", norm_backward, norm_backward_shape)
 define("nested_cross_entropy", nested_cross_entropy, nested_cross_entropy_shape)
-define(
-    "nested_cross_entropy_grads", nested_cross_entropy_grads, nested_cross_entropy_grads_shape
-)
+define("nested_cross_entropy_grads", nested_cross_entropy_grads, nested_cross_entropy_grads_shape)
 
 # Compositions of other operators: autograd, autocast and shapes come from their parts.
 LIBRARY.impl("linear", linear, "CompositeImplicitAutograd")

@@ -174,9 +174,7 @@ class PackedProduct(torch.autograd.Function):
     """The product over sorted units."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, flat: Tensor, bias: Tensor | None, layout: Layout
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, flat: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(x, flat)
         return forward(strided(x), flat, bias, layout)

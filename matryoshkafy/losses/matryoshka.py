@@ -226,9 +226,7 @@ def class_indices(target: Any, output: Any) -> bool:
     return both and not target.is_floating_point() and target.shape == output.shape[:-1]
 
 
-def real_rows(
-    targets: tuple, settings: CrossEntropySettings | None, like: Any
-) -> Tensor | None:
+def real_rows(targets: tuple, settings: CrossEntropySettings | None, like: Any) -> Tensor | None:
     """The rows [...] that a cross entropy does not ignore; None if all count."""
     if settings is None or len(targets) != 1:
         return None

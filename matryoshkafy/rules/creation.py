@@ -13,13 +13,11 @@ from matryoshkafy.rules.table import Args, Terms, Walk, rule
     "zeros",
     "ones",
     "full",
-    "empty",
     "rand",
     "randn",
     "new_zeros",
     "new_ones",
     "new_full",
-    "new_empty",
     "randint",
 )
 def filled(walk: Walk, node: fx.Node, args: Args) -> Any:

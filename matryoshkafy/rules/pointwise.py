@@ -16,7 +16,7 @@ UNARY = """
     softsign hardshrink softshrink threshold log_sigmoid tanhshrink rrelu
     clamp clamp_min clamp_max clip nan_to_num isnan isinf isfinite logical_not bitwise_not
     to _to_copy contiguous clone alias detach positive dropout alpha_dropout bernoulli
-    zeros_like ones_like full_like empty_like rand_like randn_like fill zero
+    zeros_like ones_like full_like rand_like randn_like fill zero
     conj resolve_conj _conj resolve_neg conj_physical real imag angle deg2rad rad2deg lgamma digamma
     type_as requires_grad_ lift_fresh lift_fresh_copy polygamma i0 sinc heaviside float
     """.split()

@@ -101,7 +101,7 @@ class Watcher(fx.Interpreter):
 
 
 def worst(value: Any) -> str:
-    """"nan", "inf" or "" of a value's tensors."""
+    """ "nan", "inf" or "" of a value's tensors."""
     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     if any(bool(t.isnan().any()) for t in floats):

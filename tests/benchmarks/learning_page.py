@@ -1,6 +1,6 @@
 """docs/results/learning.md and its plots, out of the finished runs of learning.py.
 
-    python -m tests.benchmarks.learning_page learning.jsonl
+python -m tests.benchmarks.learning_page learning.jsonl
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def plot(runs: Runs, task: str) -> str:
     """Size against accuracy, a line a method."""
     sizes = TASKS[task].sizes
     methods = [m for m in DRAWN if seeds_of(runs, task, m)]
-    series = {
-        m: {s: statistics.mean(column(runs, task, m, s)) for s in sizes} for m in methods
-    }
+    series = {m: {s: statistics.mean(column(runs, task, m, s)) for s in sizes} for m in methods}
     curve = pictures.lines(series, sizes, "accuracy by size")
     place = '<svg x="10" y="30" width="540" height="255" '
     body = curve.replace("<svg ", place, 1) + text(TITLES[task], 20, 20, class_="title")

@@ -97,7 +97,10 @@ def linear(width: int, dtype: torch.dtype, reach: float | None, *, rows: int, pa
     x = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     slope, leaves = torch.randn(rows, width).to(dtype), [x, dense.weight, dense.bias]
     nested = partial(
-        torch.ops.matryoshkafy.linear, weight=dense.weight, bias=dense.bias, out_runs=runs,
+        torch.ops.matryoshkafy.linear,
+        weight=dense.weight,
+        bias=dense.bias,
+        out_runs=runs,
         in_runs=runs,
     )
     theirs = step_of(dense, leaves, slope)
@@ -153,8 +156,7 @@ def cross_entropy(against: str, reach: float, figure: str) -> Pair:
         "each": lambda: reference.nested_cross_entropy(hidden, table, target, CE_SIZES).sum(),
     }
     ours = partial(nested_cross_entropy, hidden, table, target, CE_SIZES)
-    return Pair(partial(run, ours), partial(run, theirs[against]), reach, figure,
-                (hidden, table))
+    return Pair(partial(run, ours), partial(run, theirs[against]), reach, figure, (hidden, table))
 
 
 class Encoder(nn.Module):
@@ -200,10 +202,14 @@ def linear_rows(rows: int) -> dict[str, tuple[str, Callable[[], Pair]]]:
         f"{'packed' if packed else 'linear'} {str(dtype)[6:]} {width}": (
             f"nn.Linear, {rows} rows",
             partial(
-                linear, width, dtype,
-                1.05 if (dtype, width) == (torch.bfloat16, 768) else
-                reach.get((dtype, width), usual[dtype]),
-                rows=rows, packed=packed,
+                linear,
+                width,
+                dtype,
+                1.05
+                if (dtype, width) == (torch.bfloat16, 768)
+                else reach.get((dtype, width), usual[dtype]),
+                rows=rows,
+                packed=packed,
             ),
         )
         for packed in (False, True)

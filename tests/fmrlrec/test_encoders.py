@@ -19,9 +19,7 @@ WORDS = ["red", "blue", "lamp", "tent", "small", "large", "house", "of"]
 
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
-    folder = synthetic.generate(
-        tmp_path_factory.mktemp("shop"), synthetic.Shop(items=120, users=3)
-    )
+    folder = synthetic.generate(tmp_path_factory.mktemp("shop"), synthetic.Shop(items=120, users=3))
     table = pl.read_csv(folder / "items.csv").cast(pl.String)
     return table.with_columns(image=pl.lit(f"{folder}/") + pl.col("image"))
 

@@ -121,5 +121,3 @@ def test_popularity_scores_everybody_alike() -> None:
 def test_scores_of_the_last_position() -> None:
     outputs = {2: torch.arange(6.0).view(1, 2, 3)}
     assert [(s, v.tolist()) for s, v in evaluation.last_scores(outputs)] == [("2", [[3, 4, 5]])]
-
-

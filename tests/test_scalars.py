@@ -1,0 +1,114 @@
+"""Width-derived constants are found, and rewritten to what the smaller class would have."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+
+Scale = float | Tensor
+
+
+class Scaled(nn.Module):
+    """An embedding times a constant of the width, as a number or as a buffer."""
+
+    def __init__(self, width: int, power: float, *, kind: str = "number") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(11, width), nn.Linear(width, 5)
+        self.number, self.kind = width**power, kind
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        self.register_buffer("scale", torch.tensor(self.number, dtype=dtype), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        x = self.table(ids)
+        return self.head(x * (self.number if self.kind == "number" else self.scale.type(x.dtype)))
+
+
+class Heads(nn.Module):
+    """Attention of four heads that divides by the root of the whole width, not of a head."""
+
+    def __init__(self, width: int, *, before: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.first, self.head = nn.Linear(3, width), nn.Linear(width, 5)
+        self.before, self.scale = before, width**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 3] -> [N, T, 5]"""
+        x = self.first(x)
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = (q * self.scale) @ k.mT if self.before else (q @ k.mT) * self.scale
+        return self.head(self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+
+def assert_is_the_smaller_class(model: nn.Module, small: nn.Module, x: Tensor) -> None:
+    doll = mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced")
+    assert len(doll.plan.scalars) == 1
+    cut = mk.slice(doll, doll.sizes[0])
+    small.load_state_dict(cut.state_dict())
+    torch.testing.assert_close(cut(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["number", "float32", "bfloat16"])
+@pytest.mark.parametrize("power", [0.5, -0.5, 1.0, -1.0])
+def test_a_power_of_the_width(power: float, kind: str) -> None:
+    ids = torch.randint(0, 11, (2, 3), generator=torch.Generator().manual_seed(0))
+    # 64 and 16 have exact roots, so bfloat16 holds the constants of both without rounding.
+    doll = mk.convert(Scaled(64, power, kind=kind), (ids,), sizes=[16, 64], nesting="sliced")
+    cut, small = mk.slice(doll, 16), Scaled(16, power, kind=kind)
+    small.load_state_dict(cut.state_dict())
+    torch.testing.assert_close(cut(ids), small(ids), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["queries", "scores"])
+def test_the_root_of_the_width_that_holds_the_heads(before: bool) -> None:
+    x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert_is_the_smaller_class(Heads(16, before=before), Heads(8, before=before), x)
+
+
+def test_a_constant_rounded_to_bfloat16_is_still_found() -> None:
+    ids = torch.randint(0, 11, (2, 3))
+    plan = mk.inspect(Scaled(40, 0.5, kind="bfloat16"), (ids,), nesting="sliced")
+    (scalar,) = plan.scalars
+    assert scalar.value != math.sqrt(40) and scalar.power == 0.5
+    assert scalar.at(10) == pytest.approx(math.sqrt(10), rel=2**-8)
+
+
+def test_the_root_of_a_head_stays() -> None:
+    class Usual(Heads):
+        def __init__(self) -> None:
+            super().__init__(16, before=False)
+            self.scale = 4**-0.5
+
+    plan = mk.inspect(Usual(), (torch.randn(2, 3, 3),), nesting="sliced")
+    assert not plan.scalars
+
+
+def test_masked_nesting_keeps_every_constant() -> None:
+    plan = mk.inspect(Scaled(16, 0.5), (torch.zeros(2, 3, dtype=torch.long),), nesting="masked")
+    assert not plan.scalars
+
+
+@pytest.mark.parametrize("pattern", ["scalar:mul", "scalar:*"])
+def test_a_kept_constant_stays_and_the_width_nests(pattern: str) -> None:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    doll = mk.convert(Scaled(16, 0.5), (ids,), sizes=[0.25, 1.0], nesting="sliced", keep=[pattern])
+    assert doll.sizes == [4, 16]
+    assert not doll.plan.scalars
+    cut = mk.slice(doll, 4)
+    state = cut.state_dict()
+    expected = (4 * state["table.weight"][ids]) @ state["head.weight"].mT + state["head.bias"]
+    torch.testing.assert_close(cut(ids), expected)
+
+
+def test_a_pattern_without_a_constant_lists_them() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(mk.MatryoshkafyError, match=r"scalar:add.*\['scalar:mul'\]"):
+        mk.inspect(Scaled(16, 0.5), (ids,), nesting="sliced", keep=["scalar:add"])
