@@ -12,6 +12,7 @@ time: use it where other processes share the machine.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import statistics
@@ -28,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import matryoshkafy as mk
 import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
 from matryoshkafy.heads import MRLEHead, MRLHead
 from matryoshkafy.kernels import reference
@@ -189,6 +191,49 @@ def head(kind: type[MRLHead] | type[MRLEHead]) -> Pair:
     return Pair(ours, theirs, 1.05)
 
 
+class Classifier(nn.Module):
+    """BERT-base (12 layers of width 768) without dropout, mean pooling, 1,000 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        chance = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        self.trunk = BertModel(BertConfig(**chance), add_pooling_layer=False)
+        self.head = nn.Linear(768, 1000)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Two [B, T] -> [B, 1000]."""
+        return self.head(self.trunk(ids, mask).last_hidden_state.mean(1))
+
+
+def encoder(figure: str, reach: float) -> Pair:
+    """Forward, backward and AdamW of the masked doll, 8 x 128 with padding, against the model.
+
+    Memory is counted without AdamW, whose own temporaries would hide the activations.
+    """
+    ids, target = torch.randint(0, 30_000, (8, 128)), torch.randint(0, 1000, (8,))
+    mask = (torch.arange(128) < torch.randint(64, 129, (8, 1))).long()
+    plain = Classifier()
+    doll = mk.convert(copy.deepcopy(plain), (ids, mask), sizes="96..768").train()
+    nested = MatryoshkaLoss(nn.CrossEntropyLoss())
+
+    def step_on(module: nn.Module, loss: Callable[[], Tensor]) -> Step:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+
+        def step() -> None:
+            loss().backward()
+            if figure == "time":
+                optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    ours = step_on(doll, lambda: nested(doll.outputs(ids, mask), target))
+    theirs = step_on(plain.train(), lambda: F.cross_entropy(plain(ids, mask), target))
+    return Pair(ours, theirs, reach, figure)
+
+
 def linear_rows(rows: int) -> dict[str, tuple[str, Callable[[], Pair]]]:
     """The linear at every width and dtype of the table."""
     reach = {
@@ -227,6 +272,8 @@ def table_of_rows(rows: int) -> dict[str, tuple[str, Callable[[], Pair]]]:
         "ce-each memory": ("matmul, CE per size", partial(cross_entropy, "each", 0.06, "memory")),
         "head mrl": ("step with one linear", partial(head, MRLHead)),
         "head mrl-e": ("step with one linear", partial(head, MRLEHead)),
+        "step time": ("BERT-base, unconverted", partial(encoder, "time", 0.85)),
+        "step memory": ("BERT-base, unconverted", partial(encoder, "memory", 1.0)),
         "norm block": ("nn.LayerNorm 768", partial(norm, False)),
         "norm prefix": ("nn.LayerNorm 768", partial(norm, True)),
         "conv 256": ("nn.Conv2d 3 x 3", partial(convolution, 256, 14, 8)),
