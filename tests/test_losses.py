@@ -38,8 +38,14 @@ def grads(loss, *tensors):
     return torch.autograd.grad(loss, tensors)
 
 
-def plain(hidden, table, target, sizes, *, weights=None, **options):
-    losses = reference.nested_cross_entropy(hidden, table, target, sizes, **options)
+def plain(hidden, table, target, sizes, *, weights=None, scales=None, **options):
+    if scales is None:
+        losses = reference.nested_cross_entropy(hidden, table, target, sizes, **options)
+    else:
+        bias = options.pop("bias", None)
+        scores = [F.linear(hidden[:, :m], table[:, :m], bias) for m in sizes]
+        pairs = zip(scales, scores, strict=True)
+        losses = torch.stack([F.cross_entropy(s * part, target, **options) for s, part in pairs])
     shape = [-1] + [1] * (losses.ndim - 1)
     return (losses * torch.tensor(weights or [1.0] * len(sizes)).to(losses).view(shape)).sum(0)
 
@@ -65,6 +71,44 @@ def test_value_and_gradients(budget, reduction, smoothing, biased, sizes):
     slope = torch.randn_like(theirs)
     found, expected = grads((ours * slope).sum(), *tensors), grads((theirs * slope).sum(), *tensors)
     for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES, [16, 1, 8], [12]])
+def test_scales_and_their_gradients(budget, reduction, smoothing, biased, sizes):
+    hidden, table, bias, target = problem()
+    scales = torch.linspace(0.3, 2.0, len(sizes), dtype=torch.float64).requires_grad_()
+    tensors = (scales, hidden, table, *([bias] if biased else []))
+    options = {"bias": bias if biased else None, "label_smoothing": smoothing, "scales": scales}
+    options |= {"reduction": reduction, "weights": [0.5 + k for k in range(len(sizes))]}
+    ours = nested_cross_entropy(hidden, table, target, sizes, **options)
+    theirs = plain(hidden, table, target, sizes, **options)
+    torch.testing.assert_close(ours, theirs)
+    slope = torch.randn_like(theirs)
+    found, expected = grads((ours * slope).sum(), *tensors), grads((theirs * slope).sum(), *tensors)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scales_under_compile(reduction):
+    hidden, table, bias, target = problem()
+    scales = torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64).requires_grad_()
+
+    def loss(scales):
+        options = {"bias": bias, "reduction": reduction, "scales": scales}
+        return nested_cross_entropy(hidden, table, target, SIZES, **options).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(scales), loss(scales))
+    for a, b in zip(
+        grads(compiled(scales), scales, hidden, table, bias),
+        grads(loss(scales), scales, hidden, table, bias),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -373,6 +417,53 @@ def test_unsampled_sizes_are_not_computed():
     outputs = tail(hidden, table)
     MatryoshkaLoss(nn.NLLLoss(), n_sizes_per_step=2)(outputs, target)
     assert sorted(set(outputs.touched)) == [1, 16]
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_learned_scales_are_the_same_with_and_without_a_readout(n):
+    hidden, table, bias, target = problem()
+
+    def made():
+        loss = MatryoshkaLoss(
+            nn.CrossEntropyLoss(), SIZES, [1, 2, 3, 4], n, learn_scales=True,
+            generator=torch.Generator().manual_seed(0),
+        ).double()  # fmt: skip
+        nn.init.uniform_(loss.log_scales, -1, 1, generator=torch.Generator().manual_seed(1))
+        return loss
+
+    outputs, fast, slow = tail(hidden, table, bias), made(), made()
+    first = fast(outputs, target)
+    second = slow({m: outputs.readout.logits(m) for m in SIZES}, target)
+    torch.testing.assert_close(first, second)
+    (a,), (b,) = grads(first, fast.log_scales), grads(second, slow.log_scales)
+    torch.testing.assert_close(a, b)
+    assert fast.scales().keys() == set(SIZES) and a.any()
+
+
+def test_learned_scales_start_at_one_and_belong_to_the_optimizer():
+    hidden, table, bias, target = problem()
+    loss = MatryoshkaLoss(nn.CrossEntropyLoss(), [8, 16], learn_scales=True)
+    plain_loss = MatryoshkaLoss(nn.CrossEntropyLoss(), [8, 16])
+    outputs = tail(hidden, table, bias)
+    torch.testing.assert_close(loss(outputs, target), plain_loss(outputs, target))
+    assert [name for name, _ in loss.named_parameters()] == ["log_scales"]
+    assert not list(plain_loss.parameters())
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"criterion": nn.CrossEntropyLoss(), "sizes": None}, "needs `sizes`"),
+        ({"criterion": nn.MSELoss(), "sizes": [4, 8]}, "criterion is cross entropy"),
+        (
+            {"criterion": F.cross_entropy, "sizes": [4, 8], "distill": Distillation(1.0)},
+            "distill cannot be combined",
+        ),
+    ],
+)
+def test_scales_without_a_meaning_are_refused(given, words):
+    with pytest.raises(MatryoshkafyError, match=words):
+        MatryoshkaLoss(**given, learn_scales=True)
 
 
 @pytest.mark.parametrize(

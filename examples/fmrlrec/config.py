@@ -30,8 +30,9 @@ class Config:
 
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
-    AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up; `alone`
-    makes `run` compare, too. The defaults are those of arXiv 2409.16627.
+    AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up;
+    `learn_scales` gives the scores of each size a scale of its own; `alone` makes `run` compare,
+    too. The defaults are those of arXiv 2409.16627.
     """
 
     data: str = "synthetic"
@@ -62,6 +63,7 @@ class Config:
     norm: str = "prefix"
     weights: str = ""
     distill: float = 0.0
+    learn_scales: bool = False
 
     epochs: int = 500
     batch: int = 32
@@ -98,7 +100,8 @@ def cpu_synthetic() -> dict[str, Any]:
     """Settings under which the embedded default trains within minutes on two CPU cores."""
     return {
         "sizes": "8..64", "encoder_size": 64, "dropout": 0.2, "batch": 64, "lr": 2e-3,
-        "epochs": 12, "patience": 4, "warmup": 50, "windows": "all",
+        "epochs": 12, "patience": 4, "warmup": 50, "windows": "all", "schedule": "cosine",
+        "learn_scales": True,
     }  # fmt: skip
 
 
@@ -113,8 +116,8 @@ def cpu_beauty() -> dict[str, Any]:
 def cpu_movies() -> dict[str, Any]:
     """Text and posters of ML-1M at a width that two CPU cores train."""
     return {
-        "sizes": "8..256", "text_encoder": "minilm", "batch": 128, "dropout": 0.2,
-        "windows": "last", "epochs": 60,
+        "sizes": "8..256", "text_encoder": "minilm", "batch": 32, "dropout": 0.2,
+        "windows": "last", "epochs": 12, "schedule": "cosine", "learn_scales": True,
     }  # fmt: skip
 
 

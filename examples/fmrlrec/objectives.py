@@ -53,7 +53,9 @@ class NestedObjective(nn.Module):
         self.loss = MatryoshkaLoss(
             nn.CrossEntropyLoss(ignore_index=PADDING),
             weights=size_weights(config, len(doll.sizes)),
+            sizes=doll.sizes if config.learn_scales else None,
             distill=Distillation(config.distill) if config.distill else None,
+            learn_scales=config.learn_scales,
         )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

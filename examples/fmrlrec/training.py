@@ -32,6 +32,7 @@ from examples.fmrlrec.evaluation import Scorer, Table, evaluate
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 LAST_RATE = 0.02  # of the learning rate is left at the end of a cosine
+SCALES_FACTOR = 10
 
 
 class Objective(Protocol):
@@ -124,13 +125,20 @@ def describe(progress: Progress) -> str:
     return f"epoch {progress.epoch}: " + ", ".join(words) + star
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and the recurrence's eigenvalues do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the recurrence's eigenvalues do not.
+
+    `factor` multiplies the learning rate: scales of scores travel further than weights.
+    """
+    beside = _beside(objective)
+    own = {id(parameter) for parameter in beside.values()}
+    trained = [p for p in objective.parameters() if p.requires_grad and id(p) not in own]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay, "factor": 1},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "factor": 1},
     ]
+    scales = {"params": list(beside.values()), "weight_decay": 0.0, "factor": SCALES_FACTOR}
+    return [*groups, scales] if beside else groups
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -161,12 +169,12 @@ def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[
     precision = "bf16" if torch.cuda.is_available() else "no"
     accelerator = Accelerator(mixed_precision=precision)
     optimizer = torch.optim.AdamW(
-        parameter_groups(objective.model, config.weight_decay), lr=config.lr
+        parameter_groups(objective, config.weight_decay), lr=config.lr
     )
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     progress = Progress()
     if (folder / STATE).exists():
-        progress = _resume(objective.model, optimizer, folder / STATE)
+        progress = _resume(objective, optimizer, folder / STATE)
     else:
         torch.manual_seed(config.seed)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step)
@@ -199,7 +207,8 @@ def _skip(batches: Iterator[Steps], count: int) -> Iterator[Steps]:
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     inputs, targets = _share(session.accelerator, batch)
     for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate(progress.step, session.batches, session.config)
+        rate = learning_rate(progress.step, session.batches, session.config)
+        group["lr"] = rate * group["factor"]
     loss, losses = session.objective(inputs, targets)
     _check_loss(loss, progress)
     session.optimizer.zero_grad()
@@ -287,8 +296,9 @@ def _log(writer: SummaryWriter, row: dict[str, float]) -> None:
 def _save(session: Session, progress: Progress) -> None:
     if not session.accelerator.is_main_process:
         return
-    model = session.accelerator.unwrap_model(session.objective).model
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    objective = session.accelerator.unwrap_model(session.objective)
+    tensors = {f"model.{name}": tensor for name, tensor in objective.model.state_dict().items()}
+    tensors |= {f"loss.{name}": value.detach() for name, value in _beside(objective).items()}
     for number, state in session.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
     tensors["random.cpu"] = torch.get_rng_state()
@@ -297,13 +307,21 @@ def _save(session: Session, progress: Progress) -> None:
     save_tensors(tensors, session.folder / STATE, {"progress": progress.to_json()})
 
 
-def _resume(model: nn.Module, optimizer: Any, path: Path) -> Progress:
+def _beside(objective: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that an objective has beside its model's, such as the scales of the loss."""
+    return {n: p for n, p in objective.named_parameters() if not n.startswith("model.")}
+
+
+def _resume(objective: Any, optimizer: Any, path: Path) -> Progress:
     tensors, metadata = load_tensors(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "loss": {}, "optimizer": {}, "random": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
-    model.load_state_dict(parts["model"])
+    objective.model.load_state_dict(parts["model"])
+    with torch.no_grad():
+        for name, parameter in _beside(objective).items():
+            parameter.copy_(parts["loss"][name])
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
         number, _, field = name.partition(".")

@@ -6,7 +6,8 @@ With E the table and block j the units that size j adds,
 
 so the logits of all sizes cost one full-size product. A unit of block j enters every size i >= j,
 so the gradients of x[:, block j] and E[:, block j] need only the suffix sum over i >= j of
-w_i (softmax(logits_i) - onehot): again one full-size product each. They are computed in the
+w_i (softmax(logits_i) - onehot): again one full-size product each. Scores may be multiplied by a
+scale s_i of each size: then softmax(s_i logits_i), and w_i s_i in the sum. All is computed in the
 forward, over chunks of rows (and tiles of classes, where one row is too long), so that nothing of
 sizes x rows x classes is ever stored.
 """
@@ -36,31 +37,45 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Options:
-    """Widths ascend; weights belong to them; smoothing is that of F.cross_entropy."""
+    """Widths ascend; weights and scales belong to them; smoothing is that of F.cross_entropy."""
 
     widths: tuple[int, ...]
     weights: tuple[float, ...]
     ignore_index: int
     smoothing: float
+    scales: tuple[float, ...] | None = None
 
     @property
     def blocks(self) -> list[Range]:
         """What each size adds to the one before."""
         return list(zip((0, *self.widths), self.widths, strict=False))
 
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """What the gradient of each size is multiplied with."""
+        if self.scales is None:
+            return self.weights
+        return tuple(w * s for w, s in zip(self.weights, self.scales, strict=True))
+
+    def scaled(self, logits: Tensor, size: int) -> Tensor:
+        """The scores of a size (its number)."""
+        return logits if self.scales is None else logits * self.scales[size]
+
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of hidden [N, D], table [V, D] and bias [V]; None where not needed."""
+    """Of hidden [N, D], table [V, D], bias [V] and scales [sizes]; None where not needed."""
 
     hidden: Tensor | None
     table: Tensor | None
     bias: Tensor | None
+    scales: Tensor | None = None
 
     @property
     def needed(self) -> bool:
         """Whether any is needed."""
-        return any(grad is not None for grad in (self.hidden, self.table, self.bias))
+        grads = (self.hidden, self.table, self.bias, self.scales)
+        return any(grad is not None for grad in grads)
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows: x [R, D], dx [R, D], targets [R], the scale of their losses, and the scratch."""
+    """Some rows: x [R, D], dx [R, D], targets [R], the scale of their losses, and the scratch.
+
+    moments [sizes, R]: the derivative of each loss by the logarithm of its size's scale.
+    """
 
     x: Tensor
     dx: Tensor
@@ -83,6 +101,7 @@ class Chunk:
     scale: float | Tensor
     logits: Tensor
     slots: list[Tensor]
+    moments: Tensor
 
     @property
     def column_scale(self) -> float | Tensor:
@@ -95,40 +114,48 @@ def evaluate(
     options: Options,
     *,
     scale: float | Tensor = 1.0,
-    needs: tuple[bool, bool, bool] = (False, False, False),
+    needs: tuple[bool, ...] = (False, False, False),
 ) -> tuple[Tensor, Gradients]:
     """Losses [sizes, N] (0 where ignored) and the gradients of sum(weights * losses * scale).
 
     scale is a number or one number per row [N].
     """
     dtype = accumulation_dtype(problem.hidden.dtype)
-    grads = allocate(problem, needs, dtype)
+    grads = allocate(problem, needs, dtype, sizes=len(options.widths))
     real = torch.nonzero(problem.target != options.ignore_index).squeeze(1)
     losses = problem.hidden.new_zeros(len(options.widths), len(problem.target), dtype=dtype)
     tiles, rows = layout(problem, options, len(real), needed=grads.needed)
     scratch = allocate_scratch(problem, options, rows, tiles, needed=grads.needed)
     for index in real.split(rows) if len(real) else ():
-        chunk = take(problem, index, scale, scratch)
+        chunk = take(problem, index, scale, scratch, sizes=len(options.widths))
         losses[:, index] = one_chunk(chunk, problem, options, tiles=tiles, grads=grads)
+        if grads.scales is not None:
+            grads.scales.add_((chunk.moments * chunk.scale).sum(1))
         if grads.hidden is not None:
             dx = chunk.dx.mul_(chunk.column_scale).to(grads.hidden.dtype)
             grads.hidden.index_copy_(0, index, dx)
-    return losses, cast_back(grads, problem)
+    return losses, cast_back(grads, problem, options)
 
 
-def allocate(problem: Problem, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> Gradients:
+def allocate(
+    problem: Problem, needs: tuple[bool, ...], dtype: torch.dtype, *, sizes: int
+) -> Gradients:
     """Zeros for the gradients that are needed; sums over rows are kept in dtype."""
     hidden = torch.zeros_like(problem.hidden) if needs[0] else None
     table = torch.zeros_like(problem.table, dtype=dtype) if needs[1] else None
     bias = problem.table.new_zeros(len(problem.table), dtype=dtype) if needs[2] else None
-    return Gradients(hidden, table, bias)
+    scales = problem.table.new_zeros(sizes, dtype=dtype) if needs[3:] == (True,) else None
+    return Gradients(hidden, table, bias, scales)
 
 
-def cast_back(grads: Gradients, problem: Problem) -> Gradients:
+def cast_back(grads: Gradients, problem: Problem, options: Options) -> Gradients:
     """The gradients in the dtypes of what they belong to."""
     table = None if grads.table is None else grads.table.to(problem.table.dtype)
     bias = None if grads.bias is None or problem.bias is None else grads.bias.to(problem.bias.dtype)
-    return Gradients(grads.hidden, table, bias)
+    scales = grads.scales
+    if scales is not None and options.scales is not None:
+        scales = scales * scales.new_tensor(options.weights) / scales.new_tensor(options.scales)
+    return Gradients(grads.hidden, table, bias, scales)
 
 
 def layout(
@@ -163,7 +190,14 @@ def allocate_scratch(
     return [problem.hidden.new_empty(rows, width, dtype=dtype) for _ in range(count)]
 
 
-def take(problem: Problem, index: Tensor, scale: float | Tensor, scratch: list[Tensor]) -> Chunk:
+def take(
+    problem: Problem,
+    index: Tensor,
+    scale: float | Tensor,
+    scratch: list[Tensor],
+    *,
+    sizes: int,
+) -> Chunk:
     """The rows of the index."""
     logits, *slots = [part[: len(index)] for part in scratch]
     x = problem.hidden.index_select(0, index)
@@ -174,6 +208,7 @@ def take(problem: Problem, index: Tensor, scale: float | Tensor, scratch: list[T
         scale=scale.index_select(0, index) if isinstance(scale, Tensor) else scale,
         logits=logits,
         slots=slots,
+        moments=logits.new_zeros(sizes, len(index)),
     )
 
 
@@ -187,10 +222,14 @@ def one_chunk(
             add_gradients(chunk, problem, options, tile=tiles[0], grads=grads)
         return losses
     norms, losses = two_sweeps(chunk, problem, options, tiles)
+    chunk.moments.copy_(losses - torch.stack(norms))
     for tile in tiles if grads.needed else ():
         view = narrowed(chunk, tile)
         for j, logits in enumerate(running_logits(view, problem, options, tile)):
-            torch.exp(torch.sub(logits, norms[j][:, None], out=view.slots[j]), out=view.slots[j])
+            scores, slot = options.scaled(logits, j), view.slots[j]
+            torch.exp(torch.sub(scores, norms[j][:, None], out=slot), out=slot)
+            if options.scales is not None:
+                chunk.moments[j] += torch.linalg.vecdot(slot, scores)
         add_gradients(view, problem, options, tile=tile, grads=grads)
     return losses
 
@@ -236,11 +275,14 @@ def whole_rows(chunk: Chunk, problem: Problem, options: Options) -> Tensor:
     """Losses [sizes, R]; leaves the probabilities of size j in slot j."""
     losses, classes = [], (0, len(problem.table))
     for j, logits in enumerate(running_logits(chunk, problem, options, classes)):
-        probabilities = chunk.slots[j % len(chunk.slots)]
-        torch.softmax(logits, -1, out=probabilities)
-        picked = logits.gather(1, chunk.target[:, None]).squeeze(1)
-        norm = normalizer(logits, probabilities, picked, chunk.target)
-        losses.append(smoothed(norm, picked, logits.sum(1), options, len(problem.table)))
+        probabilities, scores = chunk.slots[j % len(chunk.slots)], options.scaled(logits, j)
+        torch.softmax(scores, -1, out=probabilities)
+        picked = scores.gather(1, chunk.target[:, None]).squeeze(1)
+        norm = normalizer(scores, probabilities, picked, chunk.target)
+        loss = smoothed(norm, picked, scores.sum(1), options, len(problem.table))
+        losses.append(loss)
+        if options.scales is not None:
+            chunk.moments[j] = loss - norm + torch.linalg.vecdot(probabilities, scores)
     return torch.stack(losses)
 
 
@@ -271,9 +313,10 @@ def two_sweeps(
     for tile in tiles:
         column, inside = located(chunk.target, tile)
         for j, logits in enumerate(running_logits(narrowed(chunk, tile), problem, options, tile)):
-            norms[j] = torch.logaddexp(norms[j], logits.logsumexp(1))
-            picked[j] += torch.where(inside, logits.gather(1, column).squeeze(1), 0)
-            totals[j] += logits.sum(1)
+            scores = options.scaled(logits, j)
+            norms[j] = torch.logaddexp(norms[j], scores.logsumexp(1))
+            picked[j] += torch.where(inside, scores.gather(1, column).squeeze(1), 0)
+            totals[j] += scores.sum(1)
     parts = zip(norms, picked, totals, strict=True)
     losses = [smoothed(*part, options, len(problem.table)) for part in parts]
     return list(norms), torch.stack(losses)
@@ -313,7 +356,7 @@ def suffixes(
     column, inside = located(chunk.target, tile)
     hit = inside[:, None].to(chunk.logits.dtype) * (options.smoothing - 1)
     above = None
-    steps = zip(options.blocks, options.weights, chunk.slots, strict=True)
+    steps = zip(options.blocks, options.slopes, chunk.slots, strict=True)
     for block, weight, slot in reversed(list(steps)):
         if above is None:
             slot.mul_(weight)
@@ -352,7 +395,7 @@ class NestedCrossEntropy(torch.autograd.Function):
         scale = row_scale(problem.target, options.ignore_index, mean=mean)
         needs = ctx.needs_input_grad[3:]
         losses, grads = evaluate(problem, options, scale=scale, needs=needs)
-        ctx.save_for_backward(grads.hidden, grads.table, grads.bias)
+        ctx.save_for_backward(grads.hidden, grads.table, grads.bias, grads.scales)
         ctx.mark_non_differentiable(losses)
         return weighted(losses, options).sum() * scale, losses
 
@@ -397,16 +440,21 @@ class RowCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
         if torch.is_grad_enabled():
             raise DoubleBackward("nested_cross_entropy")
-        target, hidden, table, bias = ctx.saved_tensors
+        target, hidden, table, bias, _ = ctx.saved_tensors
         problem = Problem(hidden, table, bias, target)
         needs = ctx.needs_input_grad[2:]
         _, grads = evaluate(problem, ctx.options, scale=slope, needs=needs)
-        return None, None, grads.hidden, grads.table, grads.bias
+        return None, None, grads.hidden, grads.table, grads.bias, grads.scales
 
 
-def apply(problem: Problem, options: Options, *, reduction: str) -> tuple[Tensor, Tensor]:
-    """The reduced weighted loss and the losses [sizes, N], for eager mode."""
-    tensors = (problem.hidden, problem.table, problem.bias)
+def apply(
+    problem: Problem, options: Options, *, reduction: str, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The reduced weighted loss and the losses [sizes, N], for eager mode.
+
+    scales [sizes], in the order of the widths, are those of the options.
+    """
+    tensors = (problem.hidden, problem.table, problem.bias, scales)
     if not torch.is_grad_enabled():
         # needs_input_grad does not look at the grad mode
         tensors = tuple(None if t is None else t.detach() for t in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_per_size: bool = False,
+    scales: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds up the cross entropies of hidden[..., :m] @ table[:, :m].T + bias over the sizes m.
 
@@ -39,22 +41,25 @@ def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
     their weights (default 1) in the same order. "mean" is over the targets that are not
     ignore_index, and nan if there are none, as in torch; "none" gives [...]. With return_per_size
     also the unweighted loss of each size, in the order of `sizes`: [len(sizes)] (or
-    [len(sizes), ...] for "none"), detached. Gradients are computed in the forward; there is no
+    [len(sizes), ...] for "none"), detached. scales [len(sizes)], positive and in the same order,
+    multiply the scores of each size, bias included, and receive gradients. Gradients are computed in the forward; there is no
     double backward. Under autocast the products run in its dtype and the sums in float32. Raises
     LossError.
     """
     if reduction not in REDUCTIONS:
         raise LossError(f"nested_cross_entropy: reduction {reduction!r} is not of {REDUCTIONS}")
-    check(hidden, table, target, sizes, weights=weights)
+    check(hidden, table, target, sizes, weights=weights, scales=scales)
     flat = target.reshape(-1)
     hidden, table = autocast(hidden.reshape(-1, hidden.shape[-1])), autocast(table)
     ordered = options_of(sizes, weights, ignore_index, label_smoothing)
+    ranks = [ordered.widths.index(size) for size in sizes]
+    if scales is not None:
+        scales = scales[sorted(range(len(sizes)), key=ranks.__getitem__)]
     problem = Problem(hidden, table, None if bias is None else bias.to(table.dtype), flat)
-    total, losses = run(problem, ordered, reduction)
+    total, losses = run(problem, ordered, reduction, scales)
     total = total.view(target.shape) if reduction == "none" else total
     if not return_per_size:
         return total
-    ranks = [ordered.widths.index(size) for size in sizes]
     return total, reduced(losses[ranks], flat != ignore_index, target.shape, reduction)
 
 
@@ -65,6 +70,7 @@ def check(
     sizes: Sequence[int],
     *,
     weights: Sequence[float] | None,
+    scales: Tensor | None,
 ) -> None:
     """Raises LossError with what was given and what was expected."""
     width = hidden.shape[-1]
@@ -82,6 +88,10 @@ def check(
         (
             weights is None or len(weights) == len(sizes),
             f"weights {weights} should be one per size of {list(sizes)}",
+        ),
+        (
+            scales is None or scales.shape == (len(sizes),),
+            f"scales {None if scales is None else list(scales.shape)} should be [{len(sizes)}]",
         ),
     )
     for holds, message in rows:
@@ -106,16 +116,38 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def run(problem: Problem, options: Options, reduction: str) -> tuple[Tensor, Tensor]:
+def run(
+    problem: Problem, options: Options, reduction: str, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The total and the losses [sizes, N]: directly in eager mode, one operator while tracing."""
     if is_plain(problem.hidden):
-        return cross_entropy.apply(problem, options, reduction=reduction)
+        values = None if scales is None else tuple(scales.tolist())
+        options = replace(options, scales=values)
+        return cross_entropy.apply(problem, options, reduction=reduction, scales=scales)
+    if scales is not None:
+        return size_by_size(problem, options, reduction, scales)
     tensors = (problem.hidden, problem.table, problem.bias)
     grad = torch.is_grad_enabled() and reduction != "none"
     needs = [grad and t is not None and t.requires_grad for t in tensors]
     settings = (options.widths, options.weights, options.ignore_index, options.smoothing)
     op = torch.ops.matryoshkafy.nested_cross_entropy
     return op(*tensors, problem.target, *settings, reduction, needs)[:2]
+
+
+def size_by_size(
+    problem: Problem, options: Options, reduction: str, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same with scales while tracing, where they are no numbers: one operator per size."""
+    totals, losses = [], []
+    for width, weight, scale in zip(options.widths, options.weights, scales, strict=True):
+        bias = None if problem.bias is None else problem.bias * scale
+        one = replace(problem, hidden=problem.hidden * scale, bias=bias)
+        total, loss = run(
+            one, replace(options, widths=(width,), weights=(weight,)), reduction, None
+        )
+        totals.append(total)
+        losses.append(loss)
+    return torch.stack(totals).sum(0), torch.cat(losses)
 
 
 def reduced(losses: Tensor, real: Tensor, shape: Sequence[int], reduction: str) -> Tensor:

@@ -52,7 +52,10 @@ class MatryoshkaLoss(nn.Module):
     the same seed. reduction "sum" adds the weighted losses, "mean" divides by the weights in use.
     distill adds weight * divergence of each smaller size (times its own weight) from the detached
     largest one. normalize L2-normalises outputs (and per-size targets) at each size, for criteria
-    over embeddings.
+    over embeddings. learn_scales multiplies the scores of each of `sizes` by a learned scale inside a
+    cross entropy (log_scales, one per size: give loss.parameters() to the optimizer, too): what small
+    and large sizes share keeps them from having a temperature of their own. The model is unchanged,
+    and so is how it ranks.
 
     A cross entropy criterion over outputs with a `readout` goes through nested_cross_entropy, which
     never stores the logits. It also accepts class-last logits: output [B, T, V] with target [B, T],
@@ -70,9 +73,14 @@ class MatryoshkaLoss(nn.Module):
         distill: Distillation | None = None,
         normalize: bool = False,
         generator: torch.Generator | None = None,
+        learn_scales: bool = False,
     ) -> None:
         super().__init__()
         check_arguments(sizes, weights, n_sizes_per_step, reduction)
+        if learn_scales:
+            check_scales(criterion, sizes, distill)
+        logarithms = nn.Parameter(torch.zeros(len(sizes or ()))) if learn_scales else None
+        self.register_parameter("log_scales", logarithms)
         self.criterion, self.sizes, self.weights = criterion, sizes, weights
         self.n_sizes_per_step, self.reduction = n_sizes_per_step, reduction
         self.distill, self.normalize, self.generator = distill, normalize, generator
@@ -105,6 +113,12 @@ class MatryoshkaLoss(nn.Module):
         weights = named_weights(sizes, self.weights)
         return {size: weights[size] for size in sorted(sizes)}
 
+    def scales(self) -> dict[int, Tensor]:
+        """{size: learned scale of its scores}; empty without learn_scales."""
+        if self.log_scales is None:
+            return {}
+        return dict(zip(self.sizes or (), self.log_scales.exp(), strict=True))
+
     def drawn(self, weights: dict[int, float]) -> dict[int, float]:
         """The sizes of this step."""
         n = self.n_sizes_per_step
@@ -132,7 +146,7 @@ class MatryoshkaLoss(nn.Module):
         settings, readout = settings_of(self.criterion), getattr(outputs, "readout", None)
         if self.fuses(settings, readout, targets):
             assert settings is not None and readout is not None
-            return fused(readout, targets[0], weights, settings)
+            return fused(readout, targets[0], weights, settings, self.scales())
         losses = {size: self.at_size(size, outputs, targets, settings) for size in weights}
         total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
         return total, {size: loss.detach() for size, loss in losses.items()}
@@ -161,6 +175,8 @@ class MatryoshkaLoss(nn.Module):
     ) -> Tensor:
         """The criterion at one size."""
         out = self.prepared(outputs[size])
+        if self.log_scales is not None:
+            out = out * self.scales()[size]
         at = [self.prepared(t[size]) if isinstance(t, Mapping) else t for t in targets]
         if settings is None or len(at) != 1 or not class_indices(at[0], out):
             return self.criterion(out, *at)
@@ -209,6 +225,20 @@ def check_arguments(
         named_weights(sizes, weights)
 
 
+def check_scales(
+    criterion: Callable[..., Tensor], sizes: Sequence[int] | None, distill: Distillation | None
+) -> None:
+    """Raises LossError where learned scales have no meaning."""
+    rows = (
+        (sizes is not None, "needs `sizes`, one scale for each"),
+        (settings_of(criterion) is not None, "multiplies scores, so the criterion is cross entropy"),
+        (distill is None, "and distill cannot be combined: the teacher has a scale of its own"),
+    )
+    for holds, message in rows:
+        if not holds:
+            raise LossError(f"MatryoshkaLoss: learn_scales {message}")
+
+
 def named_weights(sizes: Sequence[int], weights: Weights | None) -> dict[int, float]:
     """{size: weight}."""
     if isinstance(weights, Mapping):
@@ -236,13 +266,18 @@ def real_rows(targets: tuple, settings: CrossEntropySettings | None, like: Any) 
 
 
 def fused(
-    readout: Readout, target: Tensor, weights: dict[int, float], settings: CrossEntropySettings
+    readout: Readout,
+    target: Tensor,
+    weights: dict[int, float],
+    settings: CrossEntropySettings,
+    scales: dict[int, Tensor],
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The cross entropies of a readout at the sizes of weights."""
     # two sizes may share a width of the readout
     shares = dict.fromkeys([readout.widths[size] for size in weights], 0.0)
     for size, weight in weights.items():
         shares[readout.widths[size]] += weight
+    of_widths = {readout.widths[size]: scale for size, scale in scales.items()}
     total, losses = nested_cross_entropy(
         readout.scaled,
         readout.table,
@@ -254,6 +289,7 @@ def fused(
         label_smoothing=settings.label_smoothing,
         reduction=settings.reduction,
         return_per_size=True,
+        scales=torch.stack([of_widths[width] for width in shares]) if scales else None,
     )
     by_width = dict(zip(shares, losses, strict=True))
     return total, {size: by_width[readout.widths[size]] for size in weights}

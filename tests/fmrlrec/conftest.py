@@ -14,7 +14,7 @@ from examples.fmrlrec.pipeline import Material
 ITEMS, USERS = 40, 60
 TINY = {
     "sizes": "2..8", "batch": 8, "epochs": 3, "lr": 1e-2, "warmup": 4, "dropout": 0.2,
-    "max_length": 12, "checkpoint_steps": 3, "patience": 5, "windows": "all",
+    "max_length": 12, "checkpoint_steps": 3, "patience": 5, "windows": "all", "learn_scales": True,
 }  # fmt: skip
 
 

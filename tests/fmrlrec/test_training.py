@@ -147,12 +147,14 @@ def test_a_cosine_falls_to_a_fiftieth_over_all_epochs() -> None:
 
 
 def test_only_matrices_decay(material, tiny) -> None:
-    model = objective_of(material, tiny).model
-    decayed, kept = training.parameter_groups(model, 0.3)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
-    names = {id(p): n for n, p in model.named_parameters()}
+    objective = objective_of(material, tiny, "nested")
+    decayed, kept, scales = training.parameter_groups(objective, 0.3)
+    assert [g["weight_decay"] for g in (decayed, kept, scales)] == [0.3, 0.0, 0.0]
+    names = {id(p): n for n, p in objective.model.named_parameters()}
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
     assert {"bias", "blocks.0.mix.nu_log"} <= {names[id(p)] for p in kept["params"]}
+    assert [p.shape for p in scales["params"]] == [(3,)]
+    assert sum(len(g["params"]) for g in (decayed, kept, scales)) == len(names) + 1
 
 
 def test_missing_weights_name_the_command(tmp_path: Path) -> None:
