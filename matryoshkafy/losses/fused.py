@@ -42,9 +42,9 @@ def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
     ignore_index, and nan if there are none, as in torch; "none" gives [...]. With return_per_size
     also the unweighted loss of each size, in the order of `sizes`: [len(sizes)] (or
     [len(sizes), ...] for "none"), detached. scales [len(sizes)], positive and in the same order,
-    multiply the scores of each size, bias included, and receive gradients. Gradients are computed in the forward; there is no
-    double backward. Under autocast the products run in its dtype and the sums in float32. Raises
-    LossError.
+    multiply the scores of each size, bias included, and receive gradients. Gradients are computed
+    in the forward; there is no double backward. Under autocast the products run in its dtype and
+    the sums in float32. Raises LossError.
     """
     if reduction not in REDUCTIONS:
         raise LossError(f"nested_cross_entropy: reduction {reduction!r} is not of {REDUCTIONS}")

@@ -52,10 +52,10 @@ class MatryoshkaLoss(nn.Module):
     the same seed. reduction "sum" adds the weighted losses, "mean" divides by the weights in use.
     distill adds weight * divergence of each smaller size (times its own weight) from the detached
     largest one. normalize L2-normalises outputs (and per-size targets) at each size, for criteria
-    over embeddings. learn_scales multiplies the scores of each of `sizes` by a learned scale inside a
-    cross entropy (log_scales, one per size: give loss.parameters() to the optimizer, too): what small
-    and large sizes share keeps them from having a temperature of their own. The model is unchanged,
-    and so is how it ranks.
+    over embeddings. learn_scales multiplies the scores of each of `sizes` by a learned scale inside
+    a cross entropy (log_scales, one per size: give loss.parameters() to the optimizer, too): units
+    that all sizes share keep a size from a temperature of its own. The model is unchanged, and so
+    is how it ranks.
 
     A cross entropy criterion over outputs with a `readout` goes through nested_cross_entropy, which
     never stores the logits. It also accepts class-last logits: output [B, T, V] with target [B, T],
@@ -231,7 +231,7 @@ def check_scales(
     """Raises LossError where learned scales have no meaning."""
     rows = (
         (sizes is not None, "needs `sizes`, one scale for each"),
-        (settings_of(criterion) is not None, "multiplies scores, so the criterion is cross entropy"),
+        (settings_of(criterion) is not None, "scales scores, so the criterion is cross entropy"),
         (distill is None, "and distill cannot be combined: the teacher has a scale of its own"),
     )
     for holds, message in rows:
