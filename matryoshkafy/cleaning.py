@@ -5,17 +5,20 @@ x[:, 0] = y                     -> select_scatter, and later readers of x see th
 uninitialised memory            -> zeros
 dropout / batch norm flags      -> self.training
 device=cpu                      -> the device of the inputs
+a boolean mask of many layers   -> one of 0 and -inf
 x.to(x.dtype), alias, x[:]      -> x
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from matryoshkafy.graph_json import TensorInfo
 from matryoshkafy.precision import follow_dtype
 
 aten = torch.ops.aten
@@ -77,6 +80,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     _drop_identities(graph)
     _follow_training(graph, root)
     _follow_device(graph)
+    _share_masks(graph)
     graph.eliminate_dead_code()
     follow_dtype(graph, root)
     graph.eliminate_dead_code()
@@ -238,6 +242,37 @@ def _bound_device(node: fx.Node) -> bool:
     if not hasattr(node.target, "_schema"):
         return False
     return isinstance(bound_args(node).get("device"), torch.device)
+
+
+def _share_masks(graph: fx.Graph) -> None:
+    """Layers that share a boolean attention mask share its conversion, too.
+
+    Fused attention turns a boolean mask into 0 and -inf of the queries' type, and keeps one of its
+    own in every layer.
+    """
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+            mask = bound_args(node)["attn_mask"]
+            if isinstance(mask, fx.Node) and mask.meta["shape"].dtype == torch.bool:
+                readers.setdefault(mask, []).append(node)
+    for mask, nodes in readers.items():
+        if len(nodes) > 1:
+            _convert_mask(graph, mask, nodes)
+
+
+def _convert_mask(graph: fx.Graph, mask: fx.Node, readers: list[fx.Node]) -> None:
+    query: Any = readers[0].args[0]
+    dtype = query.meta["shape"].dtype
+    with graph.inserting_before(readers[0]):
+        zero = graph.call_function(aten.new_zeros.default, (query, []))
+        filled = graph.call_function(aten.where.ScalarOther, (mask, zero, -math.inf))
+    zero.meta["shape"] = TensorInfo((), dtype)
+    filled.meta["shape"] = TensorInfo(mask.meta["shape"].shape, dtype)
+    for new in (zero, filled):
+        new.meta["source"] = readers[0].meta.get("source", "")
+    for node in readers:
+        set_arg(node, "attn_mask", filled)
 
 
 # --- in-place ops -----------------------------------------------------------------------------

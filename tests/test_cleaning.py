@@ -199,3 +199,41 @@ def test_arguments_by_the_names_of_the_schema() -> None:
     set_arg(node, "dim", 1)
     set_arg(node, "dtype", torch.float64)
     assert node.args == (x, 1) and node.kwargs == {"dtype": torch.float64}
+
+
+class Layers(nn.Module):
+    """Two layers of fused attention with one boolean mask, which may hide a whole row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [N, T, 3], mask [N, T, T] -> [N, T, 5]"""
+        h, mask = self.first(x).unsqueeze(1), mask.unsqueeze(1)
+        for _ in range(2):
+            h = h + F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+        return self.last(h.squeeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layers_share_the_conversion_of_a_boolean_mask(dtype: torch.dtype) -> None:
+    x = example().float()
+    mask = torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    mask[0, 2] = False
+    model = Layers().eval()
+    doll = mk.convert(model, (x, mask), sizes=[0.5, 1.0], nesting="sliced")
+    names = [op_name(n) for n in doll._trace.graph.nodes if n.op == "call_function"]
+    assert names.count("where") == 1
+    model.to(dtype), doll.to(dtype)
+    assert torch.equal(doll(x.to(dtype), mask), model(x.to(dtype), mask))
+    assert mk.verify(doll, (x.to(dtype), mask)).passed
+
+
+def test_a_shared_mask_follows_autocast() -> None:
+    x, mask = example().float(), torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    model = Layers().eval()
+    doll = mk.convert(model, (x, mask), sizes=[0.5, 1.0], nesting="sliced")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(doll(x, mask), model(x, mask))

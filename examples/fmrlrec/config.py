@@ -116,8 +116,8 @@ def cpu_beauty() -> dict[str, Any]:
 def cpu_movies() -> dict[str, Any]:
     """Text and posters of ML-1M at a width that two CPU cores train."""
     return {
-        "sizes": "8..256", "text_encoder": "minilm", "batch": 32, "dropout": 0.2,
-        "windows": "last", "epochs": 12, "schedule": "cosine", "learn_scales": True,
+        "sizes": "8..256", "text_encoder": "minilm", "batch": 128, "dropout": 0.2,
+        "windows": "last", "epochs": 60, "schedule": "cosine", "learn_scales": True,
     }  # fmt: skip
 
 

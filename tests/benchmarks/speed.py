@@ -237,29 +237,17 @@ def encoder(figure: str, reach: float) -> Pair:
 def linear_rows(rows: int) -> dict[str, tuple[str, Callable[[], Pair]]]:
     """The linear at every width and dtype of the table."""
     reach = {
-        (torch.float32, 256): 0.86,
-        (torch.float32, 512): 0.76,
-        (torch.bfloat16, 256): 1.05,
-        (torch.bfloat16, 512): 1.05,
+        torch.float32: {256: 0.86, 512: 0.76, 768: None, 1024: 0.72, 2048: 0.72},
+        torch.bfloat16: {256: 1.05, 512: 1.05, 768: 1.05, 1024: 0.76, 2048: 0.76},
     }
-    usual = {torch.float32: 0.72, torch.bfloat16: 0.76}
     return {
         f"{'packed' if packed else 'linear'} {str(dtype)[6:]} {width}": (
             f"nn.Linear, {rows} rows",
-            partial(
-                linear,
-                width,
-                dtype,
-                1.05
-                if (dtype, width) == (torch.bfloat16, 768)
-                else reach.get((dtype, width), usual[dtype]),
-                rows=rows,
-                packed=packed,
-            ),
+            partial(linear, width, dtype, limit, rows=rows, packed=packed),
         )
         for packed in (False, True)
-        for dtype in usual
-        for width in (256, 512, 768, 1024, 2048)
+        for dtype, limits in reach.items()
+        for width, limit in limits.items()
     }
 
 
