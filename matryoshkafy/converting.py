@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from matryoshkafy import slicing
 from matryoshkafy.capturing import silent
+from matryoshkafy.checks import verify
 from matryoshkafy.doll import Doll
 from matryoshkafy.errors import PlanError, TraceError
 from matryoshkafy.numerics import relative_error
@@ -75,32 +75,33 @@ def convert(  # noqa: PLR0913  the public signature
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
     request = Request(_options(nesting, scope, norm, keep), sizes, overrides)
-    traced = _traced(model, args, kwargs)
+    return _doll(_traced(model, args, kwargs), request, args, kwargs)
+
+
+def _doll(traced: Trace, request: Request, args: Any, kwargs: Any) -> Doll:
+    """Build the doll; one path of a branching forward must keep the laws on its example."""
     doll = Doll(traced, _plan(traced, request))
-    if any(note.startswith("specialised") for note in traced.notes):
-        for size in doll.sizes[:-1]:
-            _run_recorded(doll, size, args, kwargs)
+    note = next((n for n in traced.notes if n.startswith("specialised")), None)
+    failure = _failure(doll, args, kwargs) if note else None
+    if note and failure:
+        reason = note.removeprefix("specialised: the forward ").partition(";")[0]
+        raise TraceError(
+            f"the path that the example takes cannot be taken at every size:\n{failure}\n"
+            f"The forward {reason}; which rows it works on depends on values that differ between "
+            "the sizes. Rewrite that part with masks of a fixed shape (torch.where, one product "
+            "over all experts)."
+        )
     return doll
 
 
-def _run_recorded(doll: Doll, size: int, args: Any, kwargs: Mapping[str, Any] | None) -> None:
-    """Refuse a recorded path whose numbers of rows are other ones in a smaller model."""
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+def _failure(doll: Doll, args: Any, kwargs: Any) -> str | None:
+    """Return which law fails on the example, or what stops a size; None if all is well."""
     try:
-        with torch.no_grad(), silent():
-            slicing.slice(doll, size)(*args, **dict(kwargs or {}))
+        with silent():
+            report = verify(doll, args, kwargs)
     except (RuntimeError, IndexError) as error:
-        raise TraceError(
-            f"the path that the example takes cannot be taken at size {size}: "
-            f"{str(error).splitlines()[0]}\nThe forward {_reason(doll)}; how many rows it works on "
-            "depends on values that differ between the sizes. Rewrite that part with masks of a "
-            "fixed shape (torch.where, one product over all experts)."
-        ) from error
-
-
-def _reason(doll: Doll) -> str:
-    note = next(n for n in doll.plan.remarks if n.startswith("specialised"))
-    return note.removeprefix("specialised: the forward ").partition(";")[0]
+        return str(error).splitlines()[0]
+    return None if report.passed else str(report)
 
 
 def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Trace:

@@ -62,6 +62,8 @@ class MatryoshkaLoss(nn.Module):
     where torch wants [B, V, T]; target.shape == output.shape[:-1] decides. Raises LossError.
     """
 
+    log_scales: nn.Parameter | None
+
     def __init__(  # noqa: PLR0913 - the options of a training run
         self,
         criterion: Callable[..., Tensor],

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
-from matryoshkafy.converting import _plan, _traced
+from matryoshkafy.converting import _doll, _traced
 from matryoshkafy.doll import Doll
 from matryoshkafy.numerics import relative_error
 from matryoshkafy.plan import Options
@@ -65,7 +65,7 @@ def measure(entry: Entry) -> list[Row]:
 def _row(entry: Entry, built: Any, traced: Trace, nesting: str) -> Row:
     model, args, kwargs = built
     try:
-        doll = Doll(traced, _plan(traced, Request(Options(nesting), list(RATIOS))))
+        doll = _doll(traced, Request(Options(nesting), list(RATIOS)), args, kwargs)
     except mk.MatryoshkafyError as error:
         return Row(entry.name, entry.family, nesting, "refused", str(error).splitlines()[0])
     report = mk.verify(doll, args, kwargs)
