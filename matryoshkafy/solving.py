@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,7 +234,8 @@ def _frozen(trace: Trace, found: Findings, request: Request, solved: Any) -> Pla
     order = _group_order(parameters)
     freeze = _freezer({axis: i for i, axis in enumerate(order)})
     solved_parameters = {name: tuple(map(freeze, terms)) for name, terms in parameters.items()}
-    groups = tuple(Group(_group_name(a), a.size, _members(parameters, a)) for a in order)
+    tables = _tables(trace)
+    groups = tuple(Group(_group_name(a, tables), a.size, _members(parameters, a)) for a in order)
     unit = _main_unit(solved_parameters, order.index(main))
     width = main.size * unit
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
@@ -356,7 +357,13 @@ def _frozen_node(node: fx.Node, found: Findings, freeze: Callable[[Term], Dim]) 
 PLACES = {"0": "out", "1": "in"}
 
 
-def _group_name(axis: Axis) -> str:
+def _tables(trace: Trace) -> set[str]:
+    """Return the weights whose rows are looked up: their columns are what comes out."""
+    reads = (n for n in trace.graph.nodes if n.op == "call_function" and "embedding" in op_name(n))
+    return {str(a.target) for n in reads for a in n.all_input_nodes[:1] if a.op == "get_attr"}
+
+
+def _group_name(axis: Axis, tables: Collection[str]) -> str:
     """Name a group after where it was born: `encoder.layer.0.output.dense.out`."""
     name, _, rest = axis.name.partition(":")
     position = rest.partition("[")[0]
@@ -364,6 +371,8 @@ def _group_name(axis: Axis) -> str:
     owner, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias") and position:
         side = PLACES.get(position, f"dim{position}") if leaf == "weight" else "out"
+        if name in tables and position == "1":
+            side = "out"
         return f"{owner}.{side}{piece}" if owner else f"{side}{piece}"
     return f"{name}.{position}{piece}" if position else name + piece
 

@@ -295,3 +295,9 @@ def test_a_rule_that_raises_costs_widths_and_is_said(monkeypatch: pytest.MonkeyP
     assert mk.verify(doll, (torch.randn(4, 3),)).passed
     assert doll.plan.parameters["0.weight"] == ((8,), (3,))
     assert "tanh (its rule raised IndexError: not foreseen)" in str(doll.plan)
+
+
+def test_the_columns_of_an_embedding_are_what_comes_out_of_it() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    plan = mk.inspect(model, (torch.zeros(2, 3, dtype=torch.long),))
+    assert {group.name for group in plan.groups} == {"0.out", "1.out"}
