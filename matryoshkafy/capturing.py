@@ -170,20 +170,28 @@ COPIES_IF: Mapping[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
 @contextlib.contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, plain attention kernels, experts as one batched product; then as before."""
-    modes = {m: m.training for m in model.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     experts = list(_expert_configs(model))
     try:
-        model.eval()
         for config, _ in experts:
             config._experts_implementation = "batched_mm"
-        with torch.enable_grad():
+        with modes_kept(model), torch.enable_grad():
+            model.eval()
             yield
     finally:
         for config, before in experts:
             config._experts_implementation = before
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextlib.contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Whatever train() or eval() sets inside, every module leaves as it came."""
+    modes = {m: m.training for model in models for m in model.modules()}
+    try:
+        yield
+    finally:
         for module, mode in modes.items():
             module.training = mode
 

@@ -25,10 +25,9 @@ class SizeReport:
     """What was measured at one size; errors are relative to the largest value of the tensor.
 
     `output_error`: the doll's output of this size against the standalone sub-model's.
-    `trunk_error`:
-    the worst node of the trunk against the same node of the sub-model. `beyond_error`: how far the
-    output moves when everything past the prefix is replaced by noise. `resliced`: a slice of the
-    next larger slice equals this one bit for bit.
+    `trunk_error`: the worst node of the trunk against the same node of the sub-model.
+    `beyond_error`: how far the output moves when everything past the prefix is replaced by noise.
+    `resliced`: a slice of the next larger slice equals this one bit for bit.
     """
 
     size: int
@@ -83,8 +82,7 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
 
     For each size: the standalone sub-model equals the doll's output of that size, its trunk equals
     the prefix of the doll's (masked) or the doll's live slices (sliced), noise past the prefix
-    moves
-    nothing, and slicing twice is slicing once. Raises `PlanError` for a model that is no doll.
+    moves nothing, and slicing twice is slicing once. Raises `PlanError` if the model is no doll.
     """
     trace, plan = parts_of(model)
     doll = model if isinstance(model, Doll) else _as_doll(model)

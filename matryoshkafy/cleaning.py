@@ -78,7 +78,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     _relax_views(graph)
     _slice_constants(graph, root)
     _drop_identities(graph)
-    _follow_training(graph, root)
+    _follow_training(graph)
     _follow_device(graph)
     _share_masks(graph)
     graph.eliminate_dead_code()
@@ -193,8 +193,18 @@ def _drop_identities(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _follow_training(graph: fx.Graph, root: nn.Module) -> None:
-    del root
+def training_flag(graph: fx.Graph) -> fx.Node:
+    """Return the node that reads `self.training`, first in the graph."""
+    found = graph.find_nodes(op="get_attr", target="training")
+    if found:
+        return found[0]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        flag = graph.get_attr("training")
+    flag.meta["shape"] = False
+    return flag
+
+
+def _follow_training(graph: fx.Graph) -> None:
     flags = {
         "dropout": "train",
         "feature_dropout": "train",
@@ -209,13 +219,8 @@ def _follow_training(graph: fx.Graph, root: nn.Module) -> None:
     }
     affected = [n for n in graph.nodes if n.op == "call_function" and op_name(n) in flags]
     affected = [n for n in affected if _has_statistics(n)]
-    if not affected:
-        return
-    with graph.inserting_before(next(iter(graph.nodes))):
-        training = graph.get_attr("training")
-    training.meta["shape"] = False
     for node in affected:
-        set_arg(node, flags[op_name(node)], training)
+        set_arg(node, flags[op_name(node)], training_flag(graph))
 
 
 def _has_statistics(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from matryoshkafy.capturing import silent
+from matryoshkafy.capturing import modes_kept, silent
 from matryoshkafy.checks import verify
 from matryoshkafy.doll import Doll
 from matryoshkafy.errors import PlanError, TraceError
@@ -68,9 +68,8 @@ def convert(  # noqa: PLR0913  the public signature
 
     Arguments: as for `inspect`; `nesting` "masked" (one full pass holds every size; for training
     from scratch or fine-tuning) or "sliced" (the full model keeps its function; one pass per size);
-    `norm`
-    "block" or "prefix", the statistics of norms in masked nesting; `overrides` {group name: widths,
-    one for each size; "inputs": names of inputs whose last axis nests with the model's}.
+    `norm` "block" or "prefix", the statistics of norms in masked nesting; `overrides` {group name:
+    widths, one for each size; "inputs": names of inputs whose last axis nests with the model's}.
 
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
@@ -112,14 +111,10 @@ def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Tr
     tensors = (*traced.state().values(), *flat)
     if any(t.is_meta for t in tensors if isinstance(t, torch.Tensor)):
         return traced
-    modes = {m: m.training for m in (*model.modules(), traced.root)}
-    try:
+    with modes_kept(model, traced.root):
         model.eval()
         traced.root.training = False
         error = _disagreement(traced, flat, lambda: model(*args, **dict(kwargs or {})))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not error <= TRACE_TOLERANCE:
         raise TraceError(
             "the traced graph does not compute what the model computes on the example inputs "

@@ -20,6 +20,7 @@ from matryoshkafy.axes import Axis, Reason, Term
 from matryoshkafy.cleaning import bound_args, op_name
 from matryoshkafy.propagation import Findings, flat_terms
 from matryoshkafy.rules import RULES, op_key
+from matryoshkafy.rules.contraction import CONVOLUTIONS, TRANSPOSED
 from matryoshkafy.rules.pointwise import pointwise
 from matryoshkafy.tracing import Trace
 from matryoshkafy.weights import weight_places
@@ -37,13 +38,8 @@ MASKABLE = {
     "bmm",
     "baddbmm",
     "einsum",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "convolution",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
+    *CONVOLUTIONS,
+    *TRANSPOSED,
     "lstm",
     "gru",
     "rnn_tanh",

@@ -13,6 +13,9 @@ from matryoshkafy import dims
 from matryoshkafy.cleaning import bound_args, op_name, set_arg
 from matryoshkafy.dims import Dim, Widths
 from matryoshkafy.plan import Many, Plan
+from matryoshkafy.rules.contraction import CONVOLUTIONS, TRANSPOSED
+from matryoshkafy.rules.creation import FILLED
+from matryoshkafy.rules.view import SPLITS
 
 aten = torch.ops.aten
 END = 2**63 - 1
@@ -153,17 +156,9 @@ RESIZERS: dict[str, Callable[[Resize], None]] = {
             "reshape",
             "_unsafe_view",
             "expand",
-            "zeros",
-            "ones",
-            "full",
-            "rand",
-            "randn",
-            "new_zeros",
-            "new_ones",
-            "new_full",
             "view_copy",
             "broadcast_to",
-            "randint",
+            *FILLED,
         ),
         _sizes,
     ),
@@ -172,20 +167,7 @@ RESIZERS: dict[str, Callable[[Resize], None]] = {
     "repeat_interleave": _repeat_interleave,
     "unflatten": _unflatten,
     "arange": _arange,
-    **dict.fromkeys(
-        (
-            "split",
-            "split_with_sizes",
-            "chunk",
-            "unsafe_chunk",
-            "unsafe_split",
-            "tensor_split",
-            "unsafe_split_with_sizes",
-            "split_copy",
-            "split_with_sizes_copy",
-        ),
-        _split,
-    ),
+    **dict.fromkeys(SPLITS, _split),
     "slice": _slice,
     "narrow": _slice,
     "layer_norm": _normalized,
@@ -193,18 +175,7 @@ RESIZERS: dict[str, Callable[[Resize], None]] = {
     "_fused_rms_norm": _normalized,
     "native_layer_norm": _normalized,
     "group_norm": _groups("num_groups"),
-    **dict.fromkeys(
-        (
-            "conv1d",
-            "conv2d",
-            "conv3d",
-            "convolution",
-            "conv_transpose1d",
-            "conv_transpose2d",
-            "conv_transpose3d",
-        ),
-        _groups("groups"),
-    ),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), _groups("groups")),
 }
 
 

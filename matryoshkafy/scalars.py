@@ -36,11 +36,11 @@ def find_scalars(trace: Trace, plan: Plan) -> Plan:
         return plan
     state = trace.state()
     found = [s for n in trace.graph.nodes for s in _scalars_of(n, plan, state)]
-    kept = {s.node for p in scalar_patterns(plan.options.keep) for s in _matching(found, p)}
+    kept = {s.node for p in _scalar_patterns(plan.options.keep) for s in _matching(found, p)}
     return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
 
 
-def scalar_patterns(keep: Sequence[str]) -> list[str]:
+def _scalar_patterns(keep: Sequence[str]) -> list[str]:
     """Return the keep patterns that hold constants: "scalar:mul_3", "scalar:*"."""
     return [p.removeprefix(KEEP) for p in keep if p.startswith(KEEP)]
 
@@ -85,12 +85,11 @@ def _derivation(
 
 def _widths_of(node: fx.Node, plan: Plan) -> Iterator[tuple[dims.Nested, int, tuple[float, ...]]]:
     """Yield the widths that a constant at this node may come from."""
-    axes = [dim[0] for dim in plan.nodes.get(node.name, ()) if len(dim) == 1]
-    last = (plan.nodes.get(node.name) or ((),))[-1]
-    if len(last) == 1 and isinstance(last[0], dims.Nested):
-        yield last[0], last[0].size, POWERS
-    heads = [factor for factor in axes if isinstance(factor, dims.Nested)]
-    for factor in heads:
+    axes = plan.nodes.get(node.name, ())
+    alone = [dim[0] if len(dim) == 1 else None for dim in axes]
+    if alone and isinstance(alone[-1], dims.Nested):
+        yield alone[-1], alone[-1].size, POWERS
+    for factor in (f for f in alone if isinstance(f, dims.Nested)):
         for width in _widths_holding(factor, plan):
             yield factor, width, POWERS[:2]
 

@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from matryoshkafy.capturing import Captured, capture, named_args, parameter_name
 from matryoshkafy.cleaning import clean
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph_json import info_of, source_of
-
-TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from matryoshkafy.cleaning import bound_args, op_name, set_arg
+from matryoshkafy.capturing import TORCH_FOLDER, modes_kept
+from matryoshkafy.cleaning import bound_args, op_name, set_arg, training_flag
 from matryoshkafy.tracing import Trace
 
-TORCH_FOLDER = str(Path(torch.__file__).parent)
 SDPA = F.scaled_dot_product_attention
 DROPOUTS = {
     F.dropout: "dropout",
@@ -130,15 +129,12 @@ def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Training mode; then modes, buffers and random numbers as before."""
-    modes = {m: m.training for m in model.modules()}
     buffers = {b: b.detach().clone() for b in model.buffers() if not b.is_sparse}
     try:
-        with torch.random.fork_rng():
+        with modes_kept(model), torch.random.fork_rng():
             model.train()
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         _put_back(buffers)
 
 
@@ -162,10 +158,10 @@ def _set_attention(traced: Trace, rates: list[float]) -> str | None:
         )
     for node, rate in zip(nodes, rates, strict=True):
         if rate and bound_args(node)["dropout_p"] == 0:
+            flag = training_flag(traced.graph)
             with traced.graph.inserting_before(node):
-                training = traced.graph.get_attr("training")
-                product = traced.graph.call_function(operator.mul, (training, rate))
-            training.meta["shape"], product.meta["shape"] = False, 0.0
+                product = traced.graph.call_function(operator.mul, (flag, rate))
+            product.meta["shape"] = 0.0
             set_arg(node, "dropout_p", product)
     return None
 

@@ -89,10 +89,16 @@ def test_help_needs_no_torch():
         "        assert stop.code == 0\n"
         "assert not {'torch', 'numpy', 'matryoshkafy'} & set(sys.modules)\n"
     )
+    text = printed_by(code)
+    assert "inspect" in text
+    assert "RUNS ITS CODE" in " ".join(text.replace("│", " ").split())
+
+
+def printed_by(code):
+    """What a fresh interpreter prints, which must not fail."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "inspect" in done.stdout
-    assert "RUNS ITS CODE" in " ".join(done.stdout.replace("│", " ").split())
+    return done.stdout
 
 
 def test_inspect_prints_the_plan_and_changes_nothing(place):
@@ -227,6 +233,4 @@ def test_python_m_runs_the_same_program_and_its_help_needs_no_torch():
         "    assert stop.code == 0\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "convert" in done.stdout
+    assert "convert" in printed_by(code)

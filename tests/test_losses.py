@@ -65,8 +65,12 @@ def test_value_and_gradients(budget, reduction, smoothing, biased, sizes):
     tensors = (hidden, table, bias) if biased else (hidden, table)
     options = {"bias": bias if biased else None, "label_smoothing": smoothing}
     options |= {"reduction": reduction, "weights": weights}
-    ours = nested_cross_entropy(hidden, table, target, sizes, **options)
-    theirs = plain(hidden, table, target, sizes, **options)
+    assert_as_plain((hidden, table, target, sizes), options, tensors)
+
+
+def assert_as_plain(given, options, tensors):
+    """The value, and the gradients of a random combination of it."""
+    ours, theirs = nested_cross_entropy(*given, **options), plain(*given, **options)
     torch.testing.assert_close(ours, theirs)
     slope = torch.randn_like(theirs)
     found, expected = grads((ours * slope).sum(), *tensors), grads((theirs * slope).sum(), *tensors)
@@ -84,13 +88,7 @@ def test_scales_and_their_gradients(budget, reduction, smoothing, biased, sizes)
     tensors = (scales, hidden, table, *([bias] if biased else []))
     options = {"bias": bias if biased else None, "label_smoothing": smoothing, "scales": scales}
     options |= {"reduction": reduction, "weights": [0.5 + k for k in range(len(sizes))]}
-    ours = nested_cross_entropy(hidden, table, target, sizes, **options)
-    theirs = plain(hidden, table, target, sizes, **options)
-    torch.testing.assert_close(ours, theirs)
-    slope = torch.randn_like(theirs)
-    found, expected = grads((ours * slope).sum(), *tensors), grads((theirs * slope).sum(), *tensors)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_as_plain((hidden, table, target, sizes), options, tensors)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

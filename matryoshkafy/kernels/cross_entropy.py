@@ -222,7 +222,8 @@ def one_chunk(
             add_gradients(chunk, problem, options, tile=tiles[0], grads=grads)
         return losses
     norms, losses = two_sweeps(chunk, problem, options, tiles)
-    chunk.moments.copy_(losses - torch.stack(norms))
+    if options.scales is not None:
+        chunk.moments.copy_(losses - torch.stack(norms))
     for tile in tiles if grads.needed else ():
         view = narrowed(chunk, tile)
         for j, logits in enumerate(running_logits(view, problem, options, tile)):

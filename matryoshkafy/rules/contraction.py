@@ -166,14 +166,18 @@ def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Any:
     return ((bags, weight[1]), *rest)
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@rule(*CONVOLUTIONS)
 def convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Channels are contracted as in a linear; space is fixed; groups are one axis of their own."""
     weight = walk.of(args["weight"])
     return _convolve(walk, node, args, (weight[0], weight[1]))
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule(*TRANSPOSED)
 def transposed_convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """The weight holds inputs first: [in, out / groups, ...]."""
     x, weight = walk.of(args["input"]), walk.of(args["weight"])

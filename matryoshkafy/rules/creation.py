@@ -8,8 +8,7 @@ from torch import fx
 
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
-
-@rule(
+FILLED = (
     "zeros",
     "ones",
     "full",
@@ -20,6 +19,9 @@ from matryoshkafy.rules.table import Args, Terms, Walk, rule
     "new_full",
     "randint",
 )
+
+
+@rule(*FILLED)
 def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every unit is made alike."""
     del args

@@ -202,7 +202,7 @@ def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*out[:dim], axes.copies(len(tensors)), *out[dim:])
 
 
-@rule(
+SPLITS = (
     "split",
     "split_with_sizes",
     "chunk",
@@ -213,6 +213,9 @@ def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "split_copy",
     "split_with_sizes_copy",
 )
+
+
+@rule(*SPLITS)
 def split(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Consecutive pieces of one dim."""
     source = args.get("self", node.args[0])

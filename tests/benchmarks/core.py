@@ -21,14 +21,13 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import matryoshkafy as mk
 from matryoshkafy.plan import Options
 from matryoshkafy.propagation import propagate
 from matryoshkafy.solving import Request, solve
 from matryoshkafy.tracing import trace
-from tests.benchmarks.speed import machine
+from tests.benchmarks.speed import machine, most_held
 
 BERT_SIZES, LLAMA_SIZES = "96..768", "512..4096"
 
@@ -117,14 +116,7 @@ def slicing_rows() -> None:
 def peak_of(work: Callable[[], nn.Module]) -> tuple[int, int]:
     """The most bytes held while working, and the bytes of the resulting module's state."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        module = work()
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = most = 0
-    for _, change in changes:
-        held += change
-        most = max(most, held)
+    most, module = most_held(work)
     return most, sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from matryoshkafy.kernels.packed import PackedLinear
 from matryoshkafy.losses import MatryoshkaLoss, nested_cross_entropy
 
 Step = Callable[[], None]
+Returned = TypeVar("Returned")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MB = 1e6
 
@@ -292,15 +294,20 @@ def peak_bytes(step: Step, leaves: tuple[Tensor, ...]) -> int:
     step()
     for leaf in leaves:
         leaf.grad = None
+    return most_held(step)[0] - sum(leaf.nbytes for leaf in leaves)
+
+
+def most_held(work: Callable[[], Returned]) -> tuple[int, Returned]:
+    """The most bytes that the CPU allocator holds above the start, and what the work returns."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
+        result = work()
     events = record.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = most = 0
     for _, change in changes:
         held += change
         most = max(most, held)
-    return most - sum(leaf.nbytes for leaf in leaves)
+    return most, result
 
 
 def measure_time(name: str, against: str, pair: Pair, count: int, clock: str) -> Result:
