@@ -448,6 +448,25 @@ def test_learned_scales_start_at_one_and_belong_to_the_optimizer():
     assert not list(plain_loss.parameters())
 
 
+@pytest.mark.parametrize("given", [[0.5, 3.0], {16: 3.0, 8: 0.5}])
+def test_learned_scales_start_where_they_are_told(given):
+    hidden, table, bias, target = problem()
+    outputs = tail(hidden, table, bias)
+    loss = MatryoshkaLoss(nn.CrossEntropyLoss(), [8, 16], learn_scales=given)
+    expected = sum(
+        F.cross_entropy(scale * outputs.readout.logits(size), target)
+        for size, scale in ((8, 0.5), (16, 3.0))
+    )
+    torch.testing.assert_close(loss(outputs, target), expected)
+
+
+def test_scales_to_start_from_are_positive_and_one_per_size():
+    with pytest.raises(MatryoshkafyError, match="should be positive"):
+        MatryoshkaLoss(nn.CrossEntropyLoss(), [8, 16], learn_scales=[1.0, 0.0])
+    with pytest.raises(MatryoshkafyError, match="one per size"):
+        MatryoshkaLoss(nn.CrossEntropyLoss(), [8, 16], learn_scales=[1.0])
+
+
 @pytest.mark.parametrize(
     "given, words",
     [

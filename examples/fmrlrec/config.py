@@ -21,6 +21,7 @@ CHOICES = {
     "norm": ("block", "prefix"),
     "select_by": ("largest", "mean"),
     "schedule": ("constant", "cosine"),
+    "precision": ("auto", "full", "bf16"),
 }
 
 
@@ -31,8 +32,9 @@ class Config:
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
     AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up;
-    `learn_scales` gives the scores of each size a scale of its own; `alone` makes `run` compare,
-    too. The defaults are those of arXiv 2409.16627.
+    `precision` is that of training, "auto" bf16 on a GPU and full elsewhere; `learn_scales` gives
+    the scores of each size a scale of its own, which starts at `score_scale` / size, or at 1 where
+    that is 0; `alone` makes `run` compare, too. The defaults are those of arXiv 2409.16627.
     """
 
     data: str = "synthetic"
@@ -64,6 +66,7 @@ class Config:
     weights: str = ""
     distill: float = 0.0
     learn_scales: bool = False
+    score_scale: float = 0.0
 
     epochs: int = 500
     batch: int = 32
@@ -72,6 +75,7 @@ class Config:
     clip: float = 5.0
     warmup: int = 100
     schedule: str = "constant"
+    precision: str = "auto"
     patience: int = 10
     select_by: str = "largest"
     checkpoint_steps: int = 500

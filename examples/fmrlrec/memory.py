@@ -138,7 +138,7 @@ def _objectives(probe: Probe, features: Any) -> list[Any]:
     if probe.kind == "nested":
         doll = nest(build(config, ITEMS, features, probe.sizes[-1]), config)
         return [NestedObjective(doll, config)]
-    return [PlainObjective(build(config, ITEMS, features, size)) for size in probe.sizes]
+    return [PlainObjective(build(config, ITEMS, features, size), config) for size in probe.sizes]
 
 
 def _peak() -> float:

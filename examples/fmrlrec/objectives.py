@@ -19,15 +19,22 @@ from examples.fmrlrec.model import Recommender
 class PlainObjective(nn.Module):
     """Cross entropy of one plain model over the positions that have a next item."""
 
-    def __init__(self, model: Recommender) -> None:
+    log_scale: nn.Parameter | None
+
+    def __init__(self, model: Recommender, config: Config) -> None:
         super().__init__()
         self.model = model
+        scale = torch.tensor(first_scale(config, model.norm_out.weight.numel()))
+        parameter = nn.Parameter(scale.log()) if config.learn_scales else None
+        self.register_parameter("log_scale", parameter)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """inputs and targets int64 [B, T] -> the mean loss, and nothing per size."""
         table, real = self.model.items(), targets != PADDING
         hidden = self.model.encode(inputs, table)[real]
         logits = functional.linear(hidden, table, self.model.bias)
+        if self.log_scale is not None:
+            logits = logits * self.log_scale.exp()
         return functional.cross_entropy(logits, targets[real]), {}
 
     def scorer(self) -> Scorer:
@@ -55,7 +62,7 @@ class NestedObjective(nn.Module):
             weights=size_weights(config, len(doll.sizes)),
             sizes=doll.sizes if config.learn_scales else None,
             distill=Distillation(config.distill) if config.distill else None,
-            learn_scales=config.learn_scales,
+            learn_scales=first_scales(config, doll.sizes),
         )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,6 +94,16 @@ def size_weights(config: Config, count: int) -> list[float] | None:
     if len(weights) != count:
         raise ConfigError(f"weights={config.weights!r} are {len(weights)}, the sizes {count}")
     return weights
+
+
+def first_scales(config: Config, sizes: tuple[int, ...]) -> dict[int, float]:
+    """The scales of the scores that training starts from; none where none are learned."""
+    return {size: first_scale(config, size) for size in sizes} if config.learn_scales else {}
+
+
+def first_scale(config: Config, size: int) -> float:
+    """What a step of the optimizer adds to a score grows with the units that the score sums."""
+    return config.score_scale / size if config.score_scale else 1.0
 
 
 def _summed(readout: Any) -> Iterator[tuple[str, Tensor]]:

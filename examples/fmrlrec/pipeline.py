@@ -109,7 +109,7 @@ def train_alone(run: Run, material: Material, size: int) -> Progress:
     """Trains a plain model of one size with the same recipe."""
     model = build(run.config, material.data.item_count, material.features, size)
     folder = run.folder / "alone" / str(size)
-    return train(PlainObjective(model), material.data, run.config, folder)
+    return train(PlainObjective(model, run.config), material.data, run.config, folder)
 
 
 def new_doll(run: Run, material: Material) -> Any:
@@ -170,7 +170,7 @@ def evaluate_alone(run: Run, material: Material) -> dict[str, Table]:
     for folder in _numbered(run.folder / "alone"):
         model = build(run.config, material.data.item_count, material.features, int(folder.name))
         load_weights(model, folder / "best.safetensors")
-        scorer = PlainObjective(model.to(_device()).eval()).scorer
+        scorer = PlainObjective(model.to(_device()).eval(), run.config).scorer
         with torch.inference_mode():
             found |= evaluate(scorer(), material.data, "test", run.config, device=_device())
     return found

@@ -141,6 +141,13 @@ def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]
     return [*groups, scales] if beside else groups
 
 
+def mixed_precision(config: Config) -> str:
+    """What accelerate calls the precision of a run."""
+    if config.precision == "auto":
+        return "bf16" if torch.cuda.is_available() else "no"
+    return "bf16" if config.precision == "bf16" else "no"
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes safetensors so that a process killed at any moment leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -166,8 +173,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[Session, Progress]:
-    precision = "bf16" if torch.cuda.is_available() else "no"
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=mixed_precision(config))
     optimizer = torch.optim.AdamW(
         parameter_groups(objective, config.weight_decay), lr=config.lr
     )

@@ -54,7 +54,8 @@ class MatryoshkaLoss(nn.Module):
     largest one. normalize L2-normalises outputs (and per-size targets) at each size, for criteria
     over embeddings. learn_scales multiplies the scores of each of `sizes` by a learned scale inside
     a cross entropy (log_scales, one per size: give loss.parameters() to the optimizer, too): units
-    that all sizes share keep a size from a temperature of its own. The model is unchanged, and so
+    that all sizes share keep a size from a temperature of its own. They start at 1, or at the
+    positive numbers given, in the order of `sizes` or {size: scale}. The model is unchanged, and so
     is how it ranks.
 
     A cross entropy criterion over outputs with a `readout` goes through nested_cross_entropy, which
@@ -75,14 +76,13 @@ class MatryoshkaLoss(nn.Module):
         distill: Distillation | None = None,
         normalize: bool = False,
         generator: torch.Generator | None = None,
-        learn_scales: bool = False,
+        learn_scales: bool | Weights = False,
     ) -> None:
         super().__init__()
         check_arguments(sizes, weights, n_sizes_per_step, reduction)
         if learn_scales:
             check_scales(criterion, sizes, distill)
-        logarithms = nn.Parameter(torch.zeros(len(sizes or ()))) if learn_scales else None
-        self.register_parameter("log_scales", logarithms)
+        self.register_parameter("log_scales", first_scales(sizes or (), learn_scales))
         self.criterion, self.sizes, self.weights = criterion, sizes, weights
         self.n_sizes_per_step, self.reduction = n_sizes_per_step, reduction
         self.distill, self.normalize, self.generator = distill, normalize, generator
@@ -239,6 +239,16 @@ def check_scales(
     for holds, message in rows:
         if not holds:
             raise LossError(f"MatryoshkaLoss: learn_scales {message}")
+
+
+def first_scales(sizes: Sequence[int], given: bool | Weights) -> nn.Parameter | None:
+    """The logarithms of the scales that training starts from; None where none are learned."""
+    if not given:
+        return None
+    values = torch.tensor([*named_weights(sizes, None if given is True else given).values()])
+    if not (values > 0).all():
+        raise LossError(f"MatryoshkaLoss: learn_scales {given} should be positive")
+    return nn.Parameter(values.log())
 
 
 def named_weights(sizes: Sequence[int], weights: Weights | None) -> dict[int, float]:

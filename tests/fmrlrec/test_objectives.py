@@ -29,8 +29,23 @@ def plain(material, config: Config):
 
 def test_plain_loss_is_cross_entropy_over_real_positions(material, tiny) -> None:
     model = plain(material, tiny)
-    loss, _ = objectives.PlainObjective(model)(INPUTS, TARGETS)
+    loss, _ = objectives.PlainObjective(model, tiny)(INPUTS, TARGETS)
     torch.testing.assert_close(loss, by_torch(model(INPUTS)))
+
+
+@pytest.mark.parametrize("start", [0.0, 4.0])
+def test_scales_start_at_the_width_that_is_told(start: float, material, tiny) -> None:
+    config = replace(tiny, {"learn_scales": True, "score_scale": start})
+    model = plain(material, config)
+    alone = objectives.PlainObjective(model, config)
+    loss, _ = alone(INPUTS, TARGETS)
+    torch.testing.assert_close(loss, by_torch(model(INPUTS) * (start / 8 if start else 1.0)))
+    assert [n for n, _ in alone.named_parameters() if not n.startswith("model.")] == ["log_scale"]
+    nested = objectives.NestedObjective(nest(model, config), config)
+    expected = {size: start / size if start else 1.0 for size in (2, 4, 8)}
+    assert {size: scale.item() for size, scale in nested.loss.scales().items()} == (
+        pytest.approx(expected)
+    )
 
 
 @pytest.mark.parametrize("weights", ["", "1,2,0.5"])
@@ -60,7 +75,7 @@ def test_nested_scores_are_those_of_every_output(modality: str, material, tiny) 
 
 def test_plain_scores_are_the_last_position(material, tiny) -> None:
     model = plain(material, tiny)
-    ((name, scores),) = objectives.PlainObjective(model).scorer()(INPUTS)
+    ((name, scores),) = objectives.PlainObjective(model, tiny).scorer()(INPUTS)
     assert name == "8"
     torch.testing.assert_close(scores, model(INPUTS)[:, -1])
 

@@ -43,10 +43,18 @@ test_training.run(conftest.cyclic_material(), config, Path(sys.argv[1]))
 """
 
 
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", "bf16" if torch.cuda.is_available() else "no"),
+                                ("full", "no"), ("bf16", "bf16")],
+)  # fmt: skip
+def test_precision_is_told_to_accelerate(precision: str, expected: str) -> None:
+    assert training.mixed_precision(replace(Config(), {"precision": precision})) == expected
+
+
 def objective_of(material: Material, config: Config, kind: str = "plain"):
     model = build(config, material.data.item_count, material.features, 8)
     if kind == "plain":
-        return PlainObjective(model)
+        return PlainObjective(model, config)
     return NestedObjective(nest(model, config), config)
 
 
