@@ -87,13 +87,16 @@ def nested_scorer(doll: Any) -> Scorer:
 
 
 def size_weights(config: Config, count: int) -> list[float] | None:
-    """The relative importance of each size; none given means equal ones."""
+    """The relative importance of each size; none given means equal ones.
+
+    The last one given is that of all larger sizes.
+    """
     if not config.weights:
         return None
     weights = [float(word) for word in config.weights.split(",")]
-    if len(weights) != count:
-        raise ConfigError(f"weights={config.weights!r} are {len(weights)}, the sizes {count}")
-    return weights
+    if len(weights) > count:
+        raise ConfigError(f"weights={config.weights!r} are {len(weights)}, the sizes only {count}")
+    return [*weights, *weights[-1:] * (count - len(weights))]
 
 
 def first_scales(config: Config, sizes: tuple[int, ...]) -> dict[int, float]:

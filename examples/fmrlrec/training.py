@@ -96,7 +96,8 @@ class Session:
 def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> Progress:
     """Trains until `config.epochs` or `config.patience`, and leaves the best weights in place.
 
-    A run that was killed goes on from its last checkpoint in `folder`, on the CPU bit for bit.
+    A run that was killed goes on from its last checkpoint in `folder`: bit for bit on a CPU, if on
+    as many threads.
     """
     folder.mkdir(parents=True, exist_ok=True)
     session, progress = _open(objective, data, config, folder)

@@ -80,6 +80,7 @@ def test_plain_scores_are_the_last_position(material, tiny) -> None:
     torch.testing.assert_close(scores, model(INPUTS)[:, -1])
 
 
-def test_weights_must_match_the_ladder() -> None:
-    with pytest.raises(ConfigError, match="are 2, the sizes 3"):
-        objectives.size_weights(replace(Config(), {"weights": "1,2"}), 3)
+def test_the_last_weight_is_that_of_all_larger_sizes() -> None:
+    assert objectives.size_weights(replace(Config(), {"weights": "4,2"}), 4) == [4, 2, 2, 2]
+    with pytest.raises(ConfigError, match="are 2, the sizes only 1"):
+        objectives.size_weights(replace(Config(), {"weights": "4,2"}), 1)

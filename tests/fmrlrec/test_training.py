@@ -28,6 +28,7 @@ from tests.fmrlrec import conftest, test_training
 from examples.fmrlrec import training
 from examples.fmrlrec.config import Config, replace
 
+training.torch.set_num_threads(1)  # as this process: the bits depend on the number
 calls, real = [], training.save_file
 def save_file(tensors, path, metadata):
     calls.append(path)
