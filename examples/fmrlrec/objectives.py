@@ -32,9 +32,12 @@ class PlainObjective(nn.Module):
         """inputs and targets int64 [B, T] -> the mean loss, and nothing per size."""
         table, real = self.model.items(), targets != PADDING
         hidden = self.model.encode(inputs, table)[real]
-        logits = functional.linear(hidden, table, self.model.bias)
+        bias = self.model.bias
         if self.log_scale is not None:
-            logits = logits * self.log_scale.exp()
+            # Cheaper than the same on the scores.
+            scale = self.log_scale.exp()
+            hidden, bias = hidden * scale, None if bias is None else bias * scale
+        logits = functional.linear(hidden, table, bias)
         return functional.cross_entropy(logits, targets[real]), {}
 
     def scorer(self) -> Scorer:
