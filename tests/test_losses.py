@@ -365,6 +365,28 @@ def test_distillation_value(kind, make):
     torch.testing.assert_close(grads(ours, hidden, table), grads(expected, hidden, table))
 
 
+@pytest.mark.parametrize("make", [logits, tail])
+def test_distillation_is_between_scaled_scores(make):
+    hidden, table, _, target = problem()
+    starts = {1: 2.0, 4: 1.5, 8: 1.0, 16: 0.5}
+    loss = MatryoshkaLoss(
+        nn.CrossEntropyLoss(), SIZES, distill=Distillation(0.7), learn_scales=starts
+    ).double()
+    ours = loss(make(hidden, table), target)
+
+    log_scales = torch.tensor([*starts.values()], dtype=torch.float64).log().requires_grad_()
+    real, outs = target != -100, logits(hidden, table)
+    scores = [outs[m][real] * s for m, s in zip(starts, log_scales.exp(), strict=True)]
+    soft = F.softmax(scores[-1].detach(), -1)
+    expected = sum(F.cross_entropy(out, target[real]) for out in scores) + 0.7 * sum(
+        F.kl_div(F.log_softmax(out, -1), soft, reduction="batchmean") for out in scores[:-1]
+    )
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        grads(ours, hidden, table, loss.log_scales), grads(expected, hidden, table, log_scales)
+    )
+
+
 def test_nothing_is_mutated_or_patched():
     hidden, table, _, target = problem()
     outputs = logits(hidden, table)
@@ -472,10 +494,6 @@ def test_scales_to_start_from_are_positive_and_one_per_size():
     [
         ({"criterion": nn.CrossEntropyLoss(), "sizes": None}, "needs `sizes`"),
         ({"criterion": nn.MSELoss(), "sizes": [4, 8]}, "criterion is cross entropy"),
-        (
-            {"criterion": F.cross_entropy, "sizes": [4, 8], "distill": Distillation(1.0)},
-            "distill cannot be combined",
-        ),
     ],
 )
 def test_scales_without_a_meaning_are_refused(given, words):

@@ -40,6 +40,9 @@ class PlainObjective(nn.Module):
         logits = functional.linear(hidden, table, bias)
         return functional.cross_entropy(logits, targets[real]), {}
 
+    def start_epoch(self, epoch: int) -> None:
+        """Every epoch is like the others."""
+
     def scorer(self) -> Scorer:
         """Scores at the last position, under the width as the name of the size."""
         model, table = self.model, self.model.items()
@@ -57,14 +60,13 @@ class NestedObjective(nn.Module):
 
     def __init__(self, doll: Any, config: Config) -> None:
         super().__init__()
-        from matryoshkafy.losses import Distillation, MatryoshkaLoss
+        from matryoshkafy.losses import MatryoshkaLoss
 
-        self.model = doll
+        self.model, self.config = doll, config
         self.loss = MatryoshkaLoss(
             nn.CrossEntropyLoss(ignore_index=PADDING),
             weights=size_weights(config, len(doll.sizes)),
             sizes=doll.sizes if config.learn_scales else None,
-            distill=Distillation(config.distill) if config.distill else None,
             learn_scales=first_scales(config, doll.sizes),
         )
 
@@ -73,6 +75,13 @@ class NestedObjective(nn.Module):
         outputs = self.model.outputs(inputs)
         loss, per_size = self.loss(outputs, targets, return_per_size=True)
         return loss, {f"loss {size}": value for size, value in per_size.items()}
+
+    def start_epoch(self, epoch: int) -> None:
+        """From epoch `config.distill_from` (counted from 0) on, the largest size teaches."""
+        from matryoshkafy.losses import Distillation
+
+        taught = self.config.distill and epoch >= self.config.distill_from
+        self.loss.distill = Distillation(self.config.distill) if taught else None
 
     def scorer(self) -> Scorer:
         """Scores of every size at the last position, from one pass."""

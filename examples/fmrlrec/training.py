@@ -45,6 +45,9 @@ class Objective(Protocol):
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
 
+    def start_epoch(self, epoch: int) -> None:
+        """Told before each epoch, counted from 0."""
+
     def scorer(self) -> Scorer:
         """Scores every size at the last position."""
         ...
@@ -195,6 +198,7 @@ def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[
 def _epoch(session: Session, progress: Progress, show: Any) -> Progress:
     config, started = session.config, time.monotonic() - progress.seconds
     session.objective.train()
+    session.accelerator.unwrap_model(session.objective).start_epoch(progress.epoch)
     batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
     for batch in _skip(batches, progress.batch):
         progress = _step(session, progress, batch)

@@ -37,28 +37,45 @@ class Distillation:
             )
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+@dataclass(frozen=True)
+class Kind:
+    """What is made of the teacher's outputs once, and a student's divergence from it, per row [N]."""
+
+    lesson: Callable[[Tensor, float], Tensor]
+    divergence: Callable[[Tensor, Tensor, float], Tensor]
+
+
+def log_chances(outputs: Tensor, temperature: float) -> Tensor:
+    """log softmax(outputs / temperature)."""
+    return torch.log_softmax(outputs / temperature, -1)
+
+
+def kl(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
     """Per row [N]."""
-    log_p = torch.log_softmax(student / temperature, -1)
-    log_q = torch.log_softmax(teacher / temperature, -1)
-    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * temperature**2
+    log_p = log_chances(student, temperature)
+    return F.kl_div(log_p, lesson, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def mse(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def mse(student: Tensor, lesson: Tensor, _: float) -> Tensor:
     """Per row [N]."""
-    return (student - teacher).square().mean(-1)
+    return (student - lesson).square().mean(-1)
 
 
-def similarity(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def cosines(outputs: Tensor, _: float) -> Tensor:
+    """Of each row with each [N, N]."""
+    rows = F.normalize(outputs, dim=-1)
+    return rows @ rows.t()
+
+
+def similarity(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
     """Per row [N]."""
-    ours, theirs = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    return (ours @ ours.t() - theirs @ theirs.t()).square().mean(-1)
+    return (cosines(student, temperature) - lesson).square().mean(-1)
 
 
-KINDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "kl": kl,
-    "mse": mse,
-    "similarity": similarity,
+KINDS = {
+    "kl": Kind(log_chances, kl),
+    "mse": Kind(lambda outputs, _: outputs, mse),
+    "similarity": Kind(cosines, similarity),
 }
 
 
@@ -81,21 +98,28 @@ def divergences(
         size: out.reshape(-1, out.shape[-1]) if real is None else out[real]
         for size, out in outputs.items()
     }
-    largest = max(flat)
-    teacher = flat.pop(largest).detach()
-    divergence = KINDS[config.kind]
-    return {m: divergence(out, teacher, config.temperature).mean() for m, out in flat.items()}
+    kind, temperature = KINDS[config.kind], config.temperature
+    lesson = kind.lesson(flat.pop(max(flat)).detach(), temperature)
+    return {m: kind.divergence(out, lesson, temperature).mean() for m, out in flat.items()}
 
 
 def readout_divergences(
-    readout: Readout, sizes: Sequence[int], config: Distillation, real: Tensor | None
+    readout: Readout,
+    sizes: Sequence[int],
+    config: Distillation,
+    real: Tensor | None,
+    scales: Mapping[int, Tensor],
 ) -> dict[int, Tensor]:
-    """The same from a readout: the logits are made in chunks of rows, again in the backward."""
+    """The same from a readout: the logits are made in chunks of rows, again in the backward.
+
+    scales {size: factor of its logits}, or nothing.
+    """
     hidden = readout.scaled
     hidden = hidden.reshape(-1, hidden.shape[-1]) if real is None else hidden[real]
     widths = [readout.widths[size] for size in sorted(sizes)]
     cells = BUDGET["cpu"] // (4 * max(len(readout.table), 1) * 3 * len(widths))
-    fixed = (readout.table, readout.bias, widths, config)
+    factors = [scales[size] for size in sorted(sizes)] if scales else [1.0] * len(widths)
+    fixed = (readout.table, readout.bias, list(zip(widths, factors, strict=True)), config)
     sums = [
         checkpoint(chunk_sums, part, *fixed, use_reentrant=False, preserve_rng_state=False)
         for part in hidden.split(max(cells, 16))
@@ -108,16 +132,17 @@ def chunk_sums(
     hidden: Tensor,
     table: Tensor,
     bias: Tensor | None,
-    widths: Sequence[int],
+    levels: Sequence[tuple[int, Tensor | float]],
     config: Distillation,
 ) -> Tensor:
-    """The summed divergence of each width but the last, for some rows."""
-    divergence, logits, sums, done = KINDS[config.kind], bias, [], 0
-    fixed = None if bias is None else bias.detach()
-    last = widths[-1]
-    teacher = F.linear(hidden.detach()[:, :last], table.detach()[:, :last], fixed)
-    for width in widths[:-1]:
+    """The summed divergence of each level (width, factor) but the last, for some rows."""
+    kind, logits, sums, done = KINDS[config.kind], bias, [], 0
+    last, factor = levels[-1]
+    with torch.no_grad():
+        teacher = F.linear(hidden[:, :last], table[:, :last], bias) * factor
+        lesson = kind.lesson(teacher, config.temperature)
+    for width, factor in levels[:-1]:
         step = hidden[:, done:width] @ table[:, done:width].t()
         logits, done = step if logits is None else logits + step, width
-        sums.append(divergence(logits, teacher, config.temperature).sum())
+        sums.append(kind.divergence(logits * factor, lesson, config.temperature).sum())
     return torch.stack(sums)

@@ -81,7 +81,7 @@ class MatryoshkaLoss(nn.Module):
         super().__init__()
         check_arguments(sizes, weights, n_sizes_per_step, reduction)
         if learn_scales:
-            check_scales(criterion, sizes, distill)
+            check_scales(criterion, sizes)
         self.register_parameter("log_scales", first_scales(sizes or (), learn_scales))
         self.criterion, self.sizes, self.weights = criterion, sizes, weights
         self.n_sizes_per_step, self.reduction = n_sizes_per_step, reduction
@@ -176,14 +176,17 @@ class MatryoshkaLoss(nn.Module):
         settings: CrossEntropySettings | None,
     ) -> Tensor:
         """The criterion at one size."""
-        out = self.prepared(outputs[size])
-        if self.log_scales is not None:
-            out = out * self.scales()[size]
+        out = self.scores(size, outputs)
         at = [self.prepared(t[size]) if isinstance(t, Mapping) else t for t in targets]
         if settings is None or len(at) != 1 or not class_indices(at[0], out):
             return self.criterion(out, *at)
         loss = self.criterion(out.reshape(-1, out.shape[-1]), at[0].reshape(-1))
         return loss.view(at[0].shape) if settings.reduction == "none" else loss
+
+    def scores(self, size: int, outputs: Mapping[int, Any]) -> Any:
+        """The output of one size, normalised and scaled if asked."""
+        output = self.prepared(outputs[size])
+        return output if self.log_scales is None else output * self.scales()[size]
 
     def prepared(self, value: Any) -> Any:
         """An output or per-size target, normalised if asked."""
@@ -204,9 +207,9 @@ class MatryoshkaLoss(nn.Module):
         real = real_rows(targets, settings, outputs if readout is None else readout.hidden)
         if self.fuses(settings, readout, targets) and config.kind != "similarity":
             assert readout is not None
-            parts = readout_divergences(readout, list(weights), config, real)
+            parts = readout_divergences(readout, list(weights), config, real, self.scales())
         else:
-            chosen = {size: self.prepared(outputs[size]) for size in weights}
+            chosen = {size: self.scores(size, outputs) for size in weights}
             parts = divergences(chosen, config, real)
         return torch.stack([weights[size] * part for size, part in parts.items()]).sum()
 
@@ -227,14 +230,11 @@ def check_arguments(
         named_weights(sizes, weights)
 
 
-def check_scales(
-    criterion: Callable[..., Tensor], sizes: Sequence[int] | None, distill: Distillation | None
-) -> None:
+def check_scales(criterion: Callable[..., Tensor], sizes: Sequence[int] | None) -> None:
     """Raises LossError where learned scales have no meaning."""
     rows = (
         (sizes is not None, "needs `sizes`, one scale for each"),
         (settings_of(criterion) is not None, "scales scores, so the criterion is cross entropy"),
-        (distill is None, "and distill cannot be combined: the teacher has a scale of its own"),
     )
     for holds, message in rows:
         if not holds:

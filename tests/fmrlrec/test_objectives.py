@@ -80,6 +80,24 @@ def test_plain_scores_are_the_last_position(material, tiny) -> None:
     torch.testing.assert_close(scores, model(INPUTS)[:, -1])
 
 
+def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) -> None:
+    config = replace(tiny, {"distill": 0.5, "distill_from": 2, "learn_scales": False})
+    doll = nest(plain(material, config), config).eval()
+    nested = objectives.NestedObjective(doll, config)
+    nested.start_epoch(1)
+    before, _ = nested(INPUTS, TARGETS)
+    nested.start_epoch(2)
+    after, _ = nested(INPUTS, TARGETS)
+    real = TARGETS != 0
+    scores = [doll.outputs(INPUTS)[size][real] for size in doll.sizes]
+    soft = functional.softmax(scores[-1], -1)
+    taught = sum(
+        functional.kl_div(functional.log_softmax(one, -1), soft, reduction="batchmean")
+        for one in scores[:-1]
+    )
+    torch.testing.assert_close(after, before + 0.5 * taught)
+
+
 def test_the_last_weight_is_that_of_all_larger_sizes() -> None:
     assert objectives.size_weights(replace(Config(), {"weights": "4,2"}), 4) == [4, 2, 2, 2]
     with pytest.raises(ConfigError, match="are 2, the sizes only 1"):
