@@ -39,7 +39,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is made of the teacher's outputs once, and a student's divergence from it, per row [N]."""
+    """What is made of the teacher's outputs once, and a student's divergence per row [N]."""
 
     lesson: Callable[[Tensor, float], Tensor]
     divergence: Callable[[Tensor, Tensor, float], Tensor]
