@@ -125,7 +125,7 @@ def cpu_movies() -> dict[str, Any]:
     return {
         "sizes": "8..256", "text_encoder": "minilm", "dropout": 0.2, "nesting": "sliced",
         "weights": "6,3,2,1", "learn_scales": True, "score_scale": 16.0, "lr": 3e-3, "epochs": 30,
-        "schedule": "cosine",
+        "schedule": "cosine", "distill": 1.0, "distill_from": 18,
     }  # fmt: skip
 
 
