@@ -108,7 +108,7 @@ def cpu_synthetic() -> dict[str, Any]:
     return {
         "sizes": "8..64", "encoder_size": 64, "dropout": 0.2, "batch": 64, "lr": 2e-3,
         "epochs": 12, "patience": 4, "warmup": 50, "windows": "all", "schedule": "cosine",
-        "learn_scales": True,
+        "learn_scales": True, "score_scale": 64.0,
     }  # fmt: skip
 
 
