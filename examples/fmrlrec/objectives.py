@@ -69,6 +69,7 @@ class NestedObjective(nn.Module):
             sizes=doll.sizes if config.learn_scales else None,
             learn_scales=first_scales(config, doll.sizes),
         )
+        self.start_epoch(0)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """inputs and targets int64 [B, T] -> the summed loss, and the loss of each size."""

@@ -118,7 +118,7 @@ def readout_divergences(
     hidden = hidden.reshape(-1, hidden.shape[-1]) if real is None else hidden[real]
     widths = [readout.widths[size] for size in sorted(sizes)]
     cells = BUDGET["cpu"] // (4 * max(len(readout.table), 1) * 3 * len(widths))
-    factors = [scales[size] for size in sorted(sizes)] if scales else [1.0] * len(widths)
+    factors = [scales[size] for size in sorted(sizes)] if scales else [None] * len(widths)
     fixed = (readout.table, readout.bias, list(zip(widths, factors, strict=True)), config)
     sums = [
         checkpoint(chunk_sums, part, *fixed, use_reentrant=False, preserve_rng_state=False)
@@ -132,17 +132,23 @@ def chunk_sums(
     hidden: Tensor,
     table: Tensor,
     bias: Tensor | None,
-    levels: Sequence[tuple[int, Tensor | float]],
+    levels: Sequence[tuple[int, Tensor | None]],
     config: Distillation,
 ) -> Tensor:
     """The summed divergence of each level (width, factor) but the last, for some rows."""
     kind, logits, sums, done = KINDS[config.kind], bias, [], 0
     last, factor = levels[-1]
     with torch.no_grad():
-        teacher = F.linear(hidden[:, :last], table[:, :last], bias) * factor
-        lesson = kind.lesson(teacher, config.temperature)
+        teacher = F.linear(hidden[:, :last], table[:, :last], bias)
+        lesson = kind.lesson(scaled(teacher, factor), config.temperature)
     for width, factor in levels[:-1]:
         step = hidden[:, done:width] @ table[:, done:width].t()
         logits, done = step if logits is None else logits + step, width
-        sums.append(kind.divergence(logits * factor, lesson, config.temperature).sum())
+        student = scaled(logits, factor)
+        sums.append(kind.divergence(student, lesson, config.temperature).sum())
     return torch.stack(sums)
+
+
+def scaled(logits: Tensor, factor: Tensor | None) -> Tensor:
+    """The logits, without a pass over them where there is no factor."""
+    return logits if factor is None else logits * factor

@@ -245,20 +245,23 @@ def first_scales(sizes: Sequence[int], given: bool | Weights) -> nn.Parameter | 
     """The logarithms of the scales that training starts from; None where none are learned."""
     if not given:
         return None
-    values = torch.tensor([*named_weights(sizes, None if given is True else given).values()])
+    named = named_weights(sizes, None if given is True else given, "learn_scales")
+    values = torch.tensor([*named.values()])
     if not (values > 0).all():
         raise LossError(f"MatryoshkaLoss: learn_scales {given} should be positive")
     return nn.Parameter(values.log())
 
 
-def named_weights(sizes: Sequence[int], weights: Weights | None) -> dict[int, float]:
-    """{size: weight}."""
+def named_weights(
+    sizes: Sequence[int], weights: Weights | None, what: str = "weights"
+) -> dict[int, float]:
+    """{size: weight}; `what` is the argument that an error names."""
     if isinstance(weights, Mapping):
         if not set(sizes) <= set(weights):
-            raise LossError(f"weights {dict(weights)} lack some of the sizes {list(sizes)}")
+            raise LossError(f"{what} {dict(weights)} lack some of the sizes {list(sizes)}")
         return {size: weights[size] for size in sizes}
     if weights is not None and len(weights) != len(sizes):
-        raise LossError(f"weights {list(weights)} should be one per size of {list(sizes)}")
+        raise LossError(f"{what} {list(weights)} should be one per size of {list(sizes)}")
     return dict(zip(sizes, weights or [1.0] * len(sizes), strict=True))
 
 
