@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +42,27 @@ class Distillation:
 class Kind:
     """What is made of the teacher's outputs once, and a student's divergence per row [N]."""
 
-    lesson: Callable[[Tensor, float], Tensor]
-    divergence: Callable[[Tensor, Tensor, float], Tensor]
+    lesson: Callable[[Tensor, float], Any]
+    divergence: Callable[[Tensor, Any, float], Tensor]
 
 
 def log_chances(outputs: Tensor, temperature: float) -> Tensor:
-    """log softmax(outputs / temperature)."""
-    return torch.log_softmax(outputs / temperature, -1)
+    """log softmax(outputs / temperature), at least in float32 whatever autocast prefers."""
+    warm = outputs if temperature == 1 else outputs / temperature
+    return torch.log_softmax(warm, -1, dtype=torch.promote_types(outputs.dtype, torch.float32))
 
 
-def kl(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
-    """Per row [N]."""
-    log_p = log_chances(student, temperature)
-    return F.kl_div(log_p, lesson, reduction="none", log_target=True).sum(-1) * temperature**2
+def chances(outputs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """softmax(outputs / temperature) [N, V], and its entropy [N] with the sign of a KL's term."""
+    log_p = log_chances(outputs, temperature)
+    p = log_p.exp()
+    return p, (p * log_p).sum(-1)
+
+
+def kl(student: Tensor, lesson: tuple[Tensor, Tensor], temperature: float) -> Tensor:
+    """Per row [N]: what the student's cross entropy with the teacher has above its entropy."""
+    p, negentropy = lesson
+    return (negentropy - (p * log_chances(student, temperature)).sum(-1)) * temperature**2
 
 
 def mse(student: Tensor, lesson: Tensor, _: float) -> Tensor:
@@ -73,7 +82,7 @@ def similarity(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
 
 
 KINDS = {
-    "kl": Kind(log_chances, kl),
+    "kl": Kind(chances, kl),
     "mse": Kind(lambda outputs, _: outputs, mse),
     "similarity": Kind(cosines, similarity),
 }
