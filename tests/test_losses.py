@@ -365,6 +365,20 @@ def test_distillation_value(kind, make):
     torch.testing.assert_close(grads(ours, hidden, table), grads(expected, hidden, table))
 
 
+def test_distillation_is_float32_under_autocast():
+    hidden, table, _, target = problem()
+    outs = {m: (30 * out).to(torch.bfloat16) for m, out in logits(hidden, table).items()}
+    loss = MatryoshkaLoss(lambda out, _: out.sum() * 0, distill=Distillation())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss(outs, target)
+    exact = {m: out.double() for m, out in outs.items()}
+    soft = F.softmax(exact.pop(16), -1)
+    expected = sum(
+        F.kl_div(F.log_softmax(out, -1), soft, reduction="batchmean") for out in exact.values()
+    )
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [logits, tail])
 def test_distillation_is_between_scaled_scores(make):
     hidden, table, _, target = problem()
