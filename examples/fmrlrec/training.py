@@ -178,9 +178,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[Session, Progress]:
     accelerator = Accelerator(mixed_precision=mixed_precision(config))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(objective, config.weight_decay), lr=config.lr
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     progress = Progress()
     if (folder / STATE).exists():
@@ -281,7 +279,8 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
 def _validate(session: Session) -> dict[str, Table]:
     objective = session.accelerator.unwrap_model(session.objective)
     objective.eval()
-    with torch.inference_mode():
+    # In the precision of training: in float32 a validation takes as long as its epoch.
+    with torch.inference_mode(), session.accelerator.autocast():
         device = str(session.accelerator.device)
         scorer = objective.scorer()
         return evaluate(scorer, session.data, "validation", session.config, device=device)

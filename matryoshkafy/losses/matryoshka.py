@@ -135,23 +135,27 @@ class MatryoshkaLoss(nn.Module):
         self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The weighted sum with distillation, and the criterion of each size."""
-        total, per_size = self.criteria(outputs, targets, weights)
+        total, per_size, scores = self.criteria(outputs, targets, weights)
         if self.distill is not None and len(weights) > 1:
-            taught = self.taught(outputs, targets, weights, self.distill)
+            taught = self.taught(outputs, scores, targets, weights)
             total = total + self.distill.weight * taught
         return total, per_size
 
     def criteria(
         self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The weighted sum of the criterion, and the criterion of each size, detached."""
+    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, Any] | None]:
+        """The weighted sum of the criterion, the criterion of each size, detached, and the scores.
+
+        There are no scores where a readout spares them.
+        """
         settings, readout = settings_of(self.criterion), getattr(outputs, "readout", None)
         if self.fuses(settings, readout, targets):
             assert settings is not None and readout is not None
-            return fused(readout, targets[0], weights, settings, self.scales())
-        losses = {size: self.at_size(size, outputs, targets, settings) for size in weights}
+            return *fused(readout, targets[0], weights, settings, self.scales()), None
+        scores = {size: self.scores(size, outputs) for size in weights}
+        losses = {size: self.at_size(out, targets, size) for size, out in scores.items()}
         total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
-        return total, {size: loss.detach() for size, loss in losses.items()}
+        return total, {size: loss.detach() for size, loss in losses.items()}, scores
 
     def fuses(
         self, settings: CrossEntropySettings | None, readout: Readout | None, targets: tuple
@@ -168,15 +172,9 @@ class MatryoshkaLoss(nn.Module):
             and class_indices(targets[0], readout.hidden)
         )
 
-    def at_size(
-        self,
-        size: int,
-        outputs: Mapping[int, Any],
-        targets: tuple,
-        settings: CrossEntropySettings | None,
-    ) -> Tensor:
-        """The criterion at one size."""
-        out = self.scores(size, outputs)
+    def at_size(self, out: Any, targets: tuple, size: int) -> Tensor:
+        """The criterion of the scores of one size."""
+        settings = settings_of(self.criterion)
         at = [self.prepared(t[size]) if isinstance(t, Mapping) else t for t in targets]
         if settings is None or len(at) != 1 or not class_indices(at[0], out):
             return self.criterion(out, *at)
@@ -198,19 +196,21 @@ class MatryoshkaLoss(nn.Module):
     def taught(
         self,
         outputs: Mapping[int, Any],
+        scores: Mapping[int, Any] | None,
         targets: tuple,
         weights: dict[int, float],
-        config: Distillation,
     ) -> Tensor:
-        """The weighted divergences of the smaller sizes from the largest."""
-        readout, settings = getattr(outputs, "readout", None), settings_of(self.criterion)
+        """The weighted divergences of the smaller sizes from the largest; scores as in criteria."""
+        readout, config = getattr(outputs, "readout", None), self.distill
+        assert config is not None
+        settings = settings_of(self.criterion)
         real = real_rows(targets, settings, outputs if readout is None else readout.hidden)
-        if self.fuses(settings, readout, targets) and config.kind != "similarity":
+        if scores is None and config.kind != "similarity":
             assert readout is not None
             parts = readout_divergences(readout, list(weights), config, real, self.scales())
         else:
-            chosen = {size: self.scores(size, outputs) for size in weights}
-            parts = divergences(chosen, config, real)
+            scores = scores or {size: self.scores(size, outputs) for size in weights}
+            parts = divergences(scores, config, real)
         return torch.stack([weights[size] * part for size, part in parts.items()]).sum()
 
 
