@@ -32,7 +32,8 @@ class Config:
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
     AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up;
-    `weights` belong to the sizes from the smallest up, the last to all larger ones, too;
+    `weights` belong to the sizes from the smallest up, the last to all larger ones, too (those of
+    a longer ladder than this are not used);
     `distill` weighs what the smaller sizes learn from the largest after `distill_from` epochs;
     `precision` is that of training, "auto" bf16 on a GPU and full elsewhere; `learn_scales` gives
     the scores of each size a scale of its own, which starts at `score_scale` / size, or at 1 where
@@ -123,9 +124,9 @@ def cpu_beauty() -> dict[str, Any]:
 def cpu_movies() -> dict[str, Any]:
     """Text and posters of ML-1M at a width that two CPU cores train within hours."""
     return {
-        "sizes": "8..256", "text_encoder": "minilm", "dropout": 0.2, "nesting": "sliced",
-        "weights": "6,3,2,1", "learn_scales": True, "score_scale": 16.0, "lr": 3e-3, "epochs": 30,
-        "schedule": "cosine", "distill": 1.0, "distill_from": 18,
+        "sizes": "8..256", "text_encoder": "minilm", "trainable_features": True, "dropout": 0.2,
+        "nesting": "sliced", "weights": "6,3,3,3,2,1", "learn_scales": True, "score_scale": 16.0,
+        "lr": 6e-3, "epochs": 28, "schedule": "cosine", "select_by": "mean",
     }  # fmt: skip
 
 
