@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from examples.fmrlrec.config import Config
 from examples.fmrlrec.data import PADDING
+from examples.fmrlrec.errors import ConfigError
 from examples.fmrlrec.evaluation import Scorer, last_scores
 from examples.fmrlrec.model import Recommender
 
@@ -101,13 +102,17 @@ def nested_scorer(doll: Any) -> Scorer:
 def size_weights(config: Config, count: int) -> list[float] | None:
     """The relative importance of each size; none given means equal ones.
 
-    They belong to the sizes from the smallest up: the last one given is that of all larger sizes,
-    and what a shorter ladder has no size for is not used, so that a preset serves any ladder.
+    The last one given is that of all larger sizes.
     """
     if not config.weights:
         return None
     weights = [float(word) for word in config.weights.split(",")]
-    return [*weights, *weights[-1:] * (count - len(weights))][:count]
+    if len(weights) > count:
+        raise ConfigError(
+            f"weights={config.weights!r} are {len(weights)}, the sizes only {count}; "
+            f"give as many or fewer: --set weights={','.join(config.weights.split(',')[:count])}"
+        )
+    return [*weights, *weights[-1:] * (count - len(weights))]
 
 
 def first_scales(config: Config, sizes: tuple[int, ...]) -> dict[int, float]:

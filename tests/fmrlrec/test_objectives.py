@@ -9,6 +9,7 @@ from torch.nn import functional
 from examples.fmrlrec import objectives
 from examples.fmrlrec.building import build, nest
 from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.errors import ConfigError
 
 INPUTS = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
 TARGETS = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]])
@@ -97,6 +98,7 @@ def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) ->
     torch.testing.assert_close(after, before + 0.5 * taught)
 
 
-def test_weights_go_up_from_the_smallest_size_and_the_last_is_that_of_all_larger() -> None:
+def test_the_last_weight_is_that_of_all_larger_sizes() -> None:
     assert objectives.size_weights(replace(Config(), {"weights": "4,2"}), 4) == [4, 2, 2, 2]
-    assert objectives.size_weights(replace(Config(), {"weights": "4,2"}), 1) == [4]
+    with pytest.raises(ConfigError, match="are 2, the sizes only 1"):
+        objectives.size_weights(replace(Config(), {"weights": "4,2"}), 1)
