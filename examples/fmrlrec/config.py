@@ -32,7 +32,8 @@ class Config:
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
     AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up;
-    `weights` belong to the sizes from the smallest up, the last to all larger ones, too;
+    `weights` belong to the sizes from the smallest up, the last to all larger ones, too; a size
+    learns at one step of as many as `every` says, in the same order;
     `distill` weighs what the smaller sizes learn from the largest after `distill_from` epochs;
     `precision` is that of training, "auto" bf16 on a GPU and full elsewhere; `learn_scales` gives
     the scores of each size a scale of its own, which starts at `score_scale` / size, or at 1 where
@@ -66,6 +67,7 @@ class Config:
     nesting: str = "masked"
     norm: str = "prefix"
     weights: str = ""
+    every: str = ""
     distill: float = 0.0
     distill_from: int = 0
     learn_scales: bool = False

@@ -40,8 +40,8 @@ class PlainObjective(nn.Module):
         logits = functional.linear(hidden, table, bias)
         return functional.cross_entropy(logits, targets[real]), {}
 
-    def start_epoch(self, epoch: int) -> None:
-        """Every epoch is like the others."""
+    def start_step(self, epoch: int, step: int) -> None:
+        """Every step is like the others."""
 
     def scorer(self) -> Scorer:
         """Scores at the last position, under the width as the name of the size."""
@@ -65,22 +65,26 @@ class NestedObjective(nn.Module):
         self.model, self.config = doll, config
         self.loss = MatryoshkaLoss(
             nn.CrossEntropyLoss(ignore_index=PADDING),
-            weights=size_weights(config, len(doll.sizes)),
+            weights=per_size(config, "weights", len(doll.sizes)),
             sizes=doll.sizes if config.learn_scales else None,
             learn_scales=first_scales(config, doll.sizes),
         )
-        self.start_epoch(0)
+        self.every = dict(zip(doll.sizes, intervals(config, len(doll.sizes)), strict=True))
+        self.start_step(0, 0)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """inputs and targets int64 [B, T] -> the summed loss, and the loss of each size."""
+        """inputs and targets int64 [B, T] -> the summed loss, and the loss of each size in it."""
         outputs = self.model.outputs(inputs)
-        loss, per_size = self.loss(outputs, targets, return_per_size=True)
-        return loss, {f"loss {size}": value for size, value in per_size.items()}
+        weights = self.loss.weights_of(outputs)
+        learning = {s: weight for s, weight in weights.items() if self.step % self.every[s] == 0}
+        loss, losses = self.loss.evaluate(outputs, (targets,), learning)
+        return loss, {f"loss {size}": value for size, value in losses.items()}
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_step(self, epoch: int, step: int) -> None:
         """From epoch `config.distill_from` (counted from 0) on, the largest size teaches."""
         from matryoshkafy.losses import Distillation
 
+        self.step = step
         taught = self.config.distill and epoch >= self.config.distill_from
         self.loss.distill = Distillation(self.config.distill) if taught else None
 
@@ -99,20 +103,32 @@ def nested_scorer(doll: Any) -> Scorer:
     return scores
 
 
-def size_weights(config: Config, count: int) -> list[float] | None:
-    """The relative importance of each size; none given means equal ones.
+def per_size(config: Config, setting: str, count: int) -> list[float] | None:
+    """The numbers of "weights" or "every" for `count` sizes; None where the setting is empty.
 
     The last one given is that of all larger sizes.
     """
-    if not config.weights:
+    text = getattr(config, setting)
+    if not text:
         return None
-    weights = [float(word) for word in config.weights.split(",")]
-    if len(weights) > count:
+    given = [float(word) for word in text.split(",")]
+    if len(given) > count:
         raise ConfigError(
-            f"weights={config.weights!r} are {len(weights)}, the sizes only {count}; "
-            f"give as many or fewer: --set weights={','.join(config.weights.split(',')[:count])}"
+            f"{setting}={text!r} are {len(given)}, the sizes only {count}; "
+            f"give as many or fewer: --set {setting}={','.join(text.split(',')[:count])}"
         )
-    return [*weights, *weights[-1:] * (count - len(weights))]
+    return [*given, *given[-1:] * (count - len(given))]
+
+
+def intervals(config: Config, count: int) -> list[float]:
+    """Of how many steps each size learns at one."""
+    every = per_size(config, "every", count) or [1.0] * count
+    if 1 not in every or any(steps < 1 or steps % 1 for steps in every):
+        raise ConfigError(
+            f"every={config.every!r} should be whole numbers of steps, and 1 for at least one "
+            "size; give for example --set every=1,1,2"
+        )
+    return every
 
 
 def first_scales(config: Config, sizes: tuple[int, ...]) -> dict[int, float]:

@@ -45,8 +45,8 @@ class Objective(Protocol):
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def start_epoch(self, epoch: int) -> None:
-        """Told before each epoch, counted from 0."""
+    def start_step(self, epoch: int, step: int) -> None:
+        """Told before each step; both are counted from 0."""
 
     def scorer(self) -> Scorer:
         """Scores every size at the last position."""
@@ -55,12 +55,16 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the next batch, the sums of this epoch, the best epoch, the history."""
+    """Where a run stands: the next batch, the sums of this epoch, the best epoch, the history.
+
+    `losses` are the sums of the batches so far and `counts` how many of them had each.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     best: float = -1.0
     best_epoch: int = -1
@@ -196,7 +200,6 @@ def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[
 def _epoch(session: Session, progress: Progress, show: Any) -> Progress:
     config, started = session.config, time.monotonic() - progress.seconds
     session.objective.train()
-    session.accelerator.unwrap_model(session.objective).start_epoch(progress.epoch)
     batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
     for batch in _skip(batches, progress.batch):
         progress = _step(session, progress, batch)
@@ -218,6 +221,7 @@ def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     for group in session.optimizer.param_groups:
         rate = learning_rate(progress.step, session.batches, session.config)
         group["lr"] = rate * group["factor"]
+    session.accelerator.unwrap_model(session.objective).start_step(progress.epoch, progress.step)
     loss, losses = session.objective(inputs, targets)
     _check_loss(loss, progress)
     session.optimizer.zero_grad()
@@ -225,9 +229,12 @@ def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     session.accelerator.clip_grad_norm_(session.objective.parameters(), session.config.clip)
     session.optimizer.step()
     values = {"loss": loss, **losses}
-    sums = {k: progress.losses.get(k, 0.0) + float(v.detach()) for k, v in values.items()}
+    sums, counts = dict(progress.losses), dict(progress.counts)
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + float(value.detach())
+        counts[name] = counts.get(name, 0) + 1
     return dataclasses.replace(
-        progress, batch=progress.batch + 1, step=progress.step + 1, losses=sums
+        progress, batch=progress.batch + 1, step=progress.step + 1, losses=sums, counts=counts
     )
 
 
@@ -292,7 +299,7 @@ def _selected(found: dict[str, Table], config: Config) -> float:
 
 
 def _row(progress: Progress, found: dict[str, Table]) -> dict[str, float]:
-    losses = {name: total / max(1, progress.batch) for name, total in progress.losses.items()}
+    losses = {name: total / progress.counts[name] for name, total in progress.losses.items()}
     ndcg = {f"NDCG@10 {size}": table["all"]["NDCG@10"] for size, table in found.items()}
     return {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses, **ndcg}
 

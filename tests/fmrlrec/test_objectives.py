@@ -84,9 +84,9 @@ def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) ->
     config = replace(tiny, {"distill": 0.5, "distill_from": 2, "learn_scales": False})
     doll = nest(plain(material, config), config).eval()
     nested = objectives.NestedObjective(doll, config)
-    nested.start_epoch(1)
+    nested.start_step(1, 1)
     before, _ = nested(INPUTS, TARGETS)
-    nested.start_epoch(2)
+    nested.start_step(2, 2)
     after, _ = nested(INPUTS, TARGETS)
     real = TARGETS != 0
     scores = [doll.outputs(INPUTS)[size][real] for size in doll.sizes]
@@ -99,6 +99,26 @@ def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) ->
 
 
 def test_the_last_weight_is_that_of_all_larger_sizes() -> None:
-    assert objectives.size_weights(replace(Config(), {"weights": "4,2"}), 4) == [4, 2, 2, 2]
+    assert objectives.per_size(replace(Config(), {"weights": "4,2"}), "weights", 4) == [4, 2, 2, 2]
     with pytest.raises(ConfigError, match="are 2, the sizes only 1"):
-        objectives.size_weights(replace(Config(), {"weights": "4,2"}), 1)
+        objectives.per_size(replace(Config(), {"weights": "4,2"}), "weights", 1)
+
+
+def test_a_size_learns_at_one_step_of_as_many_as_told(material, tiny) -> None:
+    config = replace(tiny, {"every": "1,2,3", "weights": "4,2,1", "learn_scales": False})
+    doll = nest(plain(material, config), config).eval()
+    nested = objectives.NestedObjective(doll, config)
+    real, outputs = TARGETS != 0, doll.outputs(INPUTS)
+    losses = {s: functional.cross_entropy(outputs[s][real], TARGETS[real]) for s in doll.sizes}
+    for step, sizes in enumerate([(2, 4, 8), (2,), (2, 4), (2, 8), (2, 4), (2,), (2, 4, 8)]):
+        nested.start_step(0, step)
+        found, per_size = nested(INPUTS, TARGETS)
+        assert list(per_size) == [f"loss {size}" for size in sizes]
+        expected = sum({2: 4, 4: 2, 8: 1}[size] * losses[size] for size in sizes)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("every", ["0,1,1", "1,1.5", "2", "1,-1"])
+def test_steps_between_must_be_whole_and_one_size_learns_at_every_step(every: str) -> None:
+    with pytest.raises(ConfigError, match="--set every=1,1,2"):
+        objectives.intervals(replace(Config(), {"every": every}), 3)
