@@ -119,6 +119,18 @@ def test_nested_losses_are_told_per_size(material: Material, tiny: Config, tmp_p
     assert {"loss/2", "NDCG@10/8"} <= set(events.Tags()["scalars"])
 
 
+def test_a_loss_told_is_the_mean_of_the_steps_that_had_it(material, tiny, tmp_path: Path) -> None:
+    config = replace(tiny, {"every": "1,2,3", "epochs": 1, "checkpoint_steps": 1})
+    objective, seen = objective_of(material, config, "nested"), []
+    objective.register_forward_hook(lambda _module, _args, result: seen.append(result[1]))
+    (row,) = training.train(objective, material.data, config, tmp_path).history
+    for place, size in enumerate((2, 4, 8)):
+        name = f"loss {size}"
+        values = [float(losses[name]) for losses in seen if name in losses]
+        assert len(values) == len(seen[:: place + 1]) > 1
+        assert row[name] == pytest.approx(sum(values) / len(values))
+
+
 def test_it_stops_after_patience() -> None:
     config = replace(Config(), {"patience": 2, "epochs": 9})
     progress = training.Progress(epoch=4, best_epoch=2)
