@@ -126,8 +126,9 @@ def cpu_movies() -> dict[str, Any]:
     """Text and posters of ML-1M at a width that two CPU cores train within hours."""
     return {
         "sizes": "8..256", "text_encoder": "minilm", "trainable_features": True, "dropout": 0.2,
-        "nesting": "sliced", "weights": "6,3,3,3,2,1", "learn_scales": True, "score_scale": 16.0,
-        "lr": 6e-3, "epochs": 28, "schedule": "cosine", "select_by": "mean",
+        "nesting": "sliced", "weights": "10,4,4,4,2,2", "every": "1,1,1,1,1,2",
+        "learn_scales": True, "score_scale": 16.0,
+        "lr": 6e-3, "epochs": 36, "schedule": "cosine", "select_by": "mean",
     }  # fmt: skip
 
 
