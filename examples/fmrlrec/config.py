@@ -33,12 +33,11 @@ class Config:
     reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
     AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up;
     `weights` belong to the sizes from the smallest up, the last to all larger ones, too; a size
-    learns at one step of as many as `every` says, in the same order;
-    `distill` weighs what the smaller sizes learn from the largest of the step after `distill_from`
-    epochs;
-    `precision` is that of training, "auto" bf16 on a GPU and full elsewhere; `learn_scales` gives
-    the scores of each size a scale of its own, which starts at `score_scale` / size, or at 1 where
-    that is 0; `alone` makes `run` compare, too. The defaults are those of arXiv 2409.16627.
+    learns at one step of as many as `every` says, in the same order; `distill` weighs what the
+    smaller sizes learn from the largest of the step after `distill_from` epochs; `precision` is
+    that of training, "auto" bf16 on a GPU and full elsewhere; `learn_scales` gives the scores of
+    each size a scale of its own, which starts at `score_scale` / size, or at 1 where that is 0;
+    `alone` makes `run` compare, too. The defaults are those of arXiv 2409.16627.
     """
 
     data: str = "synthetic"

@@ -60,9 +60,10 @@ class NestedObjective(nn.Module):
 
     def __init__(self, doll: Any, config: Config) -> None:
         super().__init__()
-        from matryoshkafy.losses import MatryoshkaLoss
+        from matryoshkafy.losses import Distillation, MatryoshkaLoss
 
         self.model, self.config = doll, config
+        self.distillation = Distillation(config.distill) if config.distill else None
         self.loss = MatryoshkaLoss(
             nn.CrossEntropyLoss(ignore_index=PADDING),
             weights=per_size(config, "weights", len(doll.sizes)),
@@ -82,11 +83,8 @@ class NestedObjective(nn.Module):
 
     def start_step(self, epoch: int, step: int) -> None:
         """From epoch `config.distill_from` (counted from 0) on, the largest size teaches."""
-        from matryoshkafy.losses import Distillation
-
         self.step = step
-        taught = self.config.distill and epoch >= self.config.distill_from
-        self.loss.distill = Distillation(self.config.distill) if taught else None
+        self.loss.distill = self.distillation if epoch >= self.config.distill_from else None
 
     def scorer(self) -> Scorer:
         """Scores of every size at the last position, from one pass."""
