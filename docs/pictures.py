@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from matryoshkafy import pictures
 from matryoshkafy.losses import MatryoshkaLoss
-from matryoshkafy.pictures.svg import svg, tag, text
+from matryoshkafy.report import pictures
+from matryoshkafy.report.pictures.svg import svg, tag, text
 from matryoshkafy.training import scale_rows
 
 SIZES = [8, 16, 32, 64, 128, 256]

@@ -4,31 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matryoshkafy.checkpoint import load as load
-    from matryoshkafy.checkpoint import save as save
-    from matryoshkafy.checks import verify as verify
-    from matryoshkafy.converting import convert as convert
-    from matryoshkafy.converting import inspect as inspect
-    from matryoshkafy.doll import Doll as Doll
+    from matryoshkafy.dolls.convert import convert as convert
+    from matryoshkafy.dolls.convert import inspect as inspect
+    from matryoshkafy.dolls.doll import Doll as Doll
+    from matryoshkafy.dolls.slice import slice as slice
+    from matryoshkafy.dolls.verify import verify as verify
     from matryoshkafy.errors import MatryoshkafyError as MatryoshkafyError
-    from matryoshkafy.plan import Plan as Plan
+    from matryoshkafy.files.checkpoint import load as load
+    from matryoshkafy.files.checkpoint import save as save
+    from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import rule as rule
-    from matryoshkafy.slicing import slice as slice
 
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
 _HOMES = {
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "verify": "checks",
-    "convert": "converting",
-    "inspect": "converting",
-    "Doll": "doll",
+    "load": "files.checkpoint",
+    "save": "files.checkpoint",
+    "verify": "dolls.verify",
+    "convert": "dolls.convert",
+    "inspect": "dolls.convert",
+    "Doll": "dolls.doll",
     "MatryoshkafyError": "errors",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "rule": "rules",
-    "slice": "slicing",
+    "slice": "dolls.slice",
 }
-_PACKAGES = ("errors", "heads", "losses", "training")
+_PACKAGES = ("errors", "losses", "training")
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_library_its_data_and_its_commands_only(wheel: Path)
     assert {name.split("/")[0].split("-")[0] for name in names} == {
         "matryoshkafy", "matryoshkafy_cli",
     }  # fmt: skip
-    wanted = ["py.typed", "report_page/page.html", "report_page/style.css", "report_page/script.js"]
+    wanted = ["py.typed", "report/page/page.html", "report/page/style.css", "report/page/script.js"]
     assert {f"matryoshkafy/{name}" for name in wanted} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

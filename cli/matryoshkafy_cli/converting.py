@@ -54,8 +54,8 @@ def convert(  # noqa: PLR0913  an option is a parameter
     options = {"nesting": nesting, "norm": norm, "scope": scope, "keep": tuple(keep or ())}
     with screen.step(f"loading {model}"):
         import matryoshkafy
-        from matryoshkafy.checkpoint import CheckpointWarning
-        from matryoshkafy.storage import check_target
+        from matryoshkafy.files.checkpoint import CheckpointWarning
+        from matryoshkafy.files.folders import check_target
         from matryoshkafy_cli.models import load_model
 
         check_target(output, force=force)
@@ -73,7 +73,7 @@ def convert(  # noqa: PLR0913  an option is a parameter
 
 
 def _summary(doll: Any, output: Path) -> dict[str, Any]:
-    from matryoshkafy.profiling import size_of
+    from matryoshkafy.deploy.profile import size_of
 
     parameters, held = size_of(doll)
     return {

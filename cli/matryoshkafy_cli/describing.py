@@ -28,8 +28,8 @@ def info(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"checking {checkpoint}"):
-        from matryoshkafy.checkpoint import open_checkpoint
-        from matryoshkafy.profiling import device_of
+        from matryoshkafy.deploy.profile import device_of
+        from matryoshkafy.files.checkpoint import open_checkpoint
 
         place = device_of(device)
         found = open_checkpoint(checkpoint)
@@ -42,8 +42,8 @@ def info(  # noqa: PLR0913  an option is a parameter
 
 
 def _measure(found: Any, size: int, device: Any, runs: int) -> dict[str, Any]:
-    from matryoshkafy.examples import example_inputs
-    from matryoshkafy.profiling import profile
+    from matryoshkafy.deploy.profile import profile
+    from matryoshkafy.dolls.example_inputs import example_inputs
 
     small = found.sub_model(size).to(device).eval()
     args, kwargs = example_inputs(small, device=device)

@@ -35,8 +35,8 @@ def export(  # noqa: PLR0913  an option is a parameter
     import_all(imports)
     target = output or checkpoint.parent / f"{checkpoint.name}.{to}"
     with screen.step(f"loading {checkpoint}"):
-        from matryoshkafy import exporting
-        from matryoshkafy.checkpoint import open_checkpoint
+        from matryoshkafy.deploy import export as exporting
+        from matryoshkafy.files.checkpoint import open_checkpoint
 
         exporting.check_target(target, to, force=force)
         found = open_checkpoint(checkpoint)

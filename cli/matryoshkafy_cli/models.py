@@ -98,7 +98,7 @@ READERS: tuple[tuple[Callable[[str], Any], Callable[[str], Loaded]], ...] = (
 def _load_weights(model: Any, path: Path) -> None:
     import torch
 
-    from matryoshkafy.tensor_files import TensorFolder
+    from matryoshkafy.files.tensors import TensorFolder
 
     if not path.exists():
         raise CommandError(

@@ -31,7 +31,7 @@ def report(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"measuring every size of {checkpoint}"):
-        from matryoshkafy.reporting import report_of, write_report
+        from matryoshkafy.report.report import report_of, write_report
 
         page = write_report(report_of(checkpoint, metrics, device=device), output)
     screen.result({"report": str(page)}, lambda: str(page))

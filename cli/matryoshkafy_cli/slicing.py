@@ -46,8 +46,8 @@ def slice_(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"checking {checkpoint}"):
-        from matryoshkafy.checkpoint import CheckpointWarning, open_checkpoint
-        from matryoshkafy.storage import check_target
+        from matryoshkafy.files.checkpoint import CheckpointWarning, open_checkpoint
+        from matryoshkafy.files.folders import check_target
 
         found = open_checkpoint(checkpoint)
         targets = _targets(found, size, output)
@@ -71,8 +71,8 @@ def _targets(found: Any, sizes: list[int] | None, output: Path) -> dict[int, Pat
 
 
 def _cut(found: Any, size: int, target: Path, force: bool) -> dict[str, Any]:
-    from matryoshkafy.checkpoint import save
-    from matryoshkafy.profiling import size_of
+    from matryoshkafy.deploy.profile import size_of
+    from matryoshkafy.files.checkpoint import save
 
     small = found.sub_model(size)
     save(small, target, force=force)

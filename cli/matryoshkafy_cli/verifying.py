@@ -33,8 +33,8 @@ def verify(  # noqa: PLR0913  an option is a parameter
     import_all(imports)
     with screen.step(f"loading {checkpoint}"):
         import matryoshkafy
-        from matryoshkafy.examples import example_inputs
-        from matryoshkafy.profiling import device_of
+        from matryoshkafy.deploy.profile import device_of
+        from matryoshkafy.dolls.example_inputs import example_inputs
 
         place = device_of(device)
         model = matryoshkafy.load(checkpoint).to(place)

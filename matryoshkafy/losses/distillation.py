@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from matryoshkafy.kernels.cross_entropy import BUDGET
 from matryoshkafy.losses.fused import LossError
-from matryoshkafy.losses.readout import Readout
+from matryoshkafy.outputs import Readout
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from matryoshkafy.losses.distillation import Distillation, divergences, readout_divergences
 from matryoshkafy.losses.fused import LossError, nested_cross_entropy
-from matryoshkafy.losses.readout import Readout
+from matryoshkafy.outputs import Readout
 
 Weights = Sequence[float] | Mapping[int, float]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from matryoshkafy.axes import Term
+from matryoshkafy.axes.terms import Term
 
 Terms = tuple[Term, ...]
 Args = Mapping[str, Any]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from matryoshkafy.doll import Doll
+from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses import MatryoshkaLoss
 from matryoshkafy.training.blaming import NonFiniteLoss, explain

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.cleaning import op_name
-from matryoshkafy.doll import Doll
+from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.rewriting import outputs_graph
+from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.rewrite.graphs import outputs_graph
 
 # Ops whose result is infinite because they were told to write infinity.
 MASKS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
 
-from matryoshkafy.doll import Doll
+from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training.all_sizes import AllSizes, input_names
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]

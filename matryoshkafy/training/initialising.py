@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from matryoshkafy import dims
-from matryoshkafy.dims import Dim
-from matryoshkafy.doll import Doll
-from matryoshkafy.plan import Plan
-from matryoshkafy.rewriting import weight_masks
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.masks import weight_masks
 
 
 def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:

@@ -23,9 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.safe_json import parse_json, shown
-from matryoshkafy.storage import Writer, check_digests, digest_file, recover_folder, write_folder
-from matryoshkafy.tensor_files import TensorFile, entry_of, write_tensors
+from matryoshkafy.files.folders import (
+    Writer,
+    check_digests,
+    digest_file,
+    recover_folder,
+    write_folder,
+)
+from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.tensors import TensorFile, entry_of, write_tensors
 from matryoshkafy.training.sharding import placed_like, whole
 
 RUN, TENSORS, FORMAT = "run.json", "tensors.safetensors", 1

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
-from matryoshkafy.plan import Options
-from matryoshkafy.propagation import propagate
-from matryoshkafy.solving import Request, solve
-from matryoshkafy.tracing import trace
+from matryoshkafy.graph.trace import trace
+from matryoshkafy.plan.freeze import Request
+from matryoshkafy.plan.plan import Options
+from matryoshkafy.plan.solve import solve
+from matryoshkafy.plan.walk import propagate
 from tests.benchmarks.speed import machine, most_held
 
 BERT_SIZES, LLAMA_SIZES = "96..768", "512..4096"

@@ -15,7 +15,7 @@ from collections import Counter
 
 import torch
 
-from matryoshkafy.plan import Options
+from matryoshkafy.plan.plan import Options
 from tests.fuzz.graphs import build, random_program
 from tests.fuzz.laws import check
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from matryoshkafy.heads import MRLHead
 from matryoshkafy.losses import Distillation, MatryoshkaLoss
+from matryoshkafy.losses.heads import MRLHead
 from matryoshkafy.training import scale_rows
 
 Accuracies = dict[int, float]

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from matryoshkafy import pictures
-from matryoshkafy.pictures.svg import svg, tag, text
+from matryoshkafy.report import pictures
+from matryoshkafy.report.pictures.svg import svg, tag, text
 from tests.benchmarks.learning import METHODS, TASKS, Accuracies, results
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -32,10 +32,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import matryoshkafy as mk
 import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
-from matryoshkafy.heads import MRLEHead, MRLHead
 from matryoshkafy.kernels import reference
 from matryoshkafy.kernels.packed import PackedLinear
 from matryoshkafy.losses import MatryoshkaLoss, nested_cross_entropy
+from matryoshkafy.losses.heads import MRLEHead, MRLHead
 
 Step = Callable[[], None]
 Returned = TypeVar("Returned")

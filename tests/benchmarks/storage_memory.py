@@ -119,7 +119,7 @@ def _slice(folder: Path, size: int) -> Measured:
 
 
 def _measured(folder: Path, result: int) -> Measured:
-    from matryoshkafy.tensor_files import TensorFile
+    from matryoshkafy.files.tensors import TensorFile
 
     with TensorFile(folder / "doll" / "model.safetensors") as file:
         infos = [file.info(name) for name in file.names]

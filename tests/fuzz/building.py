@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.cleaning import clean
-from matryoshkafy.graph_json import info_of
-from matryoshkafy.tracing import Input, Signature, Trace
+from matryoshkafy.graph.nodes import info_of
+from matryoshkafy.graph.normalise import clean
+from matryoshkafy.graph.signature import Input, Signature
+from matryoshkafy.graph.trace import Trace
 
 WIDTHS = (2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 12, 12, 16)
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, fx
 
 import matryoshkafy as mk
-from matryoshkafy.checks import verify
-from matryoshkafy.doll import Doll
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.verify import verify
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.plan import Options
-from matryoshkafy.propagation import propagate
-from matryoshkafy.solving import Request, solve
+from matryoshkafy.plan.freeze import Request
+from matryoshkafy.plan.plan import Options
+from matryoshkafy.plan.solve import solve
+from matryoshkafy.plan.walk import propagate
 from tests.fuzz.building import direct_trace
 from tests.fuzz.graphs import Built
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
-from matryoshkafy.converting import _doll, _traced
-from matryoshkafy.doll import Doll
-from matryoshkafy.numerics import relative_error
-from matryoshkafy.plan import Options
-from matryoshkafy.solving import Request
-from matryoshkafy.tracing import Trace
+from matryoshkafy.dolls.convert import _doll, _traced
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.verify import relative_error
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.freeze import Request
+from matryoshkafy.plan.plan import Options
 from tests.zoo.registry import Entry
 
 RATIOS = (0.25, 0.5, 1.0)

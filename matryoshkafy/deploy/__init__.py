@@ -1,0 +1,1 @@
+"""What leaves: ONNX, pt2, costs of a size."""

@@ -1,0 +1,270 @@
+"""export(): a sub-model as a file of another runtime, which needs neither this library nor source.
+
+The nested operators that a sub-model still calls (norms and statistics by level, masks) are written
+as plain ATen first; what comes out is checked against the sub-model before it is put in place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.deploy.plain_ops import write_plainly
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.example_inputs import example_inputs
+from matryoshkafy.dolls.slice import parts_of
+from matryoshkafy.dolls.slice import slice as cut
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.graph.signature import Signature
+from matryoshkafy.graph.trace import attach
+from matryoshkafy.kernels import ops as _ops
+
+assert _ops
+
+TOLERANCE = 1e-3
+# protobuf's limit is 2 GiB for one file.
+LARGEST_SINGLE = 1_800_000_000
+
+
+class ExportError(MatryoshkafyError):
+    """A sub-model that cannot be exported, or a file that does not compute the same."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the file, its format, the worst relative error against the sub-model."""
+
+    path: Path
+    to: str
+    error: float
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    to: str = "onnx",
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Exported:
+    """Write a sub-model (of a doll: its full size) as "onnx" or "pt2", checked before it stands.
+
+    args, kwargs: inputs to trace and check with; without them, `example_inputs(model)`. The file
+    takes the model's tensors by name and returns dictionaries for the output classes of libraries.
+    Raises ExportError, also where the file's outputs differ by more than 1e-3.
+    """
+    target = check_target(path, to, force=force)
+    small = _sub_model(model)
+    given = example_inputs(small) if args is None and kwargs is None else (args or (), kwargs or {})
+    trace, _ = parts_of(small)
+    flat = trace.signature.flatten(*given)
+    plain = plain_module(small).eval()
+    with _beside(target) as folder, torch.no_grad():
+        expected = _tensors(plain(*flat))
+        found = FORMATS[to](_program(plain, flat), flat, folder / target.name)
+        error = _error(expected, found)
+        if not error <= TOLERANCE:
+            raise ExportError(
+                f"the {to} file computes other values than the sub-model (relative error "
+                f"{error:.2g}, at most {TOLERANCE} expected), so it was not kept. Export to "
+                f"{' or '.join(name for name in FORMATS if name != to)} instead."
+            )
+        _place(folder, target)
+    return Exported(target, to, error)
+
+
+def _sub_model(model: nn.Module) -> fx.GraphModule:
+    if isinstance(model, Doll):
+        return cut(model, model.sizes[-1])
+    parts_of(model)
+    assert isinstance(model, fx.GraphModule)
+    return model
+
+
+def check_target(path: str | os.PathLike[str], to: str, *, force: bool = False) -> Path:
+    """Return the file to write; raises ExportError now where `export` would later."""
+    if to not in FORMATS:
+        raise ExportError(f"to={to!r} was given; expected one of {', '.join(FORMATS)}")
+    return _free(Path(path), force)
+
+
+def plain_module(model: fx.GraphModule) -> fx.GraphModule:
+    """Return a sub-model over ATen alone: flat tensor arguments, plain dictionaries and tuples."""
+    trace, _ = parts_of(model)
+    root = _copy_of(model)
+    graph = fx.Graph()
+    flat = graph.graph_copy(model.graph, {})
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            write_plainly(root, node)
+    graph.output(_structured(flat, trace.signature))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(root, graph)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """The same tensors in containers of our own, to which masks may be added."""
+    root = nn.Module()
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        attach(root, name, tensor)
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        attach(root, name, tensor)
+    return root.eval()
+
+
+def _structured(flat: Any, signature: Signature) -> Any:
+    leaves = iter(flat)
+    return _built(signature.out_spec, leaves)
+
+
+def _built(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    if spec.is_leaf():
+        return next(leaves)
+    children = [_built(child, leaves) for child in spec.children()]
+    keys = spec.context
+    if isinstance(keys, list) and len(keys) == 2 and isinstance(keys[1], list):
+        keys = keys[1]
+    if isinstance(keys, list) and len(keys) == len(children):
+        return {str(key): child for key, child in zip(keys, children, strict=True)}
+    return tuple(children)
+
+
+# --- nested operators as plain ones -------------------------------------------------------------
+
+
+# --- formats ------------------------------------------------------------------------------------
+
+
+def _program(plain: fx.GraphModule, flat: list[Tensor]) -> torch.export.ExportedProgram:
+    """Export with dynamic sizes where they work, else with those of the inputs."""
+    dynamic = tuple({d: torch.export.Dim.AUTO for d in range(min(2, t.dim()))} for t in flat)
+    error: Exception | None = None
+    for shapes in (dynamic, None):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.export.export(plain, tuple(flat), dynamic_shapes=shapes, strict=False)
+        except Exception as raised:  # noqa: BLE001  torch.export raises errors of every kind
+            error = raised
+    raise ExportError(f"torch.export refuses this sub-model: {_first_line(error)}") from error
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def _write_pt2(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
+    torch.export.save(program, path)
+    return _tensors(torch.export.load(path).module()(*flat))
+
+
+def _write_onnx(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
+    _need("onnx", "onnxscript", "onnxruntime")
+    names = [spec.arg.name for spec in program.graph_signature.input_specs][-len(flat) :]
+    held = sum(t.nbytes for t in program.state_dict.values())
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            dynamo=True,
+            input_names=names,
+            external_data=held > LARGEST_SINGLE,
+            verbose=False,
+        )
+    return _run_onnx(path, flat)
+
+
+def _run_onnx(path: Path, flat: list[Tensor]) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    read = [item.name for item in session.get_inputs()]
+    fed = dict(zip(read, (t.cpu().numpy() for t in flat), strict=True))
+    return [torch.from_numpy(value) for value in session.run(None, fed)]
+
+
+FORMATS: Mapping[str, Callable[[Any, list[Tensor], Path], list[Tensor]]] = {
+    "onnx": _write_onnx,
+    "pt2": _write_pt2,
+}
+
+
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"export to onnx needs {', '.join(missing)}, which is not installed: "
+            "pip install 'matryoshkafy[export]'"
+        )
+
+
+# --- checking and placing -----------------------------------------------------------------------
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _error(expected: list[Tensor], found: list[Tensor]) -> float:
+    """The worst difference of an output relative to its largest value; inf where shapes differ."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    return max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    a, b = expected.cpu().to(torch.float64), found.cpu().to(torch.float64)
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, torch.zeros_like(a), (a - b).abs())
+    scale = a[a.isfinite()].abs().amax() if a.isfinite().any() else a.new_tensor(1.0)
+    return float(apart.amax() / scale.clamp_min(1e-6))
+
+
+def _free(target: Path, force: bool) -> Path:
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder, expected the name of a file to write.")
+    if target.exists() and not force:
+        raise ExportError(
+            f"{target} exists. Choose another name, or replace it with force (--force)."
+        )
+    return target
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the file, so that what is moved into place is whole."""
+    fresh = target.parent / f".{target.name}.{secrets.token_hex(6)}.new"
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {target}: {error.strerror or error}. Choose a folder that you may "
+            "write to."
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _place(folder: Path, target: Path) -> None:
+    written = sorted(folder.iterdir(), key=lambda path: path.name == target.name)
+    for path in written:
+        os.replace(path, target.parent / path.name)

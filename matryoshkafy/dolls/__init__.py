@@ -1,0 +1,1 @@
+"""The verbs on models: convert, outputs, slice, verify."""

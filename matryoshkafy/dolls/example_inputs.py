@@ -1,0 +1,71 @@
+"""example_inputs(): random inputs for a converted model, where the user's own are not at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.dolls.slice import parts_of
+from matryoshkafy.graph.nodes import TensorInfo
+from matryoshkafy.graph.signature import Input, Signature
+
+Bounds = tuple[float, float] | None
+
+
+def example_inputs(
+    model: nn.Module, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) that fit a doll or sub-model: shapes and dtypes as it was traced with.
+
+    Values are drawn between the least and the largest of the inputs that the model was traced with
+    (token ids stay inside the vocabulary, a mask of ones stays one); floats whose range is not
+    known are normal, integers and booleans one.
+    """
+    trace, _ = parts_of(model)
+    infos = [n.meta["shape"] for n in trace.graph.nodes if n.op == "placeholder"]
+    draw = torch.Generator().manual_seed(seed)
+    tensors = (
+        _tensor(info, bounds, draw).to(device)
+        for info, bounds in zip(infos, _bounds(trace.signature), strict=True)
+    )
+    return _call(trace.signature, tensors)
+
+
+def _bounds(signature: Signature) -> Iterator[Bounds]:
+    for item in signature.inputs:
+        known = item.bounds or (None,) * len(item.leaves)
+        yield from (b for b, is_tensor in zip(known, item.is_tensor, strict=True) if is_tensor)
+
+
+def _tensor(info: TensorInfo, bounds: Bounds, draw: torch.Generator) -> Tensor:
+    if info.dtype.is_complex:
+        return torch.randn(info.shape, generator=draw, dtype=torch.complex64).to(info.dtype)
+    if bounds is None and info.dtype.is_floating_point:
+        return torch.randn(info.shape, generator=draw).to(info.dtype)
+    low, high = bounds or (1, 1)
+    share = torch.rand(info.shape, generator=draw, dtype=torch.float64)
+    if info.dtype.is_floating_point:
+        return (low + share * (high - low)).to(info.dtype)
+    return (low + (share * (high - low + 1)).floor().clamp(max=high - low)).to(info.dtype)
+
+
+def _call(
+    signature: Signature, tensors: Iterator[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    values = {item.name: _value(item, tensors) for item in signature.inputs}
+    args = []
+    for name in signature.positional:
+        if name not in values:
+            break
+        args.append(values.pop(name))
+    return tuple(args), values
+
+
+def _value(item: Input, tensors: Iterator[Tensor]) -> Any:
+    pairs = zip(item.leaves, item.is_tensor, strict=True)
+    leaves = [next(tensors) if is_tensor else leaf for leaf, is_tensor in pairs]
+    return pytree.tree_unflatten(leaves, item.spec)

@@ -1,0 +1,285 @@
+"""slice(): cut a standalone sub-model out of a doll, or a smaller one out of a sub-model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim, Segments, Widths
+from matryoshkafy.axes.dims import relative as relative
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.trace import Trace, attach
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.graphs import sub_graph
+from matryoshkafy.rewrite.masks import weight_masks
+from matryoshkafy.rewrite.writer import baked_name, is_reparametrised
+
+Supply = Callable[[tuple[Segments | None, ...]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MaskRuns:
+    """The levels along the output and the input dim of a masked weight, run-length coded."""
+
+    out: int
+    into: int
+    out_runs: tuple[int, ...]
+    in_runs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a sub-model keeps of one tensor: per dim the kept segments (None: all of it)."""
+
+    name: str
+    segments: tuple[Segments | None, ...]
+    mask: MaskRuns | None = None
+
+
+def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the field's word for it
+    """Return the sub-model of a size: a `torch.fx.GraphModule` that needs neither source nor doll.
+
+    Its parameters stand under the user's names and own their memory. It takes the user's arguments
+    and returns the user's output structure. Raises `PlanError` that lists the sizes.
+    """
+    trace, plan = parts_of(model)
+    level = plan.level(size)
+    full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
+    state = state_of(model) | full
+    tensors = _cut_state(state, cuts_of(trace, plan, level))
+    if level < plan.levels - 1:
+        tensors |= reparametrised(trace, plan, state, level)
+    return assemble(trace, plan.up_to(level), tensors, _kinds(state))
+
+
+def reparametrised(
+    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
+) -> dict[str, torch.Tensor]:
+    """Return v and g of weight-normalised weights so that g v / |v| is the cut of the full
+    weight.
+    """
+    out = {}
+    already = plan.ladder[-1] != tuple(g.size for g in plan.groups)
+    for node in trace.graph.nodes:
+        if node.name in plan.full and is_reparametrised(node):
+            names = [str(n.target) for n in node.args[:2]]  # type: ignore[union-attr]
+            v, g = (state[n].detach() for n in names)
+            dim = node.args[2] if len(node.args) > 2 else 0
+            weight = v if already else torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
+            shape = plan.nodes[node.name]
+            pairs = [relative(d, plan.ladder[-1], plan.ladder[level]) for d in shape]
+            out[names[0]] = take(weight, tuple(pairs))
+            out[names[1]] = torch.norm_except_dim(out[names[0]], 2, dim)  # type: ignore[arg-type]
+    return out
+
+
+def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
+    """Return the trace and plan of a doll or of a sub-model."""
+    if isinstance(model, Doll):
+        return model._trace, model._plan
+    meta = getattr(model, "meta", None)
+    if isinstance(meta, dict) and "matryoshka" in meta:
+        trace, plan = meta["matryoshka"]
+        return replace(trace, root=_named_root(model)), plan
+    raise PlanError(
+        f"a {type(model).__name__} was given; expected a model from convert, load or slice. "
+        "Convert it first: matryoshkafy.convert(model, args, sizes=...)"
+    )
+
+
+def _named_root(model: nn.Module) -> nn.Module:
+    """Return containers of the sub-model's tensors under the user's names."""
+    root = nn.Module()
+    for name, tensor in state_of(model).items():
+        attach(root, name, tensor)
+    root.training = model.training
+    return root
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return every tensor of a doll or sub-model under the user's names, ties included."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    return {_own_name(name): tensor for name, tensor in named.items()}
+
+
+def _own_name(name: str) -> str:
+    own = name.removeprefix("user_")
+    return own if free_name(own) == name else name
+
+
+def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
+    """Return the parameter-only statistics that a sub-model keeps as they are at full width."""
+    if not plan.full:
+        return {}
+    state = trace.state()
+    wanted = [n for n in trace.graph.nodes if n.name in plan.full and not is_reparametrised(n)]
+    kept = {baked_name(n): state[baked_name(n)] for n in wanted if baked_name(n) in state}
+    missing = [n for n in wanted if baked_name(n) not in state]
+    return kept | dict(zip(map(baked_name, missing), _evaluate(trace, missing), strict=True))
+
+
+def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
+    if not nodes:
+        return []
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    for node in _ancestors(trace.graph, nodes):
+        memo[node] = graph.node_copy(node, lambda n: memo[n])
+    graph.output([memo[n] for n in nodes])
+    with torch.no_grad():
+        return fx.GraphModule(trace.root, graph)()
+
+
+def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    needed, queue = set(), list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+    return [n for n in graph.nodes if n in needed]
+
+
+def cuts_of(trace: Trace, plan: Plan, level: int) -> list[Cut]:
+    """Return what the sub-model of a level keeps of every tensor that its graph reads."""
+    have, want = plan.ladder[-1], plan.ladder[level]
+    masks = {str(n.target): (m, plan.nodes[n.name]) for n, m in weight_masks(trace, plan).items()}
+    ladder = plan.ladder[: level + 1]
+    cuts = []
+    for name, shape in _shapes(trace, plan).items():
+        segments = tuple(relative(d, have, want) for d in shape)
+        mask = _mask_runs(masks.get(name), ladder)
+        cuts.append(Cut(name, segments, mask))
+    return cuts
+
+
+def _shapes(trace: Trace, plan: Plan) -> dict[str, tuple[Dim, ...]]:
+    read = {str(n.target) for n in sub_graph(trace, plan, 0).nodes if n.op == "get_attr"}
+    state = trace.state()
+    objects = {id(state[name]) for name in read if name in state}
+    tied = {name for name in plan.parameters if name in state and id(state[name]) in objects}
+    shapes = {name: s for name, s in plan.parameters.items() if name in read | tied}
+    baked = {baked_name(n): plan.nodes[n.name] for n in trace.graph.nodes if n.name in plan.full}
+    return shapes | {name: s for name, s in baked.items() if name in read}
+
+
+def _mask_runs(mask: Any, ladder: tuple[Widths, ...]) -> MaskRuns | None:
+    if mask is None:
+        return None
+    where, shape = mask
+    return MaskRuns(
+        where.out,
+        where.into,
+        dims.runs(shape[where.out], ladder),
+        dims.runs(shape[where.into], ladder),
+    )
+
+
+def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.Tensor:
+    """Return the kept part of a tensor as memory of its own."""
+    tensor = tensor.detach()
+    for dim, kept in enumerate(segments):
+        if kept is not None and len(kept) == 1:
+            tensor = tensor.narrow(dim, kept[0][0], kept[0][1] - kept[0][0])
+        elif kept is not None:
+            index = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in kept])
+            tensor = tensor.index_select(dim, index)
+    return (
+        tensor.clone(memory_format=torch.contiguous_format)
+        if tensor.layout == torch.strided
+        else tensor
+    )
+
+
+def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, torch.Tensor]:
+    """Return the cut tensors; names tied in the doll stay tied."""
+    made: dict[Any, torch.Tensor] = {}
+    out = {}
+    for cut in cuts:
+        key = (id(state[cut.name]), cut.segments)
+        if key not in made:
+            made[key] = masked(take(state[cut.name], cut.segments), cut.mask)
+        out[cut.name] = made[key]
+    return out
+
+
+def masked(tensor: torch.Tensor, mask: MaskRuns | None) -> torch.Tensor:
+    """Write the structural zeros into a cut weight, in place: block by block, without a mask."""
+    if mask is None:
+        return tensor
+    start = 0
+    for length, level in zip(mask.out_runs[::2], mask.out_runs[1::2], strict=True):
+        rows = tensor.narrow(mask.out, start, length)
+        at = 0
+        for width, other in zip(mask.in_runs[::2], mask.in_runs[1::2], strict=True):
+            if other > level:
+                rows.narrow(mask.into, at, width).zero_()
+            at += width
+        start += length
+    return tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a tensor stands in the user's model."""
+
+    parameter: bool
+    requires_grad: bool
+
+
+def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
+    return {n: Kind(isinstance(t, nn.Parameter), t.requires_grad) for n, t in state.items()}
+
+
+def _mention(graph: fx.Graph, names: list[str]) -> None:
+    """A GraphModule keeps what its graph names: the other names of tied tensors, too."""
+    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            if name not in read:
+                graph.get_attr(name)
+
+
+def free_name(name: str) -> str:
+    """Return the name of a tensor in a GraphModule, which has attributes of its own (graph,
+    code).
+    """
+    head = name.partition(".")[0]
+    taken = head == "meta" or (head != "training" and hasattr(fx.GraphModule, head))
+    return f"user_{name}" if taken else name
+
+
+def assemble(
+    trace: Trace, plan: Plan, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]
+) -> fx.GraphModule:
+    """Return the GraphModule of the largest size of a plan over tensors that are cut to it."""
+    root = nn.Module()
+    root.training = trace.root.training
+    objects: dict[int, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        kind = kinds[name]
+        name, kept_name = free_name(name), name
+        if kind.parameter and id(tensor) not in objects:
+            objects[id(tensor)] = nn.Parameter(tensor, requires_grad=kind.requires_grad)
+        attach(
+            root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(kept_name)
+        )
+    graph = sub_graph(replace(trace, root=root), plan, plan.levels - 1)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = free_name(str(node.target))
+    _mention(graph, [free_name(name) for name in tensors])
+    module = fx.GraphModule(root, graph, class_name="SubModel")
+    module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
+    module.train(root.training)
+    return module

@@ -1,0 +1,1 @@
+"""Checkpoints: folders written whole or not at all, no pickle."""

@@ -1,0 +1,235 @@
+"""The tensors of a model as entries of safetensors files, and back: names, ties, kinds.
+
+`model.safetensors` holds what the user's state_dict shows. `constants.safetensors` holds what it
+does not: hidden buffers, constants that tracing lifted, full-width statistics, sparse tensors (by
+their parts, because the format is dense).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matryoshkafy.dolls.slice import Kind
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.files.graph_json import is_path
+from matryoshkafy.files.header import Entry
+from matryoshkafy.files.json_text import shown
+from matryoshkafy.files.tensors import TensorFile, entry_of
+from matryoshkafy.graph.nodes import TensorInfo
+
+WEIGHTS, CONSTANTS = "model.safetensors", "constants.safetensors"
+SPARSE: Mapping[str, tuple[torch.layout, tuple[str, ...]]] = {
+    "coo": (torch.sparse_coo, ("_indices", "_values")),
+    "csr": (torch.sparse_csr, ("crow_indices", "col_indices", "values")),
+    "csc": (torch.sparse_csc, ("ccol_indices", "row_indices", "values")),
+}
+NAN_CHUNK = 2**22
+
+
+class CheckpointError(MatryoshkafyError):
+    """A checkpoint whose parts do not fit together, or a model that cannot be saved."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a saved tensor stands in the model, in the model's order.
+
+    kind: parameter, buffer (shown by state_dict), hidden (a buffer that is not) or statistic (of
+    parameters, at full width; only sub-models read it). sparse: "" or a row of SPARSE.
+    """
+
+    name: str
+    kind: str
+    requires_grad: bool = False
+    sparse: str = ""
+    shape: tuple[int, ...] = ()
+    coalesced: bool = False
+
+    @property
+    def file(self) -> str:
+        """The file that holds the tensor."""
+        return WEIGHTS if self.kind in ("parameter", "buffer") and not self.sparse else CONSTANTS
+
+    @property
+    def as_kind(self) -> Kind:
+        """How slicing.assemble wants to hear of it."""
+        return Kind(self.kind == "parameter", self.requires_grad)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the tensors in the file."""
+        if not self.sparse:
+            return (self.name,)
+        return tuple(f"{self.name}:{part.strip('_')}" for part in SPARSE[self.sparse][1])
+
+
+KINDS = ("parameter", "buffer", "hidden", "statistic")
+
+
+def record_of(name: str, tensor: Tensor, kind: str) -> Record:
+    """Return how a tensor is saved; raises CheckpointError for layouts that cannot be."""
+    if not is_path(name):
+        raise CheckpointError(
+            f"the model has a tensor called {shown(name)}, which cannot be saved: expected parts "
+            "of letters, digits and _-:/+@, joined by dots. Rename it."
+        )
+    if tensor.layout is torch.strided:
+        return Record(name, kind, tensor.requires_grad)
+    rows = [key for key, (layout, _) in SPARSE.items() if layout is tensor.layout]
+    if not rows:
+        raise CheckpointError(
+            f"{name} is a {tensor.layout} tensor, which cannot be saved: expected a dense one or "
+            f"one of the layouts {', '.join(SPARSE)}. Convert it with to_dense()."
+        )
+    coalesced = rows[0] == "coo" and tensor.is_coalesced()
+    return Record(name, kind, tensor.requires_grad, rows[0], tuple(tensor.shape), coalesced)
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """Return a record as JSON values, without what is plain."""
+    values = {
+        "requires_grad": record.requires_grad,
+        "sparse": record.sparse,
+        "shape": list(record.shape),
+        "coalesced": record.coalesced,
+    }
+    return {"name": record.name, "kind": record.kind} | {k: v for k, v in values.items() if v}
+
+
+def record_from_json(saved: Any) -> Record:
+    """Return the record that record_to_json wrote; raises CheckpointError."""
+    saved = saved if isinstance(saved, dict) else {}
+    name, kind, sparse = (saved.get(k, "") for k in ("name", "kind", "sparse"))
+    shape = saved.get("shape", [])
+    sound = (
+        isinstance(name, str)
+        and is_path(name)
+        and kind in KINDS
+        and (sparse == "" or sparse in SPARSE)
+        and isinstance(shape, list)
+        and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    )
+    if not sound:
+        raise CheckpointError(f"the checkpoint lists the tensor {shown(saved)}, which is none.")
+    grad, coalesced = saved.get("requires_grad") is True, saved.get("coalesced") is True
+    return Record(name, kind, grad, sparse, tuple(shape), coalesced)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file is written from: entries, and further names of tied tensors."""
+
+    entries: list[Entry]
+    aliases: dict[str, str]
+
+
+def contents_of(records: Iterable[Record], tensors: Mapping[str, Tensor], file: str) -> Contents:
+    """Return what a file holds: of tied tensors the first; the other names are aliases."""
+    entries: list[Entry] = []
+    aliases: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for record in records:
+        if record.file != file:
+            continue
+        tensor = tensors[record.name]
+        owner = owners.setdefault(id(tensor), record.name)
+        if owner != record.name and not record.sparse:
+            aliases[record.name] = owner
+        else:
+            entries.extend(_entries(record, tensor))
+    return Contents(entries, aliases)
+
+
+def _entries(record: Record, tensor: Tensor) -> list[Entry]:
+    if not record.sparse:
+        return [entry_of(record.name, tensor)]
+    methods = SPARSE[record.sparse][1]
+    parts = [getattr(tensor, method)() for method in methods]
+    return [entry_of(name, part) for name, part in zip(record.parts, parts, strict=True)]
+
+
+def read_whole(record: Record, file: TensorFile) -> Tensor:
+    """Return a saved tensor, in memory of its own."""
+    if not record.sparse:
+        return file.read(record.name)
+    parts = [file.read(name) for name in record.parts]
+    try:
+        return _assembled(record, parts)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{record.name} is no sound sparse tensor: {error}") from None
+
+
+def _assembled(record: Record, parts: list[Tensor]) -> Tensor:
+    *indices, values = parts
+    if record.sparse == "coo":
+        return torch.sparse_coo_tensor(
+            indices[0], values, record.shape, is_coalesced=record.coalesced, check_invariants=True
+        )
+    rows, columns = indices
+    layout = SPARSE[record.sparse][0]
+    return torch.sparse_compressed_tensor(
+        rows, columns, values, record.shape, layout=layout, check_invariants=True
+    )
+
+
+def as_parameter(tensor: Tensor, record: Record) -> Tensor:
+    """Return a tensor as the model holds it."""
+    if record.kind != "parameter":
+        return tensor
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    return nn.Parameter(tensor, requires_grad=record.requires_grad and differentiable)
+
+
+def outline(records: Sequence[Record], files: Mapping[str, TensorFile]) -> dict[str, Tensor]:
+    """Return every tensor on the meta device: shapes, dtypes and ties, without values."""
+    made: dict[tuple[str, str], Tensor] = {}
+    out = {}
+    for record in records:
+        owner = files[record.file].aliases.get(record.name, record.name)
+        key = (record.file, owner)
+        if key not in made:
+            info = _info(record, files[record.file])
+            hollow = torch.empty(info.shape, dtype=info.dtype, device="meta")
+            made[key] = as_parameter(hollow, record)
+        out[record.name] = made[key]
+    return out
+
+
+def _info(record: Record, file: TensorFile) -> TensorInfo:
+    if not record.sparse:
+        return file.info(record.name)
+    return TensorInfo(record.shape, file.info(record.parts[-1]).dtype)
+
+
+def shared(names: Iterable[str], owner: Callable[[str], Any], make: Callable[[str], Tensor]) -> Any:
+    """Return {name: tensor}; names of one owner share the tensor that the first of them makes."""
+    made: dict[Any, Tensor] = {}
+    out = {}
+    for name in names:
+        key = owner(name)
+        if key not in made:
+            made[key] = make(name)
+        out[name] = made[key]
+    return out
+
+
+def nan_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold a NaN."""
+    return [name for name, tensor in tensors.items() if _has_nan(tensor)]
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    values = tensor.detach()
+    values = values._values() if values.layout is torch.sparse_coo else values
+    if values.layout is not torch.strided or not values.numel():
+        return False
+    rows = values.reshape(1) if values.dim() == 0 else values
+    step = max(1, NAN_CHUNK * len(rows) // rows.numel())
+    return any(bool(torch.isnan(chunk).any()) for chunk in rows.split(step))

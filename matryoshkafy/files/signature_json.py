@@ -1,0 +1,79 @@
+"""A call signature (structures, constants, ranges of example inputs) as JSON, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matryoshkafy.files.json_text import JsonError, shown
+from matryoshkafy.files.tree_json import spec_from_json, spec_to_json
+from matryoshkafy.files.values_json import MAX_TEXT, Values
+from matryoshkafy.graph.signature import Input, Signature
+
+PLACE = "the call signature"
+
+
+def signature_to_json(signature: Signature) -> dict[str, Any]:
+    """Return a signature as JSON values; raises JsonError, with the argument, for other values."""
+    return {
+        "positional": list(signature.positional),
+        "inputs": [_input_to_json(item) for item in signature.inputs],
+        "output": spec_to_json(signature.out_spec),
+    }
+
+
+def signature_from_json(saved: object) -> Signature:
+    """Return the signature that signature_to_json wrote; raises JsonError for anything else."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("inputs"), list):
+        raise JsonError(f"{PLACE} is {shown(saved)}, expected an object with inputs: damaged.")
+    positional = saved.get("positional")
+    if not isinstance(positional, list) or not all(map(_is_text, positional)):
+        raise JsonError(f"{PLACE} has no list of argument names; the file is damaged.")
+    inputs = tuple(_input_from_json(item) for item in saved["inputs"])
+    return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")))
+
+
+def _input_to_json(item: Input) -> dict[str, Any]:
+    values = Values(f"the example input {item.name!r}", {})
+    bounds = [None if b is None else [values.write(n) for n in b] for b in item.bounds]
+    return {
+        "name": item.name,
+        "spec": spec_to_json(item.spec),
+        "leaves": [values.write(leaf) for leaf in item.leaves],
+        "is_tensor": list(item.is_tensor),
+        "bounds": bounds,
+    }
+
+
+def _input_from_json(saved: Any) -> Input:
+    if not isinstance(saved, dict) or not _is_text(saved.get("name")):
+        raise JsonError(f"{PLACE} has the input {shown(saved)}, which has no name: damaged.")
+    values = Values(f"the input {shown(saved['name'])}", {})
+    spec = spec_from_json(saved.get("spec"))
+    keys = ("is_tensor", "leaves", "bounds")
+    flags, leaves, bounds = (_listed(saved.get(key), spec.num_leaves, values) for key in keys)
+    if not all(type(flag) is bool for flag in flags):
+        raise JsonError(f"{values.place} has the flags {shown(flags)}, expected true or false.")
+    read = tuple(values.read(leaf) for leaf in leaves)
+    return Input(saved["name"], spec, read, tuple(flags), tuple(_bounds(b, values) for b in bounds))
+
+
+def _listed(saved: Any, count: int, values: Values) -> list[Any]:
+    if isinstance(saved, list) and len(saved) == count:
+        return saved
+    raise JsonError(
+        f"{values.place} has {count} leaves, but {shown(saved)} about them; the file is damaged."
+    )
+
+
+def _bounds(saved: Any, values: Values) -> tuple[float, float] | None:
+    if saved is None:
+        return None
+    read = values.read(saved)
+    sound = isinstance(read, list) and len(read) == 2 and all(type(n) in (int, float) for n in read)
+    if not sound or not read[0] <= read[1]:
+        raise JsonError(f"{values.place} has the range {shown(saved)}, expected [least, most].")
+    return read[0], read[1]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT

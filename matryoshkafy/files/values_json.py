@@ -1,0 +1,182 @@
+"""Python values as JSON, without loss and without code: what graphs and structures are made of."""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.files.json_text import JsonError, shown
+
+MAX_DEPTH = 32
+MAX_TEXT = 16_384
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,511}")
+
+Walk = Callable[[Any], Any]
+
+
+def is_name(name: object) -> bool:
+    """Tell whether a value is a short ASCII identifier, safe in generated code."""
+    return (
+        isinstance(name, str)
+        and IDENTIFIER.fullmatch(name) is not None
+        and not keyword.iskeyword(name)
+    )
+
+
+def torch_constant(kind: type) -> Callable[[Any, Walk], Any]:
+    """Return the reader of constants such as torch.float32 by their name, "float32"."""
+
+    def read(name: Any, walk: Walk) -> Any:
+        found = getattr(torch, name, None) if is_name(name) else None
+        if not isinstance(found, kind):
+            raise ValueError(name)
+        return found
+
+    return read
+
+
+def write_constant(value: object, walk: Walk | None = None) -> str:
+    """Return the name that torch_constant reads: torch.float32 -> "float32"."""
+    return str(value).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Values:
+    """Writes and reads the values at one place; a plain JSON string names a node of the graph.
+
+    None, booleans, integers, finite floats and lists stand for themselves, everything else is an
+    object with one key, the tag of its row in CODECS. Raises JsonError, which names the place.
+    """
+
+    place: str
+    nodes: Mapping[str, Node]
+
+    def write(self, value: object, depth: int = 0) -> Any:
+        """Return a value as JSON."""
+        self._check_depth(depth)
+        if isinstance(value, Node):
+            return value.name
+        if value is None or type(value) in (bool, int):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return float(value)
+        if isinstance(value, list):
+            return [self.write(item, depth + 1) for item in value]
+        for codec in CODECS:
+            if isinstance(value, codec.type) and not pytree.is_namedtuple_instance(value):
+                return {codec.tag: codec.write(value, lambda item: self.write(item, depth + 1))}
+        kind = type(value)
+        raise JsonError(
+            f"{self.place} has a value of type {kind.__module__}.{kind.__qualname__}, which cannot "
+            f"be saved. Make it a number, a text, a list, or a buffer of the model."
+        )
+
+    def read(self, item: object, depth: int = 0) -> Any:
+        """Return the value that JSON stands for."""
+        self._check_depth(depth)
+        if item is None or isinstance(item, (bool, int, float)):
+            return item
+        if isinstance(item, list):
+            return [self.read(each, depth + 1) for each in item]
+        if isinstance(item, str):
+            return self._node(item)
+        return self._tagged(item, depth)
+
+    def _node(self, name: str) -> Node:
+        if name not in self.nodes:
+            raise JsonError(f"{self.place} uses {shown(name)}, but no node before it is called so.")
+        return self.nodes[name]
+
+    def _tagged(self, item: object, depth: int) -> Any:
+        if not isinstance(item, dict) or len(item) != 1 or next(iter(item)) not in BY_TAG:
+            raise JsonError(f"{self.place} has the value {shown(item)}, of no known type.")
+        ((tag, content),) = item.items()
+        try:
+            return BY_TAG[tag].read(content, lambda each: self.read(each, depth + 1))
+        except JsonError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError, OverflowError):
+            raise JsonError(f"{self.place} has {shown(item)}, which is no {tag}.") from None
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise JsonError(f"{self.place} nests its values more than {MAX_DEPTH} deep.")
+
+
+class Codec(NamedTuple):
+    """How one type is written under its tag; walk writes or reads the values inside."""
+
+    tag: str
+    type: type
+    write: Callable[[Any, Walk], Any]
+    read: Callable[[Any, Walk], Any]
+
+
+def _several(count: int | None, build: Callable[..., Any]) -> Callable[[Any, Walk], Any]:
+    def read(items: Any, walk: Walk) -> Any:
+        if not isinstance(items, list) or count not in (None, len(items)):
+            raise TypeError(items)
+        return build(*map(walk, items))
+
+    return read
+
+
+def _read_text(text: Any, walk: Walk) -> str:
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        raise TypeError(text)
+    return text
+
+
+def _read_dict(pairs: Any, walk: Walk) -> dict[Any, Any]:
+    read = {walk(key): walk(item) for key, item in pairs}
+    if len(read) != len(pairs) or not all(_is_plain(key) for key in read):
+        raise TypeError(pairs)
+    return read
+
+
+def _is_plain(key: object) -> bool:
+    if isinstance(key, tuple):
+        return all(_is_plain(part) for part in key)
+    return key is None or isinstance(key, (str, int, float))
+
+
+CODECS = (
+    Codec("str", str, lambda v, walk: str(v), _read_text),
+    Codec("tuple", tuple, lambda v, walk: [walk(i) for i in v], _several(None, lambda *i: i)),
+    Codec("dict", dict, lambda v, walk: [[walk(k), walk(i)] for k, i in v.items()], _read_dict),
+    Codec(
+        "float",
+        float,
+        lambda v, walk: repr(float(v)),
+        lambda t, walk: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[t],
+    ),
+    Codec("complex", complex, lambda v, walk: [walk(v.real), walk(v.imag)], _several(2, complex)),
+    Codec(
+        "slice",
+        slice,
+        lambda v, walk: [walk(i) for i in (v.start, v.stop, v.step)],
+        _several(3, slice),
+    ),
+    Codec("range", range, lambda v, walk: [v.start, v.stop, v.step], _several(3, range)),
+    Codec("dtype", torch.dtype, write_constant, torch_constant(torch.dtype)),
+    Codec("layout", torch.layout, write_constant, torch_constant(torch.layout)),
+    Codec(
+        "memory_format", torch.memory_format, write_constant, torch_constant(torch.memory_format)
+    ),
+    Codec(
+        "device",
+        torch.device,
+        lambda v, walk: str(v),
+        lambda t, walk: torch.device(_read_text(t, walk)),
+    ),
+    Codec("ellipsis", type(...), lambda v, walk: True, lambda t, walk: ...),
+)
+BY_TAG = {codec.tag: codec for codec in CODECS}

@@ -1,0 +1,1 @@
+"""A module and its example inputs become a graph in one vocabulary of ops."""

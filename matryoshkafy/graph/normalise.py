@@ -1,0 +1,251 @@
+"""clean(): one spelling for every op of a traced graph, so that each rule is written once.
+
+x.relu_(), F.relu, nn.ReLU      -> aten.relu
+x[:, 0] = y                     -> select_scatter, and later readers of x see the new value
+uninitialised memory            -> zeros
+dropout / batch norm flags      -> self.training
+device=cpu                      -> the device of the inputs
+a boolean mask of many layers   -> one of 0 and -inf
+x.to(x.dtype), alias, x[:]      -> x
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from matryoshkafy.graph.dtypes import follow_dtype
+from matryoshkafy.graph.mutations import make_functional
+from matryoshkafy.graph.nodes import TensorInfo, bound_args, op_name, set_arg
+
+aten = torch.ops.aten
+
+
+ASSERTIONS = {
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_functional_assert_async",
+    "_check",
+    "item",
+}
+IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
+
+
+def clean(graph: fx.Graph, root: nn.Module) -> None:
+    """Rewrite the graph in place into the vocabulary of the rules."""
+    _drop_assertions(graph)
+    _drop_detached(graph)
+    make_functional(graph)
+    _fill_empty(graph)
+    _relax_views(graph)
+    _slice_constants(graph, root)
+    _drop_identities(graph)
+    _follow_training(graph)
+    _follow_device(graph)
+    _share_masks(graph)
+    graph.eliminate_dead_code()
+    follow_dtype(graph, root)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        node.meta.pop("storage", None)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and op_name(node) in ASSERTIONS and not node.users:
+            graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name in IDENTITIES:
+        return True
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.meta.get("shape") != node.meta.get("shape"):
+        return False
+    if name == "slice":
+        a = bound_args(node)
+        return a["step"] == 1 and a["start"] in (0, None) and isinstance(a["end"], int | None)
+    if name in ("expand", "repeat", "clone"):
+        return False
+    # A cast to the type it has already: what was an upcast of half precision follows the model.
+    return name in ("to", "_to_copy", "type_as", "dropout_identity") and "copy" not in name
+
+
+def _drop_detached(graph: fx.Graph) -> None:
+    """x.detach_() writes nothing: the graph of a doll has gradients wherever the user trains it."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "detach_":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _slice_constants(graph: fx.Graph, root: nn.Module) -> None:
+    """x[:, [-2]] -> x[:, n-2:n-1]: a constant run of indices is a slice, which follows the size."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "index":
+            _slice_constant(graph, root, node)
+
+
+def _slice_constant(graph: fx.Graph, root: nn.Module, node: fx.Node) -> None:
+    source, indices = node.args[0], node.args[1]
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    if len(given) != 1:
+        return
+    dim, index = given[0]
+    size = source.meta["shape"].shape[dim]  # type: ignore[union-attr]
+    run = _constant_run(root, index, size)
+    if run is None:
+        return
+    with graph.inserting_before(node):
+        new = graph.call_function(aten.slice.Tensor, (source, dim, *run))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _constant_run(root: nn.Module, index: fx.Node, size: int) -> tuple[int, int] | None:
+    while op_name(index) in (*IDENTITIES, "to") and isinstance(index.args[0], fx.Node):
+        index = index.args[0]
+    if index.op != "get_attr" or len(index.meta["shape"].shape) != 1:
+        return None
+    tensor = dict(root.named_buffers()).get(str(index.target))
+    if tensor is None or tensor.is_meta or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+    values = [v % size for v in tensor.tolist()]
+    plain = values and values == list(range(values[0], values[0] + len(values)))
+    return (values[0], values[0] + len(values)) if plain else None
+
+
+def _relax_views(graph: fx.Graph) -> None:
+    """x.view(...) -> x.reshape(...): nothing writes through a view any more, and strides may
+    differ.
+    """
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+
+
+EMPTIES = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_permuted.default: aten.zeros.default,
+    aten.empty_strided.default: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.new_empty_strided.default: aten.new_zeros.default,
+}
+
+
+def _fill_empty(graph: fx.Graph) -> None:
+    """Memory that a forward fills piece by piece starts as zeros: no node's value is left to
+    chance.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in EMPTIES:
+            target = EMPTIES[node.target]
+            known = {a.name for a in target._schema.arguments}
+            given = {k: v for k, v in bound_args(node).items() if k in known and v is not None}
+            node.target, node.args, node.kwargs = target, (), given
+
+
+def _drop_identities(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def training_flag(graph: fx.Graph) -> fx.Node:
+    """Return the node that reads `self.training`, first in the graph."""
+    found = graph.find_nodes(op="get_attr", target="training")
+    if found:
+        return found[0]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        flag = graph.get_attr("training")
+    flag.meta["shape"] = False
+    return flag
+
+
+def _follow_training(graph: fx.Graph) -> None:
+    flags = {
+        "dropout": "train",
+        "feature_dropout": "train",
+        "alpha_dropout": "train",
+        "feature_alpha_dropout": "train",
+        "batch_norm": "training",
+        "rrelu": "training",
+        "lstm": "train",
+        "gru": "train",
+        "rnn_tanh": "train",
+        "rnn_relu": "train",
+    }
+    affected = [n for n in graph.nodes if n.op == "call_function" and op_name(n) in flags]
+    affected = [n for n in affected if _has_statistics(n)]
+    for node in affected:
+        set_arg(node, flags[op_name(node)], training_flag(graph))
+
+
+def _has_statistics(node: fx.Node) -> bool:
+    """Batch norm without running statistics uses the batch's own in both modes."""
+    return op_name(node) != "batch_norm" or bound_args(node)["running_mean"] is not None
+
+
+def _follow_device(graph: fx.Graph) -> None:
+    users = [n for n in graph.nodes if n.op == "call_function" and _bound_device(n)]
+    tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
+    tensors = [n for n in tensors if hasattr(n.meta.get("shape"), "shape")]
+    if not users or not tensors:
+        return
+    first = next((n for n in tensors if n.op == "get_attr"), tensors[0])
+    with graph.inserting_after(first):
+        device = graph.call_function(getattr, (first, "device"))
+    for node in users:
+        if device.prev is not node and node < device:
+            continue
+        set_arg(node, "device", device)
+
+
+def _bound_device(node: fx.Node) -> bool:
+    if not hasattr(node.target, "_schema"):
+        return False
+    return isinstance(bound_args(node).get("device"), torch.device)
+
+
+def _share_masks(graph: fx.Graph) -> None:
+    """Layers that share a boolean attention mask share its conversion, too.
+
+    Fused attention turns a boolean mask into 0 and -inf of the queries' type, and keeps one of its
+    own in every layer.
+    """
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+            mask = bound_args(node)["attn_mask"]
+            if isinstance(mask, fx.Node) and mask.meta["shape"].dtype == torch.bool:
+                readers.setdefault(mask, []).append(node)
+    for mask, nodes in readers.items():
+        if len(nodes) > 1:
+            _convert_mask(graph, mask, nodes)
+
+
+def _convert_mask(graph: fx.Graph, mask: fx.Node, readers: list[fx.Node]) -> None:
+    query: Any = readers[0].args[0]
+    dtype = query.meta["shape"].dtype
+    with graph.inserting_before(readers[0]):
+        zero = graph.call_function(aten.new_zeros.default, (query, []))
+        filled = graph.call_function(aten.where.ScalarOther, (mask, zero, -math.inf))
+    zero.meta["shape"] = TensorInfo((), dtype)
+    filled.meta["shape"] = TensorInfo(mask.meta["shape"].shape, dtype)
+    for new in (zero, filled):
+        new.meta["source"] = readers[0].meta.get("source", "")
+    for node in readers:
+        set_arg(node, "attn_mask", filled)
+
+
+# --- in-place ops -----------------------------------------------------------------------------

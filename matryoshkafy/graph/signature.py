@@ -1,0 +1,114 @@
+"""How the user's call becomes the flat inputs of the graph, and its flat outputs the result."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.errors import TraceError
+
+
+def parameter_names(model: nn.Module) -> tuple[list[str], bool]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in kinds]
+    return names, any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+
+
+def named_args(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    names, variadic = parameter_names(model)
+    if variadic or len(args) > len(names):
+        names = names[: len(args)]
+        names += [f"args_{i}" for i in range(len(args) - len(names))]
+    return dict(zip(names, args, strict=False))
+
+
+@dataclass(frozen=True)
+class Input:
+    """One argument of the user's forward: its structure, and per leaf a placeholder or a constant.
+
+    `bounds` are the least and largest value of each example tensor (None: unknown, or no tensor).
+    """
+
+    name: str
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    is_tensor: tuple[bool, ...]
+    bounds: tuple[tuple[float, float] | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the user's call becomes the flat inputs of the graph, and its flat outputs the result."""
+
+    positional: tuple[str, ...]
+    inputs: tuple[Input, ...]
+    out_spec: pytree.TreeSpec
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the flat tensors of a call; raises `TraceError` when it is not the traced call."""
+        given = dict(zip(self.positional, args, strict=False)) | dict(kwargs)
+        if len(args) > len(self.positional):
+            raise TraceError(
+                f"{len(args)} positional arguments were given, the traced forward takes "
+                f"{len(self.positional)}: {', '.join(self.positional)}"
+            )
+        flat: list[Any] = []
+        for item in self.inputs:
+            flat.extend(_leaves_of(item, given))
+        known = {item.name for item in self.inputs}
+        for name, value in given.items():
+            if name not in known and value is not None:
+                raise TraceError(
+                    f"argument {name!r} was not part of the example inputs, so its path was not "
+                    f"traced; convert again with {name!r} among the example inputs"
+                )
+        return flat
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """Return the outputs in the structure of the user's model."""
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
+    if item.name not in given:
+        if any(item.is_tensor):
+            raise TraceError(f"argument {item.name!r} is missing: the model was traced with it")
+        return []
+    leaves, spec = pytree.tree_flatten(given[item.name])
+    if spec != item.spec:
+        raise TraceError(
+            f"argument {item.name!r} has structure {spec}, the model was traced with {item.spec}"
+        )
+    tensors = []
+    for value, traced, is_tensor in zip(leaves, item.leaves, item.is_tensor, strict=True):
+        if is_tensor:
+            tensors.append(value)
+        elif value != traced:
+            raise TraceError(
+                f"argument {item.name!r} is {value!r}, the model was traced with {traced!r}; "
+                "convert again with the value you need"
+            )
+    return tensors
+
+
+def read_input(name: str, value: Any) -> Input:
+    leaves, spec = pytree.tree_flatten(value)
+    is_tensor = tuple(isinstance(v, torch.Tensor) for v in leaves)
+    constants = tuple(None if t else v for v, t in zip(leaves, is_tensor, strict=True))
+    return Input(name, spec, constants, is_tensor, tuple(map(_bounds, leaves)))
+
+
+def _bounds(value: Any) -> tuple[float, float] | None:
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.numel() > 0
+    if not plain or value.is_meta or value.is_complex():
+        return None
+    low, high = (float(n) for n in torch.aminmax(value.detach().to(torch.float64)))
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None

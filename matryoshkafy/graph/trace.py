@@ -1,0 +1,200 @@
+"""trace(): a user's model and example inputs become a torch.fx graph in one vocabulary of ops.
+
+What holds of a `Trace`: the graph lints; every tensor of the model is a `get_attr` under the user's
+own name; no node mutates its input; dropout and batch norm follow `self.training`; nothing is bound
+to a device; every node carries `meta["shape"]` (concrete sizes) and `meta["source"]` (the user's
+line).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.capture import Captured, capture
+from matryoshkafy.graph.nodes import info_of, source_of
+from matryoshkafy.graph.normalise import clean
+from matryoshkafy.graph.signature import Signature, named_args, parameter_names, read_input
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model: graph, call signature, and the state that the graph reads.
+
+    `root` holds the user's own parameters and buffers under their own names; `notes` are remarks
+    for the plan (static shapes, branches taken).
+    """
+
+    graph: fx.Graph
+    signature: Signature
+    root: nn.Module
+    notes: tuple[str, ...] = ()
+    hidden: frozenset[str] = frozenset()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return every tensor of the root by name, ties included."""
+        named = dict(self.root.named_parameters(remove_duplicate=False))
+        return named | dict(self.root.named_buffers(remove_duplicate=False))
+
+    def is_persistent(self, name: str) -> bool:
+        """Tell whether the user's state_dict shows this tensor."""
+        return name not in self.hidden
+
+
+def trace(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Trace:
+    """Trace the model on example inputs; the model is left as it was found.
+
+    Raises `TraceError` that names the user's line where the model cannot be traced.
+    """
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    captured = capture(model, args, kwargs)
+    root = _root_of(model, captured)
+    graph = _unlifted(captured, root)
+    signature = _signature(model, args, kwargs, captured)
+    clean(graph, root)
+    graph.lint()
+    shown = set(root.state_dict(keep_vars=True))
+    hidden = {n for n, _ in root.named_buffers(remove_duplicate=False) if n not in shown}
+    return Trace(graph, signature, root, captured.notes, frozenset(hidden))
+
+
+def _root_of(model: nn.Module, captured: Captured) -> nn.Module:
+    """Return plain containers that hold the user's own tensors under the user's own names."""
+    root = nn.Module()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        attach(root, name, parameter)
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        attach(root, name, buffer, persistent=name in persistent)
+    known = {n for n, _ in root.named_buffers(remove_duplicate=False)}
+    for name, value in captured.constants.items():
+        if isinstance(value, torch.Tensor) and name not in known:
+            attach(root, name, value.detach(), persistent=False)
+    root.training = model.training
+    return root
+
+
+def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+    """Put a tensor under a dotted name, making plain containers on the way."""
+    parent: Any = root
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent._modules[part]
+    if isinstance(tensor, nn.Parameter):
+        parent.register_parameter(leaf, tensor)
+    else:
+        parent.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _unlifted(captured: Captured, root: nn.Module) -> fx.Graph:
+    """Copy the captured graph with get_attr nodes for state, sub-graphs inlined, plain metadata."""
+    graph = fx.Graph()
+    copier = _Copier(graph, captured.module, root)
+    for node in captured.module.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.state:
+            if node.users:
+                copier.state(node, captured.state[node.name])
+        elif node.op == "placeholder":
+            copier.placeholder(node)
+    flat = copier.body(captured.module.graph)
+    graph.output([flat[i] for i in captured.outputs])
+    return graph
+
+
+class _Copier:
+    """Copies nodes into one flat graph; what a node became is looked up by identity."""
+
+    def __init__(self, graph: fx.Graph, owner: nn.Module, root: nn.Module) -> None:
+        self.graph, self.owner, self.root = graph, owner, root
+        self.env: dict[fx.Node, Any] = {}
+
+    def placeholder(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            self.env[node] = self._described(self.graph.placeholder(node.name), node)
+        else:
+            self.env[node] = value
+
+    def state(self, node: fx.Node, target: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.env[node] = self._described(self.graph.get_attr(target), node)
+
+    def body(self, source: fx.Graph) -> Any:
+        for node in source.nodes:
+            if node.op == "call_function":
+                self._call(node)
+            elif node.op == "get_attr":
+                self._attribute(node)
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], lambda n: self.env[n])
+        raise AssertionError("a graph without output")
+
+    def _attribute(self, node: fx.Node) -> None:
+        value = getattr(self.owner, str(node.target), None)
+        if isinstance(value, torch.Tensor):
+            self.root.register_buffer(str(node.target), value.detach(), persistent=False)
+            self.env[node] = self._described(self.graph.get_attr(str(node.target)), node)
+
+    def _call(self, node: fx.Node) -> None:
+        name = getattr(node.target, "__name__", "")
+        if name.startswith("wrap_with"):
+            self._inline(node)
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise TraceError(
+                f"no support for the control flow {name!r} at {source_of(node)}; "
+                "branch on Python values, or use torch.where"
+            )
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        first: Any = args[0] if args else None
+        if isinstance(first, (tuple, list)) and name == "getitem":
+            self.env[node] = first[args[1]]  # type: ignore[index]
+            return
+        new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        self.env[node] = self._described(new, node)
+
+    def _inline(self, node: fx.Node) -> None:
+        """with no_grad / autocast: the body runs in line; the user's own context stays theirs."""
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
+        name = str(node.args[at].target)  # type: ignore[union-attr]
+        module = getattr(self.owner, name)
+        inner = _Copier(self.graph, module, self.root)
+        holes = [n for n in module.graph.nodes if n.op == "placeholder"]
+        for hole, value in zip(holes, node.args[at + 1 :], strict=True):
+            inner.env[hole] = fx.map_arg(value, lambda n: self.env[n])
+        self.env[node] = inner.body(module.graph)
+
+    def _described(self, new: fx.Node, old: fx.Node) -> fx.Node:
+        new.meta["shape"] = info_of(old.meta.get("val"))
+        new.meta["source"] = source_of(old) or ""
+        value = old.meta.get("val")
+        if "storage" in old.meta:
+            new.meta["storage"] = old.meta["storage"]
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            new.meta["storage"] = value.untyped_storage()._cdata
+        return new
+
+
+def _signature(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    captured: Captured,
+) -> Signature:
+    names = named_args(model, args)
+    inputs = tuple(read_input(name, value) for name, value in (names | kwargs).items())
+    order = parameter_names(model)[0]
+    positional = tuple(names) + tuple(n for n in order if n not in names)
+    return Signature(positional, inputs, captured.out_spec)

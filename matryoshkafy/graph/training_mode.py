@@ -1,0 +1,183 @@
+"""What a forward does in training mode alone: the trace is made in evaluation mode.
+
+Dropout and batch norm are ops of both modes, and a flag tells them apart. The dropout probability
+of fused attention is a number that evaluation sets to 0, and other randomness (stochastic depth,
+layer drop, noise) leaves no op at all: one forward in training mode is watched for both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_name, set_arg
+from matryoshkafy.graph.normalise import training_flag
+from matryoshkafy.graph.quiet import modes_kept
+from matryoshkafy.graph.trace import Trace
+
+SDPA = F.scaled_dot_product_attention
+DROPOUTS = {
+    F.dropout: "dropout",
+    F.alpha_dropout: "alpha_dropout",
+    F.dropout1d: "feature_dropout",
+    F.dropout2d: "feature_dropout",
+    F.dropout3d: "feature_dropout",
+    F.feature_alpha_dropout: "feature_alpha_dropout",
+}
+RANDOM = {
+    Tensor.bernoulli_: "bernoulli_",
+    Tensor.bernoulli: "bernoulli",
+    torch.bernoulli: "bernoulli",
+    Tensor.uniform_: "uniform_",
+    Tensor.normal_: "normal_",
+    torch.rand: "rand",
+    torch.rand_like: "rand_like",
+    torch.randn: "randn",
+    torch.randn_like: "randn_like",
+    torch.randint: "randint",
+    torch.randperm: "randperm",
+    torch.multinomial: "multinomial",
+}
+
+
+@dataclass
+class _Watch(TorchFunctionMode):
+    """Notes the dropout of every fused attention, in order, and where else chance is asked."""
+
+    attention: list[float] = field(default_factory=list)
+    chances: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is SDPA:
+            self.attention.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)))
+        elif func is F.multi_head_attention_forward:
+            self._multi_head(_given(func, args, kwargs))
+        elif func in DROPOUTS:
+            given = _given(func, args, kwargs)
+            if given["training"] and given["p"]:
+                self._chance(DROPOUTS[func])
+        elif func in RANDOM:
+            self._chance(RANDOM[func])
+        return func(*args, **kwargs)
+
+    def _multi_head(self, given: dict[str, Any]) -> None:
+        p = float(given["dropout_p"]) if given["training"] else 0.0
+        if not given["need_weights"]:
+            self.attention.append(p)
+        elif p:
+            self._chance("dropout")
+
+    def _chance(self, name: str) -> None:
+        self.chances.setdefault(name, []).append(_user_line())
+
+
+def _given(func: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, defaults included."""
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _user_line() -> str:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((TORCH_FOLDER, __file__, "<")):
+            return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "an unknown line"
+
+
+def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> Trace:
+    """Return the trace with attention dropout in training mode, and remarks on what it lacks.
+
+    The model runs once more on the example, in training mode; its buffers are put back.
+    """
+    watch = _Watch()
+    try:
+        with _training(model), torch.no_grad(), watch:
+            model(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001  the user's forward may raise anything
+        text = str(error).strip().splitlines()
+        return _noted(
+            traced,
+            "the forward fails on the example inputs in training mode "
+            f"({type(error).__name__}: {text[0][:120] if text else ''}), so what it does there "
+            "alone was not looked at; dropout and batch norm follow train()",
+        )
+    notes = [_set_attention(traced, watch.attention), *_unseen(traced, watch.chances)]
+    return _noted(traced, *(note for note in notes if note))
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode; then modes, buffers and random numbers as before."""
+    buffers = {b: b.detach().clone() for b in model.buffers() if not b.is_sparse}
+    try:
+        with modes_kept(model), torch.random.fork_rng():
+            model.train()
+            yield
+    finally:
+        _put_back(buffers)
+
+
+@torch.no_grad()
+def _put_back(buffers: dict[Tensor, Tensor]) -> None:
+    for buffer, before in buffers.items():
+        if not torch.equal(buffer, before):
+            buffer.copy_(before)
+
+
+def _set_attention(traced: Trace, rates: list[float]) -> str | None:
+    """Give every fused attention of the graph its dropout, `training * p`; else say why not."""
+    if not any(rates):
+        return None
+    nodes = [n for n in traced.graph.nodes if op_name(n) == SDPA.__name__]
+    if len(nodes) != len(rates):
+        return (
+            f"the dropout of attention (p={max(rates):g}) does not follow train(): the forward "
+            f"calls fused attention {len(rates)} times in training mode and {len(nodes)} times in "
+            "evaluation mode"
+        )
+    for node, rate in zip(nodes, rates, strict=True):
+        if rate and bound_args(node)["dropout_p"] == 0:
+            flag = training_flag(traced.graph)
+            with traced.graph.inserting_before(node):
+                product = traced.graph.call_function(operator.mul, (flag, rate))
+            product.meta["shape"] = 0.0
+            set_arg(node, "dropout_p", product)
+    return None
+
+
+def _unseen(traced: Trace, chances: dict[str, list[str]]) -> Iterator[str]:
+    """Say which randomness of training mode the graph lacks."""
+    present = Counter(op_name(n) for n in traced.graph.nodes if n.op == "call_function")
+    for name, lines in chances.items():
+        missing = len(lines) - present[name] - present[name.removesuffix("_")]
+        if missing > 0:
+            yield (
+                f"training mode alone asks for random numbers ({name}, {missing} times, first at "
+                f"{lines[0]}): the doll trains without them"
+            )
+
+
+def _noted(traced: Trace, *notes: str) -> Trace:
+    return replace(traced, notes=(*traced.notes, *notes))

@@ -1,0 +1,1 @@
+"""What nests, decided once and frozen."""

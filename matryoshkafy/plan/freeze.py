@@ -1,0 +1,287 @@
+"""freeze(): solved axes become the frozen plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Cat, Dim, Nested
+from matryoshkafy.axes.terms import COPIES, Axis, Sum, Term
+from matryoshkafy.errors import NothingNests, PlanError
+from matryoshkafy.graph.nodes import op_name, source_of
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.masking import Choice
+from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
+from matryoshkafy.plan.policies import heaviest, trainable
+from matryoshkafy.plan.scalars import find_scalars
+from matryoshkafy.plan.walk import Findings
+from matryoshkafy.sizes import parse_sizes
+
+DEFAULT_LADDER = [0.25, 0.5, 1.0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of the analysis."""
+
+    options: Options
+    sizes: Any = None
+    overrides: Mapping[str, Any] | None = None
+
+
+def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan:
+    parameters, masking = solved
+    main = heaviest(trainable(trace, parameters))
+    if main is None:
+        raise NothingNests(_nothing(trace, parameters, found, request))
+    order = _group_order(parameters)
+    dim_of = _freezer({axis: i for i, axis in enumerate(order)})
+    solved_parameters = {name: tuple(map(dim_of, terms)) for name, terms in parameters.items()}
+    tables = _tables(trace)
+    groups = tuple(Group(_group_name(a, tables), a.size, _members(parameters, a)) for a in order)
+    unit = _main_unit(solved_parameters, order.index(main))
+    width = main.size * unit
+    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
+    nodes = {n.name: _frozen_node(n, found, dim_of) for n in found.terms if n.op != "output"}
+    plan = Plan(
+        options=request.options,
+        sizes=sizes,
+        main=order.index(main),
+        unit=unit,
+        groups=groups,
+        ladder=ladder_of(groups, sizes, width),
+        parameters=solved_parameters,
+        nodes=nodes,
+        notes={n.name: {k: dim_of(t) for k, t in v.items()} for n, v in found.notes.items()},
+        actions={n: _action(c, order) for n, c in masking.choices.items()},
+        tail=masking.tail,
+        full=_full_nodes(found, nodes),
+        whole=tuple(_whole(parameters)),
+        unknown=tuple(Unknown(*u) for u in found.unknown),
+        scalars=(),
+        remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks))),
+    )
+    plan = _overridden(plan, request.overrides)
+    return find_scalars(trace, plan)
+
+
+def _action(choice: Choice, order: list[Axis]) -> Action:
+    return Action(choice.kind, tuple(order.index(a) for a in choice.axes if a in order))
+
+
+def _default(width: int) -> Any:
+    return DEFAULT_LADDER if width >= 4 else [width]
+
+
+def _nothing(trace: Trace, parameters: Mapping[str, Any], found: Findings, request: Request) -> str:
+    """Say why no axis is a width: each reason with its first place, and what may help."""
+    if not parameters:
+        return "the model has no parameters, so there is nothing to nest; give a model with weights"
+    reasons = [
+        leaf.fixed
+        for terms in parameters.values()
+        for term in terms
+        for leaf in axes.leaves(term)
+        if leaf.fixed
+    ]
+    sources = {node.name: source_of(node) for node in trace.graph.nodes}
+    first = {r.kind: sources.get(r.place) for r in reversed(reasons)}
+    counts = Counter(reason.kind for reason in reasons).most_common(5)
+    why = ", ".join(
+        f"{kind} ({count} axes{f', first at {first[kind]}' if first[kind] else ''})"
+        for kind, count in counts
+    )
+    ops = ", ".join(f"{op} at {source or node}" for op, node, source in found.unknown[:3])
+    remedies = [
+        remedy
+        for remedy, fits in (
+            ('nesting="sliced"', request.options.nesting == "masked"),
+            ("fewer keep patterns", request.options.keep),
+            ("mk.rule for the op without a rule", ops),
+            ('scope="output", which nests the last axis of the output alone', True),
+        )
+        if fits
+    ]
+    return (
+        f"no axis of the model is a width that can nest: {why}"
+        + (f"; ops without a rule: {ops}" if ops else "")
+        + f". Try {' or '.join(remedies)}."
+    )
+
+
+def _group_order(parameters: Mapping[str, Any]) -> list[Axis]:
+    seen: dict[Axis, None] = {}
+    for terms in parameters.values():
+        for term in terms:
+            for leaf in axes.leaves(term):
+                if leaf.fixed is None:
+                    seen.setdefault(leaf)
+    return list(seen)
+
+
+def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
+    def dim_of(term: Term) -> Dim:
+        out: list[Any] = []
+        for factor in axes.resolve(term):
+            if isinstance(factor, Sum):
+                out.append(_cat([dim_of(s) for s in factor.segments]))
+            elif factor in index and factor.fixed is None:
+                out.append(Nested(index[factor], factor.size))
+            else:
+                out.append(factor.size)
+        return _simple(out)
+
+    return dim_of
+
+
+def _cat(parts: list[Dim]) -> Any:
+    whole = sum(map(dims.size, parts))
+    return Cat(tuple(parts)) if any(map(dims.is_nested, parts)) else whole
+
+
+def _simple(factors: Iterable[Any]) -> Dim:
+    """Adjacent whole factors are one."""
+    out: list[Any] = []
+    for factor in factors:
+        if isinstance(factor, int) and out and isinstance(out[-1], int):
+            out[-1] *= factor
+        else:
+            out.append(factor)
+    return tuple(out) or (1,)
+
+
+def _frozen_node(node: fx.Node, found: Findings, dim_of: Callable[[Term], Dim]) -> Any:
+    terms = found.terms[node]
+    if isinstance(node.meta.get("shape"), tuple) and terms:
+        return Many(tuple(map(dim_of, ts)) for ts in terms)
+    return tuple(map(dim_of, terms))
+
+
+PLACES = {"0": "out", "1": "in"}
+
+
+def _tables(trace: Trace) -> set[str]:
+    """Return the weights whose rows are looked up: their columns are what comes out."""
+    reads = (n for n in trace.graph.nodes if n.op == "call_function" and "embedding" in op_name(n))
+    return {str(a.target) for n in reads for a in n.all_input_nodes[:1] if a.op == "get_attr"}
+
+
+def _group_name(axis: Axis, tables: Collection[str]) -> str:
+    """Name a group after where it was born: `encoder.layer.0.output.dense.out`."""
+    name, _, rest = axis.name.partition(":")
+    position = rest.partition("[")[0]
+    piece = axis.name[axis.name.index("[") :] if "[" in axis.name else ""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias") and position:
+        side = PLACES.get(position, f"dim{position}") if leaf == "weight" else "out"
+        if name in tables and position == "1":
+            side = "out"
+        return f"{owner}.{side}{piece}" if owner else f"{side}{piece}"
+    return f"{name}.{position}{piece}" if position else name + piece
+
+
+def _members(parameters: Mapping[str, Any], axis: Axis) -> tuple[str, ...]:
+    return tuple(
+        f"{name}:{i}"
+        for name, terms in parameters.items()
+        for i, term in enumerate(terms)
+        if any(leaf is axis for leaf in axes.leaves(term))
+    )
+
+
+def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:
+    """What one unit of the main group spans where it stands: 1, or head_dim."""
+    spans: Counter[int] = Counter()
+    for shape in parameters.values():
+        for dim in shape:
+            at = next(
+                (i for i, f in enumerate(dim) if isinstance(f, Nested) and f.group == main), None
+            )
+            if at is not None:
+                spans[dims.size(dim[at + 1 :])] += dims.size(sum(shape, ()))
+    return spans.most_common(1)[0][0] if spans else 1
+
+
+def _full_nodes(found: Findings, nodes: Mapping[str, Any]) -> frozenset[str]:
+    """Parameter-only statistics over a nested axis are taken at full width, then cut."""
+    out = set()
+    for node in found.pure:
+        mixed = (*found.mixed.get(node, ()), *found.contracted.get(node, ()))
+        if any(leaf.fixed is None for t in mixed for leaf in axes.leaves(t)):
+            out.add(node.name)
+    return frozenset(out & nodes.keys())
+
+
+def _whole(parameters: Mapping[str, Any]) -> Iterable[Whole]:
+    seen: set[int] = set()
+    for name, terms in parameters.items():
+        for i, term in enumerate(terms):
+            for leaf in axes.leaves(term):
+                if leaf.fixed and leaf.fixed is not COPIES and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, leaf.fixed.place)
+
+
+def _overridden(plan: Plan, overrides: Mapping[str, Any] | None) -> Plan:
+    """Replace the widths of named groups: {group: [width at each size]}."""
+    if not overrides:
+        return plan
+    names = [g.name for g in plan.groups]
+    ladder = [list(w) for w in plan.ladder]
+    for name, widths in overrides.items():
+        if name == "inputs":
+            continue
+        if name not in names:
+            raise PlanError(f"overrides name the group {name!r}; the groups are {', '.join(names)}")
+        index = names.index(name)
+        _check_override(name, widths, (plan.groups[index].size, plan.levels))
+        for level, value in enumerate(widths):
+            ladder[level][index] = int(value)
+    from dataclasses import replace
+
+    return replace(plan, ladder=tuple(map(tuple, ladder)))
+
+
+def _check_override(name: str, widths: Any, expected: tuple[int, int]) -> None:
+    size, levels = expected
+    ok = isinstance(widths, Sequence) and len(widths) == levels and list(widths) == sorted(widths)
+    if not ok or widths[0] < 1 or widths[-1] != size:
+        raise PlanError(
+            f"overrides[{name!r}] = {widths!r}; expected {levels} ascending widths from at least 1 "
+            f"to {size}, one for each size"
+        )
+
+
+def output_plan(trace: Trace, request: Request) -> Plan:
+    """Return the plan of scope="output": only the last axis of the representation nests (MRL).
+
+    Every floating output whose last axis has the width of the first one is cut; no weight changes.
+    """
+    output = next(iter(reversed(trace.graph.nodes)))
+    shapes = [getattr(getattr(v, "meta", {}).get("shape"), "shape", ()) for v in output.args[0]]  # type: ignore[union-attr]
+    width = next((s[-1] for s in shapes if s), None)
+    if width is None or width < 2:
+        raise NothingNests(
+            "the model returns no tensor with a last axis, so there is nothing to nest"
+        )
+    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
+    group = Group("output", width, ())
+    notes = {str(i): (Nested(0, width),) for i, s in enumerate(shapes) if s and s[-1] == width}
+    return Plan(
+        options=request.options,
+        sizes=sizes,
+        main=0,
+        unit=1,
+        groups=(group,),
+        ladder=ladder_of((group,), sizes, width),
+        nodes={},
+        notes={"output": notes},
+        parameters={name: tuple((n,) for n in t.shape) for name, t in trace.state().items()},
+        remarks=trace.notes,
+    )

@@ -1,0 +1,290 @@
+"""choose(): what masked nesting does at each node, so that one full pass holds every size.
+
+mask      a contraction with a parameter: outputs of a level read inputs of levels up to it
+norm      a norm over a nested axis: statistics of each unit's own level (or prefix)
+level     another statistic over a nested axis, kept at full length, one value per level
+readout   a contraction into a whole axis that ends in outputs: the tail, once per size
+clamp     a contraction into a whole axis inside the trunk: reads the smallest size only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.walk import Findings, flat_terms
+from matryoshkafy.rules import RULES, op_key
+from matryoshkafy.rules.contraction import CONVOLUTIONS, TRANSPOSED
+from matryoshkafy.rules.pointwise import pointwise
+from matryoshkafy.rules.weights import weight_places
+
+TAIL_SHARE = 0.1
+CLAMP_SHARE = 0.2
+NORMS = {"layer_norm", "rms_norm", "group_norm"}
+LENGTHS = {"linalg_vector_norm", "norm"}
+LEVEL_STATISTICS = {"mean", "sum", "var", "std", "amax", "amin", *LENGTHS}
+MASKABLE = {
+    "linear",
+    "addmm",
+    "mm",
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+    *CONVOLUTIONS,
+    *TRANSPOSED,
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "_grouped_mm",
+    "mv",
+    "dot",
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
+    "rnn_relu_cell",
+}
+CLAMPABLE = (
+    MASKABLE
+    | LEVEL_STATISTICS
+    | {
+        "scaled_dot_product_attention",
+        "logsumexp",
+        "prod",
+        "max",
+        "min",
+        "cosine_similarity",
+        "cdist",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What masked nesting does at a node, and the axes that are summed there."""
+
+    kind: str
+    axes: tuple[Axis, ...] = ()
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Choices per node, the nodes computed once per size, and remarks for the plan."""
+
+    choices: dict[str, Choice]
+    tail: frozenset[str]
+    remarks: tuple[str, ...]
+
+
+def choose(
+    trace: Trace, found: Findings, settle: Callable[[], None], share: Mapping[Axis, float]
+) -> Masking:
+    """Decide what every node does; axes that must be demoted are fixed on the way.
+
+    `share` gives the part of all parameters that each axis belongs to.
+
+    Each round that demotes an axis starts over, with one axis less: it ends.
+    """
+    planner = _Planner(trace, found, share)
+    while not planner.round():
+        settle()
+    tail = frozenset(n.name for n in planner.tail)
+    return Masking(planner.choices, tail, tuple(planner.remarks))
+
+
+class _Planner:
+    def __init__(self, trace: Trace, found: Findings, share: Mapping[Axis, float]) -> None:
+        self.found, self.share = found, share
+        self.nodes = [n for n in trace.graph.nodes if n.op == "call_function" and n in found.terms]
+        self.work = [n for n in self.nodes if n not in found.pure]
+        self.count = sum(map(_is_tensor, self.work))
+        self.output = next(iter(reversed(trace.graph.nodes)))
+        self.after = _descendants(self.work)
+        self.remarks: list[str] = []
+        self.choices: dict[str, Choice] = {}
+        self.tail: set[fx.Node] = set()
+
+    def round(self) -> bool:
+        """Decide every node once; False when an axis was demoted and all must be decided again."""
+        self.choices, self.tail = {}, set()
+        closings = []
+        for node in self.work:
+            kind = self._local(node)
+            if kind == "closing":
+                closings.append(node)
+            elif kind:
+                self.choices[node.name] = Choice(kind, self._summed(node))
+        closings.sort(key=lambda n: (self._reenters(n), len(self.after[n])))
+        if not all(map(self._close, closings)):
+            return False
+        self._widen_all()
+        return True
+
+    def _local(self, node: fx.Node) -> str | None:
+        summed = [t for t in self.found.contracted.get(node, ()) if nested(t)]
+        mixed = [t for t in self.found.mixed.get(node, ()) if nested(t)]
+        if not summed and not mixed:
+            return None
+        if mixed and op_name(node) in NORMS and _over_one_axis(node):
+            return "norm"
+        if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
+            small = len(self.after[node]) <= TAIL_SHARE * self.count
+            return "closing" if small and op_name(node) in LENGTHS else "level"
+        if summed and not mixed and op_name(node) in MASKABLE and self._fans_out(node):
+            return "mask"
+        return "closing"
+
+    def _summed(self, node: fx.Node) -> tuple[Axis, ...]:
+        terms = (*self.found.contracted.get(node, ()), *self.found.mixed.get(node, ()))
+        return tuple(dict.fromkeys(leaf for t in terms for leaf in free(t)))
+
+    def _widen_all(self) -> None:
+        """A statistic kept at full length makes what is computed from it as long as the axis."""
+        for node in self.work:
+            choice = self.choices.get(node.name)
+            if choice is not None and choice.kind == "level":
+                for other, terms in (widened(node, self.found) or {}).items():
+                    self.found.terms[other] = terms
+
+    def _keeps_dim(self, node: fx.Node) -> bool:
+        if op_name(node) not in LEVEL_STATISTICS or isinstance(node.meta["shape"], tuple):
+            return False
+        args = bound_args(node)
+        if args.get("ord", args.get("p", 2)) not in (2, None) or args.get("dtype") is not None:
+            return False
+        if args.get("correction", 1) not in (0, 1) or "unbiased" in args:
+            return False
+        return bool(args.get("keepdim")) and isinstance(args.get("dim"), (int, list, tuple))
+
+    def _fans_out(self, node: fx.Node) -> bool:
+        """Every summed axis stands in a weight whose outputs nest, which therefore is masked."""
+        masked: set[Axis] = set()
+        for weight, place in weight_places(node).items():
+            terms = list(flat_terms(self.found.terms[weight]))
+            if any(nested(terms[o]) for o in place.outs):
+                masked.update(leaf for i in place.into for leaf in free(terms[i]))
+        return set(self._summed(node)) <= masked
+
+    def _weighty(self, summed: tuple[Axis, ...]) -> bool:
+        """An axis that carries much of the model must shrink, even at the cost of a clamp."""
+        return any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
+
+    def _reenters(self, node: fx.Node) -> bool:
+        """Tell whether what follows is nested again: the tail would be a model of its own."""
+        return any(nested(t) for n in self.after[node] for t in flat_terms(self.found.terms[n]))
+
+    def _close(self, node: fx.Node) -> bool:
+        """A width ends here in a whole axis: the tail, or clamped, or demoted."""
+        after = self.after[node] | {node}
+        summed = self._summed(node)
+        place = node.meta.get("source") or node.name
+        if not self._reenters(node) or len(self.tail | after) <= TAIL_SHARE * self.count:
+            self.choices[node.name] = Choice("readout", summed)
+            self.tail |= after
+            return True
+        if self._weighty(summed) and op_name(node) in CLAMPABLE:
+            self.choices[node.name] = Choice("clamp", summed)
+            self.remarks.append(
+                f"clamp: {op_name(node)} at {place} turns a width into a whole axis inside the "
+                "trunk; it reads the smallest size only, which costs capacity"
+            )
+            return True
+        for leaf in summed:
+            leaf.fixed = Reason("demoted", place)
+        self.remarks.append(
+            f"demoted: {', '.join(a.name for a in summed)} stays whole: {op_name(node)} at {place} "
+            "turns it into a whole axis inside the trunk"
+        )
+        return False
+
+
+def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Any] | None:
+    """Return the terms of a statistic kept at full length, and of what is computed from it.
+
+    None where something other than an elementwise op reads it before it meets its axis again.
+    """
+    source = node.args[0]
+    terms = dict(enumerate(found.terms[source]))  # type: ignore[index]
+    dims = {d % len(terms) for d in _dims_of(node)}
+    if sum(nested(terms[d]) for d in dims) != 1:
+        return None
+    axis = next(d for d in dims if nested(terms[d]))
+    out = {node: tuple(terms[d] if d == axis else t for d, t in enumerate(found.terms[node]))}
+    queue = [node]
+    while queue:
+        for user in queue.pop().users:
+            step = _widened_user(user, out, found, terms[axis])
+            if step is None:
+                return None
+            if step and user not in out:
+                out[user] = step
+                queue.append(user)
+    return out
+
+
+def _dims_of(node: fx.Node) -> list[int]:
+    dim = bound_args(node)["dim"]
+    return [dim] if isinstance(dim, int) else list(dim)
+
+
+def _widened_user(user: fx.Node, out: dict[fx.Node, Any], found: Findings, axis: Term) -> Any:
+    """() where the user has the axis anyway; its new terms where it grows; None where it cannot."""
+    rule = RULES.get(op_key(user.target)) if user.op == "call_function" else None
+    if rule is not pointwise and op_name(user) != "expand_as":
+        return None
+    rank = len(found.terms[user])
+    grown: list[Term] = list(found.terms[user])
+    for argument in user.all_input_nodes:
+        mine = out.get(argument)
+        for i, term in enumerate(mine or (), rank - len(mine or ())):
+            if term and not grown[i]:
+                grown[i] = term
+            elif term and _leaves(term) != _leaves(grown[i]):
+                return None
+    del axis
+    return () if tuple(grown) == tuple(found.terms[user]) else tuple(grown)
+
+
+def _leaves(term: Term) -> list[Axis]:
+    return list(axes.leaves(term))
+
+
+def _over_one_axis(node: fx.Node) -> bool:
+    a = bound_args(node)
+    return a.get("num_groups", 1) == 1 and len(a.get("normalized_shape", [0])) == 1
+
+
+def free(term: Term) -> list[Axis]:
+    """Return the axes of a term that nest."""
+    return [leaf for leaf in axes.leaves(term) if leaf.fixed is None]
+
+
+def nested(term: Term) -> bool:
+    """Tell whether a term shrinks."""
+    return bool(free(term))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    info = node.meta.get("shape")
+    return hasattr(info, "shape") or isinstance(info, tuple)
+
+
+def _descendants(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    known = set(nodes)
+    after: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(nodes):
+        mine: set[fx.Node] = set()
+        for user in node.users:
+            if user in known:
+                mine.add(user)
+                mine |= after[user]
+        after[node] = mine
+    return after

@@ -1,0 +1,276 @@
+"""Plan: the frozen result of the analysis. Parameter -> axes, group -> width at each level.
+
+The plan is the single source of truth: converting, slicing, saving and loading read it and nothing
+else. It prints as a table and round-trips through JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim, Widths
+from matryoshkafy.errors import PlanError
+from matryoshkafy.sizes import width_at
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that must shrink together: a name (where it was born), its units, the parameters in
+    it.
+    """
+
+    name: str
+    size: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An axis that stays whole, and why: input, vocabulary, classes, indexed, unknown op, ..."""
+
+    axis: str
+    size: int
+    why: str
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An op without a rule: its axes stay whole."""
+
+    op: str
+    node: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A constant of the graph that was derived from a width.
+
+    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
+    slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+    """
+
+    node: str
+    argument: str
+    value: float
+    group: int
+    units: int
+    power: float
+    source: str = ""
+    form: str = "power"
+
+    def at(self, width: int) -> float:
+        """Return the constant where the group has `width` units."""
+        if self.form == "power":
+            return self.value * (width / self.units) ** self.power
+        return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
+
+    def __str__(self) -> str:
+        formula = (
+            f"{self.units} ** {self.power:g}"
+            if self.form == "power"
+            else f"2 ** (-8 / {self.units})"
+        )
+        return f"{self.value:.6g} = {formula}"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What masked nesting does at a node (mask, norm, level, clamp, readout), over which groups."""
+
+    kind: str
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    nesting: str = "masked"
+    scope: str = "full"
+    norm: str = "block"
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which axes nest, and what every node does about it.
+
+    `nodes` gives each node's dims (a tuple of Dims, or a tuple of those for several outputs);
+    `notes` the extra dims of a node (groups of a convolution); `actions` what masked nesting does
+    at a node; `tail` the nodes computed once per size; `full` the parameter-only statistics that
+    are taken at full width before they are cut.
+    """
+
+    options: Options
+    sizes: tuple[int, ...]
+    main: int
+    unit: int
+    groups: tuple[Group, ...]
+    ladder: tuple[Widths, ...]
+    parameters: Mapping[str, tuple[Dim, ...]]
+    nodes: Mapping[str, Any]
+    notes: Mapping[str, Mapping[str, Dim]] = field(default_factory=dict)
+    actions: Mapping[str, Action] = field(default_factory=dict)
+    tail: frozenset[str] = frozenset()
+    full: frozenset[str] = frozenset()
+    whole: tuple[Whole, ...] = ()
+    unknown: tuple[Unknown, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """The model's width at full size: units of the main group times what each unit spans."""
+        return self.groups[self.main].size * self.unit
+
+    @property
+    def levels(self) -> int:
+        """How many sizes there are."""
+        return len(self.sizes)
+
+    def level(self, size: int) -> int:
+        """Return the level of a size; raises `PlanError` that lists the sizes."""
+        if size not in self.sizes:
+            known = ", ".join(map(str, self.sizes))
+            raise PlanError(f"size {size} was asked for; this model has the sizes {known}")
+        return self.sizes.index(size)
+
+    def up_to(self, level: int) -> Plan:
+        """Return the plan of the sub-model at a level: the same ladder, ending there."""
+        return replace(self, sizes=self.sizes[: level + 1], ladder=self.ladder[: level + 1])
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether one full pass holds every size."""
+        return self.options.nesting == "masked"
+
+    def __str__(self) -> str:
+        from matryoshkafy.plan.text import table
+
+        return table(self)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(plan_to_dict(self), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan that `to_json` wrote; raises `PlanError` for anything else."""
+        try:
+            return plan_from_dict(json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(
+                f"this is no plan of matryoshkafy ({error}); the file is damaged"
+            ) from error
+
+
+def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> tuple[Widths, ...]:
+    """Return the width of every group at every level: the ratio m / D, rounded up, at least 1."""
+    return tuple(tuple(width_at(g.size, size, width) for g in groups) for size in sizes)
+
+
+def _node_dims_to_json(value: Any) -> Any:
+    if value and isinstance(value[0], tuple) and _several(value):
+        return {"many": [[dims.to_json(d) for d in v] for v in value]}
+    return [dims.to_json(d) for d in value]
+
+
+def _several(value: Any) -> bool:
+    """A node with several outputs holds tuples of dims; a dim itself is a tuple of factors."""
+    return isinstance(value, Many)
+
+
+class Many(tuple):
+    """The dims of a node with several outputs: one tuple of Dims each."""
+
+    __slots__ = ()
+
+
+def _node_dims_from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Many(tuple(dims.from_json(d) for d in v) for v in value["many"])
+    return tuple(dims.from_json(d) for d in value)
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """Return the plan as plain JSON values."""
+    return {
+        "format": PLAN_FORMAT,
+        "options": asdict(plan.options),
+        "sizes": list(plan.sizes),
+        "main": plan.main,
+        "unit": plan.unit,
+        "groups": [asdict(g) for g in plan.groups],
+        "ladder": [list(w) for w in plan.ladder],
+        "parameters": {k: [dims.to_json(d) for d in v] for k, v in plan.parameters.items()},
+        "nodes": {k: _node_dims_to_json(v) for k, v in plan.nodes.items()},
+        "notes": {k: {n: dims.to_json(d) for n, d in v.items()} for k, v in plan.notes.items()},
+        "actions": {k: [a.kind, *a.groups] for k, a in plan.actions.items()},
+        "tail": sorted(plan.tail),
+        "full": sorted(plan.full),
+        "whole": [asdict(w) for w in plan.whole],
+        "unknown": [asdict(u) for u in plan.unknown],
+        "scalars": [asdict(s) for s in plan.scalars],
+        "remarks": list(plan.remarks),
+    }
+
+
+def plan_from_dict(data: Mapping[str, Any]) -> Plan:
+    """Read a plan from JSON values; raises `PlanError` where they do not fit together."""
+    if data.get("format") != PLAN_FORMAT:
+        raise PlanError(
+            f"the plan has format {data.get('format')!r}, this version reads {PLAN_FORMAT}; "
+            "upgrade matryoshkafy"
+        )
+    plan = Plan(
+        options=_options(data["options"]),
+        sizes=tuple(data["sizes"]),
+        main=data["main"],
+        unit=data["unit"],
+        groups=tuple(Group(g["name"], g["size"], tuple(g["parameters"])) for g in data["groups"]),
+        ladder=tuple(tuple(w) for w in data["ladder"]),
+        parameters={k: tuple(dims.from_json(d) for d in v) for k, v in data["parameters"].items()},
+        nodes={k: _node_dims_from_json(v) for k, v in data["nodes"].items()},
+        notes={k: {n: dims.from_json(d) for n, d in v.items()} for k, v in data["notes"].items()},
+        actions={k: Action(v[0], tuple(v[1:])) for k, v in data["actions"].items()},
+        tail=frozenset(data["tail"]),
+        full=frozenset(data["full"]),
+        whole=tuple(Whole(**w) for w in data["whole"]),
+        unknown=tuple(Unknown(**u) for u in data["unknown"]),
+        scalars=tuple(Scalar(**s) for s in data["scalars"]),
+        remarks=tuple(data["remarks"]),
+    )
+    _check(plan)
+    return plan
+
+
+def _options(saved: Mapping[str, Any]) -> Options:
+    return Options(saved["nesting"], saved["scope"], saved["norm"], tuple(saved["keep"]))
+
+
+def _check(plan: Plan) -> None:
+    """Refuse a plan whose parts contradict each other: it would slice out of bounds."""
+    counts = [g.size for g in plan.groups]
+    ascending = all(a < b for a, b in zip(plan.sizes, plan.sizes[1:], strict=False))
+    if not plan.sizes or not ascending or len(plan.ladder) != len(plan.sizes):
+        raise PlanError("the plan's sizes do not ascend or miss their widths; the file is damaged")
+    if not 0 <= plan.main < len(counts):
+        raise PlanError("the plan's main group is missing; the file is damaged")
+    for widths in plan.ladder:
+        if len(widths) != len(counts) or any(
+            not 1 <= w <= n for w, n in zip(widths, counts, strict=True)
+        ):
+            raise PlanError("the plan's widths are out of bounds; the file is damaged")
+    for name, axes in plan.parameters.items():
+        for dim in axes:
+            if any(g >= len(counts) for g in dims.groups_of(dim)):
+                raise PlanError(f"parameter {name!r} names a group that is missing")

@@ -1,0 +1,191 @@
+"""solve(): findings become a frozen plan. Which axes nest, in which groups, and what each node
+does.
+
+The policies, in order: what the user keeps stays whole; an axis nests only if it is a feature
+(in or out of a contraction with a parameter, or the columns of an embedding); of a product only the
+outermost free factor nests; an output axis that nothing contracts is a head and stays whole; in
+masked nesting a width that is contracted into a whole axis either ends in the tail, is demoted, or
+is clamped to the smallest size.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from matryoshkafy import axes
+from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
+from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.scalars import KEEP
+from matryoshkafy.plan.walk import Findings, flat_terms
+
+NONLINEAR = {
+    "tanh",
+    "relu",
+    "gelu",
+    "silu",
+    "elu",
+    "mish",
+    "leaky_relu",
+    "hardswish",
+    "relu6",
+    "selu",
+}
+
+
+def parameter_terms(trace: Trace, found: Findings) -> dict[str, Any]:
+    out = {}
+    for node in trace.graph.nodes:
+        if (
+            node.op == "get_attr"
+            and found.terms.get(node) is not None
+            and node.target != "training"
+        ):
+            out[str(node.target)] = found.terms[node]
+    return out | _aliases(trace, out)
+
+
+def _aliases(trace: Trace, read: Mapping[str, Any]) -> dict[str, Any]:
+    """Ties stay ties: a second name of a tensor that the graph reads has the same axes."""
+    state = trace.state()
+    owners = {id(state[name]): name for name in read if name in state}
+    return {n: read[owners[id(t)]] for n, t in state.items() if n not in read and id(t) in owners}
+
+
+def hold_kept(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
+    patterns = [p for p in patterns if not p.startswith(KEEP)]
+    used = set()
+    for node in trace.graph.nodes:
+        name = str(node.target) if node.op == "get_attr" else node.name
+        for pattern in patterns:
+            if name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatch(name, pattern):
+                used.add(pattern)
+                for term in flat_terms(found.terms.get(node, ())):
+                    axes.fix(term, Reason("kept", pattern))
+    missing = [p for p in patterns if p not in used]
+    if missing:
+        raise PlanError(
+            f"keep={missing[0]!r} matches no parameter, module or node; use a name such as "
+            f"{next((str(n.target) for n in trace.graph.nodes if n.op == 'get_attr'), '')!r}"
+        )
+
+
+def fix_heads(trace: Trace, found: Findings) -> None:
+    """An output axis that nothing contracts is classes or vocabulary: it stays whole.
+
+    A pooled representation (behind a nonlinearity) is no head although nothing contracts it here.
+    """
+    summed = set()
+    for terms in (*found.contracted.values(), *found.mixed.values()):
+        summed.update(leaf for t in terms for leaf in axes.leaves(t))
+    for node in found.terms:
+        if node.op == "call_function" and op_name(node) in NONLINEAR and node not in found.pure:
+            summed.update(leaf for t in flat_terms(found.terms[node]) for leaf in axes.leaves(t))
+    output = next(iter(reversed(trace.graph.nodes)))
+    for node in output.all_input_nodes:
+        for term in flat_terms(found.terms.get(node, ())):
+            for leaf in axes.leaves(term):
+                if leaf not in summed and leaf.fixed is None:
+                    leaf.fixed = Reason("classes", node.name)
+
+
+def settle(found: Findings) -> None:
+    """Fix what is no feature, then all but the outermost free factor of every product."""
+    features = {leaf for t in found.features for leaf in axes.leaves(t)}
+    products: dict[Any, Term] = {}
+    for term in found.all_terms():
+        resolved = axes.resolve(term)
+        for leaf in axes.leaves(resolved):
+            if leaf.fixed is None and leaf not in features:
+                leaf.fixed = Reason("no feature")
+        if len(resolved) > 1 or any(isinstance(f, Sum) for f in resolved):
+            products[str([id(leaf) for leaf in axes.leaves(resolved)])] = resolved
+    changed = True
+    while changed:
+        changed = any([_outermost(term) for term in products.values()])
+
+
+def _outermost(term: Term) -> bool:
+    """Fix every free factor inside the outermost free one; tell whether anything changed."""
+    changed, free = False, False
+    for factor in term:
+        mine = [leaf for leaf in axes.leaves((factor,)) if leaf.fixed is None]
+        if free:
+            changed |= bool(mine)
+            for leaf in mine:
+                leaf.fixed = Reason("inner", leaf.name)
+        elif isinstance(factor, Sum):
+            changed |= any([_outermost(axes.resolve(s)) for s in factor.segments])
+        free = free or any(leaf.fixed is None for leaf in mine)
+    return changed
+
+
+def _inside_products(parameters: Mapping[str, Any]) -> set[Axis]:
+    """Return the axes that are one factor among several of some dimension, copies not counted."""
+    inside: set[Axis] = set()
+    for term in (t for terms in parameters.values() for t in terms):
+        resolved = axes.resolve(term)
+        if len([f for f in resolved if not (isinstance(f, Axis) and f.fixed is COPIES)]) > 1:
+            inside.update(axes.leaves(resolved))
+    return inside
+
+
+def only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, Any]) -> None:
+    """Keep the hidden axes between two contractions with the residual stream, fix the rest.
+
+    An attention head axis is a factor of a product (heads x head_dim), a hidden axis stands alone.
+    """
+    main = heaviest(trainable(trace, parameters))
+    inside = _inside_products(parameters)
+    partners: dict[Axis, set[Axis]] = {}
+    for terms in parameters.values():
+        free = [{leaf for leaf in axes.leaves(t) if leaf.fixed is None} for t in terms]
+        for i, mine in enumerate(free):
+            others = set().union(*(f for j, f in enumerate(free) if j != i))
+            for leaf in mine:
+                partners.setdefault(leaf, set()).update(others)
+    for leaf, others in partners.items():
+        hidden = leaf is not main and leaf not in inside and others == {main}
+        if not hidden and leaf.fixed is None:
+            leaf.fixed = Reason("scope", "ffn")
+    for term in found.all_terms():
+        for leaf in axes.leaves(term):
+            if leaf.fixed is None and leaf not in partners:
+                leaf.fixed = Reason("scope", "ffn")
+
+
+def trainable(trace: Trace, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out buffers, whose size says nothing of the model's; keep them where there is no
+    other.
+    """
+    state = trace.state()
+    once = {id(state[n]): n for n in reversed(list(parameters)) if n in state}
+    names = [n for n in once.values() if isinstance(state[n], nn.Parameter)]
+    return {n: t for n, t in parameters.items() if n in names} or dict(parameters)
+
+
+def heaviest(parameters: Mapping[str, Any]) -> Axis | None:
+    mine = shares(parameters)
+    return max(mine, key=lambda axis: mine[axis]) if mine else None
+
+
+def shares(parameters: Mapping[str, Any]) -> dict[Axis, float]:
+    """Return for every free axis the part of all parameters that it belongs to."""
+    weight: Counter[Axis] = Counter()
+    whole = 0
+    for terms in parameters.values():
+        total = math.prod(max(axes.size(term), 1) for term in terms)
+        whole += total
+        for leaf in {leaf for t in terms for leaf in axes.leaves(t) if leaf.fixed is None}:
+            weight[leaf] += total
+    return {axis: total / whole for axis, total in weight.most_common()}
+
+
+# --- freezing ---------------------------------------------------------------------------------

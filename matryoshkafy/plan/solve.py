@@ -1,0 +1,35 @@
+"""solve(): findings become a frozen plan: which axes nest, in which groups, what nodes do."""
+
+from __future__ import annotations
+
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.freeze import Request, freeze
+from matryoshkafy.plan.masking import Masking, choose
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.plan.policies import (
+    fix_heads,
+    hold_kept,
+    only_feed_forward,
+    parameter_terms,
+    settle,
+    shares,
+    trainable,
+)
+from matryoshkafy.plan.walk import Findings
+
+
+def solve(trace: Trace, found: Findings, request: Request) -> Plan:
+    """Return the plan of a traced and walked model.
+
+    Raises `NothingNests` where no axis is a width, `PlanError` where the request does not fit.
+    """
+    parameters = parameter_terms(trace, found)
+    hold_kept(trace, found, request.options.keep)
+    fix_heads(trace, found)
+    settle(found)
+    if request.options.scope == "ffn":
+        only_feed_forward(trace, found, parameters)
+    masking = Masking({}, frozenset(), ())
+    if request.options.nesting == "masked" and request.options.scope == "full":
+        masking = choose(trace, found, lambda: settle(found), shares(trainable(trace, parameters)))
+    return freeze(trace, found, request, (parameters, masking))

@@ -1,0 +1,1 @@
+"""Graph and plan become the graphs of dolls and sub-models."""

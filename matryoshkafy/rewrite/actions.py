@@ -1,0 +1,237 @@
+"""What masked nesting writes at a node: a row per action."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from matryoshkafy.axes import dims
+from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.plan.plan import Action, Many
+from matryoshkafy.rewrite.masks import masked_weights, node_masks
+from matryoshkafy.rewrite.resize import resize
+from matryoshkafy.rewrite.writer import Actions, Rewriter, nested
+
+aten = torch.ops.aten
+
+
+def _plain(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    del action
+    return writer.copy(node, level)
+
+
+def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    """Every operand keeps the smallest size of the axes that are summed here."""
+    groups = set(action.groups)
+    ladder = list(writer.plan.ladder[level])
+    smallest = [w if i in groups else ladder[i] for i, w in enumerate(writer.plan.ladder[0])]
+
+    def narrowed(value: fx.Node) -> Any:
+        new = writer.written[writer.key(value, level)]
+        shape = writer.plan.nodes.get(value.name, ())
+        if isinstance(shape, Many) or not isinstance(new, fx.Node):
+            return new
+        for i, dim in enumerate(shape):
+            if groups & set(dims.groups_of(dim)):
+                segments = dims.relative(dim, tuple(ladder), tuple(smallest))
+                new = new if segments is None else writer.cut_dim(new, i, segments)
+        return new
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), narrowed)
+    new = writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    resize(writer.plan, tuple(smallest), node, new)
+    return new
+
+
+def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    """A contraction with a parameter: fast nested operators where they exist, masked weights
+    else.
+    """
+    if writer.source.standalone and all(
+        m in writer.masks for m in masked_weights(node, writer.plan)
+    ):
+        return writer.copy(node, level)
+    fast = FAST.get(op_name(node))
+    new = fast(writer, node, level) if fast else None
+    return new if new is not None else _mask_weights(writer, node, level, action)
+
+
+def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    masks = node_masks(node, writer.plan)
+
+    def masked(value: fx.Node) -> Any:
+        new = writer.written[writer.key(value, level)]
+        shape = writer.plan.nodes.get(value.name, ())
+        for mask in masks.get(value, ()):
+            runs = [writer.runs(shape[d], level) for d in (mask.out, mask.into)]
+            new = writer.graph.call_function(nested.mask.default, (new, mask.out, mask.into, *runs))
+        return new
+
+    del action
+    args, kwargs = fx.map_arg((node.args, node.kwargs), masked)
+    new = writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    resize(writer.plan, writer.plan.ladder[level], node, new)
+    return new
+
+
+def _fast_linear(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
+    a = bound_args(node)
+    if len(writer.plan.nodes[a["weight"].name]) != 2:
+        return None
+    new = {
+        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
+        for k, v in a.items()
+    }
+    return _linear(
+        writer,
+        node,
+        (new["input"], new["weight"], new["bias"]),
+        (writer.plan.nodes[a["weight"].name], level),
+    )
+
+
+def _linear(writer: Rewriter, node: fx.Node, operands: Any, place: Any) -> fx.Node:
+    shape, level = place
+    runs = [writer.runs(d, level) for d in shape]
+    return writer.graph.create_node(
+        "call_function", nested.linear.default, (*operands, *runs), {}, name=node.name
+    )
+
+
+def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
+    """x @ W (and bias + x @ W): the weight turned is the weight of a linear."""
+    names = list(bound_args(node))
+    a = bound_args(node)
+    biased = op_name(node) == "addmm"
+    x, weight = (a[n] for n in (names[1:3] if biased else names[:2]))
+    shape = writer.plan.nodes[weight.name]
+    masks = node_masks(node, writer.plan)
+    if len(shape) != 2 or weight not in masks or (biased and (a["beta"], a["alpha"]) != (1, 1)):
+        return None
+    bias = a["self"] if biased else None
+    if bias is not None and len(writer.plan.nodes[bias.name]) != 1:
+        return None
+    new = [
+        writer.written[writer.key(v, level)] if v is not None else None for v in (x, weight, bias)
+    ]
+    turned = writer.graph.call_function(aten.t.default, (new[1],))
+    return _linear(writer, node, (new[0], turned, new[2]), (shape[::-1], level))
+
+
+def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
+    a = bound_args(node)
+    shape = writer.plan.nodes[a["weight"].name]
+    if isinstance(a["padding"], str) or a["groups"] != 1:
+        return None
+    transposed = "transpose" in op_name(node)
+    rank = len(shape) - 2
+    out, into = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    new = {
+        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
+        for k, v in a.items()
+    }
+    geometry = (
+        _spread(a["stride"], rank),
+        _spread(a["padding"], rank),
+        _spread(a["dilation"], rank),
+        transposed,
+        _spread(a.get("output_padding", 0), rank),
+        1,
+    )
+    runs = [writer.runs(d, level) for d in (out, into)]
+    args = (new["input"], new["weight"], new["bias"], *geometry, *runs)
+    return writer.graph.create_node("call_function", nested.conv.default, args, {}, name=node.name)
+
+
+def _spread(value: Any, rank: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
+
+
+FAST: Mapping[str, Callable[[Rewriter, fx.Node, int], fx.Node | None]] = {
+    "linear": _fast_linear,
+    "addmm": _fast_product,
+    "mm": _fast_product,
+    "matmul": _fast_product,
+    "conv1d": _fast_conv,
+    "conv2d": _fast_conv,
+    "conv3d": _fast_conv,
+    "conv_transpose1d": _fast_conv,
+    "conv_transpose2d": _fast_conv,
+    "conv_transpose3d": _fast_conv,
+}
+
+
+def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    """Statistics of each unit's own level, or of its prefix."""
+    del action
+    a = bound_args(node)
+    new = {
+        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
+        for k, v in a.items()
+    }
+    prefix = writer.plan.options.norm == "prefix"
+    shape = writer.plan.nodes[a["input"].name]
+    name = op_name(node)
+    if name == "group_norm":
+        return _group_norm(writer, node, level, (new, shape, prefix))
+    runs = writer.runs(shape[-1], level)
+    eps = a["eps"] if a["eps"] is not None else torch.finfo(node.meta["shape"].dtype).eps
+    affine = (new["weight"], new["bias"]) if name == "layer_norm" else (new["weight"],)
+    target = nested.layer_norm.default if name == "layer_norm" else nested.rms_norm.default
+    return writer.graph.create_node(
+        "call_function", target, (new["input"], *affine, eps, runs, prefix), {}, name=node.name
+    )
+
+
+def _group_norm(writer: Rewriter, node: fx.Node, level: int, given: Any) -> fx.Node:
+    new, shape, prefix = given
+    args = (
+        new["input"],
+        new["weight"],
+        new["bias"],
+        new["eps"],
+        writer.runs(shape[1], level),
+        prefix,
+    )
+    return writer.graph.create_node(
+        "call_function", nested.group_norm.default, args, {}, name=node.name
+    )
+
+
+KINDS = {"linalg_vector_norm": "norm"}
+
+
+def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    """A statistic over a nested axis, kept at full length: each unit has its own level's."""
+    del action
+    a = bound_args(node)
+    source: Any = node.args[0]
+    shape = writer.plan.nodes[source.name]
+    over = [d % len(shape) for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])]
+    dim = next(d for d in over if dims.is_nested(shape[d]))
+    kind = KINDS.get(op_name(node), op_name(node))
+    kind += "0" if a.get("correction") == 0 else ""
+    args = (
+        writer.written[writer.key(source, level)],
+        over,
+        dim,
+        writer.runs(shape[dim], level),
+        kind,
+        writer.plan.options.norm == "prefix",
+    )
+    return writer.graph.create_node(
+        "call_function", nested.level_reduce.default, args, {}, name=node.name
+    )
+
+
+ACTIONS: Actions = {
+    "mask": _mask,
+    "norm": _norm,
+    "level": _level,
+    "clamp": _clamp,
+    "readout": _plain,
+}

@@ -1,0 +1,276 @@
+"""Graph + plan -> the graphs of a doll and of its sub-models.
+
+One `Rewriter` writes nodes at a level. At the last level of a masked plan this is the masked model;
+at a lower level it is a sub-model; the tail is written once per level over prefixes of the trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim, Widths
+from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.kernels import ops as _ops
+from matryoshkafy.plan.plan import Action, Many, Plan, Scalar
+from matryoshkafy.rewrite.codegen import CallCodeGen
+from matryoshkafy.rewrite.masks import weight_masks
+from matryoshkafy.rewrite.resize import resize
+
+aten = torch.ops.aten
+nested = torch.ops.matryoshkafy
+assert _ops
+
+Key = tuple[fx.Node, int]
+# Where a parameter-only statistic, or a parameter of a live graph, stands: before any cut.
+FULL_LEVEL = 10**6
+
+
+class Live:
+    """Parameters at full width: a lower level reads a slice of them."""
+
+    standalone = False
+
+
+class Standalone:
+    """Parameters cut beforehand: the graph reads them as they are."""
+
+    standalone = True
+
+
+Write = Callable[["Rewriter", fx.Node, int, Action], fx.Node]
+Actions = Mapping[str, Write]
+
+
+class Rewriter:
+    """Writes nodes of the user's graph at levels into a new graph; each (node, level) once."""
+
+    def __init__(
+        self, trace: Trace, plan: Plan, source: Live | Standalone, actions: Actions
+    ) -> None:
+        self.trace, self.plan, self.source, self.actions = trace, plan, source, actions
+        self.graph = fx.Graph()
+        self.graph.set_codegen(CallCodeGen(trace.signature))
+        self.written: dict[Key, Any] = {}
+        self.masks = weight_masks(trace, plan)
+        self.top = plan.levels - 1
+
+    def finish(self, levels: list[int]) -> fx.Graph:
+        """Write the outputs of the levels and return the graph."""
+        for node in self.trace.graph.nodes:
+            if node.op == "placeholder":
+                self._put(node, -1, self.graph.placeholder(str(node.target)))
+        output = next(iter(reversed(self.trace.graph.nodes)))
+        flat: list[Any] = []
+        for level in levels:
+            for position, value in enumerate(output.args[0]):  # type: ignore[arg-type]
+                flat.append(self._output(position, value, level))
+        self.graph.output(flat)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return self.graph
+
+    def finish_values(self, values: list[fx.Node | None]) -> fx.Graph:
+        """Write values of the trunk at full width and return the graph of them."""
+        for node in self.trace.graph.nodes:
+            if node.op == "placeholder":
+                self._put(node, -1, self.graph.placeholder(str(node.target)))
+        self.graph.output([self.at(v, self.top) for v in values])
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return self.graph
+
+    def _output(self, position: int, value: Any, level: int) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        written = self.at(value, level)
+        extra = self.plan.notes.get("output", {}).get(str(position))
+        if extra is None:
+            return written
+        shape = (*[(n,) for n in value.meta["shape"].shape[:-1]], extra)
+        return self.cut(written, shape, self.plan.ladder[level])
+
+    # Values.
+
+    def at(self, node: Any, level: int) -> Any:
+        """Return the value of an old node at a level, writing whatever it needs."""
+        if not isinstance(node, fx.Node):
+            return node
+        for needed in _needed(node, level, self):
+            if needed not in self.written:
+                self.written[needed] = self._write(*needed)
+        return self.written[self.key(node, level)]
+
+    def key(self, node: fx.Node, level: int) -> Key:
+        """Return at which level a node is written where `level` is asked for."""
+        if node.op != "placeholder":
+            return node, level
+        freed = any(map(dims.is_nested, self.plan.nodes.get(node.name, ())))
+        return node, (level if freed and level != FULL_LEVEL else -1)
+
+    def _trunk(self, node: fx.Node) -> bool:
+        """A trunk value of a masked doll is computed once, at full width, and read by prefix."""
+        return (
+            self.plan.masked
+            and not self.source.standalone
+            and node.op == "call_function"
+            and node.name not in self.plan.tail
+        )
+
+    def sources(self, node: fx.Node, level: int) -> list[Key]:
+        """Return what must be written before (node, level)."""
+        if level == FULL_LEVEL:
+            pass
+        elif self._cut_from_full(node, level):
+            return [] if self.source.standalone else [(node, FULL_LEVEL)]
+        elif self._trunk(node) and level != self.top:
+            return [(node, self.top)]
+        return [self.key(n, level) for n in node.all_input_nodes]
+
+    def _cut_from_full(self, node: fx.Node, level: int) -> bool:
+        if self.source.standalone and is_reparametrised(node):
+            return False
+        return node.name in self.plan.full and level != FULL_LEVEL
+
+    def _write(self, node: fx.Node, level: int) -> Any:
+        if node.op == "get_attr":
+            return self._state(node, level)
+        if node.op == "placeholder":
+            return self._input(node, level)
+        if self._cut_from_full(node, level):
+            if self.source.standalone:
+                return self._put(node, level, self.graph.get_attr(baked_name(node)))
+            return self._cut_value(node, FULL_LEVEL, level)
+        if self._trunk(node) and level not in (self.top, FULL_LEVEL):
+            return self._cut_value(node, self.top, level)
+        return self._put(node, level, self._apply(node, level))
+
+    def _input(self, node: fx.Node, level: int) -> Any:
+        """An input whose axis the user freed: a sub-model takes its prefix, a doll cuts it."""
+        if self.source.standalone or level == self.top:
+            return self.written[node, -1]
+        return self._cut_value(node, -1, level)
+
+    def _put(self, node: fx.Node, level: int, new: Any) -> Any:
+        new.meta = {k: node.meta[k] for k in ("source",) if k in node.meta}
+        new.meta["origin"] = (node.name, level)
+        self.written[node, level] = new
+        return new
+
+    def _cut_value(self, node: fx.Node, have: int, want: int) -> Any:
+        value = self.written[node, have]
+        widths = self.plan.ladder[want]
+        shape = self.plan.nodes.get(node.name, ())
+        if isinstance(shape, Many):
+            return value
+        return self.cut(value, shape, widths)
+
+    def cut(self, value: fx.Node, shape: tuple[Dim, ...], widths: Widths) -> fx.Node:
+        """Return the part of a value that is kept at the given widths."""
+        for i, dim in enumerate(shape):
+            segments = dims.relative(dim, self.plan.ladder[-1], widths)
+            if segments is not None:
+                value = self.cut_dim(value, i, segments)
+        return value
+
+    def cut_dim(self, value: fx.Node, dim: int, segments: dims.Segments) -> fx.Node:
+        call = self.graph.call_function
+        parts = [call(aten.slice.Tensor, (value, dim, a, b)) for a, b in segments]
+        return parts[0] if len(parts) == 1 else call(aten.cat.default, (parts, dim))
+
+    def _state(self, node: fx.Node, level: int) -> Any:
+        known = self.written.get((node, FULL_LEVEL))
+        if known is None:
+            known = self._attribute(node)
+        if self.source.standalone or level == FULL_LEVEL:
+            return known
+        widths = self.plan.ladder[level]
+        return self.cut(known, self.plan.parameters.get(str(node.target), ()), widths)
+
+    def _attribute(self, node: fx.Node) -> fx.Node:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            new = self.graph.get_attr(str(node.target))
+        return self._put(node, FULL_LEVEL, new)
+
+    # Nodes.
+
+    def _apply(self, node: fx.Node, level: int) -> fx.Node:
+        picked = getattr(node.target, "__name__", "") == "getitem"
+        if picked and isinstance(node.args[0], fx.Node):
+            return self.copy(node, level, resized=False)
+        action = self.plan.actions.get(node.name)
+        if action is None or level == FULL_LEVEL or not self.plan.masked:
+            return self.copy(node, level)
+        return self.actions[action.kind](self, node, level, action)
+
+    def copy_args(self, node: fx.Node, level: int) -> tuple[Any, Any]:
+        """Return the node's arguments at a level."""
+        return fx.map_arg((node.args, node.kwargs), lambda n: self.written[self.key(n, level)])
+
+    def copy(self, node: fx.Node, level: int, *, resized: bool = True) -> fx.Node:
+        args, kwargs = self.copy_args(node, level)
+        new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        if resized and level != FULL_LEVEL and hasattr(node.target, "_schema"):
+            resize(self.plan, self.plan.ladder[level], node, new)
+            self._rescale(node, level, new)
+        return new
+
+    def _rescale(self, node: fx.Node, level: int, new: fx.Node) -> None:
+        for scalar in self.plan.scalars:
+            if scalar.node == node.name:
+                width = self.plan.ladder[level][scalar.group]
+                new.update_arg(int(scalar.argument), self._constant(node, new, scalar, width))
+
+    def _constant(self, node: fx.Node, new: fx.Node, scalar: Scalar, width: int) -> Any:
+        """A tensor of one element stays a tensor: pow of two tensors takes no number."""
+        value = scalar.at(width)
+        if scalar.form == "power":
+            return value
+        with self.graph.inserting_before(new):
+            old = new.args[int(scalar.argument)]
+            return self.graph.call_function(aten.full_like.default, (old, value))
+
+    def runs(self, dim: Dim, level: int) -> list[int]:
+        """Return the level of each index of a dim, run-length coded."""
+        return list(dims.runs(dim, self.plan.ladder[: level + 1]))
+
+
+def _needed(node: fx.Node, level: int, writer: Rewriter) -> list[Key]:
+    """Return (node, level) and what it needs, inputs first, without recursion."""
+    order: list[Key] = []
+    stack: list[tuple[Key, bool]] = [(writer.key(node, level), False)]
+    seen: set[Key] = set()
+    while stack:
+        key, done = stack.pop()
+        if done:
+            order.append(key)
+        elif key not in seen and key not in writer.written:
+            seen.add(key)
+            stack.append((key, True))
+            stack.extend((k, False) for k in reversed(writer.sources(*key)))
+    return order
+
+
+def is_reparametrised(node: fx.Node) -> bool:
+    """Tell whether a sub-model keeps g v / |v| as it is: v becomes the cut weight and g its norm.
+
+    Then the small model computes its weight as the user's class does, from the user's two names.
+    """
+    plain = op_name(node) == "_weight_norm"
+    return plain and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
+
+
+def baked_name(node: fx.Node) -> str:
+    """Return the name under which a sub-model keeps a full-width statistic of its parameters."""
+    return f"baked_{node.name}"
+
+
+# --- masked actions ---------------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""The plan: which axes nest, in which groups, what stays whole and why; its text and its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.errors import MatryoshkafyError, NothingNests, PlanError
+from matryoshkafy.plan.plan import Plan
+
+
+class Recommender(nn.Module):
+    """Item ids to scores over a tied table, attention with grouped heads, a gated block."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.dim = heads, width // heads
+        self.items = nn.Embedding(30, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.gate, self.down = nn.Linear(width, 2 * 24), nn.Linear(24, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, L] -> scores [N, 30]"""
+        x = self.items(ids) * math.sqrt(self.items.embedding_dim)
+        n, length, _ = x.shape
+        q = self.query(x).view(n, length, -1, self.dim).transpose(1, 2)
+        k, v = self.key_value(x).view(n, length, 2, -1, self.dim).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.norm(x + self.out(y))
+        a, b = self.gate(x).chunk(2, -1)
+        x = x + self.down(F.silu(a) * b)
+        return x[:, -1] @ self.items.weight.t()
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return mk.inspect(Recommender(), (ids(),), sizes=[4, 8, 16], nesting="sliced")
+
+
+def shapes_at(size: int) -> dict[str, tuple[int, ...]]:
+    model = Recommender()
+    doll = mk.convert(model, (ids(),), sizes=[4, 8, 16], nesting="sliced")
+    return {n: tuple(p.shape) for n, p in mk.slice(doll, size).named_parameters()}
+
+
+def test_width_and_sizes(plan: Plan) -> None:
+    assert plan.width == 16 and list(plan.sizes) == [4, 8, 16]
+    assert [plan.level(s) for s in plan.sizes] == [0, 1, 2]
+
+
+def test_shapes_of_the_half() -> None:
+    """Half of 16 units, of 4 query heads, of 2 shared heads, of 24 hidden units."""
+    assert shapes_at(8) == {
+        "items.weight": (30, 8), "query.weight": (8, 8), "query.bias": (8,),
+        "key_value.weight": (8, 8), "key_value.bias": (8,), "out.weight": (8, 8), "out.bias": (8,),
+        "norm.weight": (8,), "norm.bias": (8,), "gate.weight": (24, 8), "gate.bias": (24,),
+        "down.weight": (8, 12), "down.bias": (8,),
+    }  # fmt: skip
+
+
+def test_groups_follow_the_ratio_rounded_up(plan: Plan) -> None:
+    for group, *widths in zip(plan.groups, *plan.ladder, strict=True):
+        assert widths == [max(1, math.ceil(group.size * s / 16)) for s in plan.sizes]
+
+
+def test_what_stays_whole_says_why(plan: Plan) -> None:
+    reasons = {w.axis: w.why for w in plan.whole}
+    assert reasons["items.weight:0"] == "vocabulary"
+    assert "inner" in reasons.values()
+
+
+def test_the_scale_by_the_root_of_the_width_is_found(plan: Plan) -> None:
+    (scalar,) = plan.scalars
+    assert (scalar.value, scalar.units, scalar.power) == (4.0, 16, 0.5)
+    assert scalar.at(8) == pytest.approx(math.sqrt(8))
+
+
+def test_the_scale_is_rewritten() -> None:
+    model = Recommender().double()
+    doll = mk.convert(model, (ids(),), sizes=[4, 8, 16], nesting="sliced")
+    small = mk.slice(doll, 8)
+    native = Recommender(8, 2).double()
+    native.gate, native.down = nn.Linear(8, 24).double(), nn.Linear(12, 8).double()
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(ids()), native(ids()), rtol=1e-12, atol=1e-12)
+
+
+def test_json_round_trip(plan: Plan) -> None:
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_it_reads_as_a_table(plan: Plan) -> None:
+    text = str(plan)
+    assert all(group.name in text for group in plan.groups)
+    assert "vocabulary" in text and "16" in text
+
+
+def test_a_size_that_is_not_there_lists_those_that_are(plan: Plan) -> None:
+    with pytest.raises(PlanError, match="4, 8, 16"):
+        plan.level(7)
+
+
+def test_what_is_kept_stays_whole() -> None:
+    kept = mk.inspect(Recommender(), (ids(),), sizes=[4, 8, 16], nesting="sliced", keep=["down"])
+    assert all(w.why != "kept" or w.axis.startswith(("down", "gate", "items")) for w in kept.whole)
+    assert "kept" in {w.why for w in kept.whole}
+
+
+def test_keep_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(PlanError, match="matches no"):
+        mk.inspect(Recommender(), (ids(),), keep=["decoder"])
+
+
+def test_overrides_give_a_group_its_widths() -> None:
+    model = Recommender()
+    names = {g.size: g.name for g in mk.inspect(model, (ids(),), nesting="sliced").groups}
+    doll = mk.convert(
+        model, (ids(),), sizes=[4, 8, 16], nesting="sliced", overrides={names[24]: [20, 22, 24]}
+    )
+    assert mk.slice(doll, 4).get_parameter("down.weight").shape == (4, 20)
+
+
+def test_scope_ffn_nests_hidden_axes_only() -> None:
+    doll = mk.convert(
+        Recommender(), (ids(),), sizes=[0.25, 0.5, 1.0], scope="ffn", nesting="sliced"
+    )
+    shapes = {n: tuple(p.shape) for n, p in mk.slice(doll, doll.sizes[0]).named_parameters()}
+    assert shapes["down.weight"] == (16, 6) and shapes["items.weight"] == (30, 16)
+
+
+def test_an_op_without_a_rule_freezes_what_it_touches() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 6)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.last(torch.special.entr(self.first(x)))))
+
+    plan = mk.inspect(Model(), (torch.rand(2, 4),), nesting="sliced")
+    assert [u.op for u in plan.unknown] == ["special_entr"]
+    assert "test_plan.py" in plan.unknown[0].source
+    assert "unknown op" in {w.why for w in plan.whole}
+    assert [g.size for g in plan.groups] == [6]
+
+
+def test_a_model_without_a_width_is_refused() -> None:
+    with pytest.raises(NothingNests):
+        mk.inspect(nn.Linear(4, 3), (torch.rand(2, 4),))
+    with pytest.raises(MatryoshkafyError):
+        mk.inspect(nn.ReLU(), (torch.rand(2, 4),))
+
+
+@pytest.mark.parametrize("change", [
+    {"format": 99}, {"sizes": []}, {"sizes": [8, 4, 16]}, {"main": 50}, {"ladder": [[0]]},
+    {"groups": []},
+    {"parameters": {"a": [["g9:4"]]}}, {"parameters": 3}, {"nodes": None},
+])  # fmt: skip
+def test_a_damaged_plan_is_refused(plan: Plan, change: dict[str, object]) -> None:
+    data = json.loads(plan.to_json()) | change
+    with pytest.raises(MatryoshkafyError):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", "{", '{"format": 1}'])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(MatryoshkafyError):
+        Plan.from_json(text)

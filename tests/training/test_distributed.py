@@ -1,0 +1,149 @@
+"""Two gloo processes take the steps of one process over the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import matryoshkafy as mk
+from matryoshkafy.training import AllSizes, full_state, resume_run, save_run
+from tests.training.runs import consecutive, examples, loss_of, plain_losses, sgd, small_doll
+
+WORLD, STEPS = 2, 3
+KINDS = ("ddp", "accelerate", "fsdp", "fsdp resumed")
+
+
+def test_losses_are_those_of_one_process(runs: Path) -> None:
+    expected = plain_losses(small_doll(), STEPS, sgd)
+    found = [json.loads((runs / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    for kind in KINDS:
+        means = [sum(step) / WORLD for step in zip(*(f[kind] for f in found), strict=True)]
+        assert means == pytest.approx(expected, rel=1e-5), kind
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_checkpoints_hold_the_weights_of_one_process(runs: Path, kind: str) -> None:
+    doll = small_doll()
+    plain_losses(doll, STEPS, sgd)
+    loaded = mk.load(runs / kind)
+    assert list(loaded.state_dict()) == list(doll.state_dict())
+    for name, tensor in doll.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    x, _ = examples()
+    torch.testing.assert_close(mk.load(runs / kind, size=8)(x), mk.slice(loaded, 8)(x))
+
+
+def test_a_sharded_run_resumes_in_one_process(runs: Path) -> None:
+    """save_run gathers, so that one process can go on where two left off."""
+    everything = AllSizes(small_doll(1), loss_of())
+    optimizer = sgd(everything.parameters())
+    parts = {"model": everything, "optimizer": optimizer}
+    assert resume_run(runs / "run", parts) == {"step": 1}
+    reference = small_doll()
+    plain_losses(reference, 1, sgd)
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(everything.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the processes filled."""
+    folder = tmp_path_factory.mktemp("runs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(worker, (str(folder), port), nprocs=WORLD)
+    return folder
+
+
+def worker(rank: int, folder: str, port: int) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    dist.init_process_group("gloo")
+    path = Path(folder)
+    losses = {
+        "ddp": with_ddp(path),
+        "accelerate": with_accelerate(),
+        "fsdp": with_fsdp(path),
+        "fsdp resumed": with_resumed_fsdp(path),
+    }
+    (path / f"{rank}.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def with_ddp(folder: Path) -> list[float]:
+    """DistributedDataParallel around the one module."""
+    doll = small_doll()
+    model = DistributedDataParallel(AllSizes(doll, loss_of()))
+    losses = steps(model, sgd(model.parameters()))
+    if dist.get_rank() == 0:
+        mk.save(doll, folder / "ddp")
+    return losses
+
+
+def with_accelerate() -> list[float]:
+    """What accelerate makes of it."""
+    from accelerate import Accelerator
+
+    everything = AllSizes(small_doll(), loss_of())
+    model, optimizer = Accelerator(cpu=True).prepare(everything, sgd(everything.parameters()))
+    assert isinstance(model, DistributedDataParallel)
+    return steps(model, optimizer)
+
+
+def with_fsdp(folder: Path) -> list[float]:
+    """fully_shard; the checkpoint is saved from a doll that is whole."""
+    model, optimizer = sharded(0)
+    assert model.get_parameter("up.weight").to_local().shape[0] == 16
+    losses = steps(model, optimizer)
+    state = full_state(model)
+    if dist.get_rank() == 0:
+        doll = small_doll(seed=3)
+        doll.load_state_dict(state)
+        mk.save(doll, folder / "fsdp")
+    return losses
+
+
+def with_resumed_fsdp(folder: Path) -> list[float]:
+    """The first step, save, another model, resume, the other steps."""
+    model, optimizer = sharded(0)
+    losses = steps(model, optimizer, slice(0, 1))
+    save_run(folder / "run", {"model": model, "optimizer": optimizer}, {"step": 1})
+    model, optimizer = sharded(1)
+    assert resume_run(folder / "run", {"model": model, "optimizer": optimizer}) == {"step": 1}
+    return losses + steps(model, optimizer, slice(1, STEPS))
+
+
+def sharded(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+    """A model under FSDP2 and its optimizer."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = fully_shard(AllSizes(small_doll(seed), loss_of()), mesh=mesh)
+    return model, sgd(model.parameters())
+
+
+def steps(model: Any, optimizer: Any, which: slice = slice(0, STEPS)) -> list[float]:
+    """This process' losses on its half of each batch."""
+    (x, y), losses = examples(), []
+    for rows in list(consecutive())[which]:
+        mine = torch.arange(rows.start, rows.stop).chunk(WORLD)[dist.get_rank()]
+        optimizer.zero_grad()
+        loss = model(x[mine], labels=y[mine]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
