@@ -35,13 +35,12 @@ KNOWN = {
     "matryoshkafy/losses/fused.py:nested_cross_entropy parameters": 11,
     "matryoshkafy/losses/matryoshka.py:__init__ parameters": 9,
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,
-    "matryoshkafy/axes/terms.py:_cut_segments nesting": 4,
-    "matryoshkafy/graph/normalise.py:_all_users nesting": 4,
-    "matryoshkafy/rewrite/writer.py module": 700,
-    "matryoshkafy/plan/policies.py:_fix_heads nesting": 4,
-    "matryoshkafy/plan/policies.py:_group_order nesting": 4,
-    "matryoshkafy/plan/policies.py:_keep nesting": 4,
-    "matryoshkafy/plan/policies.py:_whole nesting": 4,
+    "matryoshkafy/axes/unify.py:_cut_segments nesting": 4,
+    "matryoshkafy/graph/mutations.py:_all_users nesting": 4,
+    "matryoshkafy/plan/policies.py:fix_heads nesting": 4,
+    "matryoshkafy/plan/freeze.py:_group_order nesting": 4,
+    "matryoshkafy/plan/policies.py:hold_kept nesting": 4,
+    "matryoshkafy/plan/freeze.py:_whole nesting": 4,
 }
 
 

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 from matryoshkafy.kernels.reductions import level_reduce, reduction
 
 nested = torch.ops.matryoshkafy
+assert _ops
 
 
 # The dims of a statistic, the one that nests, its runs, and whether a prefix is taken.

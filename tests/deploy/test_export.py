@@ -1,4 +1,4 @@
-"""exporting.py: the file computes what the sub-model does, and needs nothing of ours."""
+"""export.py: the file computes what the sub-model does, and needs nothing of ours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import matryoshkafy as mk
 from matryoshkafy.deploy import export as exporting
+from matryoshkafy.deploy import plain_ops
 from matryoshkafy.deploy.export import ExportError, export, plain_module
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.errors import MatryoshkafyError
@@ -109,13 +110,13 @@ def test_norms_against_the_reference(runs, prefix):
     x, weight, bias = torch.randn(2, 10, 3), torch.randn(10), torch.randn(10)
     last = x.transpose(1, 2)
     pairs = [
-        (exporting.layer_norm(last, weight, bias, 1e-5, runs, prefix),
+        (plain_ops.layer_norm(last, weight, bias, 1e-5, runs, prefix),
          reference.layer_norm(last, weight, bias, 1e-5, runs, prefix)),
-        (exporting.rms_norm(last, weight, 1e-5, runs, prefix),
+        (plain_ops.rms_norm(last, weight, 1e-5, runs, prefix),
          reference.rms_norm(last, weight, 1e-5, runs, prefix)),
-        (exporting.group_norm(x, weight, bias, 1e-5, runs, prefix),
+        (plain_ops.group_norm(x, weight, bias, 1e-5, runs, prefix),
          reference.group_norm(x, weight, bias, 1e-5, runs, prefix)),
-        (exporting.reduce_levels(x, [1], 1, runs, "std0", prefix),
+        (plain_ops.reduce_levels(x, [1], 1, runs, "std0", prefix),
          reference.level_reduce(x, [1], 1, runs, "std0", prefix)),
     ]  # fmt: skip
     for found, expected in pairs:
@@ -139,7 +140,7 @@ def test_masked_operators_against_our_own(call):
     root, graph = nn.Module(), torch.fx.Graph()
     node = graph.call_function(target, (*operands, out_runs, in_runs))
     graph.output(node)
-    exporting._write_plainly(root, node)
+    plain_ops.write_plainly(root, node)
     assert "matryoshkafy" not in str(node.target).partition(" ")[0]
     found = torch.fx.Interpreter(root, graph=graph).run()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -101,7 +101,7 @@ def test_noise_of_training_mode_alone_is_said_with_its_line() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before = torch.get_rng_state()
     plan = mk.inspect(model, (x,))
-    assert any("randn_like" in r and "test_train_time.py:" in r for r in plan.remarks)
+    assert any("randn_like" in r and "test_training_mode.py:" in r for r in plan.remarks)
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training

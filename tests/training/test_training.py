@@ -245,7 +245,7 @@ def no_labels(everything: AllSizes, x: Tensor, y: Tensor) -> None:
     [
         (spoiled_input, "input `x` holds inf"),
         (spoiled_weight, "parameter `up.weight` holds nan"),
-        (overflow, r"module `down`: linear gives (inf|nan) \(.*training_runs.py:\d+"),
+        (overflow, r"module `down`: linear gives (inf|nan) \(.*runs.py:\d+"),
         (large_sizes_only, r"module `head`: linear gives (inf|nan) \(.*, size 16\)"),
         (no_labels, "outputs are finite at every size: the criterion or its labels"),
     ],
