@@ -13,8 +13,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.losses import Readout
-from matryoshkafy.outputs import Outputs
+from matryoshkafy.outputs import Outputs, Readout
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import full_graph, outputs_graph, readout_graph, readout_node
 

@@ -1,0 +1,44 @@
+"""The house stands: rooms in the order of the flow, no import upward, no circle, few floors."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import imports
+
+FLOORS, ARROWS, BESIDE, MODULE_LINES = 10, 70, 4, 400
+
+
+def test_every_room_has_its_place_in_the_flow() -> None:
+    rooms = {imports.room_of(module) for module in imports.modules()}
+    assert rooms <= set(imports.ROOMS), "name the new room in tests/imports.py, where it belongs"
+
+
+@pytest.mark.parametrize("module", sorted(imports.module_imports()))
+def test_nothing_imports_upward(module: str) -> None:
+    place = imports.ROOMS.index
+    mine = place(imports.room_of(module))
+    upward = [o for o in imports.module_imports()[module] if place(imports.room_of(o)) > mine]
+    assert not upward, f"{module} imports {upward}, which stand above it"
+
+
+def test_no_circle() -> None:
+    assert not imports.circle(imports.module_imports())
+    assert not imports.circle(imports.room_imports())
+
+
+def test_few_floors_and_arrows() -> None:
+    graph = imports.room_imports()
+    assert max(imports.floors(graph).values()) <= FLOORS
+    assert sum(map(len, graph.values())) <= ARROWS
+
+
+def test_few_modules_beside_the_folders() -> None:
+    beside = [p for p in imports.PACKAGE.glob("*.py") if not p.name.startswith("__")]
+    assert len(beside) <= BESIDE, "a new capability gets a folder of its own"
+
+
+def test_a_circle_is_seen() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}}
+    assert set(imports.circle(graph)) == {"a", "b", "c"}
+    assert imports.floors({"b": {"a"}, "c": {"a", "b"}}) == {"a": 1, "b": 2, "c": 3}
