@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.slice import parts_of
-from matryoshkafy.graph.nodes import TensorInfo
+from matryoshkafy.graph.nodes import TensorInfo, info_of
 from matryoshkafy.graph.signature import Input, Signature
 
 Bounds = tuple[float, float] | None
@@ -26,7 +26,7 @@ def example_inputs(
     known are normal, integers and booleans one.
     """
     trace, _ = parts_of(model)
-    infos = [n.meta["shape"] for n in trace.graph.nodes if n.op == "placeholder"]
+    infos = [info_of(n) for n in trace.graph.nodes if n.op == "placeholder"]
     draw = torch.Generator().manual_seed(seed)
     tensors = (
         _tensor(info, bounds, draw).to(device)

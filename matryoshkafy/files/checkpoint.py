@@ -65,6 +65,7 @@ from matryoshkafy.files.records import (
 )
 from matryoshkafy.files.signature_json import signature_from_json, signature_to_json
 from matryoshkafy.files.tensors import TensorFile, write_tensors
+from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.plan import Plan, plan_to_dict
@@ -364,7 +365,7 @@ def _check_reads(graph: fx.Graph, names: set[str], folder: Path, kind: str) -> N
 
 def _check_call(graph: fx.Graph, signature: Signature, folder: Path) -> None:
     inputs = sum(node.op == "placeholder" for node in graph.nodes)
-    outputs = next(iter(reversed(graph.nodes))).args[0]
+    outputs = outputs_of(graph)
     expected = sum(sum(item.is_tensor) for item in signature.inputs)
     if inputs != expected or not isinstance(outputs, (list, tuple)):
         raise CheckpointError(f"{folder}: the graph has {inputs} inputs, its call {expected}.")

@@ -87,7 +87,7 @@ def graph_to_json(graph: Graph, allowed: Callables | None = None) -> dict[str, A
     """Return a flat torch.fx graph as JSON values, from which graph_from_json builds it again.
 
     Kept: order, names, targets, arguments, `meta["source"]` (or the user's frame of the stack
-    trace) and `meta["shape"]` (or that of `meta["val"]`). Not kept: type annotations, the rest of
+    trace) and `meta["info"]` (or that of `meta["val"]`). Not kept: type annotations, the rest of
     meta, the code generator (save its specs with spec_to_json). Raises JsonError, with node and
     remedy, for what cannot be saved.
     """
@@ -99,7 +99,7 @@ def graph_to_json(graph: Graph, allowed: Callables | None = None) -> dict[str, A
 
 
 def graph_from_json(saved: object, allowed: Callables | None = None) -> Graph:
-    """Return the graph that graph_to_json wrote; each node has `meta["shape"]`, `meta["source"]`.
+    """Return the graph that graph_to_json wrote; each node has `meta["info"]`, `meta["source"]`.
 
     Raises JsonError for a target that is not allowed and for JSON that is no graph.
     """
@@ -118,7 +118,7 @@ def _write_node(node: Node, allowed: Callables) -> dict[str, Any]:
     source = source_of(node)
     place = f"node {node.name!r} ({source})" if source else f"node {node.name!r}"
     values = Values(place, {})
-    info = node.meta["shape"] if "shape" in node.meta else info_of(node.meta.get("val"))
+    info = info_of(node)
     needed = {
         "name": node.name,
         "op": node.op,
@@ -272,7 +272,7 @@ def _write_info(info: Info) -> Any:
 
 
 def _read_meta(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    meta = {"shape": _read_info(record.get("shape"), place, 0)}
+    meta = {"info": _read_info(record.get("shape"), place, 0)}
     source = record.get("source")
     if source is None:
         return meta

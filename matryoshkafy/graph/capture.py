@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.nodes import TORCH_FOLDER
+from matryoshkafy.graph.nodes import TORCH_FOLDER, outputs_of
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.signature import named_args
 
@@ -119,7 +119,7 @@ def _lifted(
     _mark_storage(module.graph)
     holes = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     state = dict(zip(holes, names, strict=False))
-    count = len(next(iter(reversed(module.graph.nodes))).args[0])
+    count = len(outputs_of(module.graph))
     place = _user_frame(error) or "an unknown line"
     why = "branches on the values of tensors" if _depends_on_values(error) else "cannot be exported"
     note = f"specialised: the forward {why} at {place}; the path of the example inputs was recorded"

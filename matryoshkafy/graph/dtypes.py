@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from matryoshkafy.graph.nodes import info_of, op_key, set_info, tensor_info
+
 aten = torch.ops.aten
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Products of two types are an error in torch; everything else promotes.
@@ -26,11 +28,11 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
     reference = _reference(graph, root)
     if reference is None:
         return
-    dtype = reference.meta["shape"].dtype
+    dtype = tensor_info(reference).dtype
     ours = _model_values(graph, root)
     with graph.inserting_after(reference):
         model_dtype = graph.call_function(getattr, (reference, "dtype"))
-    model_dtype.meta["shape"] = None
+    set_info(model_dtype, None)
     for node in list(graph.nodes):
         if node.op != "call_function" or node is model_dtype:
             continue
@@ -38,28 +40,23 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
         if node in ours:
             _join(graph, node, ours, model_dtype)
             _replace_dtype(node, (dtype, model_dtype), reference)
-        elif _name(node) in PRODUCTS:
+        elif op_key(node) in PRODUCTS:
             _agree(graph, node, dtype)
-
-
-def _name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema is not None else ""
 
 
 def _reference(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
     """A parameter of the most common floating type."""
     parameters = {n for n, _ in root.named_parameters(remove_duplicate=False)}
     nodes = [n for n in graph.nodes if n.op == "get_attr" and str(n.target) in parameters]
-    nodes = [n for n in nodes if n.meta["shape"].dtype in FLOATS]
+    nodes = [n for n in nodes if tensor_info(n).dtype in FLOATS]
     if not nodes:
         return None
-    common = Counter(n.meta["shape"].dtype for n in nodes).most_common(1)[0][0]
-    return next(n for n in nodes if n.meta["shape"].dtype == common)
+    common = Counter(tensor_info(n).dtype for n in nodes).most_common(1)[0][0]
+    return next(n for n in nodes if tensor_info(n).dtype == common)
 
 
 def _is_float(node: fx.Node) -> bool:
-    return getattr(node.meta.get("shape"), "dtype", None) in FLOATS
+    return getattr(info_of(node), "dtype", None) in FLOATS
 
 
 def _model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:

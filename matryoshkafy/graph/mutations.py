@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
 
 aten = torch.ops.aten
 
@@ -29,9 +29,9 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _pure(target: Any) -> Callable[..., Any]:
-    name, overload = target._schema.name.partition("::")[2], target._overloadname
-    packet = getattr(aten, name.removesuffix("_"), None)
-    pure = getattr(packet, overload, None) if packet is not None else None
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    pure = getattr(packet, target._overloadname, None) if packet is not None else None
     return pure if pure is not None else target
 
 
@@ -60,7 +60,7 @@ def _publish(graph: fx.Graph, old: Any, new: fx.Node, later: set[fx.Node]) -> No
     before, after = old, new
     while (base := _viewed(before)) is not None:
         with graph.inserting_after(after):
-            updated = SCATTERS[op_name(before)](graph, before, base, after)
+            updated = SCATTERS[op_key(before)](graph, before, base, after)
         updated.meta = dict(base.meta)
         _redirect(base, updated, later)
         before, after = base, updated
@@ -108,7 +108,7 @@ def _viewed(node: Any) -> fx.Node | None:
     source = node.args[0]
     if "storage" not in node.meta or node.meta["storage"] != source.meta.get("storage"):
         return None
-    return source if op_name(node) in SCATTERS else None
+    return source if op_key(node) in SCATTERS else None
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
@@ -129,7 +129,7 @@ def _scatter_select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Nod
 
 def _scatter_shape(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del view
-    return _call(graph, aten.reshape.default, value, list(base.meta["shape"].shape))
+    return _call(graph, aten.reshape.default, value, list(tensor_info(base).shape))
 
 
 def _scatter_transpose(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:

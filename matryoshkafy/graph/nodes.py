@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -40,7 +41,12 @@ def source_of(node: Node) -> str | None:
 
 
 def info_of(value: object) -> Info:
-    """Return the shapes and dtypes of a traced value (`meta["val"]`), symbols by their hint."""
+    """Return shapes and dtypes of what a node gives (`meta["info"]`) or of a traced value.
+
+    A tuple where there are several; sizes that are symbols are given by their hint.
+    """
+    if isinstance(value, fx.Node):
+        return value.meta["info"] if "info" in value.meta else info_of(value.meta.get("val"))
     if isinstance(value, torch.Tensor):
         return TensorInfo(tuple(_hint(n) for n in value.shape), value.dtype)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -56,12 +62,60 @@ def _hint(value: Any) -> Any:
     return value.node.hint if value.node.has_hint() else -1
 
 
-def op_name(node: fx.Node) -> str:
-    """Return the schema name of the node's op without namespace and overload, e.g. `linear`."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return schema.name.partition("::")[2]
-    return getattr(node.target, "__name__", str(node.target))
+def op_key(op: Any) -> str:
+    """Return the one key of an op: "linear" for ATen's, "mylib::linear" for any other.
+
+    Args:
+        op: a node, an overload (`torch.ops.mylib.scan.default`), a packet (`torch.ops.mylib.scan`),
+            a name, or a function of Python. A node that calls nothing has the key "".
+    """
+    if isinstance(op, fx.Node):
+        return op_key(op.target) if op.op == "call_function" else ""
+    if isinstance(op, str):
+        return op.removeprefix("aten::")
+    if isinstance(op, torch._ops.OpOverload):
+        return op._schema.name.removeprefix("aten::")
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return op._qualified_op_name.removeprefix("aten::")
+    module = getattr(op, "__module__", None) or "python"
+    return f"{module.removeprefix('_')}::{getattr(op, '__name__', op)}"
+
+
+def is_item(node: fx.Node) -> bool:
+    """Tell whether a node picks one of several outputs."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def is_op(node: fx.Node) -> bool:
+    """Tell whether a node calls an operator, which has a schema (and is no scalar arithmetic)."""
+    return node.op == "call_function" and hasattr(node.target, "_schema")
+
+
+def tensor_info(node: fx.Node) -> TensorInfo:
+    """Return shape and dtype of the one tensor that a node gives."""
+    found = info_of(node)
+    assert isinstance(found, TensorInfo), f"{node} gives no single tensor: {found}"
+    return found
+
+
+def is_tensor(node: Any) -> bool:
+    """Tell whether a value is a node that gives one tensor."""
+    return isinstance(node, fx.Node) and isinstance(info_of(node), TensorInfo)
+
+
+def set_info(node: fx.Node, found: Info) -> None:
+    """Say what a node gives."""
+    node.meta["info"] = found
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """Return the node that returns the outputs: the last one."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def outputs_of(graph: fx.Graph) -> list[Any]:
+    """Return the outputs of a graph as one flat list: nodes and constants."""
+    return list(output_node(graph).args[0])  # type: ignore[arg-type]
 
 
 def bound_args(node: fx.Node) -> dict[str, Any]:

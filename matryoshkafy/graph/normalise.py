@@ -19,7 +19,16 @@ from torch import fx, nn
 
 from matryoshkafy.graph.dtypes import follow_dtype
 from matryoshkafy.graph.mutations import make_functional
-from matryoshkafy.graph.nodes import TensorInfo, bound_args, op_name, set_arg
+from matryoshkafy.graph.nodes import (
+    TensorInfo,
+    bound_args,
+    info_of,
+    is_tensor,
+    op_key,
+    set_arg,
+    set_info,
+    tensor_info,
+)
 
 aten = torch.ops.aten
 
@@ -31,7 +40,7 @@ ASSERTIONS = {
     "sym_constrain_range",
     "sym_constrain_range_for_size",
     "_functional_assert_async",
-    "_check",
+    "torch::_check",
     "item",
 }
 IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
@@ -58,16 +67,16 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
 
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and op_name(node) in ASSERTIONS and not node.users:
+        if node.op == "call_function" and op_key(node) in ASSERTIONS and not node.users:
             graph.erase_node(node)
 
 
 def _is_identity(node: fx.Node) -> bool:
-    name = op_name(node)
+    name = op_key(node)
     if name in IDENTITIES:
         return True
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or source.meta.get("shape") != node.meta.get("shape"):
+    if not isinstance(source, fx.Node) or info_of(source) != info_of(node):
         return False
     if name == "slice":
         a = bound_args(node)
@@ -81,7 +90,7 @@ def _is_identity(node: fx.Node) -> bool:
 def _drop_detached(graph: fx.Graph) -> None:
     """x.detach_() writes nothing: the graph of a doll has gradients wherever the user trains it."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and op_name(node) == "detach_":
+        if node.op == "call_function" and op_key(node) == "detach_":
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -89,7 +98,7 @@ def _drop_detached(graph: fx.Graph) -> None:
 def _slice_constants(graph: fx.Graph, root: nn.Module) -> None:
     """x[:, [-2]] -> x[:, n-2:n-1]: a constant run of indices is a slice, which follows the size."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and op_name(node) == "index":
+        if node.op == "call_function" and op_key(node) == "index":
             _slice_constant(graph, root, node)
 
 
@@ -99,7 +108,7 @@ def _slice_constant(graph: fx.Graph, root: nn.Module, node: fx.Node) -> None:
     if len(given) != 1:
         return
     dim, index = given[0]
-    size = source.meta["shape"].shape[dim]  # type: ignore[union-attr]
+    size = tensor_info(source).shape[dim]  # type: ignore[union-attr]
     run = _constant_run(root, index, size)
     if run is None:
         return
@@ -111,9 +120,9 @@ def _slice_constant(graph: fx.Graph, root: nn.Module, node: fx.Node) -> None:
 
 
 def _constant_run(root: nn.Module, index: fx.Node, size: int) -> tuple[int, int] | None:
-    while op_name(index) in (*IDENTITIES, "to") and isinstance(index.args[0], fx.Node):
+    while op_key(index) in (*IDENTITIES, "to") and isinstance(index.args[0], fx.Node):
         index = index.args[0]
-    if index.op != "get_attr" or len(index.meta["shape"].shape) != 1:
+    if index.op != "get_attr" or len(tensor_info(index).shape) != 1:
         return None
     tensor = dict(root.named_buffers()).get(str(index.target))
     if tensor is None or tensor.is_meta or tensor.dtype not in (torch.int64, torch.int32):
@@ -168,7 +177,7 @@ def training_flag(graph: fx.Graph) -> fx.Node:
         return found[0]
     with graph.inserting_before(next(iter(graph.nodes))):
         flag = graph.get_attr("training")
-    flag.meta["shape"] = False
+    set_info(flag, False)
     return flag
 
 
@@ -185,21 +194,21 @@ def _follow_training(graph: fx.Graph) -> None:
         "rnn_tanh": "train",
         "rnn_relu": "train",
     }
-    affected = [n for n in graph.nodes if n.op == "call_function" and op_name(n) in flags]
+    affected = [n for n in graph.nodes if n.op == "call_function" and op_key(n) in flags]
     affected = [n for n in affected if _has_statistics(n)]
     for node in affected:
-        set_arg(node, flags[op_name(node)], training_flag(graph))
+        set_arg(node, flags[op_key(node)], training_flag(graph))
 
 
 def _has_statistics(node: fx.Node) -> bool:
     """Batch norm without running statistics uses the batch's own in both modes."""
-    return op_name(node) != "batch_norm" or bound_args(node)["running_mean"] is not None
+    return op_key(node) != "batch_norm" or bound_args(node)["running_mean"] is not None
 
 
 def _follow_device(graph: fx.Graph) -> None:
     users = [n for n in graph.nodes if n.op == "call_function" and _bound_device(n)]
     tensors = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
-    tensors = [n for n in tensors if hasattr(n.meta.get("shape"), "shape")]
+    tensors = [n for n in tensors if is_tensor(n)]
     if not users or not tensors:
         return
     first = next((n for n in tensors if n.op == "get_attr"), tensors[0])
@@ -225,9 +234,9 @@ def _share_masks(graph: fx.Graph) -> None:
     """
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+        if node.op == "call_function" and op_key(node) == "scaled_dot_product_attention":
             mask = bound_args(node)["attn_mask"]
-            if isinstance(mask, fx.Node) and mask.meta["shape"].dtype == torch.bool:
+            if isinstance(mask, fx.Node) and tensor_info(mask).dtype == torch.bool:
                 readers.setdefault(mask, []).append(node)
     for mask, nodes in readers.items():
         if len(nodes) > 1:
@@ -236,12 +245,12 @@ def _share_masks(graph: fx.Graph) -> None:
 
 def _convert_mask(graph: fx.Graph, mask: fx.Node, readers: list[fx.Node]) -> None:
     query: Any = readers[0].args[0]
-    dtype = query.meta["shape"].dtype
+    dtype = tensor_info(query).dtype
     with graph.inserting_before(readers[0]):
         zero = graph.call_function(aten.new_zeros.default, (query, []))
         filled = graph.call_function(aten.where.ScalarOther, (mask, zero, -math.inf))
-    zero.meta["shape"] = TensorInfo((), dtype)
-    filled.meta["shape"] = TensorInfo(mask.meta["shape"].shape, dtype)
+    set_info(zero, TensorInfo((), dtype))
+    set_info(filled, TensorInfo(tensor_info(mask).shape, dtype))
     for new in (zero, filled):
         new.meta["source"] = readers[0].meta.get("source", "")
     for node in readers:

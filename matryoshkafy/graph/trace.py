@@ -2,7 +2,7 @@
 
 What holds of a `Trace`: the graph lints; every tensor of the model is a `get_attr` under the user's
 own name; no node mutates its input; dropout and batch norm follow `self.training`; nothing is bound
-to a device; every node carries `meta["shape"]` (concrete sizes) and `meta["source"]` (the user's
+to a device; every node carries `meta["info"]` (concrete sizes) and `meta["source"]` (the user's
 line).
 """
 
@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import Captured, capture
-from matryoshkafy.graph.nodes import info_of, source_of
+from matryoshkafy.graph.nodes import info_of, set_info, source_of
 from matryoshkafy.graph.normalise import clean
 from matryoshkafy.graph.signature import Signature, named_args, parameter_names, read_input
 
@@ -177,7 +177,7 @@ class _Copier:
         self.env[node] = inner.body(module.graph)
 
     def _described(self, new: fx.Node, old: fx.Node) -> fx.Node:
-        new.meta["shape"] = info_of(old.meta.get("val"))
+        set_info(new, info_of(old.meta.get("val")))
         new.meta["source"] = source_of(old) or ""
         value = old.meta.get("val")
         if "storage" in old.meta:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_name, set_arg
+from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_key, set_arg, set_info
 from matryoshkafy.graph.normalise import training_flag
 from matryoshkafy.graph.quiet import modes_kept
 from matryoshkafy.graph.trace import Trace
@@ -150,7 +150,7 @@ def _set_attention(traced: Trace, rates: list[float]) -> str | None:
     """Give every fused attention of the graph its dropout, `training * p`; else say why not."""
     if not any(rates):
         return None
-    nodes = [n for n in traced.graph.nodes if op_name(n) == SDPA.__name__]
+    nodes = [n for n in traced.graph.nodes if op_key(n) == SDPA.__name__]
     if len(nodes) != len(rates):
         return (
             f"the dropout of attention (p={max(rates):g}) does not follow train(): the forward "
@@ -162,14 +162,14 @@ def _set_attention(traced: Trace, rates: list[float]) -> str | None:
             flag = training_flag(traced.graph)
             with traced.graph.inserting_before(node):
                 product = traced.graph.call_function(operator.mul, (flag, rate))
-            product.meta["shape"] = 0.0
+            set_info(product, 0.0)
             set_arg(node, "dropout_p", product)
     return None
 
 
 def _unseen(traced: Trace, chances: dict[str, list[str]]) -> Iterator[str]:
     """Say which randomness of training mode the graph lacks."""
-    present = Counter(op_name(n) for n in traced.graph.nodes if n.op == "call_function")
+    present = Counter(op_key(n) for n in traced.graph.nodes if n.op == "call_function")
     for name, lines in chances.items():
         missing = len(lines) - present[name] - present[name.removesuffix("_")]
         if missing > 0:

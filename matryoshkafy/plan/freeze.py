@@ -14,7 +14,7 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Cat, Dim, Nested
 from matryoshkafy.axes.terms import COPIES, Axis, Sum, Term
 from matryoshkafy.errors import NothingNests, PlanError
-from matryoshkafy.graph.nodes import op_name, source_of
+from matryoshkafy.graph.nodes import info_of, is_tensor, op_key, outputs_of, source_of, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.masking import Choice
 from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
@@ -158,7 +158,7 @@ def _simple(factors: Iterable[Any]) -> Dim:
 
 def _frozen_node(node: fx.Node, found: Findings, dim_of: Callable[[Term], Dim]) -> Any:
     terms = found.terms[node]
-    if isinstance(node.meta.get("shape"), tuple) and terms:
+    if isinstance(info_of(node), tuple) and terms:
         return Many(tuple(map(dim_of, ts)) for ts in terms)
     return tuple(map(dim_of, terms))
 
@@ -168,7 +168,7 @@ PLACES = {"0": "out", "1": "in"}
 
 def _tables(trace: Trace) -> set[str]:
     """Return the weights whose rows are looked up: their columns are what comes out."""
-    reads = (n for n in trace.graph.nodes if n.op == "call_function" and "embedding" in op_name(n))
+    reads = (n for n in trace.graph.nodes if n.op == "call_function" and "embedding" in op_key(n))
     return {str(a.target) for n in reads for a in n.all_input_nodes[:1] if a.op == "get_attr"}
 
 
@@ -263,8 +263,7 @@ def output_plan(trace: Trace, request: Request) -> Plan:
 
     Every floating output whose last axis has the width of the first one is cut; no weight changes.
     """
-    output = next(iter(reversed(trace.graph.nodes)))
-    shapes = [getattr(getattr(v, "meta", {}).get("shape"), "shape", ()) for v in output.args[0]]  # type: ignore[union-attr]
+    shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs_of(trace.graph)]
     width = next((s[-1] for s in shapes if s), None)
     if width is None or width < 2:
         raise NothingNests(

@@ -17,10 +17,10 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.nodes import bound_args, info_of, op_key, output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.walk import Findings, flat_terms
-from matryoshkafy.rules import RULES, op_key
+from matryoshkafy.rules import RULES
 from matryoshkafy.rules.contraction import CONVOLUTIONS, TRANSPOSED
 from matryoshkafy.rules.pointwise import pointwise
 from matryoshkafy.rules.weights import weight_places
@@ -106,7 +106,7 @@ class _Planner:
         self.nodes = [n for n in trace.graph.nodes if n.op == "call_function" and n in found.terms]
         self.work = [n for n in self.nodes if n not in found.pure]
         self.count = sum(map(_is_tensor, self.work))
-        self.output = next(iter(reversed(trace.graph.nodes)))
+        self.output = output_node(trace.graph)
         self.after = _descendants(self.work)
         self.remarks: list[str] = []
         self.choices: dict[str, Choice] = {}
@@ -133,12 +133,12 @@ class _Planner:
         mixed = [t for t in self.found.mixed.get(node, ()) if nested(t)]
         if not summed and not mixed:
             return None
-        if mixed and op_name(node) in NORMS and _over_one_axis(node):
+        if mixed and op_key(node) in NORMS and _over_one_axis(node):
             return "norm"
         if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
             small = len(self.after[node]) <= TAIL_SHARE * self.count
-            return "closing" if small and op_name(node) in LENGTHS else "level"
-        if summed and not mixed and op_name(node) in MASKABLE and self._fans_out(node):
+            return "closing" if small and op_key(node) in LENGTHS else "level"
+        if summed and not mixed and op_key(node) in MASKABLE and self._fans_out(node):
             return "mask"
         return "closing"
 
@@ -155,7 +155,7 @@ class _Planner:
                     self.found.terms[other] = terms
 
     def _keeps_dim(self, node: fx.Node) -> bool:
-        if op_name(node) not in LEVEL_STATISTICS or isinstance(node.meta["shape"], tuple):
+        if op_key(node) not in LEVEL_STATISTICS or isinstance(info_of(node), tuple):
             return False
         args = bound_args(node)
         if args.get("ord", args.get("p", 2)) not in (2, None) or args.get("dtype") is not None:
@@ -190,17 +190,17 @@ class _Planner:
             self.choices[node.name] = Choice("readout", summed)
             self.tail |= after
             return True
-        if self._weighty(summed) and op_name(node) in CLAMPABLE:
+        if self._weighty(summed) and op_key(node) in CLAMPABLE:
             self.choices[node.name] = Choice("clamp", summed)
             self.remarks.append(
-                f"clamp: {op_name(node)} at {place} turns a width into a whole axis inside the "
+                f"clamp: {op_key(node)} at {place} turns a width into a whole axis inside the "
                 "trunk; it reads the smallest size only, which costs capacity"
             )
             return True
         for leaf in summed:
             leaf.fixed = Reason("demoted", place)
         self.remarks.append(
-            f"demoted: {', '.join(a.name for a in summed)} stays whole: {op_name(node)} at {place} "
+            f"demoted: {', '.join(a.name for a in summed)} stays whole: {op_key(node)} at {place} "
             "turns it into a whole axis inside the trunk"
         )
         return False
@@ -237,8 +237,8 @@ def _dims_of(node: fx.Node) -> list[int]:
 
 def _widened_user(user: fx.Node, out: dict[fx.Node, Any], found: Findings, axis: Term) -> Any:
     """() where the user has the axis anyway; its new terms where it grows; None where it cannot."""
-    rule = RULES.get(op_key(user.target)) if user.op == "call_function" else None
-    if rule is not pointwise and op_name(user) != "expand_as":
+    rule = RULES.get(op_key(user))
+    if rule is not pointwise and op_key(user) != "expand_as":
         return None
     rank = len(found.terms[user])
     grown: list[Term] = list(found.terms[user])
@@ -273,7 +273,7 @@ def nested(term: Term) -> bool:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    info = node.meta.get("shape")
+    info = info_of(node)
     return hasattr(info, "shape") or isinstance(info, tuple)
 
 

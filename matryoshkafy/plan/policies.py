@@ -21,7 +21,7 @@ from torch import nn
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.nodes import op_key, output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.scalars import KEEP
 from matryoshkafy.plan.walk import Findings, flat_terms
@@ -86,9 +86,9 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     for terms in (*found.contracted.values(), *found.mixed.values()):
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
     for node in found.terms:
-        if node.op == "call_function" and op_name(node) in NONLINEAR and node not in found.pure:
+        if node.op == "call_function" and op_key(node) in NONLINEAR and node not in found.pure:
             summed.update(leaf for t in flat_terms(found.terms[node]) for leaf in axes.leaves(t))
-    output = next(iter(reversed(trace.graph.nodes)))
+    output = output_node(trace.graph)
     for node in output.all_input_nodes:
         for term in flat_terms(found.terms.get(node, ())):
             for leaf in axes.leaves(term):

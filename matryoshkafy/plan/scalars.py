@@ -20,7 +20,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
 
@@ -58,9 +58,9 @@ def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
 def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
     if node.op != "call_function" or len(node.args) != 2:
         return []
-    if op_name(node) == "pow":
+    if op_key(node) == "pow":
         return _slopes_of(node, plan, state)
-    if op_name(node) not in SCALING:
+    if op_key(node) not in SCALING:
         return []
     for index, argument in enumerate(node.args):
         value, tolerance = _constant(argument, state)
@@ -124,9 +124,9 @@ def _constant(argument: Any, state: dict[str, torch.Tensor]) -> tuple[float, flo
     """
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return float(argument), EXACT
-    while isinstance(argument, fx.Node) and op_name(argument) in ("to", "_to_copy"):
+    while isinstance(argument, fx.Node) and op_key(argument) in ("to", "_to_copy"):
         argument = argument.args[0]
-    if isinstance(argument, fx.Node) and op_name(argument) == "full" and argument.args[0] == []:
+    if isinstance(argument, fx.Node) and op_key(argument) == "full" and argument.args[0] == []:
         return float(argument.args[1]), EXACT  # type: ignore[arg-type]
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return 0.0, 0.0

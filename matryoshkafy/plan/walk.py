@@ -10,9 +10,9 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import TensorInfo, bound_args
+from matryoshkafy.graph.nodes import TensorInfo, bound_args, info_of, is_item, is_op, op_key
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.rules import RULES, Terms, op_key
+from matryoshkafy.rules import RULES, Terms
 from matryoshkafy.rules.weights import is_weight
 
 UNKNOWN_SIZE = 1_000_003
@@ -63,7 +63,7 @@ def propagate(trace: Trace, free: tuple[str, ...] = ()) -> Findings:
 def _fix_counted(graph: fx.Graph, found: Findings) -> None:
     """0, 1, 2, ... may shrink only where the kept units are a prefix of the counted ones."""
     for node in graph.nodes:
-        if node.op != "call_function" or op_key(node.target) != "arange":
+        if op_key(node) != "arange":
             continue
         for term in found.terms[node]:
             factors = axes.resolve(term)
@@ -108,12 +108,12 @@ PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "_grouped
 
 def _weight_slot(node: fx.Node, user: fx.Node) -> bool | None:
     """True in the place of a weight, False as a factor of a product, None anywhere else."""
-    if user.op != "call_function" or not hasattr(user.target, "_schema"):
+    if not is_op(user):
         return None
     slots = [name for name, value in bound_args(user).items() if _holds(value, node)]
     if all(s in WEIGHT_SLOTS for s in slots):
         return True
-    return False if op_key(user.target) in PRODUCTS else None
+    return False if op_key(user) in PRODUCTS else None
 
 
 def _holds(value: Any, node: fx.Node) -> bool:
@@ -135,11 +135,11 @@ class _Walker:
         return self.found.terms[value] if isinstance(value, fx.Node) else ()
 
     def shape(self, value: Any) -> tuple[int, ...]:
-        info = value.meta["shape"] if isinstance(value, fx.Node) else None
+        info = info_of(value) if isinstance(value, fx.Node) else None
         return _known(info.shape) if isinstance(info, TensorInfo) else ()
 
     def shapes(self, node: fx.Node) -> list[tuple[int, ...]]:
-        info = node.meta["shape"]
+        info = info_of(node)
         infos = info if isinstance(info, tuple) else (info,)
         return [_known(i.shape) if isinstance(i, TensorInfo) else () for i in infos]
 
@@ -219,20 +219,20 @@ class _Walker:
         )
 
     def _call(self, node: fx.Node) -> None:
-        if not _has_tensor(node.meta.get("shape")):
+        if not _has_tensor(info_of(node)):
             self.found.terms[node] = ()
             return
         inputs = [a for a in node.all_input_nodes if a in self.found.terms]
-        tensors = [a for a in inputs if _has_tensor(a.meta.get("shape"))]
+        tensors = [a for a in inputs if _has_tensor(info_of(a))]
         if tensors and all(a in self.found.pure for a in tensors):
             self.found.pure.add(node)
-        if getattr(node.target, "__name__", "") == "getitem":
+        if is_item(node):
             self.found.terms[node] = self.found.terms[node.args[0]][node.args[1]]  # type: ignore[index]
             return
         self.found.terms[node] = self._applied(node)
 
     def _applied(self, node: fx.Node) -> Any:
-        rule, name = RULES.get(op_key(node.target)), op_key(node.target)
+        rule, name = RULES.get(op_key(node)), op_key(node)
         try:
             terms = rule(self, node, bound_args(node)) if rule else None
             if terms is not None and self._fits(node, terms):
@@ -243,7 +243,7 @@ class _Walker:
         return self._frozen(node)
 
     def _fits(self, node: fx.Node, terms: Any) -> bool:
-        info = node.meta["shape"]
+        info = info_of(node)
         groups = terms if isinstance(info, tuple) else (terms,)
         shapes = self.shapes(node)
         return len(groups) >= len(shapes) and all(
@@ -257,7 +257,7 @@ class _Walker:
             for term in flat_terms(self.found.terms.get(value, ())):
                 self.fix(term, "unknown op")
         outs = tuple(tuple(self.fresh(n, "unknown op") for n in s) for s in self.shapes(node))
-        return outs if isinstance(node.meta["shape"], tuple) else outs[0]
+        return outs if isinstance(info_of(node), tuple) else outs[0]
 
 
 def _known(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
 from matryoshkafy.plan.plan import Action, Many
 from matryoshkafy.rewrite.masks import masked_weights, node_masks
 from matryoshkafy.rewrite.resize import resize
@@ -54,7 +54,7 @@ def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
         m in writer.masks for m in masked_weights(node, writer.plan)
     ):
         return writer.copy(node, level)
-    fast = FAST.get(op_name(node))
+    fast = FAST.get(op_key(node))
     new = fast(writer, node, level) if fast else None
     return new if new is not None else _mask_weights(writer, node, level, action)
 
@@ -105,7 +105,7 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     """x @ W (and bias + x @ W): the weight turned is the weight of a linear."""
     names = list(bound_args(node))
     a = bound_args(node)
-    biased = op_name(node) == "addmm"
+    biased = op_key(node) == "addmm"
     x, weight = (a[n] for n in (names[1:3] if biased else names[:2]))
     shape = writer.plan.nodes[weight.name]
     masks = node_masks(node, writer.plan)
@@ -126,7 +126,7 @@ def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     shape = writer.plan.nodes[a["weight"].name]
     if isinstance(a["padding"], str) or a["groups"] != 1:
         return None
-    transposed = "transpose" in op_name(node)
+    transposed = "transpose" in op_key(node)
     rank = len(shape) - 2
     out, into = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     new = {
@@ -175,11 +175,11 @@ def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     }
     prefix = writer.plan.options.norm == "prefix"
     shape = writer.plan.nodes[a["input"].name]
-    name = op_name(node)
+    name = op_key(node)
     if name == "group_norm":
         return _group_norm(writer, node, level, (new, shape, prefix))
     runs = writer.runs(shape[-1], level)
-    eps = a["eps"] if a["eps"] is not None else torch.finfo(node.meta["shape"].dtype).eps
+    eps = a["eps"] if a["eps"] is not None else torch.finfo(tensor_info(node).dtype).eps
     affine = (new["weight"], new["bias"]) if name == "layer_norm" else (new["weight"],)
     target = nested.layer_norm.default if name == "layer_norm" else nested.rms_norm.default
     return writer.graph.create_node(
@@ -213,7 +213,7 @@ def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     shape = writer.plan.nodes[source.name]
     over = [d % len(shape) for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])]
     dim = next(d for d in over if dims.is_nested(shape[d]))
-    kind = KINDS.get(op_name(node), op_name(node))
+    kind = KINDS.get(op_key(node), op_key(node))
     kind += "0" if a.get("correction") == 0 else ""
     args = (
         writer.written[writer.key(source, level)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.nodes import bound_args, op_key, output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.actions import ACTIONS
@@ -44,12 +44,12 @@ def readout_graph(trace: Trace, plan: Plan) -> fx.Graph | None:
 
 def readout_node(trace: Trace, plan: Plan) -> fx.Node | None:
     """Return the one node of the tail: hidden @ table', the model's only tensor output."""
-    output = next(iter(reversed(trace.graph.nodes)))
+    output = output_node(trace.graph)
     outputs = [v for v in output.args[0] if isinstance(v, fx.Node)]  # type: ignore[union-attr]
     if len(outputs) != 1 or plan.tail != {outputs[0].name}:
         return None
     node = outputs[0]
-    if op_name(node) not in ("linear", "matmul", "mm"):
+    if op_key(node) not in ("linear", "matmul", "mm"):
         return None
     hidden, table, bias = _readout_operands(node)
     shapes = plan.nodes[hidden.name], plan.nodes[table.name]

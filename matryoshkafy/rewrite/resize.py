@@ -11,7 +11,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import bound_args, op_name, set_arg
+from matryoshkafy.graph.nodes import bound_args, op_key, set_arg
 from matryoshkafy.plan.plan import Many, Plan
 from matryoshkafy.rules.contraction import CONVOLUTIONS, TRANSPOSED
 from matryoshkafy.rules.creation import FILLED
@@ -181,6 +181,6 @@ RESIZERS: dict[str, Callable[[Resize], None]] = {
 
 def resize(plan: Plan, widths: Widths, old: fx.Node, new: fx.Node) -> None:
     """Write the size constants of `new`, a copy of `old`, for a level."""
-    row = RESIZERS.get(op_name(old))
+    row = RESIZERS.get(op_key(old))
     if row is not None and old.name in plan.nodes:
         row(Resize(plan, widths, old, new))

@@ -14,7 +14,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.nodes import is_item, op_key, output_node, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan.plan import Action, Many, Plan, Scalar
@@ -65,7 +65,7 @@ class Rewriter:
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
                 self._put(node, -1, self.graph.placeholder(str(node.target)))
-        output = next(iter(reversed(self.trace.graph.nodes)))
+        output = output_node(self.trace.graph)
         flat: list[Any] = []
         for level in levels:
             for position, value in enumerate(output.args[0]):  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ class Rewriter:
         extra = self.plan.notes.get("output", {}).get(str(position))
         if extra is None:
             return written
-        shape = (*[(n,) for n in value.meta["shape"].shape[:-1]], extra)
+        shape = (*[(n,) for n in tensor_info(value).shape[:-1]], extra)
         return self.cut(written, shape, self.plan.ladder[level])
 
     # Values.
@@ -203,7 +203,7 @@ class Rewriter:
     # Nodes.
 
     def _apply(self, node: fx.Node, level: int) -> fx.Node:
-        picked = getattr(node.target, "__name__", "") == "getitem"
+        picked = is_item(node)
         if picked and isinstance(node.args[0], fx.Node):
             return self.copy(node, level, resized=False)
         action = self.plan.actions.get(node.name)
@@ -264,7 +264,7 @@ def is_reparametrised(node: fx.Node) -> bool:
 
     Then the small model computes its weight as the user's class does, from the user's two names.
     """
-    plain = op_name(node) == "_weight_norm"
+    plain = op_key(node) == "_weight_norm"
     return plain and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
 
 

@@ -13,5 +13,4 @@ from matryoshkafy.rules.table import RULES as RULES
 from matryoshkafy.rules.table import Args as Args
 from matryoshkafy.rules.table import Terms as Terms
 from matryoshkafy.rules.table import Walk as Walk
-from matryoshkafy.rules.table import op_key as op_key
 from matryoshkafy.rules.table import rule as rule

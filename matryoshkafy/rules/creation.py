@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 FILLED = (
@@ -64,6 +65,6 @@ def counted(walk: Walk, node: fx.Node, args: Args) -> Any:
     for value in args.values():
         for term in walk.of(value) if isinstance(value, fx.Node) else ():
             walk.fix(term, "indexed")
-    if isinstance(node.meta["shape"], tuple):
+    if isinstance(info_of(node), tuple):
         return tuple(tuple(walk.fresh(n, "indexed") for n in s) for s in walk.shapes(node))
     return tuple(walk.fresh(n, "indexed") for n in walk.shape(node))

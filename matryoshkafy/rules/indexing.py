@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from matryoshkafy.graph.nodes import tensor_info
 from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
@@ -15,7 +16,7 @@ def _index_terms(walk: Walk, x: Terms, indices: Any) -> tuple[list[int], list[An
     dims: list[int] = []
     at = 0
     for index in indices:
-        mask = isinstance(index, fx.Node) and str(index.meta["shape"].dtype) in (
+        mask = isinstance(index, fx.Node) and str(tensor_info(index).dtype) in (
             "torch.bool",
             "torch.uint8",
         )
@@ -33,7 +34,7 @@ def index(walk: Walk, node: fx.Node, args: Args) -> Any:
     dims, tensors = _index_terms(walk, x, args["indices"])
     for d in dims:
         walk.fix(x[d], "indexed")
-    masks = any(str(t.meta["shape"].dtype) == "torch.bool" for t in tensors)
+    masks = any(str(tensor_info(t).dtype) == "torch.bool" for t in tensors)
     new = walk.shape(node)
     count = len(new) - (len(x) - len(dims))
     picked = _picked(walk, tensors, masks, new, (dims, count))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from matryoshkafy.graph.nodes import info_of, is_tensor
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 UNARY = """
@@ -45,14 +46,14 @@ def broadcast(walk: Walk, values: list[Any]) -> Terms:
 def _tensors(node: fx.Node) -> list[fx.Node]:
     nodes = [a for a in node.args if isinstance(a, fx.Node)]
     nodes += [a for a in node.kwargs.values() if isinstance(a, fx.Node)]
-    return [n for n in nodes if hasattr(n.meta.get("shape"), "shape")]
+    return [n for n in nodes if is_tensor(n)]
 
 
 @rule(*UNARY, *NARY)
 def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every tensor argument broadcasts with every other."""
     del args
-    if isinstance(node.meta["shape"], tuple):  # where(condition): as many rows as it holds
+    if isinstance(info_of(node), tuple):  # where(condition): as many rows as it holds
         return None
     return broadcast(walk, _tensors(node))
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.table import Args, Walk, rule
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -46,7 +47,7 @@ def cell(walk: Walk, node: fx.Node, args: Args) -> Any:
     params = [args[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh") if args.get(n) is not None]
     _layer(walk, params, (x[-1], output, (*axes.copies(GATES[kind]), *output)), len(params) == 4)
     outs = tuple((*x[:-1], output) for _ in states)
-    return outs if isinstance(node.meta["shape"], tuple) else outs[0]
+    return outs if isinstance(info_of(node), tuple) else outs[0]
 
 
 def _layer(walk: Walk, params: Any, terms: tuple[Any, Any, Any], biases: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
@@ -22,7 +23,7 @@ def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     for term in terms[-dims:]:
         walk.mix(term)
     shapes = walk.shapes(node)
-    if len(shapes) == 1 and not isinstance(node.meta["shape"], tuple):
+    if len(shapes) == 1 and not isinstance(info_of(node), tuple):
         return terms
     kept = (*terms[:-dims], *((),) * dims)
     return (terms, *(kept for _ in shapes[1:]))
@@ -109,7 +110,7 @@ def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
 
         return broadcast(walk, [args["self"], args["other"]])
     terms = _reduced(walk, node, args, args["self"])
-    count = len(node.meta["shape"]) if isinstance(node.meta["shape"], tuple) else 0
+    count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
     return (terms,) * count if count else terms
 
 
@@ -132,7 +133,7 @@ def along(walk: Walk, node: fx.Node, args: Args) -> Any:
     dim = args["dim"] % len(terms) if terms else 0
     if terms:
         walk.mix(terms[dim])
-    count = len(node.meta["shape"]) if isinstance(node.meta["shape"], tuple) else 0
+    count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
     return (terms,) * count if count else terms
 
 
@@ -157,7 +158,7 @@ def sorting(walk: Walk, node: fx.Node, args: Args) -> Any:
         terms[dim] = walk.fresh(shape[dim], "indexed")
     else:
         del terms[dim]
-    count = len(node.meta["shape"]) if isinstance(node.meta["shape"], tuple) else 0
+    count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
     return (tuple(terms),) * count if count else tuple(terms)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.table import Args, Walk, rule
 
 
@@ -21,7 +22,7 @@ def _spatial(walk: Walk, node: fx.Node, count: int) -> Any:
         (*leading, *(walk.fresh(n, "space") for n in shape[len(leading) :]))
         for shape in walk.shapes(node)
     ]
-    return tuple(outs) if isinstance(node.meta["shape"], tuple) else outs[0]
+    return tuple(outs) if isinstance(info_of(node), tuple) else outs[0]
 
 
 def _register(dims: int, *names: str) -> None:

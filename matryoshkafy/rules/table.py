@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import fx
 
 from matryoshkafy.axes.terms import Term
+from matryoshkafy.graph.nodes import op_key
 
 Terms = tuple[Term, ...]
 Args = Mapping[str, Any]
@@ -88,14 +88,3 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def op_key(op: Any) -> str:
-    """Return the key of an op in the table: its schema name, without `aten::`."""
-    if isinstance(op, str):
-        return op
-    if isinstance(op, torch._ops.OpOverload):
-        return op._schema.name.removeprefix("aten::")
-    if isinstance(op, torch._ops.OpOverloadPacket):
-        return op._qualified_op_name.removeprefix("aten::")
-    return getattr(op, "__name__", str(op))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
@@ -29,7 +30,7 @@ def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Minimal runs of dims with equal product become one another."""
     del args
     source: Any = node.args[0]
-    info: Any = getattr(source, "meta", {}).get("shape"), node.meta["shape"]
+    info: Any = info_of(source), info_of(node)
     target: Any = node.target
     if target._schema.name == "aten::view" and info[0].dtype.itemsize != info[1].dtype.itemsize:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.nodes import bound_args, is_item, op_key, tensor_info
 
 PICKS = {
     "index",
@@ -33,7 +33,6 @@ PICKS = {
     "chunk",
     "split",
     "split_with_sizes",
-    "getitem",
     "unbind",
     "numpy_T",
     "mT",
@@ -51,9 +50,7 @@ def is_weight(node: fx.Node) -> bool:
 
 
 def _is_picked(node: fx.Node) -> bool:
-    while (
-        node.op == "call_function" and op_name(node) in PICKS and isinstance(node.args[0], fx.Node)
-    ):
+    while (op_key(node) in PICKS or is_item(node)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.op == "get_attr"
 
@@ -97,17 +94,17 @@ SLOTS = {
 
 def weight_places(node: fx.Node) -> dict[fx.Node, Place]:
     """Return the weights that a contraction reads, with the place of each of their dims."""
-    name, args = op_name(node), bound_args(node)
+    name, args = op_key(node), bound_args(node)
     if name == "einsum":
         return _einsum_places(node, args)
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        return {w: LINEAR for w in args["params"] if len(w.meta["shape"].shape) == 2}
+        return {w: LINEAR for w in args["params"] if len(tensor_info(w).shape) == 2}
     values = list(args.values())
     found = {}
     for slot, place in SLOTS.get(name, {}).items():
         value = args[slot] if isinstance(slot, str) else values[slot]
         if isinstance(value, fx.Node) and is_weight(value):
-            found[value] = _positive(place, len(value.meta["shape"].shape))
+            found[value] = _positive(place, len(tensor_info(value).shape))
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.nodes import op_key, output_node
 from matryoshkafy.rewrite.graphs import outputs_graph
 
 # Ops whose result is infinite because they were told to write infinity.
@@ -114,7 +114,7 @@ def culprit(graph: fx.Graph, found: Mapping[fx.Node, str], doll: Doll) -> Blame 
 
     An op that writes the infinities of a mask is none; then it is the first that turns them to nan.
     """
-    output = next(iter(reversed(graph.nodes)))
+    output = output_node(graph)
     behind = ancestors(output, found)
     ordered = [node for node in graph.nodes if node in behind]
     roots = [n for n in ordered if not behind & set(n.all_input_nodes)]
@@ -130,7 +130,7 @@ def nan_inputs(node: fx.Node, found: Mapping[fx.Node, str]) -> bool:
 
 def masks(node: fx.Node, value: str) -> bool:
     """Whether a node writes infinities on purpose."""
-    return value == "inf" and node.op == "call_function" and op_name(node) in MASKS
+    return value == "inf" and op_key(node) in MASKS
 
 
 def ancestors(output: fx.Node, found: Mapping[fx.Node, str]) -> set[fx.Node]:
@@ -152,7 +152,7 @@ def blame(node: fx.Node, value: str, doll: Doll) -> Blame:
         return Blame(kind, str(node.target), "", source, None, value)
     name, level = node.meta.get("origin", (node.name, None))
     own = {n.name: n for n in doll._trace.graph.nodes}
-    op = op_name(own.get(name, node))
+    op = op_key(own.get(name, node))
     size = doll.sizes[level] if level in range(len(doll.sizes)) else None
     return Blame("op", op, module_of(node), source, size, value)
 

@@ -145,7 +145,7 @@ class Builder:
         node = self.graph.call_function(target, *nodes)
         if isinstance(result, Tensor):
             return self._value(node, result)
-        node.meta = {"shape": info_of(tuple(result)), "source": ""}
+        node.meta = {"info": info_of(tuple(result)), "source": ""}
         return tuple(self._picked(node, i, t) for i, t in enumerate(result))
 
     def _picked(self, node: fx.Node, index: int, tensor: Tensor) -> Value:
@@ -153,7 +153,7 @@ class Builder:
         return self._value(self.graph.call_function(operator.getitem, (node, index)), tensor)
 
     def _value(self, node: fx.Node, tensor: Tensor) -> Value:
-        node.meta = {"shape": info_of(tensor), "source": ""}
+        node.meta = {"info": info_of(tensor), "source": ""}
         return Value(tensor, node)
 
     def unused(self, values: Sequence[Value]) -> list[Value]:

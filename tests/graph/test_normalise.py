@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import matryoshkafy as mk
-from matryoshkafy.graph.nodes import bound_args, op_name, set_arg
+from matryoshkafy.graph.nodes import bound_args, op_key, set_arg
 from matryoshkafy.graph.trace import trace
 
 Body = Callable[[Tensor], Tensor]
@@ -149,7 +149,7 @@ def test_a_recorded_path_knows_what_is_a_view(body: Body) -> None:
 
 def test_uninitialised_memory_is_not_in_the_graph() -> None:
     graph = trace(model_of(filled), (example(),)).graph
-    assert not [n for n in graph.nodes if n.op == "call_function" and "empty" in op_name(n)]
+    assert not [n for n in graph.nodes if n.op == "call_function" and "empty" in op_key(n)]
 
 
 @each_body
@@ -195,7 +195,7 @@ def test_arguments_by_the_names_of_the_schema() -> None:
     x = graph.placeholder("x")
     node = graph.call_function(torch.ops.aten.softmax.int, (x, -1))
     assert bound_args(node) == {"self": x, "dim": -1, "dtype": None}
-    assert op_name(node) == "softmax"
+    assert op_key(node) == "softmax"
     set_arg(node, "dim", 1)
     set_arg(node, "dtype", torch.float64)
     assert node.args == (x, 1) and node.kwargs == {"dtype": torch.float64}
@@ -224,7 +224,7 @@ def test_layers_share_the_conversion_of_a_boolean_mask(dtype: torch.dtype) -> No
     mask[0, 2] = False
     model = Layers().eval()
     doll = mk.convert(model, (x, mask), sizes=[0.5, 1.0], nesting="sliced")
-    names = [op_name(n) for n in doll._trace.graph.nodes if n.op == "call_function"]
+    names = [op_key(n) for n in doll._trace.graph.nodes if n.op == "call_function"]
     assert names.count("where") == 1
     model.to(dtype), doll.to(dtype)
     assert torch.equal(doll(x.to(dtype), mask), model(x.to(dtype), mask))

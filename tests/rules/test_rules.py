@@ -18,12 +18,13 @@ from torch import Tensor, fx
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.verify import verify
+from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request
 from matryoshkafy.plan.plan import Options
 from matryoshkafy.plan.solve import solve
 from matryoshkafy.plan.walk import propagate
-from matryoshkafy.rules import RULES, op_key
+from matryoshkafy.rules import RULES
 from tests.fuzz.building import Builder, Run, Value, direct_trace
 from tests.rules.cases import CASES, WIDTH, Case
 
