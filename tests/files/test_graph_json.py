@@ -133,8 +133,8 @@ def test_shapes_are_concrete_and_sources_name_the_users_line():
     model, args, kwargs, dynamic = CASES["scalars"]()
     graph = round_trip(export(model, args, kwargs, dynamic_shapes=dynamic).graph)
     nodes = {node.name: node for node in graph.nodes}
-    assert nodes["x"].meta["shape"] == TensorInfo((4, 4), torch.float32)
-    assert nodes["softmax"].meta["shape"] == TensorInfo((4, 3), torch.float64)
+    assert info_of(nodes["x"]) == TensorInfo((4, 4), torch.float32)
+    assert info_of(nodes["softmax"]) == TensorInfo((4, 3), torch.float64)
     (size,) = [n for n in graph.nodes if n.target is torch.ops.aten.sym_size.int]
     assert info_of(size) == 4 and type(info_of(size)) is int
     assert nodes["softmax"].meta["source"].startswith(f"{__file__}:")
