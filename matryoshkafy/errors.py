@@ -11,6 +11,10 @@ class TraceError(MatryoshkafyError):
     """The model cannot be traced, or is called in another way than it was traced."""
 
 
+class GuardError(TraceError):
+    """A call has inputs of other sizes or kinds than the trace is right for."""
+
+
 class PlanError(MatryoshkafyError):
     """What was asked for does not fit the model's plan."""
 

@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.assumptions import assumed, example_only
+from matryoshkafy.graph.guards import Guard
 from matryoshkafy.graph.nodes import TORCH_FOLDER, outputs_of
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.signature import named_args
@@ -24,7 +26,8 @@ class Captured:
     """A graph with lifted state: which placeholder is which tensor of the model.
 
     `outputs` are the positions of the user's outputs among the graph's; `constants` tensors that
-    the model holds neither as parameters nor as buffers; `notes` remarks for the plan.
+    the model holds neither as parameters nor as buffers; `guards` what the graph assumes of the
+    sizes of its tensor inputs; `notes` remarks for the plan.
     """
 
     module: fx.GraphModule
@@ -32,6 +35,7 @@ class Captured:
     outputs: tuple[int, ...]
     out_spec: pytree.TreeSpec
     constants: Mapping[str, Any]
+    guards: tuple[Guard, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -75,7 +79,15 @@ def _exported(program: torch.export.ExportedProgram, notes: tuple[str, ...]) -> 
     constants = {n: c for n, c in program.constants.items() if isinstance(c, torch.Tensor)}
     spec = program.call_spec.out_spec
     assert spec is not None
-    return Captured(program.graph_module, state, outputs, spec, constants, notes)
+    guards = assumed(_inputs(program.graph_module.graph, state))
+    return Captured(program.graph_module, state, outputs, spec, constants, guards, notes)
+
+
+def _inputs(graph: fx.Graph, state: Mapping[str, str]) -> list[torch.Tensor]:
+    """Return the traced values of the user's tensor inputs, in the order of the call."""
+    holes = (n for n in graph.nodes if n.op == "placeholder" and n.name not in state)
+    values = [n.meta.get("val") for n in holes]
+    return [v for v in values if isinstance(v, torch.Tensor)]
 
 
 def _depends_on_values(error: BaseException) -> bool:
@@ -123,7 +135,9 @@ def _lifted(
     place = _user_frame(error) or "an unknown line"
     why = "branches on the values of tensors" if _depends_on_values(error) else "cannot be exported"
     note = f"specialised: the forward {why} at {place}; the path of the example inputs was recorded"
-    return Captured(module, state, tuple(range(count)), out_spec, {}, (note, *ATTEMPTS[2][1]))
+    notes = (note, *ATTEMPTS[2][1])
+    guards = example_only(_inputs(module.graph, state), place)
+    return Captured(module, state, tuple(range(count)), out_spec, {}, guards, notes)
 
 
 def _mark_storage(graph: fx.Graph) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.guards import Guards
 
 
 def parameter_names(model: nn.Module) -> tuple[list[str], bool]:
@@ -46,14 +47,22 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
-    """How the user's call becomes the flat inputs of the graph, and its flat outputs the result."""
+    """How the user's call becomes the flat inputs of the graph, and its flat outputs the result.
+
+    `guards` say for which sizes and kinds of inputs the graph is right.
+    """
 
     positional: tuple[str, ...]
     inputs: tuple[Input, ...]
     out_spec: pytree.TreeSpec
+    guards: Guards = Guards()
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """Return the flat tensors of a call; raises `TraceError` when it is not the traced call."""
+        """Return the flat tensors of a call.
+
+        Raises `TraceError` when it is not the traced call, `GuardError` when its sizes are outside
+        of what the trace is right for.
+        """
         given = dict(zip(self.positional, args, strict=False)) | dict(kwargs)
         if len(args) > len(self.positional):
             raise TraceError(
@@ -70,6 +79,7 @@ class Signature:
                     f"argument {name!r} was not part of the example inputs, so its path was not "
                     f"traced; convert again with {name!r} among the example inputs"
                 )
+        self.guards.check(flat)
         return flat
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
@@ -97,6 +107,14 @@ def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
                 "convert again with the value you need"
             )
     return tensors
+
+
+def tensor_names(inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of a call in flat order, named as a person would: `batch['mask']`."""
+    for name, value in inputs.items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, torch.Tensor):
+                yield name + pytree.keystr(path), leaf
 
 
 def read_input(name: str, value: Any) -> Input:

@@ -18,9 +18,16 @@ from torch import fx, nn
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import Captured, capture
+from matryoshkafy.graph.guards import Guards, kind_of
 from matryoshkafy.graph.nodes import info_of, set_info, source_of
 from matryoshkafy.graph.normalise import clean
-from matryoshkafy.graph.signature import Signature, named_args, parameter_names, read_input
+from matryoshkafy.graph.signature import (
+    Signature,
+    named_args,
+    parameter_names,
+    read_input,
+    tensor_names,
+)
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,15 @@ def _signature(
     captured: Captured,
 ) -> Signature:
     names = named_args(model, args)
-    inputs = tuple(read_input(name, value) for name, value in (names | kwargs).items())
+    given = names | kwargs
+    inputs = tuple(read_input(name, value) for name, value in given.items())
+    tensors = list(tensor_names(given))
+    guards = Guards(
+        names=tuple(name for name, _ in tensors),
+        ranks=tuple(t.dim() for _, t in tensors),
+        kinds=tuple(kind_of(t) for _, t in tensors),
+        conditions=captured.guards,
+    )
     order = parameter_names(model)[0]
     positional = tuple(names) + tuple(n for n in order if n not in names)
-    return Signature(positional, inputs, captured.out_spec)
+    return Signature(positional, inputs, captured.out_spec, guards)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from matryoshkafy.axes import dims
+from matryoshkafy.graph.guards import Size
 from matryoshkafy.graph.nodes import bound_args, op_key, output_node
+from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.actions import ACTIONS
@@ -15,8 +19,22 @@ from matryoshkafy.rewrite.writer import Live, Rewriter, Standalone
 
 def sub_graph(trace: Trace, plan: Plan, level: int) -> fx.Graph:
     """Return the standalone graph of a level: parameters are already cut (and masked)."""
-    writer = Rewriter(trace, plan, Standalone(), ACTIONS)
+    narrow = replace(trace, signature=_narrow_signature(trace, plan, level))
+    writer = Rewriter(narrow, plan, Standalone(), ACTIONS)
     return writer.finish([level])
+
+
+def _narrow_signature(trace: Trace, plan: Plan, level: int) -> Signature:
+    """Return the call of a sub-model: where the axis of an input nests, it is given the prefix."""
+    widths = plan.ladder[level]
+    holes = [n.name for n in trace.graph.nodes if n.op == "placeholder"]
+    sizes = {
+        Size(leaf, d): dims.size_at(axis, widths)
+        for leaf, name in enumerate(holes)
+        for d, axis in enumerate(plan.nodes.get(name, ()))
+        if dims.is_nested(axis)
+    }
+    return replace(trace.signature, guards=trace.signature.guards.resized(sizes))
 
 
 def full_graph(trace: Trace, plan: Plan) -> fx.Graph:
