@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matryoshkafy.errors import MatryoshkafyError as MatryoshkafyError
     from matryoshkafy.files.checkpoint import load as load
     from matryoshkafy.files.checkpoint import save as save
+    from matryoshkafy.order.order import order as order
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import rule as rule
 
@@ -24,6 +25,7 @@ _HOMES = {
     "inspect": "dolls.convert",
     "Doll": "dolls.doll",
     "MatryoshkafyError": "errors",
+    "order": "order.order",
     "Plan": "plan.plan",
     "rule": "rules",
     "slice": "dolls.slice",

@@ -1,0 +1,252 @@
+"""order(): the units of every group by importance, the full model's function unchanged."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from matryoshkafy.axes import dims
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.verify import TOLERANCE, relative_error
+from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.order import scores as scoring
+from matryoshkafy.order.batches import flat_inputs, run_graph
+from matryoshkafy.order.permute import OrderError, Orders, inverse, permute, put_back
+from matryoshkafy.order.report import OrderReport, cka, group_orders
+from matryoshkafy.order.scores import SCORES, Loss
+from matryoshkafy.order.sites import measure
+from matryoshkafy.plan.plan import Many
+from matryoshkafy.rewrite.graphs import outputs_graph
+
+UNREAD = ("refuse", "leave")
+# A constant made of these is the same at every index, so that its axis has no order to lose.
+UNIFORM = (
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "scalar_tensor",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
+ROWS = 4096
+
+
+def order(  # noqa: PLR0913  the public signature
+    doll: Doll,
+    batches: Iterable[Any],
+    *,
+    by: str = "activation",
+    loss: Loss | None = None,
+    keep: Sequence[str] = (),
+    unread: str = "refuse",
+) -> OrderReport:
+    """Order the units of every group of a sliced doll, the most important first, in place.
+
+    The full model stays the same function: a permutation is applied to every parameter that
+    carries the group. A group whose order carries meaning (slopes or tables made from the index) is
+    found by comparing the full model on the first batch, and keeps its order; the report says so.
+
+    Args:
+        doll: a doll in sliced nesting; its parameters, which are the user's, are permuted.
+        batches: calibration inputs, each a tensor, a tuple of arguments, or a mapping of keywords;
+            a few hundred rows suffice. They are read once.
+        by: "activation" (Minitron), "outgoing" (activation times the norm of the outgoing weight),
+            "contribution" (greedy, follows correlations; squares of the widths in memory), or
+            "taylor" (needs `loss`).
+        loss: loss(output, batch) -> scalar, for "taylor".
+        keep: patterns of group names that keep their order.
+        unread: what happens to parameters that the traced path does not read (a pooler beside the
+            output that was traced): "refuse", or "leave" them in the old order, where they no
+            longer fit.
+
+    Returns:
+        The report, which prints as a table.
+
+    Raises:
+        OrderError: a masked doll, no batch, an unknown score, unread parameters.
+    """
+    _check(doll, by, loss, unread)
+    batches = list(batches)
+    if not batches:
+        raise OrderError("no batch was given; give a few hundred rows of inputs as the model's own")
+    left = _unread(doll)
+    if left and unread == "refuse":
+        raise OrderError(
+            f"the traced path does not read {', '.join(left[:4])}: their axes are not known, so "
+            "they cannot follow the new order and would no longer fit. Convert a forward that "
+            'reads them, or give unread="leave" where nothing else uses them'
+        )
+    training = doll.training
+    doll.eval()
+    try:
+        return _ordered(doll, batches, (by, loss), (tuple(keep), left))
+    finally:
+        doll.train(training)
+
+
+def _check(doll: Doll, by: str, loss: Loss | None, unread: str) -> None:
+    known = (*SCORES, "taylor")
+    if not isinstance(doll, Doll):
+        raise OrderError(
+            f"a {type(doll).__name__} was given; expected the doll that convert returns"
+        )
+    if doll.plan.masked:
+        raise OrderError(
+            "a masked doll was given: masks change the full model, so there is no function to "
+            'keep. Convert with nesting="sliced"'
+        )
+    if doll.plan.options.scope == "output":
+        raise OrderError(
+            'a doll of scope="output" was given: no weight of it nests, so no permutation can '
+            'reach its units. Convert with scope="full"'
+        )
+    if by not in known or unread not in UNREAD:
+        raise OrderError(
+            f"by={by!r}, unread={unread!r} was given; expected by one of {', '.join(known)}, "
+            f"unread one of {', '.join(UNREAD)}"
+        )
+    if (by == "taylor") != (loss is not None):
+        raise OrderError(
+            'by="taylor" needs loss=, a function (output, batch) -> scalar, and no other score '
+            "reads one"
+        )
+
+
+def _unread(doll: Doll) -> tuple[str, ...]:
+    """Return the floating tensors of the model that no node of the graph reads."""
+    state = doll._trace.state()
+    targets = (str(n.target) for n in doll._trace.graph.nodes if n.op == "get_attr")
+    read = {id(state[name]) for name in targets if name in state}
+    return tuple(
+        name
+        for name, tensor in state.items()
+        if id(tensor) not in read and tensor.is_floating_point() and tensor.dim() > 0
+    )
+
+
+def _ordered(
+    doll: Doll, batches: list[Any], how: tuple[str, Loss | None], what: tuple[Any, Any]
+) -> OrderReport:
+    plan, (by, loss), (keep, left) = doll.plan, how, what
+    scores = _scores(doll, batches, by, loss)
+    kept = _kept(doll, keep)
+    wanted = {
+        g: torch.argsort(scores[g], descending=True, stable=True)
+        for g in range(len(plan.groups))
+        if g not in kept
+    }
+    probe = flat_inputs(doll, batches[0])
+    before = _agreements(doll, probe)
+    orders, error, differing = _applied(doll, wanted, probe)
+    kept |= differing
+    after = _agreements(doll, probe)
+    return OrderReport(
+        by=by,
+        sizes=plan.sizes,
+        groups=group_orders(plan, scores, orders, kept),
+        orders=tuple(
+            tuple(orders[g].tolist()) if g in orders else None for g in range(len(plan.groups))
+        ),
+        error=error,
+        agreement=tuple(zip(before, after, strict=True)),
+        unread=left,
+    )
+
+
+def _scores(doll: Doll, batches: list[Any], by: str, loss: Loss | None) -> list[Tensor]:
+    groups = range(len(doll.plan.groups))
+    if loss is not None:
+        found = scoring.taylor(doll, batches, loss)
+        return [found[g] for g in groups]
+    flat = (flat_inputs(doll, batch) for batch in batches)
+    measured = measure(doll, flat, moments=by == "contribution")
+    return [SCORES[by](doll.plan, measured, g).cpu() for g in groups]
+
+
+def _kept(doll: Doll, patterns: Sequence[str]) -> dict[int, str]:
+    """Return the groups that keep their order, with the reason, as far as the graph says."""
+    plan, kept = doll.plan, {}
+    for g, group in enumerate(plan.groups):
+        if any(fnmatch.fnmatch(group.name, pattern) for pattern in patterns):
+            kept[g] = "named in keep="
+    for node in doll._trace.graph.nodes:
+        why = _meaning(node)
+        shape = plan.nodes.get(node.name, ())
+        for dim in () if isinstance(shape, Many) or not why else shape:
+            kept |= {g: f"{why} {node.name}" for g in dims.groups_of(dim) if g not in kept}
+    return kept
+
+
+def _meaning(node: fx.Node) -> str:
+    """Say why the order of this value's axes is given from outside; "" where it is not."""
+    if node.op == "placeholder":
+        return "it comes in with the input"
+    constant = node.op == "call_function" and not node.all_input_nodes
+    return "it is counted at" if constant and op_name(node) not in UNIFORM else ""
+
+
+def _applied(
+    doll: Doll, wanted: Orders, probe: list[Any]
+) -> tuple[dict[int, Tensor], float, dict[int, str]]:
+    """Permute; return the orders applied, the full model's error, and the groups left out."""
+    reference = run_graph(doll, doll._trace.graph, probe)
+    tolerance = _tolerance(doll)
+    error = _tried(doll, wanted, probe, reference)
+    if error <= tolerance:
+        return dict(wanted), error, {}
+    _undo(doll, wanted)
+    alone = {}
+    for group, one in wanted.items():
+        alone[group] = _tried(doll, {group: one}, probe, reference)
+        _undo(doll, {group: one})
+    out = {
+        g: f"its order carries meaning (the full model moves by {e:.0e} without it)"
+        for g, e in alone.items()
+        if not e <= tolerance
+    }
+    fine = {g: one for g, one in wanted.items() if g not in out}
+    error = _tried(doll, fine, probe, reference)
+    if not error <= 10 * tolerance:
+        _undo(doll, fine)
+        raise OrderError(
+            f"the full model moves by {error:.1e} when all groups are ordered together though none "
+            "moves it alone; nothing was changed. Name the groups to leave out in keep="
+        )
+    return fine, error, out
+
+
+def _undo(doll: Doll, orders: Orders) -> None:
+    permute(doll._trace.state(), doll.plan, inverse(orders))
+
+
+def _tried(doll: Doll, orders: Orders, probe: list[Any], reference: list[Any]) -> float:
+    permute(doll._trace.state(), doll.plan, orders)
+    found = run_graph(doll, doll._trace.graph, probe)
+    return relative_error(put_back(doll, orders, found), reference)
+
+
+def _tolerance(doll: Doll) -> float:
+    dtype = next((t.dtype for t in doll.parameters() if t.is_floating_point()), torch.float32)
+    return TOLERANCE.get(dtype, 1e-5)
+
+
+def _agreements(doll: Doll, probe: list[Any]) -> list[float]:
+    """Return per size the linear CKA of its first floating output with the full model's."""
+    values = []
+    for level in range(doll.plan.levels):
+        graph = outputs_graph(doll._trace, doll.plan, [level])
+        values.append(_first(run_graph(doll, graph, probe)))
+    return [cka(value, values[-1]) for value in values]
+
+
+def _first(outputs: list[Any]) -> Tensor:
+    """Return the first floating output as rows [n, p], at most `ROWS` of them."""
+    found = (v for v in outputs if isinstance(v, Tensor) and v.is_floating_point())
+    value = next(found, torch.zeros(1, 1))
+    return value.reshape(-1, value.shape[-1] if value.dim() else 1)[:ROWS]

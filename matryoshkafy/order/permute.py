@@ -1,0 +1,116 @@
+"""Permutations of groups: which index of a tensor moves where, and the state moved in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Cat, Dim, Factor, Nested
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.plan.plan import Plan
+
+# Group -> the old unit that stands at each new place.
+Orders = Mapping[int, Tensor]
+
+
+class OrderError(MatryoshkafyError):
+    """A model whose units cannot be ordered, or a way to order them that is not known."""
+
+
+def positions(dim: Dim, orders: Orders) -> Tensor:
+    """Return [size] the old index that stands at each new index along a dim."""
+    out = torch.zeros(1, dtype=torch.long)
+    for factor in dim:
+        own = _factor_positions(factor, orders)
+        out = (out[:, None] * len(own) + own).flatten()
+    return out
+
+
+def _factor_positions(factor: Factor, orders: Orders) -> Tensor:
+    if isinstance(factor, Cat):
+        return _concatenated([positions(part, orders) for part in factor.parts])
+    if isinstance(factor, Nested):
+        return orders.get(factor.group, torch.arange(factor.size))
+    return torch.arange(factor)
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    out, offset = [], 0
+    for part in parts:
+        out.append(part + offset)
+        offset += len(part)
+    return torch.cat(out)
+
+
+def owners(dim: Dim, group: int) -> Tensor:
+    """Return [size] the unit of a group that each index along a dim belongs to, -1 for none."""
+    out = torch.full((1,), -1)
+    for factor in dim:
+        own = _factor_owners(factor, group)
+        outer = out[:, None].expand(-1, len(own))
+        out = torch.where(outer >= 0, outer, own).flatten()
+    return out
+
+
+def _factor_owners(factor: Factor, group: int) -> Tensor:
+    if isinstance(factor, Cat):
+        return torch.cat([owners(part, group) for part in factor.parts])
+    if isinstance(factor, Nested) and factor.group == group:
+        return torch.arange(factor.size)
+    return torch.full((factor if isinstance(factor, int) else factor.size,), -1)
+
+
+def moved(tensor: Tensor, shape: tuple[Dim, ...], orders: Orders) -> Tensor:
+    """Return the tensor with the units of every group in the given orders."""
+    for i, dim in enumerate(shape):
+        if any(g in orders for g in dims.groups_of(dim)):
+            tensor = tensor.index_select(i, positions(dim, orders).to(tensor.device))
+    return tensor
+
+
+def inverse(orders: Orders) -> dict[int, Tensor]:
+    """Return the orders that undo the given ones."""
+    return {group: torch.argsort(order) for group, order in orders.items()}
+
+
+def permute(state: Mapping[str, Tensor], plan: Plan, orders: Orders) -> None:
+    """Move the units of every tensor of the state, in place; each tied tensor once.
+
+    Raises:
+        OrderError: a sparse tensor carries one of the groups; nothing has been moved then.
+    """
+    for name, tensor in carriers(state, plan, orders).items():
+        tensor.data.copy_(moved(tensor.data, plan.parameters[name], orders))
+
+
+def carriers(state: Mapping[str, Tensor], plan: Plan, orders: Orders) -> dict[str, Tensor]:
+    """Return the tensors that carry one of the groups, tied ones under their first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, shape in plan.parameters.items():
+        tensor = state.get(name)
+        if tensor is None or not any(g in orders for d in shape for g in dims.groups_of(d)):
+            continue
+        if tensor.layout != torch.strided:
+            raise OrderError(
+                f"{name!r} is stored as {tensor.layout}, and its units cannot be moved in place; "
+                "make it dense before convert, or name its group in keep="
+            )
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def put_back(doll: Doll, orders: Orders, outputs: list[Any]) -> list[Any]:
+    """Return flat full-size outputs with the units of nested output axes in their old places."""
+    node = next(iter(reversed(doll._trace.graph.nodes)))
+    undo, shapes = inverse(orders), doll.plan.nodes
+    back = []
+    for source, value in zip(node.args[0], outputs, strict=True):  # type: ignore[arg-type]
+        shape = shapes.get(getattr(source, "name", ""), ())
+        known = isinstance(value, Tensor) and len(shape) == value.dim()
+        back.append(moved(value, shape, undo) if known else value)
+    return back

@@ -1,0 +1,244 @@
+"""order(): the law on the zoo, the scores against arithmetic, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.axes.dims import Cat, Nested
+from matryoshkafy.axes.dims import kept as kept_indices
+from matryoshkafy.axes.dims import size as size_of
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.order import OrderError, order
+from matryoshkafy.order.permute import inverse, moved, owners, permute, positions
+from matryoshkafy.order.report import cka
+from matryoshkafy.order.scores import _removal
+from tests.order.laws import measure, orders_of
+from tests.zoo.registry import entries
+
+FAMILIES = "bert gpt2 llama_gqa t5 mamba timm_resnet timm_mobilenetv3 sasrec lru_complex".split()
+# Groups that cannot move, and the word of the reason.
+KEPT = {"bloom": "meaning"}
+DIMS = [
+    (Nested(0, 5),),
+    (3, Nested(0, 5), 2),
+    (Cat(((Nested(0, 5),), (Nested(1, 4), 2), (3,))),),
+    (2, Cat(((Nested(0, 5), 2), (Nested(0, 5),))), 3),
+]
+
+
+class Block(nn.Module):
+    """A residual block with a wide hidden layer, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.norm = nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        return self.head(h + self.down(torch.relu(self.up(self.norm(h)))))
+
+
+class Pooled(Block):
+    """Its pooler is not read by forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(8, 8)
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(seed))
+
+
+def made(model: nn.Module | None = None, **options: object) -> Doll:
+    torch.manual_seed(0)
+    options = {"sizes": [2, 4, 8], "nesting": "sliced"} | options
+    return mk.convert(Block() if model is None else model, tokens(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*FAMILIES, *KEPT])
+def test_the_full_model_stays_the_same_function(name: str) -> None:
+    pytest.importorskip("transformers")
+    (entry,) = entries([name])
+    row = measure(entry)
+    assert row.status == "ok", row.message
+    assert row.output <= 1e-5 and row.gradient <= 1e-5, row
+    assert all(KEPT.get(name, "no group") in why for why in row.kept), row.kept
+    assert len(row.kept) < row.groups
+
+
+@pytest.mark.parametrize("by", ["activation", "outgoing", "contribution", "taylor"])
+def test_every_score_keeps_function_and_laws(by: str) -> None:
+    doll = made()
+    before = doll(tokens(3)).detach()
+    loss = (lambda out, batch: out.square().mean()) if by == "taylor" else None
+    report = order(doll, [tokens(1), tokens(2)], by=by, loss=loss)
+    torch.testing.assert_close(doll(tokens(3)).detach(), before, rtol=1e-5, atol=1e-5)
+    assert mk.verify(doll, tokens()).passed
+    assert report.error <= 1e-5 and not any(g.kept for g in report.groups)
+    for group in report.groups:
+        assert all(a >= b - 1e-6 for a, b in zip(group.after, group.before, strict=True))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_positions_move_whole_units(dim: tuple) -> None:
+    """The kept indices of a permuted dim belong to the chosen units, in every factor."""
+    orders = {0: torch.tensor([3, 1, 4, 0, 2]), 1: torch.tensor([2, 0, 3, 1])}
+    index = positions(dim, orders)
+    assert sorted(index.tolist()) == list(range(size_of(dim)))
+    for group, order_ in orders.items():
+        old, new = owners(dim, group)[index], owners(dim, group)
+        assert torch.equal(old[new >= 0], order_[new[new >= 0]])
+    back = positions(dim, inverse(orders))
+    assert torch.equal(index[back], torch.arange(size_of(dim)))
+    widths = (2, 3)
+    rows = [i for a, b in kept_indices(dim, widths) for i in range(a, b)]
+    assert set(owners(dim, 0)[index[rows]].tolist()) <= {-1, 3, 1}
+
+
+def test_the_most_active_units_come_first() -> None:
+    """Hidden units scaled up, their readers scaled down: the activation says which they are."""
+    doll = made()
+    model = doll._trace.root
+    loud = [13, 2, 7]
+    with torch.no_grad():
+        for i, unit in enumerate(loud):
+            model.up.weight[unit] *= 1000 * (3 - i)
+            model.up.bias[unit] = 1000.0 * (3 - i)
+            model.down.weight[:, unit] /= 1000 * (3 - i)
+    report = order(doll, [tokens(1)])
+    hidden = next(i for i, g in enumerate(report.groups) if g.units == 16)
+    assert report.orders[hidden] is not None
+    assert list(report.orders[hidden][:3]) == loud
+
+
+def test_activation_is_minitrons_formula() -> None:
+    """sqrt(sum over samples of (mean over positions |x|) ** 2), at the input of the reader."""
+    doll = made()
+    reference = doll._trace.root
+    x = tokens(1)
+    with torch.no_grad():
+        h = reference.table.weight[x]
+        n = torch.layer_norm(h, [8], reference.norm.weight, reference.norm.bias)
+        hidden = torch.relu(n @ reference.up.weight.t() + reference.up.bias)
+        score = hidden.abs().mean(1).square().sum(0).sqrt()
+    report = order(doll, [x])
+    at = next(i for i, g in enumerate(report.groups) if g.units == 16)
+    assert report.orders[at] == tuple(score.argsort(descending=True, stable=True).tolist())
+
+
+def test_removal_is_the_greedy_search() -> None:
+    """Against a search that tries every unit in every round."""
+    torch.manual_seed(0)
+    x, w = torch.randn(50, 6), torch.randn(4, 6)
+    removed: list[int] = []
+    for _ in range(6):
+        rest = [j for j in range(6) if j not in removed]
+        errors = [
+            float((x[:, [*removed, j]] @ w[:, [*removed, j]].t()).square().sum()) for j in rest
+        ]
+        removed.append(rest[min(range(len(rest)), key=errors.__getitem__)])
+    rounds = _removal((x.t() @ x) * (w.t() @ w))
+    assert torch.argsort(rounds).tolist() == removed
+
+
+def test_a_wrong_permutation_is_seen() -> None:
+    """Move one tensor without the others: the law must fail, or it measures nothing."""
+    doll = made()
+    before = doll(tokens()).detach()
+    orders = {g: torch.randperm(group.size) for g, group in enumerate(doll.plan.groups)}
+    permute({"up.weight": doll._trace.root.up.weight}, doll.plan, orders)
+    assert not torch.allclose(doll(tokens()).detach(), before, atol=1e-3)
+
+
+def test_embeddings_are_put_back() -> None:
+    class Encoder(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.table(x)
+            return h + self.down(torch.relu(self.up(self.norm(h))))
+
+    doll = made(Encoder())
+    before = doll(tokens()).detach()
+    report = order(doll, [tokens(1)])
+    after = doll(tokens()).detach()
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(report.put_back(doll, after), before, rtol=1e-5, atol=1e-5)
+    half = mk.slice(doll, 4)(tokens()).detach()
+    units = report.units(doll, 4)
+    assert len(units) == 4 and half.shape[-1] == 4
+    assert list(units) == orders_of(report)[doll.plan.main][:4].tolist()
+
+
+def test_unread_parameters_are_refused_or_left_and_said() -> None:
+    doll = made(Pooled())
+    old = doll._trace.root.pooler.weight.clone()
+    with pytest.raises(OrderError, match=r"pooler\.weight.*unread=\"leave\""):
+        order(doll, [tokens()])
+    report = order(doll, [tokens()], unread="leave")
+    assert report.unread == ("pooler.weight", "pooler.bias")
+    assert torch.equal(doll._trace.root.pooler.weight, old)
+    assert "pooler.weight" in str(report)
+
+
+def test_groups_named_in_keep_stay() -> None:
+    doll = made()
+    old = doll._trace.root.up.weight.clone()
+    report = order(doll, [tokens()], keep=["*"])
+    assert torch.equal(doll._trace.root.up.weight, old)
+    assert {g.kept for g in report.groups} == {"named in keep="}
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"nesting": "masked"}, {}, "masked"),
+        ({"scope": "output", "sizes": [2, 5]}, {}, "scope"),
+        ({}, {"by": "magic"}, "activation, outgoing, contribution, taylor"),
+        ({}, {"by": "taylor"}, "loss="),
+        ({}, {"batches": []}, "no batch"),
+    ],
+)
+def test_refusals_say_what_to_do(options: dict, call: dict, message: str) -> None:
+    doll = made(**options)
+    with pytest.raises(OrderError, match=message):
+        order(doll, **({"batches": [tokens()]} | call))
+
+
+def test_tied_tensors_move_once() -> None:
+    class Tied(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.table.weight
+
+    doll = made(Tied())
+    before = doll(tokens()).detach()
+    order(doll, [tokens(1)])
+    torch.testing.assert_close(doll(tokens()).detach(), before, rtol=1e-5, atol=1e-5)
+    assert doll._trace.root.head.weight is doll._trace.root.table.weight
+
+
+def test_cka_ignores_rotation_and_scale() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 6, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    assert cka(x, 3 * x @ q) == pytest.approx(1.0)
+    assert cka(x, torch.randn(40, 6)) < 0.5
+
+
+def test_moved_follows_every_dim() -> None:
+    orders = {0: torch.tensor([1, 0, 2])}
+    tensor = torch.arange(9).view(3, 3)
+    shape = ((Nested(0, 3),), (Nested(0, 3),))
+    assert moved(tensor, shape, orders).tolist() == [[4, 3, 5], [1, 0, 2], [7, 6, 8]]
