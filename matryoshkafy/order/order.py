@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.verify import TOLERANCE, relative_error
-from matryoshkafy.graph.nodes import op_name
+from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.order import scores as scoring
 from matryoshkafy.order.batches import flat_inputs, run_graph
 from matryoshkafy.order.permute import OrderError, Orders, inverse, permute, put_back
@@ -188,7 +188,7 @@ def _meaning(node: fx.Node) -> str:
     if node.op == "placeholder":
         return "it comes in with the input"
     constant = node.op == "call_function" and not node.all_input_nodes
-    return "it is counted at" if constant and op_name(node) not in UNIFORM else ""
+    return "it is counted at" if constant and op_key(node) not in UNIFORM else ""
 
 
 def _applied(

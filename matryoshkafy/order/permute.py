@@ -12,6 +12,7 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Cat, Dim, Factor, Nested
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.plan.plan import Plan
 
 # Group -> the old unit that stands at each new place.
@@ -106,10 +107,9 @@ def carriers(state: Mapping[str, Tensor], plan: Plan, orders: Orders) -> dict[st
 
 def put_back(doll: Doll, orders: Orders, outputs: list[Any]) -> list[Any]:
     """Return flat full-size outputs with the units of nested output axes in their old places."""
-    node = next(iter(reversed(doll._trace.graph.nodes)))
     undo, shapes = inverse(orders), doll.plan.nodes
     back = []
-    for source, value in zip(node.args[0], outputs, strict=True):  # type: ignore[arg-type]
+    for source, value in zip(outputs_of(doll._trace.graph), outputs, strict=True):
         shape = shapes.get(getattr(source, "name", ""), ())
         known = isinstance(value, Tensor) and len(shape) == value.dim()
         back.append(moved(value, shape, undo) if known else value)

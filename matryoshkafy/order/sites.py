@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.graph.nodes import bound_args, op_name
+from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
 from matryoshkafy.plan.plan import Many, Plan
 from matryoshkafy.rules.weights import weight_places
 
@@ -77,7 +77,7 @@ def sites_of(graph: fx.Graph, plan: Plan) -> list[Site]:
 
 
 def _read_by(node: fx.Node, plan: Plan) -> list[Site]:
-    name = op_name(node) if node.op == "call_function" else ""
+    name = op_key(node)
     if name not in LAST and name not in CONVOLUTIONS:
         return []
     args, places = bound_args(node), weight_places(node)
@@ -92,7 +92,7 @@ def _read_by(node: fx.Node, plan: Plan) -> list[Site]:
         return []
     weight = weights[0]
     into = places[weight].into[0]
-    same = weight.meta["shape"].shape[into] == dims.size(shape[position])
+    same = tensor_info(weight).shape[into] == dims.size(shape[position])
     consumers = ((node.name, weight.name, into),) if same else ()
     return [Site(value.name, position, shape[position], consumers)]
 
