@@ -30,7 +30,7 @@ _HOMES = {
     "rule": "rules",
     "slice": "dolls.slice",
 }
-_PACKAGES = ("errors", "losses", "training")
+_PACKAGES = ("errors", "losses", "serving", "training")
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

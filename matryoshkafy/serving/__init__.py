@@ -1,0 +1,15 @@
+"""What nested sizes are for at serving time: funnels, cascades, one table for all sizes."""
+
+from matryoshkafy.serving.cascade import Cascade as Cascade
+from matryoshkafy.serving.cascade import Routed as Routed
+from matryoshkafy.serving.cascade import fit_cascade as fit_cascade
+from matryoshkafy.serving.funnel import Ranking as Ranking
+from matryoshkafy.serving.funnel import exact as exact
+from matryoshkafy.serving.funnel import funnel as funnel
+from matryoshkafy.serving.index import ShortIndex as ShortIndex
+from matryoshkafy.serving.rotation import Rotation as Rotation
+from matryoshkafy.serving.rotation import fit_rotation as fit_rotation
+from matryoshkafy.serving.tune import Setting as Setting
+from matryoshkafy.serving.tune import tune as tune
+from matryoshkafy.serving.vectors import ServingError as ServingError
+from matryoshkafy.serving.vectors import Vectors as Vectors

@@ -1,0 +1,152 @@
+"""funnel(): many documents by a short prefix, fewer by longer ones (MRL, section 4.3, "funnel").
+
+A stage that goes from size m to size M adds only the products of the units between them: the score
+of a longer prefix is a running sum, divided by the lengths of the two prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryoshkafy.serving.index import ShortIndex
+from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The documents found for each query, best first.
+
+    Args:
+        ids: int64 [queries, k], rows of the documents' table; -1 (score -inf) where an
+            approximate index found fewer than k.
+        scores: float32 [queries, k], cosines at the last stage's size.
+        products: multiply-adds per query, the index's own not counted (`index_products` has them
+            where the first stage is exact).
+    """
+
+    ids: Ids
+    scores: Floats
+    products: float
+
+
+def exact(queries: Vectors, documents: Vectors, *, size: int, k: int) -> Ranking:
+    """Return the k nearest documents at one size, by comparing with all of them."""
+    return funnel(queries, documents, sizes=[size], keep=[k])
+
+
+def funnel(  # noqa: PLR0913  the public signature
+    queries: Vectors,
+    documents: Vectors,
+    *,
+    sizes: Sequence[int],
+    keep: Sequence[int],
+    index: ShortIndex | None = None,
+    batch: int = 64,
+) -> Ranking:
+    """Return the nearest documents, found in stages of growing size and shrinking lists.
+
+    Args:
+        queries: the queries' table, [Q, D].
+        documents: the documents' table, [N, D], of the same model.
+        sizes: ascending sizes of the ladder, one a stage.
+        keep: how many documents each stage hands on; must not grow. The last is k.
+        index: an approximate index of the first stage's size; without one that stage is exact.
+        batch: queries that are scored together.
+
+    Raises:
+        ServingError: where sizes are no rungs, lists grow, or the tables are of two models.
+    """
+    queries.check_against(documents)
+    stages = _stages(documents, sizes, keep)
+    if index is not None:
+        index.check(documents, stages[0][0])
+    parts = [
+        _search(queries, documents, slice(at, at + batch), (stages, index))
+        for at in range(0, len(queries), batch)
+    ]
+    ids, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Ranking(ids, scores, products(len(documents), stages, exact_first=index is None))
+
+
+def products(count: int, stages: Sequence[tuple[int, int]], *, exact_first: bool = True) -> float:
+    """Return the multiply-adds of one query over `count` documents.
+
+    Args:
+        count: how many documents there are.
+        stages: (size, how many are kept) pairs.
+        exact_first: whether the first stage compares with every document.
+    """
+    first = count * stages[0][0] if exact_first else stages[0][1] * stages[0][0]
+    later = (kept * (after - before) for (before, kept), (after, _) in pairwise(stages))
+    return float(first + sum(later))
+
+
+def _stages(documents: Vectors, sizes: Sequence[int], keep: Sequence[int]) -> list[tuple[int, int]]:
+    if len(sizes) != len(keep) or not sizes:
+        raise ServingError(
+            f"sizes {list(sizes)} and keep {list(keep)} were given; expected one list length for "
+            "each size"
+        )
+    for size in sizes:
+        documents.level(size)
+    if any(a >= b for a, b in pairwise(sizes)):
+        raise ServingError(f"sizes {list(sizes)} must ascend: each stage reads a longer prefix")
+    if any(a < b for a, b in pairwise(keep)) or keep[-1] < 1:
+        raise ServingError(
+            f"keep {list(keep)} must not grow and end at 1 or more: a stage can only choose among "
+            "what the one before it kept"
+        )
+    return [(size, min(kept, len(documents))) for size, kept in zip(sizes, keep, strict=True)]
+
+
+def _search(
+    queries: Vectors,
+    documents: Vectors,
+    rows: slice,
+    how: tuple[list[tuple[int, int]], ShortIndex | None],
+) -> tuple[Ids, Floats]:
+    stages, index = how
+    (size, kept), level = stages[0], documents.level(stages[0][0])
+    asked = queries.values[rows]
+    if index is None:
+        dots = asked[:, :size] @ documents.values[:, :size].T
+        ids = _best(dots * documents.inverse_lengths[:, level], kept)
+        dots = _taken(dots, ids)
+    else:
+        ids = index.search(queries.at(size)[rows], kept)
+        dots = np.where(ids < 0, -np.inf, _dots(asked, documents, ids, (0, size)))
+    for (before, _), (after, kept) in pairwise(stages):
+        dots = dots + _dots(asked, documents, ids, (before, after))
+        level = documents.level(after)
+        order = _best(dots * documents.inverse_lengths[ids, level], kept)
+        ids, dots = _taken(ids, order), _taken(dots, order)
+    lengths = queries.inverse_lengths[rows, queries.level(stages[-1][0])][:, None]
+    scores = dots * documents.inverse_lengths[ids, level] * lengths
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return _taken(ids, order), _taken(scores, order)
+
+
+def _taken(values: NDArray[Any], order: Ids) -> NDArray[Any]:
+    """Return each row's values in that row's order."""
+    return np.take_along_axis(values, order, axis=1)
+
+
+def _best(scores: Floats, k: int) -> Ids:
+    """Return the columns of the k largest scores of each row, in no order."""
+    if k >= scores.shape[1]:
+        return np.tile(np.arange(scores.shape[1]), (len(scores), 1))
+    return np.argpartition(-scores, k - 1, axis=1)[:, :k].astype(np.int64)
+
+
+def _dots(asked: Floats, documents: Vectors, ids: Ids, units: tuple[int, int]) -> Floats:
+    """Return the products of the units between two sizes, [queries, candidates]."""
+    a, b = units
+    return np.einsum("qd,qkd->qk", asked[:, a:b], documents.values[ids, a:b], optimize=True)

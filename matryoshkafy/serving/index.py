@@ -1,0 +1,117 @@
+"""ShortIndex: an approximate index over the shortest size, by FAISS or usearch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
+
+Search = Callable[[Floats, int], NDArray[np.int64]]
+
+
+class Build(Protocol):
+    """Makes the search of one kind of index: vectors, effort -> search."""
+
+    def __call__(self, vectors: Floats, effort: int) -> Search: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ShortIndex:
+    """An approximate index of one size of a table.
+
+    Args:
+        size: which prefix it holds.
+        search: (queries [Q, size], k) -> ids [Q, k]; -1 where it found fewer than k.
+        model: whose vectors it holds; `rows` how many.
+    """
+
+    size: int
+    search: Search
+    model: str
+    rows: int
+
+    @staticmethod
+    def of(documents: Vectors, size: int, *, kind: str = "hnsw", effort: int = 64) -> ShortIndex:
+        """Build an index over the vectors of a size.
+
+        Args:
+            documents: the table.
+            size: a rung of its ladder, usually the shortest.
+            kind: "hnsw" or "ivf" (FAISS), or "usearch".
+            effort: how far a search looks: candidates of HNSW, cells of IVF.
+
+        Raises:
+            ServingError: where the kind is unknown or its package is not installed.
+        """
+        if kind not in KINDS:
+            raise ServingError(f"index {kind!r} was asked for; expected one of {', '.join(KINDS)}")
+        search = KINDS[kind](documents.at(size), effort)
+        return ShortIndex(size, search, documents.model, len(documents))
+
+    def check(self, documents: Vectors, size: int) -> None:
+        """Raise `ServingError` where the index is not of this table's prefix."""
+        mine, asked = (self.model, self.rows, self.size), (documents.model, len(documents), size)
+        if mine != asked:
+            raise ServingError(
+                f"the index holds {self.rows} vectors of size {self.size} of model "
+                f"{self.model or 'unknown'!r}; the search begins with {len(documents)} of size "
+                f"{size} of {documents.model or 'unknown'!r}. Build it again for these"
+            )
+
+
+def _package(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ServingError(
+            f"this index needs {name}, which is not installed: pip install {extra}"
+        ) from error
+
+
+def _hnsw(vectors: Floats, effort: int) -> Search:
+    faiss = _package("faiss", "faiss-cpu")
+    index = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 200
+    index.add(vectors)
+
+    def search(queries: Floats, k: int) -> NDArray[np.int64]:
+        index.hnsw.efSearch = max(effort, k)
+        return index.search(queries, k)[1]
+
+    return search
+
+
+def _ivf(vectors: Floats, effort: int) -> Search:
+    faiss = _package("faiss", "faiss-cpu")
+    cells = max(1, int(4 * len(vectors) ** 0.5))
+    quantizer = faiss.IndexFlatIP(vectors.shape[1])
+    index = faiss.IndexIVFFlat(quantizer, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    index.nprobe = min(effort, cells)
+
+    def search(queries: Floats, k: int) -> NDArray[np.int64]:
+        return index.search(queries, k)[1]
+
+    return search
+
+
+def _usearch(vectors: Floats, effort: int) -> Search:
+    package = _package("usearch.index", "usearch")
+    index = package.Index(ndim=vectors.shape[1], metric="ip", dtype="f32", expansion_search=effort)
+    index.add(np.arange(len(vectors)), vectors)
+
+    def search(queries: Floats, k: int) -> NDArray[np.int64]:
+        found = index.search(queries, k)
+        return np.asarray(found.keys, dtype=np.int64).reshape(len(queries), -1)
+
+    return search
+
+
+KINDS: Mapping[str, Build] = {"hnsw": _hnsw, "ivf": _ivf, "usearch": _usearch}

@@ -1,0 +1,195 @@
+"""Funnels against brute force in float64, with what they cost; tables and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from matryoshkafy.serving import (
+    ServingError,
+    ShortIndex,
+    Vectors,
+    exact,
+    fit_rotation,
+    funnel,
+    tune,
+)
+from matryoshkafy.serving.funnel import products
+from matryoshkafy.serving.metrics import ndcg_of, recall_of, reciprocal_rank_of
+from matryoshkafy.serving.tune import frontier, measured
+
+SIZES = (4, 8, 16, 32)
+
+
+def table(rows: int, seed: int, model: str = "m") -> Vectors:
+    """Vectors whose first units tell more than the later ones."""
+    values = np.random.default_rng(seed).normal(size=(rows, SIZES[-1]))
+    return Vectors(values / np.arange(1, SIZES[-1] + 1) ** 0.5, SIZES, model)
+
+
+def cosines(queries: Vectors, documents: Vectors, size: int) -> np.ndarray:
+    """All cosines of the prefixes, in float64, one row of each at a time."""
+    a, b = (v.values[:, :size].astype(np.float64) for v in (queries, documents))
+    return np.array([[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in b] for x in a])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_exact_search_is_brute_force(size: int) -> None:
+    queries, documents = table(7, 0), table(150, 1)
+    wanted = cosines(queries, documents, size)
+    found = exact(queries, documents, size=size, k=5)
+    assert np.array_equal(found.ids, np.argsort(-wanted, axis=1)[:, :5])
+    np.testing.assert_allclose(found.scores, np.sort(wanted, axis=1)[:, :-6:-1], atol=1e-6)
+    assert found.products == 150 * size
+
+
+def test_a_funnel_is_brute_force_stage_by_stage() -> None:
+    queries, documents = table(9, 2), table(200, 3)
+    found = funnel(queries, documents, sizes=[4, 16, 32], keep=[40, 12, 5], batch=4)
+    for row, query in enumerate(range(len(queries))):
+        left = np.arange(200)
+        for size, kept in ((4, 40), (16, 12), (32, 5)):
+            scores = cosines(queries, documents, size)[query, left]
+            left = left[np.argsort(-scores)[:kept]]
+        assert found.ids[row].tolist() == left.tolist()
+    assert found.products == 200 * 4 + 40 * 12 + 12 * 16
+
+
+def test_a_list_longer_than_the_table_is_the_table() -> None:
+    queries, documents = table(3, 4), table(6, 5)
+    found = funnel(queries, documents, sizes=[4, 32], keep=[100, 50])
+    assert np.array_equal(found.ids, np.argsort(-cosines(queries, documents, 32), axis=1))
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "usearch"])
+def test_an_index_that_looks_everywhere_finds_what_exact_search_finds(kind: str) -> None:
+    pytest.importorskip("usearch" if kind == "usearch" else "faiss")
+    queries, documents = table(20, 6), table(400, 7)
+    index = ShortIndex.of(documents, 8, kind=kind, effort=400)
+    found = funnel(queries, documents, sizes=[8, 32], keep=[60, 5], index=index)
+    wanted = funnel(queries, documents, sizes=[8, 32], keep=[60, 5])
+    assert recall_of(found.ids, wanted.ids) > 0.98
+    with pytest.raises(ServingError, match="size 8 of model 'm'; the search begins with 400"):
+        funnel(queries, documents, sizes=[4, 32], keep=[60, 5], index=index)
+
+
+def test_what_an_index_does_not_find_is_no_document() -> None:
+    queries, documents = table(2, 6), table(30, 7)
+    ids = np.array([[3, -1, 5], [7, 8, 9]])
+    index = ShortIndex(8, lambda asked, k: ids, "m", 30)
+    found = funnel(queries, documents, sizes=[8, 32], keep=[3, 3], index=index)
+    assert set(found.ids[0]) == {3, 5, -1}
+    assert found.ids[0, -1] == -1 and np.isneginf(found.scores[0, -1])
+
+
+def test_cutting_comes_before_normalising() -> None:
+    documents = Vectors(np.array([[3.0, 4.0, 12.0]]), (2, 3))
+    np.testing.assert_allclose(documents.at(2), [[0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(documents.at(3), axis=1), 1, rtol=1e-6)
+
+
+def test_a_rotation_keeps_full_cosines_and_betters_prefixes() -> None:
+    mix = np.linalg.qr(np.random.default_rng(8).normal(size=(32, 32)))[0]
+    documents = Vectors(table(500, 9).values @ mix, SIZES, "m")
+    queries = Vectors(table(50, 10).values @ mix, SIZES, "m")
+    turn = fit_rotation(documents)
+    turned = turn(queries), turn(documents)
+    np.testing.assert_allclose(
+        turned[0].at(32) @ turned[1].at(32).T, queries.at(32) @ documents.at(32).T, atol=1e-5
+    )
+    truth = exact(queries, documents, size=32, k=10).ids
+    plain = recall_of(exact(queries, documents, size=8, k=10).ids, truth)
+    assert recall_of(exact(*turned, size=8, k=10).ids, truth) > plain + 0.1
+    with pytest.raises(ServingError, match="nothing in common"):
+        exact(turned[0], documents, size=8, k=10)
+    with pytest.raises(ServingError, match="was fitted for model 'm'"):
+        turn(turned[0])
+
+
+def test_tuning_returns_the_settings_that_no_cheaper_one_equals() -> None:
+    queries, documents = table(60, 11), table(300, 12)
+    truth = exact(queries, documents, size=32, k=1).ids[:, 0]
+    settings = tune(queries, documents, truth, k=5)
+    assert settings[-1].recall == 1
+    costs, recalls = [s.products for s in settings], [s.recall for s in settings]
+    assert costs == sorted(costs) and recalls == sorted(recalls)
+    for setting in settings:
+        stages = list(zip(setting.sizes, setting.keep, strict=True))
+        assert setting.products == products(300, stages)
+        again = measured(queries, documents, truth, stages)
+        assert (again.recall, again.reciprocal_rank) == (setting.recall, setting.reciprocal_rank)
+    cheap = tune(queries, documents, truth, k=5, budget=300 * 8)
+    assert max(s.products for s in cheap) <= 300 * 8
+    assert frontier(settings) == settings
+
+
+def test_metrics_by_hand() -> None:
+    ids = np.array([[5, 3, 1], [2, 9, 4], [7, 8, 6]])
+    relevant = np.array([3, 2, 0])
+    assert recall_of(ids, relevant) == pytest.approx(2 / 3)
+    assert recall_of(ids, np.array([[3, 1], [0, 2], [6, 7]])) == pytest.approx(5 / 6)
+    assert reciprocal_rank_of(ids, relevant) == pytest.approx((1 / 2 + 1) / 3)
+    assert ndcg_of(ids, relevant) == pytest.approx((1 / np.log2(3) + 1) / 3)
+
+
+def test_a_table_comes_back_as_it_was_saved(tmp_path) -> None:
+    documents = table(12, 13)
+    documents.save(tmp_path / "d.safetensors")
+    again = Vectors.load(tmp_path / "d.safetensors")
+    assert np.array_equal(again.values, documents.values)
+    assert (again.sizes, again.model) == (documents.sizes, documents.model)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
+    (tmp_path / "bad").write_bytes(b"no table")
+    with pytest.raises(ServingError, match="is no table of vectors"):
+        Vectors.load(tmp_path / "bad")
+
+
+BAD = np.ones((3, 4), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes", "message"),
+    [
+        (np.ones(4), (4,), "expected \\[rows, units\\]"),
+        (BAD, (2, 3), "expected ascending sizes that end at 4"),
+        (BAD, (4, 2), "expected ascending sizes that end at 4"),
+        (BAD, (), "expected ascending sizes that end at 4"),
+        (np.where(np.eye(3, 4) > 0, np.nan, BAD), (2, 4), "row 0 \\(of 3 such rows\\) holds NaN"),
+        (BAD * [0, 0, 1, 1], (2, 4), "row 0 \\(of 3 such rows\\) is zero in its first 2 units"),
+    ],
+)
+def test_a_table_that_cannot_be_searched_is_refused(values, sizes, message: str) -> None:
+    with pytest.raises(ServingError, match=message):
+        Vectors(values, sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "keep", "message"),
+    [
+        ([4, 32], [10], "expected one list length for each size"),
+        ([5, 32], [10, 5], "these vectors have the sizes 4, 8, 16, 32"),
+        ([32, 4], [10, 5], "must ascend"),
+        ([4, 32], [5, 10], "must not grow"),
+        ([4, 32], [5, 0], "end at 1 or more"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(sizes, keep, message: str) -> None:
+    with pytest.raises(ServingError, match=message):
+        funnel(table(2, 0), table(20, 1), sizes=sizes, keep=keep)
+
+
+def test_vectors_of_two_models_are_never_compared() -> None:
+    with pytest.raises(ServingError, match="model 'a' were compared with those of 'b'"):
+        exact(table(2, 0, "a"), table(5, 1, "b"), size=4, k=1)
+    short = Vectors(np.ones((2, 8)), (4, 8), "m")
+    with pytest.raises(ServingError, match="vectors of 8 units were compared with vectors of 32"):
+        exact(short, table(5, 1), size=4, k=1)
+
+
+def test_a_budget_below_the_cheapest_search_is_refused() -> None:
+    with pytest.raises(ServingError, match="cheapest search over 20 documents needs 80"):
+        tune(table(2, 0), table(20, 1), np.zeros(2, dtype=np.int64), budget=10)
+    with pytest.raises(ServingError, match="1 relevant documents were given for 2 queries"):
+        tune(table(2, 0), table(20, 1), np.zeros(1, dtype=np.int64))
+    with pytest.raises(ServingError, match="expected one of hnsw, ivf, usearch"):
+        ShortIndex.of(table(5, 0), 4, kind="annoy")
