@@ -3,98 +3,281 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.errors import MatryoshkafyError
+
+DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-class Outputs(dict):
-    """{size: output}, where an output may be computed when it is first read.
+class OutputsError(MatryoshkafyError):
+    """An output is read when what it is computed from has changed."""
 
-    `readout` is the last linear of the model where the whole tail is one: losses use it to handle
-    all sizes at the cost of one. What is computed late is computed in the mode (gradients,
-    autocast) in which `outputs` was called.
+
+class Late:
+    """A value that is computed when it is first read, and again if that failed."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self._compute: Callable[[], Any] | None = compute
+        self._value: Any = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is still to be computed."""
+        return self._compute is not None
+
+    @property
+    def value(self) -> Any:
+        """What `compute` returns."""
+        if self._compute is not None:
+            self._value = self._compute()
+            self._compute = None
+        return self._value
+
+
+def read(value: Any) -> Any:
+    """Return a value, late or not."""
+    return value.value if isinstance(value, Late) else value
+
+
+class Outputs(MutableMapping[int, Any]):
+    """{size: output}, ascending, where an output may be computed when it is first read.
+
+    What is computed late is computed in the mode of the call (gradients, autocast, training), and
+    only while parameters and inputs are those of the call: after an optimizer's step it is refused,
+    because an old trunk and a new head make no model. An error is raised at every read.
+
+    Args:
+        values: {size: output, or `Late`}.
+        readouts: {size: `Readout`, or `Late`}, where the scores come from a last linear.
+        moment: the call, which late values need; None where nothing is late.
     """
 
     def __init__(
-        self, pending: Mapping[int, Callable[[], Any]], readout: Readout | None = None
+        self,
+        values: Mapping[int, Any],
+        readouts: Mapping[int, Any] | None = None,
+        moment: Moment | None = None,
     ) -> None:
-        super().__init__(dict.fromkeys(pending))
-        self.readout = readout
-        self._pending = dict(pending)
-        self._mode = _Mode()
+        self._values, self._readouts = dict(values), dict(readouts or {})
+        self._moment = moment
+
+    @property
+    def readout(self) -> Readout | None:
+        """The one readout that serves every size (masked nesting), else None.
+
+        Where it is one, a cross entropy over these outputs is fused over the sizes.
+        """
+        found = list(self._readouts.values())
+        one = bool(found) and all(value is found[0] for value in found)
+        return self.readout_at(next(iter(self._readouts))) if one else None
+
+    def readout_at(self, size: int) -> Readout | None:
+        """Return the last linear that a size's scores come from, None where its tail is none."""
+        return self._read(self._readouts[size], size) if size in self._readouts else None
+
+    def _read(self, value: Any, size: int) -> Any:
+        if isinstance(value, Late) and value.pending and self._moment is not None:
+            with self._moment.again(size):
+                return value.value
+        return read(value)
 
     def __getitem__(self, size: int) -> Any:
-        if size not in self:
-            raise KeyError(f"size {size} is not among the sizes {list(self.keys())}")
-        compute = self._pending.pop(size, None)
-        if compute is not None:
-            with self._mode.restored():
-                super().__setitem__(size, compute())
-        return super().__getitem__(size)
+        if size not in self._values:
+            raise KeyError(f"size {size} is not among the sizes {list(self._values)}")
+        return self._read(self._values[size], size)
+
+    def __setitem__(self, size: int, output: Any) -> None:
+        self._values[size] = output
+        self._readouts.pop(size, None)
+
+    def __delitem__(self, size: int) -> None:
+        del self._values[size]
+        self._readouts.pop(size, None)
 
     def __iter__(self) -> Iterator[int]:
-        return super().__iter__()
+        return iter(self._values)
 
-    def get(self, size: int, default: Any = None) -> Any:
-        """Return the output of a size, or the default."""
-        if size not in self:
-            return default
-        return self[size]
+    def __len__(self) -> int:
+        return len(self._values)
 
-    def values(self) -> Any:
-        """Return the outputs, ascending by size."""
-        return [self[size] for size in self]
+    def __contains__(self, size: object) -> bool:
+        return size in self._values
 
-    def items(self) -> Any:
-        """Return (size, output) pairs, ascending by size."""
-        return [(size, self[size]) for size in self]
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return list(self) == list(other) and all(_equal(out, other[m]) for m, out in self.items())
+
+    __hash__ = None  # type: ignore[assignment]  as in every mutable mapping
 
     def __repr__(self) -> str:
-        return repr(dict(self.items()))
+        return f"Outputs({dict(self.items())!r})"
 
 
-class _Mode:
-    """Whether gradients and autocast were on."""
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two outputs have the same structure and equal tensors."""
+    (left, spec), (right, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return spec == other_spec and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+        for a, b in zip(left, right, strict=True)
+    )
 
-    def __init__(self) -> None:
-        self.grad = torch.is_grad_enabled()
-        self.autocast = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-        self.dtypes = {d: torch.get_autocast_dtype(d) for d in self.autocast}
+
+@dataclass(eq=False)
+class Moment:
+    """How things stood at a call: modes, and the version of each tensor that it read."""
+
+    root: nn.Module
+    training: bool
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    watched: tuple[tuple[str, Tensor, Any], ...] = field(repr=False)
+    changed: str = ""
+
+    @staticmethod
+    def of(root: nn.Module, inputs: Any = ()) -> Moment:
+        """Return this moment of a model and its inputs (any structure of tensors).
+
+        Buffers are watched in evaluation mode alone: batch norm writes its own while it trains.
+        """
+        named = {f"parameter {name!r}": p for name, p in root.named_parameters()}
+        if not root.training:
+            named |= {f"buffer {name!r}": b for name, b in root.named_buffers()}
+        leaves = pytree.tree_leaves(inputs)
+        named |= {f"input {i}": v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
+        compiling = torch.compiler.is_compiling()
+        watched = () if compiling else tuple((n, t, _stamp(t)) for n, t in named.items())
+        moment = Moment(root, root.training, torch.is_grad_enabled(), _autocast(), watched)
+        if not compiling:
+            _LIVE.add(moment)
+        return moment
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
+    def again(self, size: int) -> Iterator[None]:
+        """Compute as at the moment; raises `OutputsError` where a tensor has changed since."""
+        changed = self.changed or next((n for n, t, old in self.watched if _stamp(t) != old), "")
+        if changed:
+            raise OutputsError(
+                f"the output of size {size} was not read before {changed} changed, so it would mix "
+                "two models; read every size that you need before optimizer.step(), or call "
+                "outputs again"
+            )
         with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self.root, "training", self.root.training)
+            self.root.training = self.training
             stack.enter_context(torch.set_grad_enabled(self.grad))
-            for device in self.autocast:
-                stack.enter_context(torch.autocast(device, self.dtypes[device]))
+            for device, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             yield
+
+
+def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:
+    return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in DEVICES)
+
+
+def _stamp(tensor: Tensor) -> Any:
+    """What differs once a tensor was written to, or its `.data` replaced."""
+    version = None if tensor.is_inference() else tensor._version
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return version, tensor.data_ptr() if plain else None
+
+
+# torch's fused optimizers write past the version counter, so their steps are heard of.
+_LIVE: weakref.WeakSet[Moment] = weakref.WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    if not _LIVE:
+        return
+    groups = [group["params"] for group in optimizer.param_groups if group.get("fused")]
+    written = {id(p) for params in groups for p in params}
+    for moment in list(_LIVE) if written else ():
+        names = [name for name, tensor, _ in moment.watched if id(tensor) in written]
+        moment.changed = moment.changed or next(iter(names), "")
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 @dataclass(frozen=True)
 class Readout:
     """The logits of size s are scale * hidden[..., :n] @ table[:, :n].T + bias, n = widths[s].
 
-    hidden [..., D] is the full-width trunk value that enters the last linear, table [V, D], bias
-    [V] or None, and widths gives the number of leading units of D for each size.
+    Args:
+        hidden: [..., D], the full-width trunk value that enters the last linear.
+        table: [V, D], the weight of the last linear.
+        bias: [V] or None.
+        widths: {size: how many leading units of D it reads}.
+        scale: a number, or a tensor of one element.
     """
 
     hidden: Tensor
     table: Tensor
     bias: Tensor | None
     widths: Mapping[int, int]
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     @property
     def scaled(self) -> Tensor:
         """hidden * scale."""
-        return self.hidden if self.scale == 1 else self.hidden * self.scale
+        plain = not isinstance(self.scale, Tensor) and self.scale == 1
+        return self.hidden if plain else self.hidden * self.scale
 
     def logits(self, size: int) -> Tensor:
         """The logits [..., V] of a size, stored in full."""
         width = self.widths[size]
         return F.linear(self.scaled[..., :width], self.table[:, :width], self.bias)
+
+    def logits_by_size(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (size, logits [..., V]) ascending: all sizes at the cost of one."""
+        sizes = sorted(self.widths, key=lambda size: (self.widths[size], size))
+        widths = [self.widths[size] for size in sizes]
+        yield from zip(sizes, running(self.scaled, self.table, widths, self.bias), strict=True)
+
+
+def running(
+    hidden: Tensor, table: Tensor, widths: Sequence[int], start: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield start + hidden[..., :n] @ table[..., :n]' for each n of ascending widths.
+
+    Each is the one before plus the product of one block of units. hidden [N, ..., D]; table [V, D]
+    of all rows, or [N, K, D] with rows of each row's own (then hidden is [N, D]).
+    """
+    total, done = start, 0
+    for width in widths:
+        if width > done or total is None:
+            part, rows = hidden[..., done:width], table[..., done:width]
+            total, done = _added(total, part, rows), width
+        yield total
+
+
+def _added(total: Tensor | None, part: Tensor, rows: Tensor) -> Tensor:
+    """total + part @ rows', in one product where there are two matrices."""
+    if total is not None and part.ndim == rows.ndim == 2:
+        return torch.addmm(total, part, rows.t())
+    step = part @ rows.t() if rows.ndim == 2 else (rows @ part[..., None]).squeeze(-1)
+    return step if total is None else total + step
+
+
+def scores_of(output: Any) -> Any:
+    """Return the logits of a model's output: the output itself, its "logits", or its first part.
+
+    The same for every nesting and criterion; an output that has neither is returned as it is.
+    """
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, Mapping):
+        names = ["logits"] if "logits" in output else list(output)
+        return output[names[0]] if len(names) == 1 else output
+    return output[0] if isinstance(output, (tuple, list)) and output else output

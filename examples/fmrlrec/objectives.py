@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,12 +141,7 @@ def first_scale(config: Config, size: int) -> float:
 
 
 def _summed(readout: Any) -> Iterator[tuple[str, Tensor]]:
-    """Scores of size j are those of size j - 1 plus the product of block j."""
-    hidden, done = readout.hidden[:, -1] * readout.scale, 0
-    scores = hidden.new_zeros(len(hidden), len(readout.table))
-    if readout.bias is not None:
-        scores += readout.bias
-    for size, width in readout.widths.items():
-        scores = torch.addmm(scores, hidden[:, done:width], readout.table[:, done:width].t())
-        done = width
+    """Scores of every size at the last position."""
+    last = replace(readout, hidden=readout.hidden[:, -1])
+    for size, scores in last.logits_by_size():
         yield str(size), scores

@@ -4,18 +4,19 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
-from matryoshkafy.axes import dims
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.outputs import Outputs, Readout
+from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.graphs import full_graph, outputs_graph, readout_graph, readout_node
+from matryoshkafy.rewrite.codegen import CallCodeGen
+from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
+from matryoshkafy.rewrite.readouts import LastLinear, inner_width, last_linear, readout_graph
 
 Function = Callable[..., Any]
 
@@ -73,73 +74,78 @@ class Doll(nn.Module):
         """Return {size: output} for every size; each output has the structure of the user's.
 
         Masked nesting: one pass over the trunk, the tail once per size. Sliced nesting: one pass
-        per
-        size, over live slices of the shared parameters. A tail that is one linear, and each pass of
-        sliced nesting, is computed when its size is first read.
+        per size, over live slices of the shared parameters. What is not needed at once is computed
+        when it is first read, as of this call (see `Outputs`).
         """
-        if not self._plan.masked:
-            return Outputs({s: self._sliced(i, args, kwargs) for i, s in enumerate(self.sizes)})
-        readout = self._readout(args, kwargs)
-        if readout is not None:
-            return Outputs({s: self._read(readout, s) for s in self.sizes}, readout)
-        return self._every_size(args, kwargs)
+        moment = Moment.of(self.__dict__["_root"], (args, kwargs))
+        readouts = self._readouts(args, kwargs)
+        if readouts and self._last is not None and self._last.alone:
+            values = {s: Late(partial(self._read, readouts[s], s)) for s in self.sizes}
+        elif not self._plan.masked:
+            values = {s: self._pass(i, args, kwargs) for i, s in enumerate(self.sizes)}
+        elif readouts:
+            every = Late(lambda: self._passes(args, kwargs))
+            values = {s: Late(partial(lambda s: every.value[s], s)) for s in self.sizes}
+        else:
+            values = self._passes(args, kwargs)
+        return Outputs(values, readouts, moment)
 
-    def _function(self, key: Any, build: Callable[[], fx.Graph | None]) -> Function | None:
+    @cached_property
+    def _last(self) -> LastLinear | None:
+        return last_linear(self._trace, self._plan)
+
+    def _function(self, key: Any, build: Callable[[], fx.Graph]) -> Function:
         if key not in self._functions:
-            graph = build()
-            self._functions[key] = None if graph is None else compiled(graph)
+            self._functions[key] = compiled(build())
         return self._functions[key]
 
-    def _sliced(self, level: int, args: Any, kwargs: Any) -> Callable[[], Any]:
+    def _pass(self, level: int, args: Any, kwargs: Any) -> Late:
+        """One size of a sliced doll."""
         function = self._function(level, lambda: _live_graph(self._trace, self._plan, level))
-        assert function is not None
-        return lambda: function(self.__dict__["_root"], *args, **kwargs)
+        return Late(lambda: function(self.__dict__["_root"], *args, **kwargs))
 
-    def _readout(self, args: Any, kwargs: Any) -> Readout | None:
-        function = self._function("readout", lambda: readout_graph(self._trace, self._plan))
-        if function is None:
-            return None
-        hidden, table, bias = function(self.__dict__["_root"], *args, **kwargs)
-        node = readout_node(self._trace, self._plan)
-        assert node is not None
-        inner = self._plan.nodes[node.args[0].name][-1]  # type: ignore[union-attr]
-        widths = {
-            s: dims.size_at(inner, w) for s, w in zip(self.sizes, self._plan.ladder, strict=True)
-        }
-        turned = node.target._schema.name != "aten::linear"  # type: ignore[union-attr]
-        return Readout(hidden, table.t() if turned else table, bias, widths)
-
-    def _read(self, readout: Readout, size: int) -> Callable[[], Any]:
-        width = readout.widths[size]
-
-        def compute() -> Any:
-            hidden, table = readout.hidden[..., :width], readout.table[:, :width]
-            return self._trace.signature.unflatten([F.linear(hidden, table, readout.bias)])
-
-        return compute
-
-    def _every_size(self, args: Any, kwargs: Any) -> Outputs:
+    def _passes(self, args: Any, kwargs: Any) -> dict[int, Any]:
+        """Every size of a masked doll, from one pass over the trunk."""
         levels = list(range(self._plan.levels))
         function = self._function("outputs", lambda: outputs_graph(self._trace, self._plan, levels))
-        assert function is not None
         flat = function(self.__dict__["_root"], *args, **kwargs)
-        count = len(flat) // len(levels)
-        unflatten = self._trace.signature.unflatten
-        return Outputs(
-            {
-                s: _given(unflatten(flat[i * count : (i + 1) * count]))
-                for i, s in enumerate(self.sizes)
-            }
+        count, unflatten = len(flat) // len(levels), self._trace.signature.unflatten
+        parts = (flat[i * count : (i + 1) * count] for i in levels)
+        return dict(zip(self.sizes, map(unflatten, parts), strict=True))
+
+    def _readouts(self, args: Any, kwargs: Any) -> dict[int, Readout | Late]:
+        """The last linear: one of all sizes in masked nesting, one of each in sliced."""
+        found, plan = self._last, self._plan
+        if found is None:
+            return {}
+        if plan.masked:
+            widths = {s: inner_width(plan, found, i) for i, s in enumerate(self.sizes)}
+            one = Late(lambda: self._readout(found, plan.levels - 1, widths, (args, kwargs)))
+            return dict.fromkeys(self.sizes, one.value if found.alone else one)
+        return {
+            size: Late(partial(self._readout, found, level, {size: None}, (args, kwargs)))
+            for level, size in enumerate(self.sizes)
+        }
+
+    def _readout(
+        self, found: LastLinear, level: int, widths: Mapping[int, int | None], call: Any
+    ) -> Readout:
+        function = self._function(
+            ("readout", level), lambda: readout_graph(self._trace, self._plan, found, level)
         )
+        args, kwargs = call
+        hidden, table, bias, *tensors = function(self.__dict__["_root"], *args, **kwargs)
+        table = table.t() if found.turned else table
+        scale, of_bias = found.scales(tensors)
+        bias = bias if bias is None else bias.reshape(-1) * of_bias
+        known = {s: table.shape[1] if n is None else n for s, n in widths.items()}
+        return Readout(hidden, table, bias, known, scale)
+
+    def _read(self, readout: Readout | Late, size: int) -> Any:
+        return self._trace.signature.unflatten([read(readout).logits(size)])
 
 
 def _live_graph(trace: Trace, plan: Plan, level: int) -> fx.Graph:
-    from matryoshkafy.rewrite.codegen import CallCodeGen
-
     graph = outputs_graph(trace, plan, [level])
     graph.set_codegen(CallCodeGen(trace.signature))
     return graph
-
-
-def _given(value: Any) -> Callable[[], Any]:
-    return lambda: value

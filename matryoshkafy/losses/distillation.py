@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from matryoshkafy.kernels.cross_entropy import BUDGET
 from matryoshkafy.losses.fused import LossError
-from matryoshkafy.outputs import Readout
+from matryoshkafy.outputs import Readout, running
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,14 @@ def chunk_sums(
     config: Distillation,
 ) -> Tensor:
     """The summed divergence of each level (width, factor) but the last, for some rows."""
-    kind, logits, sums, done = KINDS[config.kind], bias, [], 0
+    kind, sums = KINDS[config.kind], []
     last, factor = levels[-1]
     with torch.no_grad():
         teacher = F.linear(hidden[:, :last], table[:, :last], bias)
         lesson = kind.lesson(scaled(teacher, factor), config.temperature)
-    for width, factor in levels[:-1]:
-        step = hidden[:, done:width] @ table[:, done:width].t()
-        logits, done = step if logits is None else logits + step, width
+    smaller = levels[:-1]
+    every = running(hidden, table, [width for width, _ in smaller], bias)
+    for logits, (_, factor) in zip(every, smaller, strict=True):
         student = scaled(logits, factor)
         sums.append(kind.divergence(student, lesson, config.temperature).sum())
     return torch.stack(sums)

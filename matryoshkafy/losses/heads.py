@@ -10,40 +10,18 @@ Either replaces the last linear of a model and returns {size: logits}. Matryoshk
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.outputs import Readout
+from matryoshkafy.outputs import Late, Moment, Outputs, Readout
 
 
 class HeadError(MatryoshkafyError):
     """The sizes do not fit the representation."""
-
-
-class SizeOutputs(Mapping[int, Tensor]):
-    """{size: logits}, each computed when it is looked up; `readout` is what they come from."""
-
-    def __init__(
-        self, sizes: Sequence[int], logits: Callable[[int], Tensor], readout: Readout | None
-    ) -> None:
-        self.sizes, self.logits, self.readout = tuple(sizes), logits, readout
-
-    def __getitem__(self, size: int) -> Tensor:
-        if size not in self.sizes:
-            raise KeyError(size)
-        return self.logits(size)
-
-    def __contains__(self, size: object) -> bool:
-        return size in self.sizes
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.sizes)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
 
 
 def checked_sizes(sizes: Sequence[int], width: int) -> tuple[int, ...]:
@@ -74,9 +52,10 @@ class MRLHead(nn.Module):
         """The logits of one size."""
         return self.classifiers[str(size)](hidden[..., :size])
 
-    def outputs(self, hidden: Tensor) -> SizeOutputs:
+    def outputs(self, hidden: Tensor) -> Outputs:
         """The same, computed on demand."""
-        return SizeOutputs(self.sizes, lambda size: self.logits(hidden, size), None)
+        late = {size: Late(partial(self.logits, hidden, size)) for size in self.sizes}
+        return Outputs(late, moment=Moment.of(self, hidden))
 
     def slice(self, size: int) -> nn.Linear:
         """The classifier of one size alone, a copy. Raises HeadError."""
@@ -115,20 +94,17 @@ class MRLEHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> dict[int, Tensor]:
         """hidden [..., D] -> {size: logits [..., classes]}, each added to the one before."""
-        outputs: dict[int, Tensor] = {}
-        logits, done = None, 0
-        for size in self.sizes:
-            step = hidden[..., done:size] @ self.weight[:, done:size].t()
-            start = self.bias if logits is None else logits
-            logits, done = step if start is None else start + step, size
-            outputs[size] = logits
-        return outputs
+        return dict(self.readout(hidden).logits_by_size())
 
-    def outputs(self, hidden: Tensor) -> SizeOutputs:
-        """The same on demand, with the readout that a fused loss uses."""
-        widths = {size: size for size in self.sizes}
-        readout = Readout(hidden, self.weight, self.bias, widths)
-        return SizeOutputs(self.sizes, readout.logits, readout)
+    def readout(self, hidden: Tensor) -> Readout:
+        """What a fused loss uses: hidden [..., D] and the weight."""
+        return Readout(hidden, self.weight, self.bias, {size: size for size in self.sizes})
+
+    def outputs(self, hidden: Tensor) -> Outputs:
+        """The same on demand, with the readout."""
+        readout = self.readout(hidden)
+        late = {size: Late(partial(readout.logits, size)) for size in self.sizes}
+        return Outputs(late, dict.fromkeys(self.sizes, readout), Moment.of(self, hidden))
 
     def slice(self, size: int) -> nn.Linear:
         """The classifier of one size alone, a copy. Raises HeadError."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.losses.distillation import Distillation, divergences, readout_divergences
 from matryoshkafy.losses.fused import LossError, nested_cross_entropy
-from matryoshkafy.outputs import Readout
+from matryoshkafy.outputs import Outputs, Readout, scores_of
 
 Weights = Sequence[float] | Mapping[int, float]
 
@@ -58,9 +59,11 @@ class MatryoshkaLoss(nn.Module):
     positive numbers given, in the order of `sizes` or {size: scale}. The model is unchanged, and so
     is how it ranks.
 
-    A cross entropy criterion over outputs with a `readout` goes through nested_cross_entropy, which
-    never stores the logits. It also accepts class-last logits: output [B, T, V] with target [B, T],
-    where torch wants [B, V, T]; target.shape == output.shape[:-1] decides. Raises LossError.
+    A cross entropy criterion over outputs that end in one linear goes through nested_cross_entropy,
+    which never stores the logits: `fuses(outputs, *targets)` tells. It also accepts class-last
+    logits: output [B, T, V] with target [B, T], where torch wants [B, V, T]; target.shape ==
+    output.shape[:-1] decides. Of a structured output it takes the logits (`outputs.scores_of`);
+    any other criterion gets the output as it is. Raises LossError.
     """
 
     log_scales: nn.Parameter | None
@@ -148,29 +151,45 @@ class MatryoshkaLoss(nn.Module):
 
         There are no scores where a readout spares them.
         """
-        settings, readout = settings_of(self.criterion), getattr(outputs, "readout", None)
-        if self.fuses(settings, readout, targets):
-            assert settings is not None and readout is not None
-            return *fused(readout, targets[0], weights, settings, self.scales()), None
+        readouts = self.readouts(outputs, targets, weights)
+        if readouts:
+            settings = settings_of(self.criterion)
+            assert settings is not None
+            return *fused(readouts, targets[0], weights, settings, self.scales()), None
         scores = {size: self.scores(size, outputs) for size in weights}
         losses = {size: self.at_size(out, targets, size) for size, out in scores.items()}
         total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
         return total, {size: loss.detach() for size, loss in losses.items()}, scores
 
-    def fuses(
-        self, settings: CrossEntropySettings | None, readout: Readout | None, targets: tuple
-    ) -> bool:
-        """Whether nested_cross_entropy computes the same."""
-        is_module = isinstance(self.criterion, nn.Module)
-        return (
-            settings is not None
-            and settings.weight is None
-            and (type(self.criterion) is nn.CrossEntropyLoss or not is_module)
-            and readout is not None
-            and not self.normalize
-            and len(targets) == 1
-            and class_indices(targets[0], readout.hidden)
-        )
+    def fuses(self, outputs: Mapping[int, Any], *targets: Any) -> bool:
+        """Whether nested_cross_entropy computes the loss of these outputs.
+
+        Args:
+            outputs: {size: output}, from `doll.outputs`.
+            targets: as the loss is called with.
+
+        Returns:
+            True where the logits are never stored; False where each size's are.
+        """
+        return bool(self.readouts(outputs, targets, self.weights_of(outputs)))
+
+    def readouts(
+        self, outputs: Mapping[int, Any], targets: tuple, weights: Mapping[int, float]
+    ) -> dict[int, Readout]:
+        """{size: its last linear} where all of them can be fused, else nothing."""
+        settings, is_module = settings_of(self.criterion), isinstance(self.criterion, nn.Module)
+        if (
+            settings is None
+            or settings.weight is not None
+            or (is_module and type(self.criterion) is not nn.CrossEntropyLoss)
+            or not isinstance(outputs, Outputs)
+            or self.normalize
+            or len(targets) != 1
+        ):
+            return {}
+        found = {size: outputs.readout_at(size) for size in weights}
+        fit = {m: r for m, r in found.items() if r and class_indices(targets[0], r.hidden)}
+        return fit if len(fit) == len(found) else {}
 
     def at_size(self, out: Any, targets: tuple, size: int) -> Tensor:
         """The criterion of the scores of one size."""
@@ -183,15 +202,15 @@ class MatryoshkaLoss(nn.Module):
 
     def scores(self, size: int, outputs: Mapping[int, Any]) -> Any:
         """The output of one size, normalised and scaled if asked."""
-        output = self.prepared(outputs[size])
+        output = outputs[size]
+        if settings_of(self.criterion) is not None:
+            output = scores_of(output)
+        output = self.prepared(output)
         return output if self.log_scales is None else output * self.scales()[size]
 
     def prepared(self, value: Any) -> Any:
-        """An output or per-size target, normalised if asked."""
-        if isinstance(value, tuple | list):
-            return type(value)([self.prepared(part) for part in value])
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return F.normalize(value, dim=-1) if self.normalize and floating else value
+        """An output or per-size target, every floating tensor in it normalised if asked."""
+        return pytree.tree_map(normalised, value) if self.normalize else value
 
     def taught(
         self,
@@ -201,17 +220,24 @@ class MatryoshkaLoss(nn.Module):
         weights: dict[int, float],
     ) -> Tensor:
         """The weighted divergences of the smaller sizes from the largest; scores as in criteria."""
-        readout, config = getattr(outputs, "readout", None), self.distill
+        config, settings = self.distill, settings_of(self.criterion)
         assert config is not None
-        settings = settings_of(self.criterion)
-        real = real_rows(targets, settings, outputs if readout is None else readout.hidden)
-        if scores is None and config.kind != "similarity":
-            assert readout is not None
-            parts = readout_divergences(readout, list(weights), config, real, self.scales())
+        readouts = {} if scores is not None else self.readouts(outputs, targets, weights)
+        one = next(iter(readouts.values()), None)
+        shared = one is not None and all(r is one for r in readouts.values())
+        if one is not None and shared and config.kind != "similarity":
+            real = real_rows(targets, settings, one.hidden)
+            parts = readout_divergences(one, list(weights), config, real, self.scales())
         else:
             scores = scores or {size: self.scores(size, outputs) for size in weights}
-            parts = divergences(scores, config, real)
+            parts = divergences(scores, config, real_rows(targets, settings, scores[max(scores)]))
         return torch.stack([weights[size] * part for size, part in parts.items()]).sum()
+
+
+def normalised(value: Any) -> Any:
+    """A floating tensor with rows of length 1; anything else as it is."""
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return F.normalize(value, dim=-1) if floating else value
 
 
 def check_arguments(
@@ -272,27 +298,45 @@ def class_indices(target: Any, output: Any) -> bool:
 
 
 def real_rows(targets: tuple, settings: CrossEntropySettings | None, like: Any) -> Tensor | None:
-    """The rows [...] that a cross entropy does not ignore; None if all count."""
-    if settings is None or len(targets) != 1:
+    """The rows [...] that a cross entropy does not ignore; None if all count.
+
+    like: the scores or hidden values [..., D] of any size.
+    """
+    if settings is None or len(targets) != 1 or not class_indices(targets[0], like):
         return None
-    output = like if isinstance(like, Tensor) else like[max(like)]
-    found = class_indices(targets[0], output)
-    return targets[0] != settings.ignore_index if found else None
+    return targets[0] != settings.ignore_index
 
 
 def fused(
+    readouts: Mapping[int, Readout],
+    target: Tensor,
+    weights: dict[int, float],
+    settings: CrossEntropySettings,
+    scales: dict[int, Tensor],
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The cross entropies of {size: readout}: sizes that share one are computed together."""
+    totals, losses = [], dict[int, Tensor]()
+    for readout in {id(r): r for r in readouts.values()}.values():
+        sizes = {m: weights[m] for m in weights if readouts[m] is readout}
+        total, found = fused_group(readout, target, sizes, settings, scales)
+        totals.append(total)
+        losses |= found
+    return torch.stack(totals).sum(0), {size: losses[size] for size in weights}
+
+
+def fused_group(
     readout: Readout,
     target: Tensor,
     weights: dict[int, float],
     settings: CrossEntropySettings,
     scales: dict[int, Tensor],
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The cross entropies of a readout at the sizes of weights."""
+    """The cross entropies of one readout at the sizes of weights."""
     # two sizes may share a width of the readout
     shares = dict.fromkeys([readout.widths[size] for size in weights], 0.0)
     for size, weight in weights.items():
         shares[readout.widths[size]] += weight
-    of_widths = {readout.widths[size]: scale for size, scale in scales.items()}
+    of_widths = {readout.widths[size]: scales[size] for size in weights if scales}
     total, losses = nested_cross_entropy(
         readout.scaled,
         readout.table,

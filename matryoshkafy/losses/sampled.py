@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matryoshkafy.losses.fused import LossError, options_of
+from matryoshkafy.outputs import running
 
 
 def nested_sampled_softmax(  # noqa: PLR0913 - one option per line of the formula
@@ -46,7 +47,7 @@ def nested_sampled_softmax(  # noqa: PLR0913 - one option per line of the formul
     rows = (candidates.rows(positive), candidates.rows(others))
     offsets = (candidates.offset(positive), candidates.offset(others))
     hit = others == positive[:, None]
-    losses = nested_losses(x, rows, offsets, hit, options.blocks)
+    losses = nested_losses(x, rows, offsets, hit, options.widths)
     divisor = len(real) if reduction == "mean" else 1
     per_size = losses / divisor if divisor else losses * float("nan")
     total = (per_size * per_size.new_tensor(options.weights)).sum()
@@ -78,17 +79,14 @@ def nested_losses(
     rows: tuple[Tensor, Tensor],
     offsets: tuple[Tensor, Tensor],
     hit: Tensor,
-    blocks: Sequence[tuple[int, int]],
+    widths: Sequence[int],
 ) -> Tensor:
     """The summed loss of each size, from running logits of positive [N] and negatives [N, K]."""
     (good, bad), (own, others) = rows, offsets
     others = others.expand(hit.shape).masked_fill(hit, -torch.inf)
+    positives = running(x, good[:, None], widths, own[:, None])
     losses = []
-    for lo, hi in blocks:
-        part = x[:, lo:hi]
-        own = own + (part * good[:, lo:hi]).sum(1)
-        scores = part @ bad[:, lo:hi].t() if bad.ndim == 2 else bad[..., lo:hi] @ part[..., None]
-        others = others + scores.view(hit.shape)
-        norm = torch.logaddexp(own, others.logsumexp(1)) if hit.shape[1] else own
-        losses.append((norm - own).sum())
+    for own, scores in zip(positives, running(x, bad, widths, others), strict=True):
+        norm = torch.logaddexp(own[:, 0], scores.logsumexp(1)) if hit.shape[1] else own[:, 0]
+        losses.append((norm - own[:, 0]).sum())
     return torch.stack(losses)

@@ -8,7 +8,6 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.guards import Size
-from matryoshkafy.graph.nodes import bound_args, op_key, output_node
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
@@ -47,36 +46,3 @@ def outputs_graph(trace: Trace, plan: Plan, levels: list[int]) -> fx.Graph:
     graph = Rewriter(trace, plan, Live(), ACTIONS).finish(levels)
     graph.set_codegen(CallCodeGen(trace.signature, flat=True))
     return graph
-
-
-def readout_graph(trace: Trace, plan: Plan) -> fx.Graph | None:
-    """Return the graph of (hidden, table, bias) where the whole tail is one linear, else None."""
-    node = readout_node(trace, plan)
-    if node is None:
-        return None
-    writer = Rewriter(trace, plan, Live(), ACTIONS)
-    graph = writer.finish_values([v for v in _readout_operands(node)])
-    graph.set_codegen(CallCodeGen(trace.signature, flat=True))
-    return graph
-
-
-def readout_node(trace: Trace, plan: Plan) -> fx.Node | None:
-    """Return the one node of the tail: hidden @ table', the model's only tensor output."""
-    output = output_node(trace.graph)
-    outputs = [v for v in output.args[0] if isinstance(v, fx.Node)]  # type: ignore[union-attr]
-    if len(outputs) != 1 or plan.tail != {outputs[0].name}:
-        return None
-    node = outputs[0]
-    if op_key(node) not in ("linear", "matmul", "mm"):
-        return None
-    hidden, table, bias = _readout_operands(node)
-    shapes = plan.nodes[hidden.name], plan.nodes[table.name]
-    inner = shapes[0][-1]
-    plain = len(shapes[1]) == 2 and isinstance(inner[0], dims.Nested)
-    leading = not any(map(dims.is_nested, (*shapes[0][:-1],)))
-    return node if plain and leading and bias is not node else None
-
-
-def _readout_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    bias = bound_args(node).get("bias")
-    return node.args[0], node.args[1], bias  # type: ignore[return-value]

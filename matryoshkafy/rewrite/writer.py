@@ -75,12 +75,12 @@ class Rewriter:
         self.graph.lint()
         return self.graph
 
-    def finish_values(self, values: list[fx.Node | None]) -> fx.Graph:
-        """Write values of the trunk at full width and return the graph of them."""
+    def finish_values(self, values: list[fx.Node | None], level: int) -> fx.Graph:
+        """Write values at a level and return the graph of them."""
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
                 self._put(node, -1, self.graph.placeholder(str(node.target)))
-        self.graph.output([self.at(v, self.top) for v in values])
+        self.graph.output([self.at(v, level) for v in values])
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return self.graph

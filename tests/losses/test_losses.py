@@ -20,6 +20,7 @@ from matryoshkafy.losses import (
     nested_cross_entropy,
     nested_sampled_softmax,
 )
+from matryoshkafy.outputs import Late, Outputs
 
 SIZES = [1, 4, 8, 16]
 
@@ -275,17 +276,17 @@ def logits(hidden, table, sizes=SIZES):
     return {m: hidden[..., :m] @ table[:, :m].t() for m in sizes}
 
 
-class Tail(dict):
+class Tail(Outputs):
     """What doll.outputs returns: values on demand, and the readout they come from."""
 
     def __init__(self, readout):
-        super().__init__(dict.fromkeys(readout.widths))
-        self.readout = readout
         self.touched = []
+        late = {m: Late(partial(self.logits, readout, m)) for m in readout.widths}
+        super().__init__(late, dict.fromkeys(readout.widths, readout))
 
-    def __getitem__(self, size):
+    def logits(self, readout, size):
         self.touched.append(size)
-        return self.readout.logits(size)
+        return readout.logits(size)
 
 
 def tail(hidden, table, bias=None, **changes):

@@ -1,0 +1,172 @@
+"""The last linear of a model: how it is found in a graph, and the graph of what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy.axes import dims
+from matryoshkafy.graph.nodes import bound_args, is_tensor, op_key, outputs_of, tensor_info
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.outputs import scores_of
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.actions import ACTIONS
+from matryoshkafy.rewrite.codegen import CallCodeGen
+from matryoshkafy.rewrite.writer import Live, Rewriter
+
+PRODUCTS = ("linear", "matmul", "mm")
+
+
+@dataclass(frozen=True)
+class LastLinear:
+    """scores = factors * (hidden @ table' + bias), where the scores are output number `position`.
+
+    Attributes:
+        turned: the table stands as [D, V] in the graph.
+        bias: what is added, a value of [V]; None where nothing is.
+        factors: (value or number, whether the scores are divided by it, whether the bias is, too).
+        chain: the nodes from the scores back to the product.
+        alone: the product is the scores, and the scores are the only output.
+    """
+
+    position: int
+    product: fx.Node
+    hidden: fx.Node
+    table: fx.Node
+    turned: bool
+    bias: fx.Node | None
+    factors: tuple[tuple[fx.Node | float, bool, bool], ...]
+    chain: tuple[fx.Node, ...]
+    alone: bool
+
+    @property
+    def values(self) -> list[fx.Node | None]:
+        """What the graph computes: hidden, table, bias, and each factor that is no number."""
+        return [self.hidden, self.table, self.bias, *self._factor_nodes()]
+
+    def _factor_nodes(self) -> Iterator[fx.Node]:
+        yield from (value for value, _, _ in self.factors if isinstance(value, fx.Node))
+
+    def scales(self, tensors: list[Any]) -> tuple[Any, Any]:
+        """Return the factor of the product and that of the bias; tensors of the factor nodes."""
+        given, scale, of_bias = iter(tensors), 1.0, 1.0
+        for value, divides, bias_too in self.factors:
+            number: Any = next(given).reshape(()) if isinstance(value, fx.Node) else value
+            number = 1 / number if divides else number
+            scale, of_bias = scale * number, of_bias * number if bias_too else of_bias
+        return scale, of_bias
+
+
+def last_linear(trace: Trace, plan: Plan) -> LastLinear | None:
+    """Return the last linear that the scores are, where the whole tail of the scores is one."""
+    flat = outputs_of(trace.graph)
+    position = scores_of(trace.signature.unflatten(list(range(len(flat)))))
+    if not isinstance(position, int) or not isinstance(flat[position], fx.Node):
+        return None
+    found = _unwound(position, flat[position], alone=len(flat) == 1)
+    return found if found is not None and _is_plain(found, plan) else None
+
+
+def readout_graph(trace: Trace, plan: Plan, found: LastLinear, level: int) -> fx.Graph:
+    """Return the graph of the last linear's operands at a level, as one flat list."""
+    writer = Rewriter(trace, plan, Live(), ACTIONS)
+    graph = writer.finish_values(found.values, level)
+    graph.set_codegen(CallCodeGen(trace.signature, flat=True))
+    return graph
+
+
+def inner_width(plan: Plan, found: LastLinear, level: int) -> int:
+    """Return how many units of the hidden value the scores of a level read."""
+    return dims.size_at(plan.nodes[found.hidden.name][-1], plan.ladder[level])
+
+
+def _unwound(position: int, node: fx.Node, *, alone: bool) -> LastLinear | None:
+    """Walk from the scores through factors and one bias to the product."""
+    chain: list[fx.Node] = []
+    factors: list[tuple[fx.Node | float, bool, bool]] = []
+    bias: fx.Node | None = None
+    while op_key(node) not in PRODUCTS:
+        pair = _operands(node)
+        if pair is None:
+            return None
+        inner, other = pair
+        if op_key(node) == "add":
+            if bias is not None or not isinstance(other, fx.Node):
+                return None
+            bias = other
+        else:
+            factors.append((other, op_key(node) == "div", bias is None))
+        chain.append(node)
+        node = inner
+    own = bound_args(node).get("bias")
+    if own is not None and bias is not None:
+        return None
+    hidden, table = node.args[:2]
+    turned = op_key(node) != "linear"
+    if not isinstance(hidden, fx.Node) or not isinstance(table, fx.Node):
+        return None
+    return LastLinear(
+        position=position,
+        product=node,
+        hidden=hidden,
+        table=table,
+        turned=turned,
+        bias=bias or own,
+        factors=tuple(factors[::-1]),
+        chain=(*chain, node),
+        alone=alone and not chain,
+    )
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
+    """Return the scores that an add, mul or div goes on with, and its bias or factor."""
+    if op_key(node) not in ("add", "mul", "div") or not hasattr(node.target, "_schema"):
+        return None
+    given = bound_args(node)
+    if given.get("alpha", 1) != 1 or given.get("rounding_mode") is not None:
+        return None
+    one, other = given["self"], given["other"]
+    if isinstance(one, fx.Node) and _is_small(node, other):
+        return one, other
+    turned = op_key(node) != "div" and isinstance(other, fx.Node) and _is_small(node, one)
+    return (other, one) if turned else None
+
+
+def _is_small(node: fx.Node, value: Any) -> bool:
+    """Whether a value is a factor (one number) or, in an addition, a bias (one number a class)."""
+    if not isinstance(value, fx.Node):
+        return op_key(node) != "add" and isinstance(value, (int, float))
+    if not is_tensor(value):
+        return False
+    shape, whole = tensor_info(value).shape, tensor_info(node).shape
+    if op_key(node) == "add":
+        return bool(shape) and prod(shape) == shape[-1] == whole[-1] and whole[-1] > 1
+    return prod(shape) == 1
+
+
+def _is_plain(found: LastLinear, plan: Plan) -> bool:
+    """Whether product and chain are all that is computed per size, over a plain table."""
+    hidden, table = plan.nodes.get(found.hidden.name, ()), plan.nodes.get(found.table.name, ())
+    if len(table) != 2 or not hidden or any(map(dims.is_nested, hidden[:-1])):
+        return False
+    if not plan.masked:
+        return True
+    inner, rows = hidden[-1], table[1 if found.turned else 0]
+    nested = isinstance(inner[0], dims.Nested) and not dims.is_nested(rows)
+    return nested and _tail_of(found.chain[0], plan) == {n.name for n in found.chain}
+
+
+def _tail_of(node: fx.Node, plan: Plan) -> set[str]:
+    """Return the nodes of the tail that a value is computed from, itself among them."""
+    seen: set[str] = set()
+    queue = [node]
+    while queue:
+        at = queue.pop()
+        if at.name in plan.tail and at.name not in seen:
+            seen.add(at.name)
+            queue.extend(at.all_input_nodes)
+    return seen

@@ -1,0 +1,235 @@
+"""{size: output}: late as of the call or not at all, and the last linear in all its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.losses import Distillation, MatryoshkaLoss
+from matryoshkafy.losses.heads import MRLEHead, MRLHead
+from matryoshkafy.outputs import Late, Outputs, OutputsError, Readout, scores_of
+
+SIZES = [4, 8, 16]
+NESTINGS = pytest.mark.parametrize("nesting", ["masked", "sliced"])
+
+
+class Tagger(nn.Module):
+    """ids [B, T] -> scores of `items` [B, T, 11], said in several ways."""
+
+    def __init__(self, tail: str) -> None:
+        super().__init__()
+        self.items = nn.Embedding(11, 16)
+        self.mix = nn.Linear(16, 16)
+        self.drop = nn.Dropout(0.5)
+        self.bias = nn.Parameter(torch.randn(11))
+        self.heat = nn.Parameter(torch.tensor(0.3))
+        self.tail = tail
+
+    def forward(self, ids: Tensor) -> Any:
+        h = self.drop(torch.relu(self.mix(self.items(ids))))
+        product = h @ self.items.weight.T
+        return TAILS[self.tail](self, h, product)
+
+
+class Scores(NamedTuple):
+    """A structured output."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+TAILS: dict[str, Callable[[Tagger, Tensor, Tensor], Any]] = {
+    "product": lambda m, h, p: p,
+    "linear": lambda m, h, p: F.linear(h, m.items.weight, m.bias),
+    "bias after": lambda m, h, p: p + m.bias,
+    "temperature": lambda m, h, p: (m.bias + p) / 0.2,
+    "learned temperature": lambda m, h, p: p * m.heat.exp() + m.bias,
+    "tuple": lambda m, h, p: (p + m.bias, h),
+    "dict": lambda m, h, p: {"hidden": h, "logits": p},
+    "named": lambda m, h, p: Scores(p, h),
+}
+
+
+def doll_of(tail: str, nesting: str) -> tuple[Tagger, mk.Doll]:
+    torch.manual_seed(0)
+    model = Tagger(tail).double()
+    ids = torch.randint(11, (3, 5))
+    return model, mk.convert(model, (ids,), sizes=SIZES, nesting=nesting).eval()
+
+
+@NESTINGS
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_last_linear_is_fused_in_every_form(tail: str, nesting: str) -> None:
+    _, doll = doll_of(tail, nesting)
+    ids, labels = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
+    outputs, loss = doll.outputs(ids), MatryoshkaLoss(nn.CrossEntropyLoss())
+    assert loss.fuses(outputs, labels)
+    assert (outputs.readout is not None) == (nesting == "masked")
+    found = torch.autograd.grad(loss(outputs, labels), list(doll.parameters()), allow_unused=True)
+    each = [scores_of(doll.outputs(ids)[m]).flatten(0, 1) for m in SIZES]
+    slow = torch.stack([F.cross_entropy(out, labels.flatten()) for out in each]).sum()
+    expected = torch.autograd.grad(slow, list(doll.parameters()), allow_unused=True)
+    torch.testing.assert_close(loss(outputs, labels), slow)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+@NESTINGS
+@pytest.mark.parametrize("tail", TAILS)
+def test_every_output_is_that_of_the_slice(tail: str, nesting: str) -> None:
+    _, doll = doll_of(tail, nesting)
+    ids = torch.randint(11, (2, 7))
+    outputs = doll.outputs(ids)
+    for size in SIZES:
+        expected = mk.slice(doll, size).eval()(ids)
+        assert type(outputs[size]) is type(expected)
+        torch.testing.assert_close(outputs[size], expected)
+
+
+@NESTINGS
+def test_distillation_between_structured_outputs(nesting: str) -> None:
+    _, doll = doll_of("tuple", nesting)
+    ids, labels = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
+    loss = MatryoshkaLoss(nn.CrossEntropyLoss(), distill=Distillation())
+    plain = {m: out[0] for m, out in doll.outputs(ids).items()}
+    torch.testing.assert_close(loss(doll.outputs(ids), labels), loss(plain, labels))
+
+
+def test_what_no_kernel_computes_is_not_fused() -> None:
+    _, doll = doll_of("product", "masked")
+    ids, labels = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
+    weighted = nn.CrossEntropyLoss(torch.ones(11).double())
+    assert not MatryoshkaLoss(weighted).fuses(doll.outputs(ids), labels)
+    assert not MatryoshkaLoss(nn.MSELoss()).fuses(doll.outputs(ids), labels)
+    assert not MatryoshkaLoss(nn.CrossEntropyLoss()).fuses(dict(doll.outputs(ids)), labels)
+
+
+def step(doll: mk.Doll, **options: Any) -> None:
+    optimizer = torch.optim.SGD(doll.parameters(), lr=0.1, **options)
+    for p in doll.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+@NESTINGS
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_output_of_before_a_step_is_refused(nesting: str, fused: bool) -> None:
+    _, doll = doll_of("product", nesting)
+    outputs = doll.outputs(torch.randint(11, (2, 7)))
+    early = outputs[4]
+    step(doll, fused=fused)
+    assert outputs[4] is early
+    with pytest.raises(OutputsError, match=r"size 8 .* parameter '.*' changed.*step"):
+        outputs[8]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda doll, ids: doll.items.weight.detach().zero_(),
+        lambda doll, ids: setattr(doll.mix.weight, "data", torch.zeros(16, 16).double()),
+        lambda doll, ids: doll.load_state_dict(doll.state_dict()),
+        lambda doll, ids: ids.zero_(),
+    ],
+)
+def test_every_change_is_seen(change: Callable[[Any, Tensor], Any]) -> None:
+    _, doll = doll_of("product", "sliced")
+    ids = torch.randint(11, (2, 7))
+    outputs = doll.outputs(ids)
+    change(doll, ids)
+    with pytest.raises(OutputsError, match="changed"):
+        outputs[16]
+
+
+def test_a_step_of_another_model_is_none_of_ours() -> None:
+    _, doll = doll_of("product", "sliced")
+    outputs = doll.outputs(torch.randint(11, (2, 7)))
+    step(doll_of("product", "sliced")[1], fused=True)
+    assert outputs[4].shape == (2, 7, 11)
+
+
+@NESTINGS
+def test_late_values_follow_the_mode_of_the_call(nesting: str) -> None:
+    _, doll = doll_of("tuple", nesting)
+    ids = torch.randint(11, (2, 7))
+    doll.float()
+    with torch.no_grad():
+        still = doll.outputs(ids)
+    plain = doll.outputs(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = doll.outputs(ids)
+        assert plain[8][0].dtype == torch.float32
+    assert plain[8][0].requires_grad and not still[8][0].requires_grad
+    assert half[8][1].dtype == torch.bfloat16
+
+
+def test_training_mode_is_that_of_the_call() -> None:
+    _, doll = doll_of("product", "sliced")
+    ids = torch.randint(11, (2, 7))
+    outputs = doll.outputs(ids)
+    doll.train()
+    assert torch.equal(outputs[8], mk.slice(doll, 8).eval()(ids))
+    assert doll.training and doll._root.training
+
+
+def test_a_failed_computation_fails_again() -> None:
+    tries = []
+
+    def compute() -> Tensor:
+        tries.append(1)
+        raise ValueError("no")
+
+    outputs = Outputs({4: Late(compute), 8: torch.ones(1)})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            outputs[4]
+    assert len(tries) == 2
+    assert outputs[8] == 1
+
+
+def test_it_is_a_mapping() -> None:
+    _, doll = doll_of("product", "masked")
+    ids = torch.randint(11, (2, 7))
+    outputs, again = doll.outputs(ids), doll.outputs(ids)
+    assert outputs == again and outputs == dict(again)
+    assert outputs != doll.outputs(ids + 1 - ids)
+    assert list(outputs) == list(outputs.keys()) == SIZES
+    assert [size for size, _ in outputs.items()] == SIZES
+    torch.testing.assert_close(list(outputs.values()), [again[m] for m in SIZES])
+    assert outputs.get(5) is None and outputs.get(4) is outputs[4]
+    assert outputs.pop(4).shape == (2, 7, 11)
+    assert 4 not in outputs and len(outputs) == 2 and list(dict(outputs)) == [8, 16]
+    with pytest.raises(KeyError, match=r"size 4 .* \[8, 16\]"):
+        outputs[4]
+    outputs[8] = ids
+    assert outputs[8] is ids and outputs.readout_at(8) is None
+
+
+def test_heads_are_read_as_of_the_call() -> None:
+    for head in (MRLHead(8, 3, [2, 8]), MRLEHead(8, 3, [2, 8])):
+        outputs = head.outputs(torch.randn(5, 8))
+        with torch.no_grad():
+            next(head.parameters()).zero_()
+        with pytest.raises(OutputsError, match="parameter"):
+            outputs[2]
+
+
+@pytest.mark.parametrize("scale", [1.0, torch.tensor(0.5).double()])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
+def test_running_logits_are_those_of_each_size(shape: tuple[int, ...], scale: Any) -> None:
+    hidden, table, bias = torch.randn(shape), torch.randn(7, 8), torch.randn(7)
+    readout = Readout(hidden.double(), table.double(), bias.double(), {9: 8, 2: 3, 3: 3}, scale)
+    found = dict(readout.logits_by_size())
+    assert list(found) == [2, 3, 9]
+    for size, width in readout.widths.items():
+        expected = hidden.double()[..., :width] * scale @ table.double()[:, :width].T + bias
+        torch.testing.assert_close(found[size], expected)
+        torch.testing.assert_close(readout.logits(size), expected)
