@@ -21,9 +21,10 @@ class Distillation:
     """How much, at which temperature, and by which divergence the largest size teaches the others.
 
     kind "kl": temperature**2 KL(teacher || student) of softmax(outputs / temperature), mean over
-    rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "similarity": mean
-    squared difference of the cosine similarities between the rows of a batch, for embeddings, whose
-    widths differ (Park et al. 2019).
+    rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "cosine": 1 - cosine
+    of the angle between the outputs; "similarity": mean squared difference of the cosine
+    similarities between the rows of a batch, for embeddings, whose widths differ (Park et al.
+    2019).
     """
 
     weight: float = 1.0
@@ -70,6 +71,11 @@ def mse(student: Tensor, lesson: Tensor, _: float) -> Tensor:
     return (student - lesson).square().mean(-1)
 
 
+def cosine(student: Tensor, lesson: Tensor, _: float) -> Tensor:
+    """Per row [N]: 1 - the cosine of the angle to the teacher's row."""
+    return 1 - F.cosine_similarity(student, lesson, dim=-1)
+
+
 def cosines(outputs: Tensor, _: float) -> Tensor:
     """Of each row with each [N, N]."""
     rows = F.normalize(outputs, dim=-1)
@@ -84,6 +90,7 @@ def similarity(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
 KINDS = {
     "kl": Kind(chances, kl),
     "mse": Kind(lambda outputs, _: outputs, mse),
+    "cosine": Kind(lambda outputs, _: outputs, cosine),
     "similarity": Kind(cosines, similarity),
 }
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
+from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.verify import TOLERANCE, relative_error
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.order import scores as scoring
-from matryoshkafy.order.batches import flat_inputs, run_graph
 from matryoshkafy.order.permute import OrderError, Orders, inverse, permute, put_back
 from matryoshkafy.order.report import OrderReport, cka, group_orders
 from matryoshkafy.order.scores import SCORES, Loss

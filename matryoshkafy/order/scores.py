@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
+from matryoshkafy.dolls.batches import call_of
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.order.batches import call_of
 from matryoshkafy.order.permute import carriers, owners
 from matryoshkafy.order.sites import Measured, Site
 from matryoshkafy.plan.plan import Plan

@@ -9,6 +9,10 @@ from matryoshkafy.training.all_sizes import own_loss as own_loss
 from matryoshkafy.training.blaming import Blame as Blame
 from matryoshkafy.training.blaming import NonFiniteLoss as NonFiniteLoss
 from matryoshkafy.training.blaming import first_non_finite as first_non_finite
+from matryoshkafy.training.distil import DistilError as DistilError
+from matryoshkafy.training.distil import Recipe as Recipe
+from matryoshkafy.training.distil import Term as Term
+from matryoshkafy.training.distil import distil as distil
 from matryoshkafy.training.initialising import scale_rows as scale_rows
 from matryoshkafy.training.resuming import ResumeError as ResumeError
 from matryoshkafy.training.resuming import batches as batches
