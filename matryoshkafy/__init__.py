@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matryoshkafy.files.checkpoint import save as save
     from matryoshkafy.order.order import order as order
     from matryoshkafy.plan.plan import Plan as Plan
+    from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
 
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
@@ -27,6 +28,7 @@ _HOMES = {
     "MatryoshkafyError": "errors",
     "order": "order.order",
     "Plan": "plan.plan",
+    "Weight": "rules",
     "rule": "rules",
     "slice": "dolls.slice",
 }

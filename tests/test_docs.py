@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Rules of modules that a page imports stay: they are registered once, when they are imported.
+import examples.fmrlrec.scan_rule  # noqa: F401
+from matryoshkafy.rules import rules_kept
 from tests.docs_blocks import Block, blocks_of, code_of
 
 ROOT = Path(__file__).parent.parent
@@ -31,9 +34,10 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(ROOT))
     module = types.ModuleType("__page__")
     monkeypatch.setitem(sys.modules, "__page__", module)
-    for block in blocks_of(page):
-        if not block.skipped:
-            run(block, module, tmp_path)
+    with rules_kept():
+        for block in blocks_of(page):
+            if not block.skipped:
+                run(block, module, tmp_path)
 
 
 def run(block: Block, module: types.ModuleType, folder: Path) -> None:

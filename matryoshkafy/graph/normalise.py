@@ -181,23 +181,26 @@ def training_flag(graph: fx.Graph) -> fx.Node:
     return flag
 
 
+# The argument of an op that follows `self.training`; `mk.rule(..., training=)` adds to it.
+TRAINING_FLAGS: dict[str, str] = {
+    "dropout": "train",
+    "feature_dropout": "train",
+    "alpha_dropout": "train",
+    "feature_alpha_dropout": "train",
+    "batch_norm": "training",
+    "rrelu": "training",
+    "lstm": "train",
+    "gru": "train",
+    "rnn_tanh": "train",
+    "rnn_relu": "train",
+}
+
+
 def _follow_training(graph: fx.Graph) -> None:
-    flags = {
-        "dropout": "train",
-        "feature_dropout": "train",
-        "alpha_dropout": "train",
-        "feature_alpha_dropout": "train",
-        "batch_norm": "training",
-        "rrelu": "training",
-        "lstm": "train",
-        "gru": "train",
-        "rnn_tanh": "train",
-        "rnn_relu": "train",
-    }
-    affected = [n for n in graph.nodes if n.op == "call_function" and op_key(n) in flags]
+    affected = [n for n in graph.nodes if n.op == "call_function" and op_key(n) in TRAINING_FLAGS]
     affected = [n for n in affected if _has_statistics(n)]
     for node in affected:
-        set_arg(node, flags[op_key(node)], training_flag(graph))
+        set_arg(node, TRAINING_FLAGS[op_key(node)], training_flag(graph))
 
 
 def _has_statistics(node: fx.Node) -> bool:

@@ -14,13 +14,14 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Cat, Dim, Nested
 from matryoshkafy.axes.terms import COPIES, Axis, Sum, Term
 from matryoshkafy.errors import NothingNests, PlanError
-from matryoshkafy.graph.nodes import info_of, is_tensor, op_key, outputs_of, source_of, tensor_info
+from matryoshkafy.graph.nodes import info_of, is_tensor, outputs_of, source_of, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.masking import Choice
 from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
 from matryoshkafy.plan.policies import heaviest, trainable
 from matryoshkafy.plan.scalars import find_scalars
 from matryoshkafy.plan.walk import Findings
+from matryoshkafy.rules import op_of
 from matryoshkafy.sizes import parse_sizes
 
 DEFAULT_LADDER = [0.25, 0.5, 1.0]
@@ -168,7 +169,7 @@ PLACES = {"0": "out", "1": "in"}
 
 def _tables(trace: Trace) -> set[str]:
     """Return the weights whose rows are looked up: their columns are what comes out."""
-    reads = (n for n in trace.graph.nodes if n.op == "call_function" and "embedding" in op_key(n))
+    reads = (n for n in trace.graph.nodes if op_of(n).lookup)
     return {str(a.target) for n in reads for a in n.all_input_nodes[:1] if a.op == "get_attr"}
 
 

@@ -20,51 +20,11 @@ from matryoshkafy.axes.terms import Axis, Reason, Term
 from matryoshkafy.graph.nodes import bound_args, info_of, op_key, output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.walk import Findings, flat_terms
-from matryoshkafy.rules import RULES
-from matryoshkafy.rules.contraction import CONVOLUTIONS, TRANSPOSED
-from matryoshkafy.rules.pointwise import pointwise
+from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
 
 TAIL_SHARE = 0.1
 CLAMP_SHARE = 0.2
-NORMS = {"layer_norm", "rms_norm", "group_norm"}
-LENGTHS = {"linalg_vector_norm", "norm"}
-LEVEL_STATISTICS = {"mean", "sum", "var", "std", "amax", "amin", *LENGTHS}
-MASKABLE = {
-    "linear",
-    "addmm",
-    "mm",
-    "matmul",
-    "bmm",
-    "baddbmm",
-    "einsum",
-    *CONVOLUTIONS,
-    *TRANSPOSED,
-    "lstm",
-    "gru",
-    "rnn_tanh",
-    "rnn_relu",
-    "_grouped_mm",
-    "mv",
-    "dot",
-    "lstm_cell",
-    "gru_cell",
-    "rnn_tanh_cell",
-    "rnn_relu_cell",
-}
-CLAMPABLE = (
-    MASKABLE
-    | LEVEL_STATISTICS
-    | {
-        "scaled_dot_product_attention",
-        "logsumexp",
-        "prod",
-        "max",
-        "min",
-        "cosine_similarity",
-        "cdist",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -133,12 +93,12 @@ class _Planner:
         mixed = [t for t in self.found.mixed.get(node, ()) if nested(t)]
         if not summed and not mixed:
             return None
-        if mixed and op_key(node) in NORMS and _over_one_axis(node):
+        if mixed and op_of(node).statistic == "normalise" and _over_one_axis(node):
             return "norm"
         if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
             small = len(self.after[node]) <= TAIL_SHARE * self.count
-            return "closing" if small and op_key(node) in LENGTHS else "level"
-        if summed and not mixed and op_key(node) in MASKABLE and self._fans_out(node):
+            return "closing" if small and op_of(node).statistic == "norm" else "level"
+        if summed and not mixed and op_of(node).weights and self._fans_out(node):
             return "mask"
         return "closing"
 
@@ -155,7 +115,7 @@ class _Planner:
                     self.found.terms[other] = terms
 
     def _keeps_dim(self, node: fx.Node) -> bool:
-        if op_key(node) not in LEVEL_STATISTICS or isinstance(info_of(node), tuple):
+        if op_of(node).statistic in ("", "normalise") or isinstance(info_of(node), tuple):
             return False
         args = bound_args(node)
         if args.get("ord", args.get("p", 2)) not in (2, None) or args.get("dtype") is not None:
@@ -190,7 +150,7 @@ class _Planner:
             self.choices[node.name] = Choice("readout", summed)
             self.tail |= after
             return True
-        if self._weighty(summed) and op_key(node) in CLAMPABLE:
+        if self._weighty(summed) and op_of(node).clampable:
             self.choices[node.name] = Choice("clamp", summed)
             self.remarks.append(
                 f"clamp: {op_key(node)} at {place} turns a width into a whole axis inside the "
@@ -237,8 +197,7 @@ def _dims_of(node: fx.Node) -> list[int]:
 
 def _widened_user(user: fx.Node, out: dict[fx.Node, Any], found: Findings, axis: Term) -> Any:
     """() where the user has the axis anyway; its new terms where it grows; None where it cannot."""
-    rule = RULES.get(op_key(user))
-    if rule is not pointwise and op_key(user) != "expand_as":
+    if not op_of(user).elementwise:
         return None
     rank = len(found.terms[user])
     grown: list[Term] = list(found.terms[user])

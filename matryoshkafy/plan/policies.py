@@ -21,23 +21,11 @@ from torch import nn
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import op_key, output_node
+from matryoshkafy.graph.nodes import output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.scalars import KEEP
 from matryoshkafy.plan.walk import Findings, flat_terms
-
-NONLINEAR = {
-    "tanh",
-    "relu",
-    "gelu",
-    "silu",
-    "elu",
-    "mish",
-    "leaky_relu",
-    "hardswish",
-    "relu6",
-    "selu",
-}
+from matryoshkafy.rules import op_of
 
 
 def parameter_terms(trace: Trace, found: Findings) -> dict[str, Any]:
@@ -86,7 +74,7 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     for terms in (*found.contracted.values(), *found.mixed.values()):
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
     for node in found.terms:
-        if node.op == "call_function" and op_key(node) in NONLINEAR and node not in found.pure:
+        if op_of(node).nonlinear and node not in found.pure:
             summed.update(leaf for t in flat_terms(found.terms[node]) for leaf in axes.leaves(t))
     output = output_node(trace.graph)
     for node in output.all_input_nodes:

@@ -23,11 +23,11 @@ from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
+from matryoshkafy.rules import op_of
 
 POWERS = (0.5, -0.5, 1.0, -1.0)
 EXACT = 1e-6
 KEEP = "scalar:"
-SCALING = {"mul", "div", "true_divide", "multiply", "divide"}
 
 
 def find_scalars(trace: Trace, plan: Plan) -> Plan:
@@ -60,7 +60,7 @@ def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> li
         return []
     if op_key(node) == "pow":
         return _slopes_of(node, plan, state)
-    if op_key(node) not in SCALING:
+    if not op_of(node).scaling:
         return []
     for index, argument in enumerate(node.args):
         value, tolerance = _constant(argument, state)
@@ -124,7 +124,7 @@ def _constant(argument: Any, state: dict[str, torch.Tensor]) -> tuple[float, flo
     """
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return float(argument), EXACT
-    while isinstance(argument, fx.Node) and op_key(argument) in ("to", "_to_copy"):
+    while isinstance(argument, fx.Node) and op_of(argument).casts:
         argument = argument.args[0]
     if isinstance(argument, fx.Node) and op_key(argument) == "full" and argument.args[0] == []:
         return float(argument.args[1]), EXACT  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
 from matryoshkafy.graph.nodes import TensorInfo, bound_args, info_of, is_item, is_op, op_key
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.rules import RULES, Terms
+from matryoshkafy.rules import Terms, op_of
 from matryoshkafy.rules.weights import is_weight
 
 UNKNOWN_SIZE = 1_000_003
@@ -63,7 +63,7 @@ def propagate(trace: Trace, free: tuple[str, ...] = ()) -> Findings:
 def _fix_counted(graph: fx.Graph, found: Findings) -> None:
     """0, 1, 2, ... may shrink only where the kept units are a prefix of the counted ones."""
     for node in graph.nodes:
-        if op_key(node) != "arange":
+        if not op_of(node).counts:
             continue
         for term in found.terms[node]:
             factors = axes.resolve(term)
@@ -90,30 +90,15 @@ def _keep_weights(graph: fx.Graph, found: Findings) -> None:
             found.pure.discard(node)
 
 
-WEIGHT_SLOTS = {
-    "weight",
-    "bias",
-    "running_mean",
-    "running_var",
-    "params",
-    "w_ih",
-    "w_hh",
-    "b_ih",
-    "b_hh",
-}
-
-
-PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "_grouped_mm"}
-
-
 def _weight_slot(node: fx.Node, user: fx.Node) -> bool | None:
     """True in the place of a weight, False as a factor of a product, None anywhere else."""
     if not is_op(user):
         return None
     slots = [name for name, value in bound_args(user).items() if _holds(value, node)]
-    if all(s in WEIGHT_SLOTS for s in slots):
+    row = op_of(user)
+    if set(slots) <= set(row.weight_arguments()):
         return True
-    return False if op_key(user) in PRODUCTS else None
+    return False if row.product else None
 
 
 def _holds(value: Any, node: fx.Node) -> bool:
@@ -232,9 +217,9 @@ class _Walker:
         self.found.terms[node] = self._applied(node)
 
     def _applied(self, node: fx.Node) -> Any:
-        rule, name = RULES.get(op_key(node)), op_key(node)
+        row, name = op_of(node), op_key(node)
         try:
-            terms = rule(self, node, bound_args(node)) if rule else None
+            terms = row.axes(self, node, bound_args(node)) if row.axes else None
             if terms is not None and self._fits(node, terms):
                 return terms
         except Exception as error:  # noqa: BLE001  a use that a rule did not foresee stays whole

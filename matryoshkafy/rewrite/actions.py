@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
+from matryoshkafy.graph.nodes import bound_args, tensor_info
 from matryoshkafy.plan.plan import Action, Many
 from matryoshkafy.rewrite.masks import masked_weights, node_masks
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rewrite.writer import Actions, Rewriter, nested
+from matryoshkafy.rules.table import op_of
+from matryoshkafy.rules.weights import Place, weight_places
 
 aten = torch.ops.aten
 
@@ -54,7 +57,7 @@ def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
         m in writer.masks for m in masked_weights(node, writer.plan)
     ):
         return writer.copy(node, level)
-    fast = FAST.get(op_key(node))
+    fast = FAST.get(op_of(node).nested)
     new = fast(writer, node, level) if fast else None
     return new if new is not None else _mask_weights(writer, node, level, action)
 
@@ -105,7 +108,7 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     """x @ W (and bias + x @ W): the weight turned is the weight of a linear."""
     names = list(bound_args(node))
     a = bound_args(node)
-    biased = op_key(node) == "addmm"
+    biased = "beta" in names
     x, weight = (a[n] for n in (names[1:3] if biased else names[:2]))
     shape = writer.plan.nodes[weight.name]
     masks = node_masks(node, writer.plan)
@@ -126,7 +129,7 @@ def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     shape = writer.plan.nodes[a["weight"].name]
     if isinstance(a["padding"], str) or a["groups"] != 1:
         return None
-    transposed = "transpose" in op_key(node)
+    transposed = weight_places(node)[a["weight"]] == Place((1,), (0,))
     rank = len(shape) - 2
     out, into = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     new = {
@@ -153,56 +156,40 @@ def _spread(value: Any, rank: int) -> list[int]:
 
 FAST: Mapping[str, Callable[[Rewriter, fx.Node, int], fx.Node | None]] = {
     "linear": _fast_linear,
-    "addmm": _fast_product,
-    "mm": _fast_product,
-    "matmul": _fast_product,
-    "conv1d": _fast_conv,
-    "conv2d": _fast_conv,
-    "conv3d": _fast_conv,
-    "conv_transpose1d": _fast_conv,
-    "conv_transpose2d": _fast_conv,
-    "conv_transpose3d": _fast_conv,
+    "product": _fast_product,
+    "conv": _fast_conv,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm layer with statistics per level: operator, dim of its units, what is learned."""
+
+    target: Any
+    dim: int
+    affine: tuple[str, ...]
+
+
+NORMS: Mapping[str, Norm] = {
+    "layer_norm": Norm(nested.layer_norm.default, -1, ("weight", "bias")),
+    "rms_norm": Norm(nested.rms_norm.default, -1, ("weight",)),
+    "group_norm": Norm(nested.group_norm.default, 1, ("weight", "bias")),
 }
 
 
 def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
     """Statistics of each unit's own level, or of its prefix."""
     del action
-    a = bound_args(node)
-    new = {
-        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
-        for k, v in a.items()
-    }
-    prefix = writer.plan.options.norm == "prefix"
-    shape = writer.plan.nodes[a["input"].name]
-    name = op_key(node)
-    if name == "group_norm":
-        return _group_norm(writer, node, level, (new, shape, prefix))
-    runs = writer.runs(shape[-1], level)
+    a, norm = bound_args(node), NORMS[op_of(node).nested]
+    tensors = [
+        writer.written[writer.key(a[name], level)] if isinstance(a[name], fx.Node) else a[name]
+        for name in ("input", *norm.affine)
+    ]
     eps = a["eps"] if a["eps"] is not None else torch.finfo(tensor_info(node).dtype).eps
-    affine = (new["weight"], new["bias"]) if name == "layer_norm" else (new["weight"],)
-    target = nested.layer_norm.default if name == "layer_norm" else nested.rms_norm.default
-    return writer.graph.create_node(
-        "call_function", target, (new["input"], *affine, eps, runs, prefix), {}, name=node.name
-    )
-
-
-def _group_norm(writer: Rewriter, node: fx.Node, level: int, given: Any) -> fx.Node:
-    new, shape, prefix = given
-    args = (
-        new["input"],
-        new["weight"],
-        new["bias"],
-        new["eps"],
-        writer.runs(shape[1], level),
-        prefix,
-    )
-    return writer.graph.create_node(
-        "call_function", nested.group_norm.default, args, {}, name=node.name
-    )
-
-
-KINDS = {"linalg_vector_norm": "norm"}
+    runs = writer.runs(writer.plan.nodes[a["input"].name][norm.dim], level)
+    prefix = writer.plan.options.norm == "prefix"
+    args = (*tensors, eps, runs, prefix)
+    return writer.graph.create_node("call_function", norm.target, args, {}, name=node.name)
 
 
 def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
@@ -213,8 +200,7 @@ def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     shape = writer.plan.nodes[source.name]
     over = [d % len(shape) for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])]
     dim = next(d for d in over if dims.is_nested(shape[d]))
-    kind = KINDS.get(op_key(node), op_key(node))
-    kind += "0" if a.get("correction") == 0 else ""
+    kind = op_of(node).statistic + ("0" if a.get("correction") == 0 else "")
     args = (
         writer.written[writer.key(source, level)],
         over,

@@ -10,7 +10,7 @@ from matryoshkafy import axes
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
-@rule("scaled_dot_product_attention")
+@rule("scaled_dot_product_attention", clamps=True)
 def attention(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """softmax(q k' / sqrt(E)) v, with grouped query heads where asked for."""
     q, k, v = (walk.of(args[n]) for n in ("query", "key", "value"))

@@ -6,8 +6,13 @@ from typing import Any
 
 from torch import fx
 
+from matryoshkafy.axes import dims
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Resizer, Sizes, Terms, Walk, Weight, rule
+
+# Outputs first, as in nn.Linear and nn.Conv2d; inputs first, as in nn.ConvTranspose2d; a @ b.
+LINEAR, TRANSPOSED = Weight(out=0, into=1), Weight(out=1, into=0)
+LEFT, RIGHT = Weight(out=-2, into=-1), Weight(out=-1, into=-2)
 
 
 def _bias(walk: Walk, bias: Any, out: Any) -> None:
@@ -15,7 +20,7 @@ def _bias(walk: Walk, bias: Any, out: Any) -> None:
         walk.unify(walk.of(bias)[-1], out)
 
 
-@rule("linear")
+@rule("linear", weights={"weight": LINEAR}, parameters=("bias",), nested="linear")
 def linear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """The last axis of x meets the inner axis of the weight and leaves as the outer one."""
     del node
@@ -28,7 +33,12 @@ def linear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*x[:-1], weight[0])
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "_sparse_mm", "vdot", "linalg_vecdot")
+@rule("matmul", weights={"self": LEFT, "other": RIGHT}, product=True, nested="product")
+@rule("mm", weights={"self": LEFT, "mat2": RIGHT}, product=True, nested="product")
+@rule("bmm", weights={"self": LEFT, "mat2": RIGHT}, product=True)
+@rule("mv", product=True, clamps=True)
+@rule("dot", clamps=True)
+@rule("_sparse_mm", "vdot", "linalg_vecdot")
 def matmul(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Batch dims broadcast, the last of a meets the second last of b."""
     del node
@@ -55,7 +65,9 @@ def _batch(walk: Walk, a: Terms, b: Terms) -> Terms:
     return tuple(walk.unify(x, y) if x and y else (x or y) for x, y in zip(a, b, strict=True))
 
 
-@rule("addmm", "baddbmm", "addbmm_", "addmv")
+@rule("addmm", weights={"mat1": LEFT, "mat2": RIGHT}, product=True, nested="product")
+@rule("baddbmm", weights={"batch1": LEFT, "batch2": RIGHT}, product=True)
+@rule("addbmm_", "addmv")
 def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """A product plus a broadcast bias."""
     del node
@@ -75,7 +87,7 @@ def outer(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*walk.of(args[names[0]]), *walk.of(args[names[1]]))
 
 
-@rule("bilinear")
+@rule("bilinear", parameters=("weight", "bias"))
 def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """x1' W_o x2 for every output o."""
     del node
@@ -89,7 +101,20 @@ def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*x1[:-1], weight[0])
 
 
-@rule("einsum")
+def _einsum_weights(args: Args) -> dict[fx.Node, Weight]:
+    """A letter that leaves is an output, one that does not is summed over."""
+    left, _, right = args["equation"].replace(" ", "").partition("->")
+    found = {}
+    for subscripts, tensor in zip(left.split(","), args["tensors"], strict=True):
+        if "..." not in subscripts:
+            out = tuple(i for i, c in enumerate(subscripts) if c in right)
+            found[tensor] = Weight(
+                out, tuple(i for i, c in enumerate(subscripts) if c not in right)
+            )
+    return found
+
+
+@rule("einsum", weights=_einsum_weights, product=True)
 def einsum(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Equal letters are one axis; letters missing from the output are summed over."""
     equation = args["equation"].replace(" ", "")
@@ -144,7 +169,7 @@ def _spell_ellipsis(equation: str, ranks: list[int]) -> str:
     return ",".join(names) + "->" + right.replace("...", "".join(spare))
 
 
-@rule("embedding")
+@rule("embedding", parameters=("weight",), lookup=True)
 def embedding(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Rows are looked up and stay, columns are features."""
     del node
@@ -154,7 +179,7 @@ def embedding(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*walk.of(args["indices"]), weight[1])
 
 
-@rule("embedding_bag", "_embedding_bag")
+@rule("embedding_bag", "_embedding_bag", parameters=("weight",), lookup=True)
 def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Any:
     """As an embedding, summed over each bag."""
     weight = walk.of(args["weight"])
@@ -166,18 +191,38 @@ def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Any:
     return ((bags, weight[1]), *rest)
 
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def group_count(name: str) -> Resizer:
+    """The argument that counts groups, which are an axis of their own."""
+
+    def resize(sizes: Sizes) -> None:
+        groups = sizes.note("groups")
+        if groups is not None and dims.is_nested(groups):
+            sizes.set(name, sizes.at(groups))
+
+    return resize
 
 
-@rule(*CONVOLUTIONS)
+_GROUPS = group_count("groups")
+_CONV = {"weight": LINEAR}
+
+
+@rule(
+    "conv1d", "conv2d", "conv3d", weights=_CONV, parameters=("bias",), sizes=_GROUPS, nested="conv"
+)
+@rule("convolution", weights=_CONV, parameters=("bias",), sizes=_GROUPS)
 def convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Channels are contracted as in a linear; space is fixed; groups are one axis of their own."""
     weight = walk.of(args["weight"])
     return _convolve(walk, node, args, (weight[0], weight[1]))
 
 
-@rule(*TRANSPOSED)
+@rule(
+    *(f"conv_transpose{n}d" for n in (1, 2, 3)),
+    weights={"weight": TRANSPOSED},
+    parameters=("bias",),
+    sizes=_GROUPS,
+    nested="conv",
+)
 def transposed_convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """The weight holds inputs first: [in, out / groups, ...]."""
     x, weight = walk.of(args["input"]), walk.of(args["weight"])

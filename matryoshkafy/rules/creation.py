@@ -6,30 +6,27 @@ from typing import Any
 
 from torch import fx
 
+from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import info_of
-from matryoshkafy.rules.table import Args, Terms, Walk, rule
-
-FILLED = (
-    "zeros",
-    "ones",
-    "full",
-    "rand",
-    "randn",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "randint",
-)
+from matryoshkafy.rules.table import Args, Sizes, Terms, Walk, rule
 
 
-@rule(*FILLED)
+@rule("zeros", "ones", "rand", "randn", "new_zeros", "new_ones", "randint", sizes="size")
+@rule("full", "new_full", sizes="size", fills=True)
 def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every unit is made alike."""
     del args
     return tuple(walk.fresh(n, name="filled") for n in walk.shape(node))
 
 
-@rule("arange")
+def _end(sizes: Sizes) -> None:
+    """The units that stay are the first."""
+    ((out,),) = sizes.outputs
+    if dims.is_nested(out):
+        sizes.set("end", sizes.args.get("start", 0) + sizes.at(out))
+
+
+@rule("arange", sizes=_end, counts=True)
 def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """a, a + 1, a + 2, ...: a prefix is a shorter range, so the end may shrink."""
     plain = all(
@@ -39,8 +36,8 @@ def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return tuple(walk.fresh(n, None if free else "range", "range") for n in walk.shape(node))
 
 
+@rule("scalar_tensor", fills=True)
 @rule(
-    "scalar_tensor",
     "linspace",
     "logspace",
     "eye",

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import tensor_info
+from matryoshkafy.graph.nodes import op_key, tensor_info
+from matryoshkafy.rules.contraction import LEFT, RIGHT
 from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
@@ -27,7 +28,7 @@ def _index_terms(walk: Walk, x: Terms, indices: Any) -> tuple[list[int], list[An
     return dims, [i for i in indices if i is not None]
 
 
-@rule("index", "_unsafe_index")
+@rule("index", "_unsafe_index", picks=True)
 def index(walk: Walk, node: fx.Node, args: Args) -> Any:
     """x[i, :, j]: the broadcast indices stand where the first of adjacent indexed dims stood."""
     x = walk.of(args["self"])
@@ -77,7 +78,7 @@ def index_put(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return x
 
 
-@rule("index_select")
+@rule("index_select", picks=True)
 def index_select(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Units of one dim by number."""
     terms = list(walk.of(args["self"]))
@@ -87,7 +88,7 @@ def index_select(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return tuple(terms)
 
 
-@rule("gather", "take_along_dim")
+@rule("gather", "take_along_dim", picks=True)
 def gather(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Along one dim by index; the other dims of x and index are the same where their sizes are."""
     x, i = walk.of(args["self"]), walk.of(args.get("index", args.get("indices")))
@@ -121,7 +122,7 @@ def scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Along one dim by index, into x."""
     x = walk.of(args["self"])
     dim = args["dim"] % len(x)
-    name = node.target._schema.name  # type: ignore[union-attr]
+    name = op_key(node)
     walk.fix(x[dim], "indexed")
     for key in ("index", "src", "source"):
         value = args.get(key)
@@ -152,7 +153,7 @@ def looked_up(walk: Walk, node: fx.Node, args: Args) -> Any:
     return tuple(walk.fresh(n, "indexed") for n in walk.shape(node))
 
 
-@rule("_grouped_mm")
+@rule("_grouped_mm", weights={"self": LEFT, "mat2": RIGHT}, product=True)
 def grouped_mm(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Rows sorted by expert, each group times its own matrix [experts, in, out]."""
     del node

@@ -6,28 +6,32 @@ from typing import Any
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import info_of, is_tensor
+from matryoshkafy.graph.nodes import info_of, is_tensor, op_key
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
+ACTIVATIONS = """
+    tanh relu gelu silu elu mish leaky_relu hardswish relu6 selu
+    """.split()
 UNARY = """
     abs neg exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sign sgn floor ceil
     round
-    trunc frac sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv sigmoid
-    logit relu relu6 gelu silu mish elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus
+    trunc frac sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc erfinv sigmoid
+    logit celu hardsigmoid hardtanh softplus
     softsign hardshrink softshrink threshold log_sigmoid tanhshrink rrelu
     clamp clamp_min clamp_max clip nan_to_num isnan isinf isfinite logical_not bitwise_not
-    to _to_copy contiguous clone alias detach positive dropout alpha_dropout bernoulli
-    zeros_like ones_like full_like rand_like randn_like fill zero
+    alias detach positive dropout alpha_dropout bernoulli
+    zeros_like ones_like rand_like randn_like zero
     conj resolve_conj _conj resolve_neg conj_physical real imag angle deg2rad rad2deg lgamma digamma
-    type_as requires_grad_ lift_fresh lift_fresh_copy polygamma i0 sinc heaviside float
+    requires_grad_ lift_fresh lift_fresh_copy polygamma i0 sinc heaviside float
     """.split()
 NARY = """
-    copy _prelu_kernel
-    add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
+    copy
+    add sub rsub remainder fmod pow maximum minimum fmax fmin atan2
     eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
-    __and__ __or__ __xor__ __lshift__ __rshift__ where masked_fill lerp addcmul addcdiv
-    copysign hypot logaddexp logaddexp2 xlogy polar complex subtract multiply divide greater less
+    __and__ __or__ __xor__ __lshift__ __rshift__ lerp addcmul addcdiv
+    copysign hypot logaddexp logaddexp2 xlogy polar complex subtract greater less
     greater_equal less_equal not_equal float_power bitwise_left_shift bitwise_right_shift
+    floor_divide
     """.split()
 
 
@@ -49,7 +53,13 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [n for n in nodes if is_tensor(n)]
 
 
-@rule(*UNARY, *NARY)
+@rule(*UNARY, *NARY, elementwise=True)
+@rule(*ACTIVATIONS, elementwise=True, nonlinear=True)
+@rule("mul", "div", "true_divide", "multiply", "divide", elementwise=True, scaling=True)
+@rule("to", "_to_copy", "type_as", elementwise=True, casts=True, picks=True)
+@rule("contiguous", "clone", elementwise=True, picks=True)
+@rule("where", "masked_fill", "fill", "full_like", elementwise=True, fills=True)
+@rule("_prelu_kernel", elementwise=True, parameters=("weight",))
 def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Every tensor argument broadcasts with every other."""
     del args
@@ -58,7 +68,7 @@ def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
     return broadcast(walk, _tensors(node))
 
 
-@rule("expand_as")
+@rule("expand_as", elementwise=True)
 def like_other(walk: Walk, node: fx.Node, args: Args) -> Any:
     """A dim of size 1 is repeated to the other's."""
     del node
@@ -70,7 +80,7 @@ def like_other(walk: Walk, node: fx.Node, args: Args) -> Any:
     )
 
 
-@rule("prelu")
+@rule("prelu", parameters=("weight",))
 def prelu(walk: Walk, node: fx.Node, args: Args) -> Any:
     """The slopes belong to the channels (dim 1)."""
     del node
@@ -103,7 +113,7 @@ def view_as_complex(walk: Walk, node: fx.Node, args: Args) -> Any:
     return terms[:-1]
 
 
-@rule("tril", "triu")
+@rule("tril", "triu", fills=True)
 def triangle(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Which elements stay depends on the position in the last two dims."""
     del node
@@ -119,9 +129,7 @@ def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
     del node
     x, source = walk.of(args["self"]), walk.of(args["source"])
     mask = args["mask"]
-    constant = isinstance(mask, fx.Node) and getattr(mask.target, "__name__", "").startswith(
-        "expand"
-    )
+    constant = isinstance(mask, fx.Node) and op_key(mask).startswith("expand")
     broadcast(walk, [args["self"], mask])
     if constant and walk.shape(args["source"])[-1:] == walk.shape(args["self"])[-1:]:
         walk.unify(x[-1], source[-1])

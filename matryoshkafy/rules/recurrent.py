@@ -7,18 +7,24 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy import axes
-from matryoshkafy.graph.nodes import info_of
-from matryoshkafy.rules.table import Args, Walk, rule
+from matryoshkafy.graph.nodes import info_of, op_key, tensor_info
+from matryoshkafy.rules.contraction import LINEAR
+from matryoshkafy.rules.table import Args, Walk, Weight, rule
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _matrices(args: Args) -> dict[fx.Node, Weight]:
+    """The matrices among the parameters of every layer."""
+    return {w: LINEAR for w in args["params"] if len(tensor_info(w).shape) == 2}
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu", weights=_matrices, parameters=("params",))
 def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
     """[.., in] -> [.., directions . state], with the states of every layer beside it."""
     if "batch_sizes" in args:
         return None
-    gates = GATES[node.target._schema.name.removeprefix("aten::")]  # type: ignore[union-attr]
+    gates = GATES[op_key(node)]
     states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
     directions = 2 if args["bidirectional"] else 1
     layers = args["num_layers"] * directions
@@ -36,10 +42,14 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
     return ((*x[:-1], (*axes.copies(directions), *output)), *(walk.of(s) for s in states))
 
 
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+@rule(
+    *(f"{kind}_cell" for kind in GATES),
+    weights={"w_ih": LINEAR, "w_hh": LINEAR},
+    parameters=("b_ih", "b_hh"),
+)
 def cell(walk: Walk, node: fx.Node, args: Args) -> Any:
     """One step: [N, in] and [N, state] -> [N, state] (and the cell state of an LSTM)."""
-    kind = node.target._schema.name.removeprefix("aten::").removesuffix("_cell")  # type: ignore[union-attr]
+    kind = op_key(node).removesuffix("_cell")
     states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
     x, output = walk.of(args["input"]), walk.of(states[0])[-1]
     for other in states[1:]:

@@ -8,10 +8,18 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.graph.nodes import info_of
+from matryoshkafy.rules.contraction import group_count
+from matryoshkafy.rules.pieces import cut
+from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
+_NORM = {"statistic": "normalise", "sizes": "normalized_shape"}
 
-@rule("layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm")
+
+@rule("layer_norm", **_NORM, parameters=("weight", "bias"), nested="layer_norm")
+@rule("rms_norm", **_NORM, parameters=("weight",), nested="rms_norm")
+@rule("_fused_rms_norm", sizes="normalized_shape", parameters=("weight",))
+@rule("native_layer_norm", sizes="normalized_shape", parameters=("weight", "bias"))
 def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Statistics over the trailing dims; weight and bias belong to them."""
     terms = walk.of(args["input"])
@@ -29,7 +37,13 @@ def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     return (terms, *(kept for _ in shapes[1:]))
 
 
-@rule("group_norm")
+@rule(
+    "group_norm",
+    statistic="normalise",
+    sizes=group_count("num_groups"),
+    parameters=("weight", "bias"),
+    nested="group_norm",
+)
 def group_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Statistics over the channels of a group and over space: whole groups shrink."""
     del node
@@ -51,7 +65,11 @@ def _channel_vectors(walk: Walk, args: Args, term: Any) -> None:
             walk.unify(walk.of(args[name])[0], term)
 
 
-@rule("batch_norm", "instance_norm")
+@rule(
+    "batch_norm",
+    "instance_norm",
+    parameters=("weight", "bias", "running_mean", "running_var"),
+)
 def batch_norm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Every channel has statistics of its own."""
     del node
@@ -78,25 +96,21 @@ def _normal(dim: Any, rank: int) -> list[int]:
     return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
 
 
+@rule("mean", statistic="mean")
+@rule("sum", statistic="sum")
+@rule("var", statistic="var")
+@rule("std", statistic="std")
+@rule("amax", statistic="amax")
+@rule("amin", statistic="amin")
+@rule("linalg_vector_norm", "norm", statistic="norm")
+@rule("prod", "logsumexp", "max", "min", clamps=True)
 @rule(
-    "mean",
-    "sum",
-    "var",
-    "std",
-    "amax",
-    "amin",
-    "prod",
-    "logsumexp",
-    "linalg_vector_norm",
-    "norm",
     "any",
     "all",
     "argmax",
     "argmin",
     "var_mean",
     "std_mean",
-    "max",
-    "min",
     "median",
     "count_nonzero",
     "nansum",
@@ -106,8 +120,6 @@ def _normal(dim: Any, rank: int) -> list[int]:
 def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Statistics over dims; torch.max of two tensors is pointwise."""
     if isinstance(args.get("other"), fx.Node):
-        from matryoshkafy.rules.pointwise import broadcast
-
         return broadcast(walk, [args["self"], args["other"]])
     terms = _reduced(walk, node, args, args["self"])
     count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
@@ -165,8 +177,6 @@ def sorting(walk: Walk, node: fx.Node, args: Args) -> Any:
 @rule("glu")
 def glu(walk: Walk, node: fx.Node, args: Args) -> Any:
     """The first half times the sigmoid of the second: two copies of one axis."""
-    from matryoshkafy.rules.view import cut
-
     terms = list(walk.of(args["self"]))
     dim = args["dim"] % len(terms)
     half = walk.shape(node)[dim]
@@ -175,11 +185,10 @@ def glu(walk: Walk, node: fx.Node, args: Args) -> Any:
     return tuple(terms)
 
 
-@rule("cosine_similarity", "pairwise_distance")
+@rule("cosine_similarity", clamps=True)
+@rule("pairwise_distance")
 def similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
     """A statistic over one dim of two tensors."""
-    from matryoshkafy.rules.pointwise import broadcast
-
     names = list(args)
     terms = broadcast(walk, [args[names[0]], args[names[1]]])
     dim = args.get("dim", -1) % len(terms)
@@ -189,7 +198,8 @@ def similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
     return (*terms[:dim], *terms[dim + 1 :])
 
 
-@rule("cdist", "_cdist_forward")
+@rule("cdist", clamps=True)
+@rule("_cdist_forward")
 def cdist(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Distances between rows: the feature axis is mixed away."""
     del node

@@ -1,19 +1,26 @@
-"""The rule table: how axes cross each op. A rule is a row; adding an op adds a row.
+"""The one table: a row says all that the library knows of an op. Adding an op adds a row.
 
-A rule receives the walk (where terms are looked up, made one, or held fixed), the node, and the
-node's arguments by their schema names; it returns the terms of the output, one per dimension (a
-tuple of such tuples where the op returns several tensors). Rules never traverse and keep no state.
+A row's rule says how axes cross the op. It receives the walk (where terms are looked up, made one,
+or held fixed), the node, and the node's arguments by their schema names; it returns the terms of
+the output, one per dimension (a tuple of such tuples where the op returns several tensors). Rules
+never traverse and keep no state. The other fields say what the later stages need: which arguments
+are weights, which are sizes, what kind of statistic the op takes. No stage keeps a list of op names
+of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypedDict, Unpack
 
 from torch import fx
 
+from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.graph.normalise import TRAINING_FLAGS
 
 Terms = tuple[Term, ...]
 Args = Mapping[str, Any]
@@ -63,28 +70,206 @@ class Walk(Protocol):
         ...
 
 
+class Sizes(Protocol):
+    """What a function behind `sizes=` may ask for: one node being written at one size."""
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The arguments of the new node by their schema names."""
+        ...
+
+    @property
+    def source(self) -> tuple[Dim, ...]:
+        """The dims of the op's first argument, at full size."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[tuple[Dim, ...], ...]:
+        """The dims of each output, at full size."""
+        ...
+
+    def note(self, name: str) -> Dim | None:
+        """Return the dim that the op's rule kept with `walk.note`."""
+        ...
+
+    def at(self, dim: Dim) -> int:
+        """Return the units of a dim at this size."""
+        ...
+
+    def kept_before(self, dim: Dim, index: int) -> int:
+        """Return how many of the first `index` units of a dim are kept at this size."""
+        ...
+
+    def scaled(self, value: Any, dim: Dim) -> Any:
+        """Return a constant that is the size of a dim at this size (a symbol keeps its ratio)."""
+        ...
+
+    def set(self, name: str, value: Any) -> None:
+        """Write an argument of the new node."""
+        ...
+
+    def replace(self, target: Any, *args: Any) -> None:
+        """Make the new node a call of another op."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Which dims of a weight are outputs of the op, and which are summed over; -1 is the last."""
+
+    out: int | tuple[int, ...] = 0
+    into: int | tuple[int, ...] = 1
+
+    def dims(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return both for a weight of a rank; a vector is summed over whole."""
+        if rank == 1:
+            return (), (0,)
+        sides = ((s,) if isinstance(s, int) else s for s in (self.out, self.into))
+        out, into = (tuple(d % rank for d in side) for side in sides)
+        return out, into
+
+
 Rule = Callable[[Walk, fx.Node, Args], Any]
+FoundWeights = Callable[[Args], Mapping[fx.Node, Weight]]
+Resizer = Callable[[Sizes], None]
 
-RULES: dict[str, Rule] = {}
+
+@dataclass(frozen=True)
+class Op:
+    """All that is known of an op.
+
+    Attributes:
+        key: its schema name, without "aten::".
+        axes: how axes cross it; None where no rule is known, so that what it touches stays whole.
+        weights: {argument: dims of the weight}, or a function that finds them among the arguments.
+        parameters: arguments other than weights where parameters stand (bias, running_mean).
+        sizes: the argument with the sizes of the last dims of the output, or a function that writes
+            every constant that is a size.
+        statistic: for a reduction, the kind of statistic that masked nesting takes at each level
+            (mean, sum, var, std, amax, amin, norm); "normalise" for a norm layer.
+        nested: the operator of the library that computes the op in masked nesting (linear, product,
+            conv, layer_norm, rms_norm, group_norm); "" where masked weights do.
+        clamps: whether it may read the smallest size alone where it ends a width in a whole axis;
+            contractions and statistics always may.
+        product: whether either operand of it may be an activation (matmul).
+        picks: whether what it picks or rearranges of a weight is a weight still (index, transpose).
+        lookup: whether it looks up rows of a table by index.
+        elementwise: whether each output element depends on the elements at its place alone.
+        nonlinear: whether it is an activation function.
+        scaling: whether a constant operand scales a tensor (mul, div).
+        casts: whether it changes the dtype alone.
+        counts: whether its values count its units (arange).
+        fills: whether it writes a constant, which may be infinite (masked_fill).
+    """
+
+    key: str
+    axes: Rule | None = None
+    weights: Mapping[str, Weight] | FoundWeights = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    sizes: str | Resizer | None = None
+    statistic: str = ""
+    nested: str = ""
+    clamps: bool = False
+    product: bool = False
+    picks: bool = False
+    lookup: bool = False
+    elementwise: bool = False
+    nonlinear: bool = False
+    scaling: bool = False
+    casts: bool = False
+    counts: bool = False
+    fills: bool = False
+
+    @property
+    def clampable(self) -> bool:
+        """Whether it still computes a contraction where its operands are cut."""
+        reduces = bool(self.statistic) and self.statistic != "normalise"
+        return self.clamps or bool(self.weights) or reduces
+
+    @property
+    def training(self) -> str:
+        """The argument that follows `self.training`, "" where there is none."""
+        return TRAINING_FLAGS.get(self.key, "")
+
+    def weight_arguments(self) -> tuple[str, ...]:
+        """Return the arguments where weights and other parameters stand."""
+        named = () if callable(self.weights) else tuple(self.weights)
+        return self.parameters if self.product else (*named, *self.parameters)
 
 
-def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for ops: overloads (`torch.ops.mylib.scan.default`), packets, or schema
-    names.
+class Facts(TypedDict, total=False):
+    """What a row may say of an op beside its rule: the fields of `Op`, and `training`."""
+
+    weights: Mapping[str, Weight] | FoundWeights
+    parameters: tuple[str, ...]
+    sizes: str | Resizer
+    statistic: str
+    nested: str
+    training: str
+    clamps: bool
+    product: bool
+    picks: bool
+    lookup: bool
+    elementwise: bool
+    nonlinear: bool
+    scaling: bool
+    casts: bool
+    counts: bool
+    fills: bool
+
+
+OPS: dict[str, Op] = {}
+
+
+def rule(*ops: Any, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
+    """Register a row for each op: the rule that is decorated, and what else is known of the op.
+
+    Args:
+        ops: overloads (`torch.ops.mylib.scan.default`), packets, or schema names.
+        facts: the fields of `Op`; `training` names the argument that follows `self.training`.
 
     Example:
-        @mk.rule(torch.ops.mylib.scan)
+        @mk.rule(torch.ops.mylib.scan, parameters=("decay",))
         def scan(walk, node, args):
             return walk.of(args["x"])
 
-    Registering an op twice raises `ValueError`: two rules for one op would be a guess.
+    Raises:
+        ValueError: an op has a row already (two rules for one op would be a guess), or a fact is
+            no field of a row.
     """
+    known = dict(facts)
+    flag = known.pop("training", None)
+    strange = sorted(known.keys() - {f.name for f in fields(Op)} | (known.keys() & {"key", "axes"}))
+    if strange:
+        words = ", ".join(f.name for f in fields(Op) if f.name not in ("key", "axes"))
+        raise ValueError(f"mk.rule was given {strange[0]!r}; a row says {words} or training")
 
     def register(function: Rule) -> Rule:
         for key in map(op_key, ops):
-            if key in RULES:
-                raise ValueError(f"{key!r} has a rule already ({RULES[key].__name__})")
-            RULES[key] = function
+            if key in OPS:
+                owner = getattr(OPS[key].axes, "__name__", "")
+                raise ValueError(f"{key!r} has a rule already ({owner})")
+            OPS[key] = Op(key, function, **known)  # type: ignore[arg-type]
+            if isinstance(flag, str):
+                TRAINING_FLAGS[key] = flag
         return function
 
     return register
+
+
+def op_of(node: fx.Node) -> Op:
+    """Return the row of a node's op; one without a rule where the table has none."""
+    key = op_key(node)
+    return OPS.get(key) or Op(key)
+
+
+@contextmanager
+def rules_kept() -> Iterator[None]:
+    """Forget at the end of the block every rule that was registered inside it."""
+    rows, flags = dict(OPS), dict(TRAINING_FLAGS)
+    try:
+        yield
+    finally:
+        for table, before in ((OPS, rows), (TRAINING_FLAGS, flags)):
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]

@@ -14,12 +14,8 @@ from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.nodes import op_key, output_node
 from matryoshkafy.rewrite.graphs import outputs_graph
+from matryoshkafy.rules import op_of
 
-# Ops whose result is infinite because they were told to write infinity.
-MASKS = {
-    "masked_fill", "where", "full", "full_like", "new_full", "scalar_tensor", "fill",
-    "triu", "tril",
-}  # fmt: skip
 REMEDY = "Lower the learning rate, clip the gradients, or use bfloat16 in place of float16."
 
 
@@ -130,7 +126,7 @@ def nan_inputs(node: fx.Node, found: Mapping[fx.Node, str]) -> bool:
 
 def masks(node: fx.Node, value: str) -> bool:
     """Whether a node writes infinities on purpose."""
-    return value == "inf" and op_key(node) in MASKS
+    return value == "inf" and op_of(node).fills
 
 
 def ancestors(output: fx.Node, found: Mapping[fx.Node, str]) -> set[fx.Node]:

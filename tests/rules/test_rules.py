@@ -24,7 +24,7 @@ from matryoshkafy.plan.freeze import Request
 from matryoshkafy.plan.plan import Options
 from matryoshkafy.plan.solve import solve
 from matryoshkafy.plan.walk import propagate
-from matryoshkafy.rules import RULES
+from matryoshkafy.rules import OPS
 from tests.fuzz.building import Builder, Run, Value, direct_trace
 from tests.rules.cases import CASES, WIDTH, Case
 
@@ -137,10 +137,10 @@ def _case(number: int, case: Case, test: str) -> Any:
 
 
 def test_every_rule_has_a_case() -> None:
-    missing = sorted(RULES.keys() - {c.key for c in CASES} - EXEMPT.keys())
+    missing = sorted(OPS.keys() - {c.key for c in CASES} - EXEMPT.keys())
     assert not missing, f"rules without a case in tests/rules/cases.py: {' '.join(missing)}"
     assert not EXEMPT.keys() & {c.key for c in CASES}
-    stale = sorted({c.key for c in CASES} - RULES.keys())
+    stale = sorted({c.key for c in CASES} - OPS.keys())
     assert not stale, f"cases of ops without a rule: {' '.join(stale)}"
 
 

@@ -1,0 +1,285 @@
+"""Ops that take tensors apart or put pieces together: cat and split are Sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.axes import dims
+from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.rules.table import Args, Sizes, Terms, Walk, rule
+from matryoshkafy.rules.view import dims_of
+
+
+@rule("cat", "concat", "concatenate", "hstack", "vstack")
+def cat(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Segments laid one after the other: a Sum."""
+    name = op_key(node)
+    tensors = [t for t in args["tensors"] if walk.shape(t) != (0,)]
+    rank = len(walk.shape(node))
+    if any(len(walk.shape(t)) != rank for t in tensors):
+        return None
+    dim = {"hstack": min(1, rank - 1), "vstack": 0}.get(name)
+    dim = (args.get("dim", 0) if dim is None else dim) % rank
+    out = list(walk.of(tensors[0]))
+    for tensor in tensors[1:]:
+        for i, term in enumerate(walk.of(tensor)):
+            if i != dim:
+                out[i] = walk.unify(out[i], term)
+    out[dim] = axes.concatenate(walk.of(t)[dim] for t in tensors)
+    return tuple(out)
+
+
+@rule("stack")
+def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """A new dim of interchangeable copies."""
+    tensors = args["tensors"]
+    out = list(walk.of(tensors[0]))
+    for tensor in tensors[1:]:
+        out = [walk.unify(a, b) for a, b in zip(out, walk.of(tensor), strict=True)]
+    dim = args["dim"] % len(walk.shape(node))
+    return (*out[:dim], axes.copies(len(tensors)), *out[dim:])
+
+
+def _lengths(sizes: Sizes) -> None:
+    """A split by count or by size becomes a split into the pieces of this level."""
+    a, source = sizes.args, sizes.source
+    dim = a.get("dim", 0) % len(source)
+    if dims.is_nested(source[dim]):
+        lengths = [sizes.at(piece[dim]) for piece in sizes.outputs]
+        sizes.replace(torch.ops.aten.split_with_sizes.default, lengths, dim)
+
+
+@rule("split", "split_with_sizes", "chunk", sizes=_lengths, picks=True)
+@rule("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", sizes=_lengths, picks=True)
+@rule("tensor_split", "split_copy", "split_with_sizes_copy", sizes=_lengths, picks=True)
+def split(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Consecutive pieces of one dim."""
+    source = args.get("self", node.args[0])
+    terms, shapes = walk.of(source), walk.shapes(node)
+    dim = args.get("dim", 0) % len(terms)
+    pieces = cut(walk, terms[dim], [s[dim] for s in shapes])
+    return tuple((*terms[:dim], piece, *terms[dim + 1 :]) for piece in pieces)
+
+
+def cut(walk: Walk, term: Any, lengths: list[int]) -> list[Any]:
+    """Return consecutive pieces of a term, or fixed ones where it does not come apart."""
+    pieces = axes.cut(term, lengths) if all(lengths) else None
+    if pieces is None:
+        walk.fix(term, "indexed")
+        pieces = [walk.fresh(n, "indexed") for n in lengths]
+    return pieces
+
+
+@rule("unbind", picks=True)
+def unbind(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """One tensor per index of a dim, which stays whole."""
+    terms = walk.of(args["self"])
+    dim = args["dim"] % len(terms)
+    walk.fix(terms[dim], "indexed")
+    return tuple(terms[:dim] + terms[dim + 1 :] for _ in walk.shapes(node))
+
+
+END = 2**63 - 1
+
+
+def _bounds(sizes: Sizes) -> None:
+    a, source = sizes.args, sizes.source
+    dim = a["dim"] % len(source)
+    if not dims.is_nested(source[dim]) or a.get("step", 1) != 1:
+        return
+    start, end = _given_bounds(a, dims.size(source[dim]))
+    first, last = (sizes.kept_before(source[dim], i) for i in (start, end))
+    sizes.set("start", first)
+    if "length" in a:
+        sizes.set("length", last - first)
+    else:
+        sizes.set("end", last)
+
+
+def _given_bounds(a: Args, size: int) -> tuple[int, int]:
+    start = a.get("start") or 0
+    start = min(max(start + size if start < 0 else start, 0), size)
+    if "length" in a:
+        return start, start + a["length"]
+    end = END if a.get("end") is None else a["end"]
+    return start, min(max(end + size if end < 0 else end, 0), size)
+
+
+@rule("slice", "narrow", sizes=_bounds, picks=True)
+def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """A piece of one dim; every second unit of an axis halves it."""
+    terms, old, new = list(walk.of(args["self"])), walk.shape(args["self"]), walk.shape(node)
+    dim = (args["dim"] or 0) % len(terms)
+    step, start = args.get("step", 1), args.get("start") or 0
+    if old[dim] == new[dim]:
+        return tuple(terms)
+    if not isinstance(start, int) or not isinstance(step, int):
+        walk.fix(terms[dim], "indexed")
+        terms[dim] = walk.fresh(new[dim], "indexed")
+        return tuple(terms)
+    start = min(max(start + old[dim] if start < 0 else start, 0), old[dim])
+    terms[dim] = _sliced(walk, terms[dim], (start, step, new[dim]))
+    return tuple(terms)
+
+
+def _sliced(walk: Walk, term: Any, piece: tuple[int, int, int]) -> Any:
+    start, step, length = piece
+    size = axes.size(term)
+    if step == 1 and length:
+        lengths = [n for n in (start, length, size - start - length) if n]
+        return cut(walk, term, lengths)[1 if start else 0]
+    pair = axes.regroup(term, [size // step, step]) if step > 1 and size % step == 0 else None
+    if pair is None or length != size // step:
+        walk.fix(term, "indexed")
+        return walk.fresh(length, "indexed")
+    walk.fix(pair[1], "indexed")
+    return pair[0]
+
+
+@rule("select", picks=True)
+def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """One index of a dim, which stays whole."""
+    del node
+    terms = walk.of(args["self"])
+    dim = args["dim"] % len(terms)
+    walk.fix(terms[dim], "indexed")
+    return terms[:dim] + terms[dim + 1 :]
+
+
+@rule("slice_scatter", "select_scatter")
+def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Part of one dim is replaced; that dim stays whole, unless all of it is replaced."""
+    del node
+    x, src = walk.of(args["self"]), walk.of(args["src"])
+    dim = args["dim"] % len(x)
+    if walk.shape(args["self"]) == walk.shape(args["src"]):
+        return tuple(walk.unify(a, b) for a, b in zip(x, src, strict=True))
+    others = src[:dim] + src[dim + 1 :] if len(src) == len(x) else src
+    walk.fix(x[dim], "indexed")
+    if len(src) == len(x):
+        walk.fix(src[dim], "indexed")
+    kept = x[:dim] + x[dim + 1 :]
+    for a, b in zip(kept, others, strict=True):
+        walk.unify(a, b)
+    return x
+
+
+@rule("flip")
+def flip(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Reversed dims stay whole."""
+    del node
+    terms = walk.of(args["self"])
+    for dim in args["dims"]:
+        walk.fix(terms[dim], "indexed")
+    return terms
+
+
+@rule("roll")
+def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Rolled dims stay whole."""
+    del node
+    terms = walk.of(args["self"])
+    for term in (terms[d] for d in args["dims"]) if args["dims"] else terms:
+        walk.fix(term, "indexed")
+    return terms
+
+
+@rule(
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+)
+def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Padded dims: constants before and after the axis; other modes hold it whole."""
+    names = list(args)
+    terms, widths = list(walk.of(args["self"])), args[names[1]]
+    constant = args.get("mode", "constant") == "constant" and "_pad1d" not in op_key(node)
+    for i in range(len(widths) // 2):
+        dim = len(terms) - 1 - i
+        if walk.shape(args["self"])[dim] != walk.shape(node)[dim]:
+            plain = constant and all(
+                isinstance(w, int) and w >= 0 for w in widths[2 * i : 2 * i + 2]
+            )
+            padding = widths[2 * i : 2 * i + 2] if plain else None
+            terms[dim] = _padded(walk, terms[dim], padding, walk.shape(node)[dim])
+    return tuple(terms)
+
+
+def _padded(walk: Walk, term: Any, width: Any, size: int) -> Any:
+    if width is not None:
+        parts = [walk.fresh(width[0], "padding"), term, walk.fresh(width[1], "padding")]
+        return axes.concatenate(p for p, n in zip(parts, (width[0], 1, width[1]), strict=True) if n)
+    walk.fix(term, "padding")
+    return walk.fresh(size, "padding")
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """[.., C r r, H, W] -> [.., C, H r, W r] and back; channel groups change places with
+    channels.
+    """
+    del args
+    name = op_key(node)
+    terms, new = walk.of(node.args[0]), walk.shape(node)
+    for term in terms[-2:]:
+        walk.fix(term, "space")
+    channels = _shuffled(walk, terms[-3], new[-3], name)
+    space = tuple(walk.fresh(n, "space") for n in new[-2:])
+    return (*terms[:-3], channels, *space)
+
+
+def _shuffled(walk: Walk, term: Any, n: int, name: str) -> Any:
+    size = axes.size(term)
+    if "channel" in name:
+        walk.fix(term, "indexed")
+        return walk.fresh(n, "indexed")
+    if "unshuffle" in name:
+        return (*term, *walk.fresh(n // size, "space"))
+    pieces = axes.regroup(term, [n, size // n])
+    if pieces is None:
+        walk.fix(term, "indexed")
+        return walk.fresh(n, "indexed")
+    walk.fix(pieces[1], "space")
+    return pieces[0]
+
+
+@rule("unfold")
+def unfold(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Sliding windows over one dim, which stays whole."""
+    terms, new = list(walk.of(args["self"])), walk.shape(node)
+    dim = args["dimension"] % len(terms)
+    walk.fix(terms[dim], "space")
+    terms[dim] = walk.fresh(new[dim], "space")
+    return (*terms, walk.fresh(new[-1], "space"))
+
+
+@rule("im2col")
+def im2col(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """[N, C, H, W] -> [N, C kh kw, L]"""
+    terms, new = walk.of(args["self"]), walk.shape(node)
+    if len(terms) != 4:
+        return None
+    for term in terms[2:]:
+        walk.fix(term, "space")
+    window = walk.fresh(new[1] // walk.shape(args["self"])[1], "space")
+    return (terms[0], (*terms[1], *window), walk.fresh(new[2], "space"))
+
+
+@rule("diagonal")
+def diagonal(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Two dims become their diagonal, which stays whole."""
+    terms = walk.of(args["self"])
+    dims = dims_of([args["dim1"], args["dim2"]], len(terms))
+    for d in dims:
+        walk.fix(terms[d], "indexed")
+    rest = tuple(t for i, t in enumerate(terms) if i not in dims)
+    return (*rest, walk.fresh(walk.shape(node)[-1], "indexed"))

@@ -1,0 +1,271 @@
+"""Every field of every row against the op itself, and `mk.rule` for a user's own op."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
+
+import matryoshkafy as mk
+from matryoshkafy.graph.normalise import TRAINING_FLAGS
+from matryoshkafy.kernels.reductions import KINDS
+from matryoshkafy.rewrite.actions import FAST, NORMS
+from matryoshkafy.rules import OPS, Op, Walk, Weight, op_of, rules_kept
+from matryoshkafy.rules.table import Facts
+
+ROWS = sorted(OPS)
+GONE = {"float", "softmin", "softsign", "tanhshrink"}  # functions of Python, spelled by other ops
+
+
+def arguments(key: str) -> set[str]:
+    """Return the names of the arguments of all overloads of an op of ATen."""
+    packet = getattr(torch.ops.aten, key)
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    return {a.name for o in overloads for a in o._schema.arguments}
+
+
+def aten_rows() -> Iterator[Op]:
+    """Yield the rows of ops that ATen has."""
+    for key in ROWS:
+        if "::" not in key and key not in GONE and hasattr(torch.ops.aten, key):
+            yield OPS[key]
+
+
+def test_named_arguments_are_the_ops_own() -> None:
+    for row in aten_rows():
+        named = {*row.parameters, *(row.weights if not callable(row.weights) else ())}
+        named |= {row.sizes} if isinstance(row.sizes, str) else set()
+        named |= {row.training} if row.training else set()
+        assert named <= arguments(row.key), f"{row.key}: {sorted(named - arguments(row.key))}"
+
+
+def test_statistics_and_nested_operators_exist() -> None:
+    for row in OPS.values():
+        assert row.statistic in {"", "normalise", *KINDS}, row.key
+        assert row.nested in {"", *FAST, *NORMS}, row.key
+        assert (row.statistic == "normalise") <= (row.nested in NORMS), row.key
+
+
+def test_sizes_follow_the_width() -> None:
+    """Every op whose schema has an argument called size or shape says that it is one."""
+    for row in aten_rows():
+        if arguments(row.key) & {"size", "shape", "normalized_shape", "sizes"} and row.axes:
+            assert row.sizes is not None or row.key in SIZELESS, row.key
+
+
+SIZELESS = {"unfold"}  # the size of its windows, along a dim that stays whole
+
+
+@pytest.mark.parametrize("key", [k for k in ROWS if OPS[k].scaling])
+def test_scaling_is_linear_in_the_tensor(key: str) -> None:
+    op, x = getattr(torch.ops.aten, key).Tensor, torch.randn(5, dtype=torch.float64)
+    three = torch.tensor(3.0, dtype=torch.float64)
+    assert torch.allclose(op(2 * x, three), 2 * op(x, three))
+
+
+@pytest.mark.parametrize("key", [k for k in ROWS if OPS[k].nonlinear])
+def test_activations_are_nonlinear_elementwise(key: str) -> None:
+    op, x = getattr(torch.ops.aten, key), torch.linspace(-3, 3, 7, dtype=torch.float64)
+    assert not torch.allclose(op(x) + op(-x), torch.zeros_like(x)) or key == "tanh"
+    assert torch.equal(op(x[2:5]), op(x)[2:5]) and OPS[key].elementwise
+
+
+@pytest.mark.parametrize("key", [k for k in ROWS if OPS[k].casts])
+def test_casts_keep_values(key: str) -> None:
+    x = torch.arange(5.0)
+    packet = getattr(torch.ops.aten, key)
+    cast = packet(x, torch.zeros(1, dtype=torch.float64)) if key == "type_as" else packet(
+        x, dtype=torch.float64
+    )  # fmt: skip
+    assert cast.dtype == torch.float64 and torch.equal(cast.float(), x)
+
+
+FILLING = {
+    "where": lambda op, x: op.ScalarOther(x < 0, x, -torch.inf),
+    "masked_fill": lambda op, x: op.Scalar(x, x > 0, -torch.inf),
+    "fill": lambda op, x: op.Scalar(x, -torch.inf),
+    "full": lambda op, x: op([3], -torch.inf),
+    "new_full": lambda op, x: op(x, [3], -torch.inf),
+    "full_like": lambda op, x: op(x, -torch.inf),
+    "scalar_tensor": lambda op, x: op(-torch.inf),
+    "triu": lambda op, x: op(x - torch.inf),
+    "tril": lambda op, x: op(x - torch.inf),
+}
+
+
+def test_what_fills_may_give_infinity() -> None:
+    assert {k for k in ROWS if OPS[k].fills} == set(FILLING)
+    for key, run in FILLING.items():
+        assert run(getattr(torch.ops.aten, key), torch.ones(3, 3)).isinf().any(), key
+
+
+def test_counts_and_lookups() -> None:
+    assert {k for k in ROWS if OPS[k].counts} == {"arange"}
+    assert torch.equal(torch.arange(3), torch.arange(7)[:3])
+    assert {k for k in ROWS if OPS[k].lookup} == {"embedding", "embedding_bag", "_embedding_bag"}
+
+
+def test_products_have_two_tensors_without_a_place_for_parameters() -> None:
+    for row in (OPS[k] for k in ROWS if OPS[k].product):
+        assert not row.weight_arguments(), row.key
+
+
+def test_the_words_of_rule_are_the_fields_of_a_row() -> None:
+    own = {f.name for f in fields(Op)} - {"key", "axes"}
+    assert set(Facts.__annotations__) == own | {"training"}
+    with pytest.raises(ValueError, match="'wieghts'; a row says weights, parameters, sizes"):
+        mk.rule("mylib::op", wieghts={})  # type: ignore[call-arg]
+
+
+def test_rules_of_a_block_are_forgotten_at_its_end() -> None:
+    with rules_kept():
+        mk.rule("mylib::forgotten", training="train")(lambda walk, node, args: ())
+        assert "mylib::forgotten" in OPS and TRAINING_FLAGS["mylib::forgotten"] == "train"
+        with pytest.raises(ValueError, match="has a rule already"):
+            mk.rule("mylib::forgotten")(lambda walk, node, args: ())
+    assert "mylib::forgotten" not in OPS and "mylib::forgotten" not in TRAINING_FLAGS
+
+
+@custom_op("tabletest::affine", mutates_args=())
+def affine(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """x W + shift, with a weight [in, out]."""
+    return x @ weight + shift
+
+
+@affine.register_fake
+def _(x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+def _affine_backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    flat, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return grad @ weight.t(), flat.t() @ out, out.sum(0)
+
+
+affine.register_autograd(
+    _affine_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
+
+
+@custom_op("tabletest::spread", mutates_args=())
+def spread(x: Tensor, size: int) -> Tensor:
+    """The mean of the last dim, at each of `size` places."""
+    return x.mean(-1, keepdim=True).expand(*x.shape[:-1], size).clone()
+
+
+@spread.register_fake
+def _(x: Tensor, size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size)
+
+
+def affine_axes(walk: Walk, node: object, args: dict[str, object]) -> object:
+    x, weight, shift = (walk.of(args[name]) for name in ("x", "weight", "shift"))
+    walk.contract(walk.unify(x[-1], weight[0]))
+    walk.weight(args["weight"], 0, 1)
+    return *x[:-1], walk.unify(weight[1], shift[0])
+
+
+class Affine(nn.Module):
+    def __init__(self, wide: int, hidden: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, wide)
+        self.weight = nn.Parameter(torch.randn(wide, hidden) / wide**0.5)
+        self.shift = nn.Parameter(torch.randn(hidden))
+        self.back, self.head = nn.Linear(hidden, wide), nn.Linear(wide, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        y = torch.ops.tabletest.affine(x, self.weight, self.shift)
+        return self.head(x + self.back(torch.tanh(y)))
+
+
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_one_row_nests_a_contraction_of_the_users_own(nesting: str) -> None:
+    torch.manual_seed(1)
+    model, ids = Affine(8, 12).double().eval(), torch.randint(11, (4, 5))
+    expected = model(ids)
+    with rules_kept():
+        mk.rule(
+            torch.ops.tabletest.affine,
+            weights={"weight": mk.Weight(out=1, into=0)},
+            parameters=("shift",),
+        )(affine_axes)
+        doll = mk.convert(model, (ids,), sizes=[2, 4, 8], nesting=nesting)
+        assert {g.size for g in doll.plan.groups} == {8, 12} and not doll.plan.unknown
+        small, report = mk.slice(doll, 4), mk.verify(doll, (ids,))
+        assert report.passed, str(report)
+        assert [a.kind for a in doll.plan.actions.values()].count("mask") == (
+            2 if nesting == "masked" else 0
+        )
+        if nesting == "sliced":
+            assert torch.allclose(doll(ids), expected)
+        _is_the_narrow_class(model, small, nesting, ids)
+        doll.outputs(ids)[4].sum().backward()
+        gradient = model.weight.grad
+        assert gradient is not None
+        assert not gradient[4:].any() and not gradient[:, 6:].any() and gradient[:4, :6].any()
+
+
+def _is_the_narrow_class(model: Affine, small: nn.Module, nesting: str, ids: Tensor) -> None:
+    """Arithmetic: the class at width 4, hidden 6, over prefixes (masked: with zeros below)."""
+    narrow = Affine(4, 6).double()
+    state = {
+        name: tensor[tuple(slice(0, n) for n in narrow.state_dict()[name].shape)].clone()
+        for name, tensor in model.state_dict().items()
+    }
+    if nesting == "masked":  # units of size 2 (hidden 3) read nothing of the units after them
+        state["weight"][2:, :3] = 0
+        state["back.weight"][:2, 3:] = 0
+    narrow.load_state_dict(state)
+    assert torch.allclose(small(ids), narrow(ids), 1e-12, 1e-12)
+
+
+class Spread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.up(x))
+        y = self.mix(torch.ops.tabletest.spread(self.up(x), 8) * y)
+        return self.head(torch.relu(y))
+
+
+def spread_axes(walk: Walk, node: object, args: dict[str, object]) -> object:
+    x = walk.of(args["x"])
+    walk.mix(x[-1])
+    return *x[:-1], walk.fresh(8, name="spread")
+
+
+def test_a_size_of_the_users_own_op_follows_the_width() -> None:
+    model, x = Spread().double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    with rules_kept():
+        mk.rule(torch.ops.tabletest.spread, sizes="size")(spread_axes)
+        doll = mk.convert(model, (x,), sizes=[4, 8], nesting="sliced")
+        small = mk.slice(doll, 4)
+        assert small.up.weight.shape == (4, 3)
+        h = nn.functional.linear(x, model.up.weight[:4], model.up.bias[:4])
+        y = h.mean(-1, keepdim=True) * torch.tanh(h)
+        y = torch.relu(nn.functional.linear(y, model.mix.weight[:4, :4], model.mix.bias[:4]))
+        expected = nn.functional.linear(y, model.head.weight[:, :4], model.head.bias)
+        assert torch.allclose(small(x), expected, 1e-12, 1e-12)
+
+
+def test_weight_places_by_rank() -> None:
+    assert Weight(-1, -2).dims(3) == ((2,), (1,))
+    assert Weight(0, (1, 2)).dims(3) == ((0,), (1, 2))
+    assert Weight().dims(1) == ((), (0,))
+
+
+def test_python_arithmetic_has_no_row() -> None:
+    from torch import fx
+
+    graph = fx.Graph()
+    node = graph.call_function(operator.mul, (graph.placeholder("n"), 2))
+    assert op_of(node).axes is None and not op_of(node).scaling
