@@ -11,9 +11,9 @@ from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.contraction import group_count
 from matryoshkafy.rules.pieces import cut
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Facts, Terms, Walk, rule
 
-_NORM = {"statistic": "normalise", "sizes": "normalized_shape"}
+_NORM: Facts = {"statistic": "normalise", "sizes": "normalized_shape"}
 
 
 @rule("layer_norm", **_NORM, parameters=("weight", "bias"), nested="layer_norm")
@@ -92,6 +92,12 @@ def _reduced(walk: Walk, node: fx.Node, args: Args, source: Any) -> Terms:
     return tuple(t for i, t in enumerate(terms) if i not in dims)
 
 
+def _each(node: fx.Node, terms: Terms) -> Any:
+    """Every output of the op has the same dims."""
+    found = info_of(node)
+    return (terms,) * len(found) if isinstance(found, tuple) else terms
+
+
 def _normal(dim: Any, rank: int) -> list[int]:
     return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
 
@@ -122,8 +128,7 @@ def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
     if isinstance(args.get("other"), fx.Node):
         return broadcast(walk, [args["self"], args["other"]])
     terms = _reduced(walk, node, args, args["self"])
-    count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
-    return (terms,) * count if count else terms
+    return _each(node, terms)
 
 
 @rule(
@@ -145,8 +150,7 @@ def along(walk: Walk, node: fx.Node, args: Args) -> Any:
     dim = args["dim"] % len(terms) if terms else 0
     if terms:
         walk.mix(terms[dim])
-    count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
-    return (terms,) * count if count else terms
+    return _each(node, terms)
 
 
 @rule("diff")
@@ -170,8 +174,7 @@ def sorting(walk: Walk, node: fx.Node, args: Args) -> Any:
         terms[dim] = walk.fresh(shape[dim], "indexed")
     else:
         del terms[dim]
-    count = len(info_of(node)) if isinstance(info_of(node), tuple) else 0
-    return (tuple(terms),) * count if count else tuple(terms)
+    return _each(node, tuple(terms))
 
 
 @rule("glu")

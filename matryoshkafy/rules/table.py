@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from torch import fx
 
@@ -21,6 +21,9 @@ from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.normalise import TRAINING_FLAGS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Terms = tuple[Term, ...]
 Args = Mapping[str, Any]
