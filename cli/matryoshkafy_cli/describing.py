@@ -24,6 +24,7 @@ def info(  # noqa: PLR0913  an option is a parameter
     """Print sizes, parameters, bytes, FLOPs and measured latency of a CHECKPOINT.
 
     Inputs are random, of the shapes that the model was traced with; latency is the median.
+    Computes with the graph of the checkpoint, once per size and run.
     """
     screen = Screen(quiet, json)
     import_all(imports)

@@ -30,6 +30,7 @@ def export(  # noqa: PLR0913  an option is a parameter
     """Export a size of a CHECKPOINT as a file that runs without matryoshkafy.
 
     The file is run and compared with the sub-model before it is put in place.
+    Computes with the graph of the checkpoint.
     """
     screen = Screen(quiet, json)
     import_all(imports)
@@ -40,7 +41,7 @@ def export(  # noqa: PLR0913  an option is a parameter
 
         exporting.check_target(target, to, force=force)
         found = open_checkpoint(checkpoint)
-        small = found.sub_model(size or found.sizes[-1])
+        small = found.sub_model(found.sizes[-1] if size is None else size)
     with screen.step(f"exporting to {to} and checking"):
         done = exporting.export(small, target, to=to, force=force)
     held = done.path.stat().st_size

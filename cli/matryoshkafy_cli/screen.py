@@ -38,6 +38,7 @@ class Screen:
             return
         from rich.console import Console
 
+        what = _printable(what)
         console = Console(stderr=True)
         if not console.is_terminal:
             console.print(what, highlight=False)
@@ -49,11 +50,18 @@ class Screen:
     def note(self, text: str) -> None:
         """Print a remark, unless quiet."""
         if not (self.quiet or self.json):
-            print(text, file=sys.stderr)
+            print(_printable(text), file=sys.stderr)
 
     def result(self, value: Any, text: Callable[[], str]) -> None:
         """Print a result: the value as JSON, or the text that a person reads."""
-        print(json.dumps(value, allow_nan=False) if self.json else text())
+        print(json.dumps(value, allow_nan=False) if self.json else _printable(text()))
+
+
+def _printable(text: str) -> str:
+    """Names out of files may hold what moves a cursor or turns a line around: shown as escapes."""
+    from matryoshkafy.files.json_text import printable
+
+    return printable(text)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,7 +95,7 @@ def readable(function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:  # noqa: BLE001  whatever it is, a person reads it
             if kwargs.get("debug"):
                 raise
-            print(f"error: {_message(error)}", file=sys.stderr)
+            print(_printable(f"error: {_message(error)}"), file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     return run
@@ -128,7 +136,7 @@ def heed(category: type[Warning]) -> None:
 
 def _show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
     del category, rest
-    print(f"warning: {message}", file=sys.stderr)
+    print(_printable(f"warning: {message}"), file=sys.stderr)
 
 
 def import_all(names: Sequence[str] | None) -> None:

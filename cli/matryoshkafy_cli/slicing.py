@@ -33,6 +33,7 @@ def slice_(  # noqa: PLR0913  an option is a parameter
 ) -> None:
     """Cut standalone sub-models out of a CHECKPOINT, each a checkpoint of its own.
 
+    Reads and cuts the weights; the graph is not run, except what it makes of weights alone.
     One --size goes to OUTPUT itself; several, or --all, to OUTPUT/SIZE.
     """
     if every == bool(size):
@@ -52,6 +53,7 @@ def slice_(  # noqa: PLR0913  an option is a parameter
         found = open_checkpoint(checkpoint)
         targets = _targets(found, size, output)
         for target in targets.values():
+            _check_apart(target, found.folder)
             check_target(target, force=force)
     heed(CheckpointWarning)
     rows = []
@@ -68,6 +70,16 @@ def _targets(found: Any, sizes: list[int] | None, output: Path) -> dict[int, Pat
     if sizes is not None and len(wanted) == 1:
         return {wanted[0]: output}
     return {size: output / str(size) for size in wanted}
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    """A slice over, in or around its own source would cost the larger sizes."""
+    place = target.resolve()
+    if source == place or source in place.parents or place in source.parents:
+        raise CommandError(
+            f"-o {target} was given, which is the checkpoint itself, or lies in or around it; "
+            "expected another place, because the larger sizes are needed. Choose another folder."
+        )
 
 
 def _cut(found: Any, size: int, target: Path, force: bool) -> dict[str, Any]:

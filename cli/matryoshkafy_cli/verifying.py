@@ -25,6 +25,8 @@ def verify(  # noqa: PLR0913  an option is a parameter
 ) -> None:
     """Check the laws of nesting on a CHECKPOINT, on random inputs; exit code 1 when one fails.
 
+    Computes with the graph of the checkpoint, at every size.
+
     Per size, as relative errors: the sub-model against the doll's output (output) and against the
     prefix of every inner value (trunk); how far the output moves when everything past the prefix
     turns to noise (beyond); whether a slice of the next larger slice is the same (resliced).

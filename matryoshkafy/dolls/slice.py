@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from matryoshkafy.rewrite.graphs import sub_graph
 from matryoshkafy.rewrite.masks import weight_masks
 from matryoshkafy.rewrite.writer import baked_name, is_reparametrised
 
-Supply = Callable[[tuple[Segments | None, ...]], torch.Tensor]
+# What a tensor's name gets in front where a GraphModule has an attribute of that name.
+ESCAPE = "user_"
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,12 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return every tensor of a doll or sub-model under the user's names, ties included."""
     named = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
-    return {_own_name(name): tensor for name, tensor in named.items()}
+    escaped = isinstance(model, fx.GraphModule)
+    return {_own_name(n) if escaped else n: tensor for n, tensor in named.items()}
 
 
 def _own_name(name: str) -> str:
-    own = name.removeprefix("user_")
-    return own if free_name(own) == name else name
+    return name.removeprefix(ESCAPE) if _is_taken(name) else name
 
 
 def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
@@ -251,12 +253,26 @@ def _mention(graph: fx.Graph, names: list[str]) -> None:
 
 
 def free_name(name: str) -> str:
-    """Return the name of a tensor in a GraphModule, which has attributes of its own (graph,
-    code).
+    """Return the name of a tensor in a GraphModule, which has attributes of its own (graph, code).
+
+    Two names never become one: what is called as if it were escaped is escaped once more.
     """
+    return f"{ESCAPE}{name}" if _is_taken(name) else name
+
+
+def _is_taken(name: str) -> bool:
     head = name.partition(".")[0]
-    taken = head == "meta" or (head != "training" and hasattr(fx.GraphModule, head))
-    return f"user_{name}" if taken else name
+    while head.startswith(ESCAPE):
+        head = head.removeprefix(ESCAPE)
+    return head != "training" and (head in _own_attributes() or hasattr(fx.GraphModule, head))
+
+
+@cache
+def _own_attributes() -> frozenset[str]:
+    """What every GraphModule keeps in itself: meta, shape_env, the graph and its code."""
+    graph = fx.Graph()
+    graph.output(None)
+    return frozenset(vars(fx.GraphModule(nn.Module(), graph)))
 
 
 def assemble(

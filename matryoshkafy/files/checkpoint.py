@@ -14,9 +14,9 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,56 +24,52 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from matryoshkafy.axes import dims
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import (
-    Cut,
     assemble,
     cuts_of,
     full_statistics,
-    masked,
     parts_of,
     reparametrised,
     state_of,
 )
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.files.folders import (
-    MANIFEST,
-    Writer,
-    check_digests,
-    digest_file,
-    read_manifest,
-    write_folder,
-)
+from matryoshkafy.files.dense import Dense, dense_files
+from matryoshkafy.files.fitting import check_call, check_fit, check_reads
+from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
 from matryoshkafy.files.graph_json import callables, graph_from_json, graph_to_json
-from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.held import Held, open_folder
+from matryoshkafy.files.json_text import parse_json, printable, shown
 from matryoshkafy.files.operators import allowed, namespaces_of
 from matryoshkafy.files.records import (
-    CONSTANTS,
-    WEIGHTS,
     CheckpointError,
     Record,
-    as_parameter,
-    contents_of,
+    files_of,
     nan_names,
-    outline,
-    read_whole,
     record_from_json,
     record_of,
     record_to_json,
     shared,
 )
 from matryoshkafy.files.signature_json import signature_from_json, signature_to_json
-from matryoshkafy.files.tensors import TensorFile, write_tensors
-from matryoshkafy.graph.nodes import outputs_of
-from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.plan import Plan, plan_to_dict
 
 FORMAT = 1
 GRAPH = "graph.json"
-MAX_GRAPH = 64 * 2**20
-MISFITS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError)
+MAX_GRAPH = 32 * 2**20
+MISFITS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 class CheckpointWarning(UserWarning):
@@ -95,11 +91,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = Fals
     _warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     described = _described(model, trace, plan, records)
     graph = graph_to_json(trace.graph, callables(described["namespaces"]))
-    write = partial(_write_tensors, state, records)
-    writers: dict[str, Writer] = dict.fromkeys(_files(records), write)
+    writers: dict[str, Writer] = dense_files(state, records)
     writers[GRAPH] = lambda path: path.write_text(json.dumps(graph, allow_nan=False))
     writers[MANIFEST] = partial(_write_manifest, described, tuple(writers))
-    return write_folder(folder, writers, force=force)
+    # What load would refuse is refused now, while the user still has the model.
+    return write_folder(folder, writers, force=force, check=_check_written)
+
+
+def _check_written(path: Path) -> None:
+    with open_checkpoint(path, digests=False):
+        pass
 
 
 def load(folder: str | os.PathLike[str], size: int | None = None) -> Doll | fx.GraphModule:
@@ -109,18 +110,20 @@ def load(folder: str | os.PathLike[str], size: int | None = None) -> Doll | fx.G
     for bit and never holds more than the sub-model. Raises FolderError (no checkpoint, a newer
     format, a damaged file), PlanError (no such size: it lists them), and the errors of the parts.
     """
-    checkpoint = open_checkpoint(folder)
-    return checkpoint.whole() if size is None else checkpoint.sub_model(size)
+    with open_checkpoint(folder) as checkpoint:
+        return checkpoint.whole() if size is None else checkpoint.sub_model(size)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files were checked; models are made of it when asked for.
 
-    kind: "doll" or "submodel". specialised: the trace holds one branch of the user's code only.
+    The files stay open, so that a folder which is replaced meanwhile goes on being read as it was
+    checked; a with statement closes them. kind: "doll" or "submodel". specialised: the trace holds
+    one branch of the user's code only.
     """
 
-    folder: Path
+    held: Held
     kind: str
     plan: Plan
     trace: Trace
@@ -128,6 +131,11 @@ class Checkpoint:
     training: bool
     specialised: bool
     versions: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the files were found."""
+        return self.held.path
 
     @property
     def sizes(self) -> list[int]:
@@ -138,16 +146,12 @@ class Checkpoint:
         """Return the doll, or the sub-model as it was saved."""
         if self.kind == "submodel":
             return self._cut(self.plan.levels - 1, zeros=False)
-        with self._open() as files, _fitting(self.folder):
-            read = shared(
-                [r.name for r in self.records if r.kind != "statistic"],
-                partial(_owner, files, self._by_name),
-                lambda name: self._tensor(name, files),
-            )
+        with self._reading() as store:
+            names = [r.name for r in self.records if r.kind != "statistic"]
+            hidden = {r.name for r in self.records if r.kind == "hidden"}
             root = nn.Module()
-            for name, tensor in read.items():
-                persistent = self._by_name[name].kind != "hidden"
-                attach(root, name, tensor, persistent=persistent)
+            for name, tensor in shared(names, store.owner, store.whole).items():
+                attach(root, name, tensor, persistent=name not in hidden)
             root.training = self.training
             return Doll(replace(self.trace, root=root), self.plan)
 
@@ -156,45 +160,39 @@ class Checkpoint:
         return self._cut(self.plan.level(size), zeros=True)
 
     def _cut(self, level: int, *, zeros: bool) -> fx.GraphModule:
-        with self._open() as files, _fitting(self.folder):
+        with self._reading() as store:
             root = nn.Module()
-            for name, tensor in outline(self.records, files).items():
+            for name, tensor in store.outline().items():
                 attach(root, name, tensor)
             root.training = self.training
             trace = replace(self.trace, root=root)
             cuts = {cut.name: cut for cut in cuts_of(trace, self.plan, level)}
-            owner = partial(_owner, files, self._by_name)
             tensors = shared(
                 cuts,
-                lambda name: (owner(name), cuts[name].segments),
-                lambda name: self._taken(cuts[name], files, zeros=zeros),
+                lambda name: (store.owner(name), cuts[name].segments),
+                lambda name: store.cut(cuts[name], zeros=zeros),
             )
             if zeros and level < self.plan.levels - 1:
-                full = OnDemand(names=tuple(tensors), read=lambda name: self._tensor(name, files))
+                full = OnDemand(tuple(tensors), store.whole)
                 tensors |= reparametrised(trace, self.plan, full, level)
             kinds = {record.name: record.as_kind for record in self.records}
             return assemble(trace, self.plan.up_to(level), tensors, kinds)
 
-    def _tensor(self, name: str, files: Mapping[str, TensorFile]) -> Tensor:
-        record = self._by_name[name]
-        return as_parameter(read_whole(record, files[record.file]), record)
-
-    def _taken(self, cut: Cut, files: Mapping[str, TensorFile], *, zeros: bool) -> Tensor:
-        record = self._by_name[cut.name]
-        if record.sparse:
-            return read_whole(record, files[record.file])
-        tensor = files[record.file].read_slice(cut.name, cut.segments)
-        return masked(tensor, cut.mask) if zeros else tensor
-
-    @cached_property
-    def _by_name(self) -> dict[str, Record]:
-        return {record.name: record for record in self.records}
-
     @contextmanager
-    def _open(self) -> Iterator[dict[str, TensorFile]]:
-        with ExitStack() as stack:
-            names = _files(self.records)
-            yield {n: stack.enter_context(TensorFile(self.folder / n)) for n in names}
+    def _reading(self) -> Iterator[Dense]:
+        with _fitting(self.folder), Dense(self.held, self.records) as store:
+            yield store
+            self.held.check_unchanged()
+
+    def close(self) -> None:
+        """Close the files."""
+        self.held.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -219,27 +217,33 @@ def open_checkpoint(folder: str | os.PathLike[str], *, digests: bool = True) -> 
 
     digests: whether to compare the SHA-256 of every file, which reads all of it once.
     """
-    manifest = read_manifest(folder, FORMAT)
-    path = Path(folder)
-    _check_listed(manifest, path)
+    held, manifest = open_folder(folder, FORMAT)
+    try:
+        with _fitting(held.path):
+            return _checked(held, manifest, digests=digests)
+    except BaseException:
+        held.close()
+        raise
+
+
+def _checked(held: Held, manifest: Mapping[str, Any], *, digests: bool) -> Checkpoint:
+    _check_listed(manifest, held.path)
     if digests:
-        check_digests(path, manifest["digests"])
+        held.check(manifest["digests"])
     records = tuple(map(record_from_json, manifest["tensors"]))
-    with _fitting(path):
-        plan = Plan.from_json(json.dumps(manifest["plan"]))
-        trace = _trace_of(manifest, path, records)
+    plan = Plan.from_json(json.dumps(manifest["plan"]))
     found = Checkpoint(
-        folder=path,
+        held=held,
         kind=manifest["kind"],
         plan=plan,
-        trace=trace,
+        trace=_trace_of(manifest, held, records),
         records=records,
         training=manifest.get("training") is True,
         specialised=manifest.get("specialised") is True,
         versions={k: str(v)[:80] for k, v in manifest["versions"].items()},
     )
-    with found._open() as files:
-        _check_shapes(found, outline(records, files))
+    with Dense(held, records) as store:
+        check_fit(plan, found.trace.graph, store.outline(), held.path)
     return found
 
 
@@ -269,16 +273,6 @@ def _warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
             CheckpointWarning,
             stacklevel=3,
         )
-
-
-def _files(records: Any) -> list[str]:
-    used = {record.file for record in records}
-    return [WEIGHTS, *([CONSTANTS] if CONSTANTS in used else [])]
-
-
-def _write_tensors(state: Mapping[str, Tensor], records: list[Record], path: Path) -> None:
-    contents = contents_of(records, state, path.name)
-    write_tensors(path, contents.entries, aliases=contents.aliases)
 
 
 def _described(model: nn.Module, trace: Trace, plan: Plan, records: list[Record]) -> dict[str, Any]:
@@ -332,87 +326,23 @@ def _check_listed(manifest: Mapping[str, Any], folder: Path) -> None:
     if manifest["kind"] not in ("doll", "submodel"):
         raise CheckpointError(f"{folder} holds a {shown(manifest['kind'])}: no doll, no submodel.")
     records = map(record_from_json, manifest["tensors"])
-    unlisted = {GRAPH, *_files(records)} - manifest["digests"].keys()
+    unlisted = {GRAPH, *files_of(records)} - manifest["digests"].keys()
     if unlisted:
         raise CheckpointError(
             f"{folder / MANIFEST} has no digest of {', '.join(sorted(unlisted))}; it is damaged."
         )
 
 
-def _trace_of(manifest: Mapping[str, Any], folder: Path, records: tuple[Record, ...]) -> Trace:
-    with open(folder / GRAPH, "rb") as file:
-        saved = parse_json(file.read(MAX_GRAPH + 1), str(folder / GRAPH))
+def _trace_of(manifest: Mapping[str, Any], held: Held, records: tuple[Record, ...]) -> Trace:
+    folder = held.path
+    saved = parse_json(held.read(GRAPH, MAX_GRAPH), str(folder / GRAPH))
     graph = graph_from_json(saved, callables(allowed(manifest["namespaces"], str(folder))))
     signature = signature_from_json(manifest["signature"])
-    _check_call(graph, signature, folder)
-    _check_reads(graph, {record.name for record in records}, folder, manifest["kind"])
+    check_call(graph, signature, folder)
+    check_reads(graph, {record.name for record in records}, folder, manifest["kind"])
     hidden = frozenset(record.name for record in records if record.kind == "hidden")
-    notes = tuple(str(note) for note in manifest["notes"])
+    notes = tuple(printable(str(note)) for note in manifest["notes"])
     return Trace(graph, signature, nn.Module(), notes, hidden)
-
-
-def _check_reads(graph: fx.Graph, names: set[str], folder: Path, kind: str) -> None:
-    """The graph reads saved tensors and nothing else; a sub-model may need fewer of them."""
-    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    for target in targets - names - {"training"}:
-        reserved = any(hasattr(nn.Module, part) for part in target.split("."))
-        if kind == "doll" or reserved:
-            raise CheckpointError(
-                f"{folder}: the graph reads {shown(target)}, which was not saved. The files are of "
-                "different models, or damaged: save the model again."
-            )
-
-
-def _check_call(graph: fx.Graph, signature: Signature, folder: Path) -> None:
-    inputs = sum(node.op == "placeholder" for node in graph.nodes)
-    outputs = outputs_of(graph)
-    expected = sum(sum(item.is_tensor) for item in signature.inputs)
-    if inputs != expected or not isinstance(outputs, (list, tuple)):
-        raise CheckpointError(f"{folder}: the graph has {inputs} inputs, its call {expected}.")
-    if len(outputs) != signature.out_spec.num_leaves:
-        raise CheckpointError(f"{folder}: the graph's outputs do not fit its call's: damaged.")
-
-
-def _check_shapes(found: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a plan about other shapes: it would slice out of bounds."""
-    _check_groups(found.plan, found.folder)
-    full = found.plan.ladder[-1]
-    for name, axes in found.plan.parameters.items():
-        shape = tuple(tensors[name].shape) if name in tensors else None
-        planned = tuple(dims.size_at(dim, full) for dim in axes)
-        if shape is not None and shape != planned:
-            raise CheckpointError(
-                f"{found.folder}: the plan expects {name} of shape {planned}, the file holds "
-                f"{shape}. The plan belongs to another model: save the model again."
-            )
-
-
-def _check_groups(plan: Plan, folder: Path) -> None:
-    sizes = {i: group.size for i, group in enumerate(plan.groups)}
-    for factor in _factors(plan):
-        if sizes.get(factor.group) != factor.size:
-            raise CheckpointError(
-                f"{folder}: the plan has an axis of {factor.size} units in group {factor.group}, "
-                f"which has {sizes.get(factor.group)}. The plan is damaged: save the model again."
-            )
-
-
-def _factors(plan: Plan) -> Iterator[dims.Nested]:
-    stack: list[Any] = [plan.parameters.values(), plan.nodes.values()]
-    stack += [notes.values() for notes in plan.notes.values()]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dims.Nested):
-            yield item
-        elif isinstance(item, dims.Cat):
-            stack.append(item.parts)
-        elif not isinstance(item, int):
-            stack.extend(item)
-
-
-def _owner(files: Mapping[str, TensorFile], records: Mapping[str, Record], name: str) -> Any:
-    file = records[name].file
-    return file, files[file].aliases.get(name, name)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Folders that are written whole or not at all, and checked before they are believed; no torch.
+"""Folders that are written whole or not at all; no torch.
 
 A folder is written beside its final place and moved there in one step, so that a process killed at
-any moment leaves the old folder or the new one.
+any moment leaves the old folder or the new one. Of two that save at once the later wins wholly.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.json_text import parse_json, shown
@@ -28,7 +27,9 @@ except ImportError:
     fcntl = None
 
 MANIFEST = "matryoshka.json"
-MAX_MANIFEST_BYTES = 64 * 2**20
+# The files that say, under "digests", which others a folder of ours holds.
+DESCRIBING = (MANIFEST, "run.json")
+MAX_MANIFEST_BYTES = 16 * 2**20
 CHUNK = 2**20
 FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.\-]{0,199}", re.ASCII)
 NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
@@ -43,30 +44,43 @@ class FolderError(MatryoshkafyError):
 
 
 def write_folder(
-    folder: str | os.PathLike[str], files: Mapping[str, Writer], *, force: bool = False
+    folder: str | os.PathLike[str],
+    files: Mapping[str, Writer],
+    *,
+    force: bool = False,
+    check: Writer | None = None,
 ) -> Path:
     """Write a folder of files whole or not at all; return its absolute path.
 
-    files: by plain name, a function that writes the file at the path it gets; they are called in
-    order, so that a later one may read the earlier ones (their digests) beside it. force: replace
-    a folder that exists and is not empty. Raises FolderError where the system refuses; what else a
-    writer raises passes through. Nothing is left behind either way.
+    Args:
+        folder: where; parents are made.
+        files: by plain name, a function that writes the file at the path it gets; they are called
+            in order, so that a later one may read the earlier ones (their digests) beside it.
+        force: replace an earlier checkpoint; what no checkpoint holds is never removed.
+        check: called with the path of the finished folder before it is moved into its place.
+
+    Raises:
+        FolderError: where the system refuses, or the place is taken. What else a writer or the
+            check raises passes through. Nothing is left behind either way.
     """
     target = Path(os.path.realpath(folder))
     for name in files:
         check_file_name(name, "a file to write")
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        recover_folder(target)
-        _check_free(target, force)
-        _clean(target)
+        with _alone(target.parent):
+            _recover(target)
+        _check_free(target, force, files)
         with _beside(target) as fresh:
             for name, write in files.items():
                 write(fresh / name)
                 _sync(fresh / name)
             _sync(fresh)
-            _check_free(target, force)
-            _move_into_place(fresh, target)
+            if check is not None:
+                check(fresh)
+            with _alone(target.parent):
+                _check_free(target, force, files)
+                _move_into_place(fresh, target)
     return target
 
 
@@ -88,59 +102,30 @@ def recover_folder(folder: str | os.PathLike[str]) -> Path:
     Only where the system cannot swap two folders in one step can a killed process leave none.
     """
     target = Path(os.path.realpath(folder))
-    if not target.exists():
-        for left in sorted(_siblings(target, "old")):
-            with contextlib.suppress(OSError):
-                os.rename(left, target)
-                break
+    if not target.exists() and _siblings(target, "old"):
+        with _alone(target.parent):
+            _recover(target)
     return target
 
 
-def read_manifest(folder: str | os.PathLike[str], newest: int) -> dict[str, Any]:
-    """Return the matryoshka.json of a checkpoint; its "format" is between 1 and newest.
-
-    Raises FolderError for a folder that is no checkpoint or of a newer format, JsonError for a
-    manifest that is no JSON.
-    """
-    target = recover_folder(folder)
-    if not (target / MANIFEST).is_file():
-        raise FolderError(f"{folder} is no checkpoint: {_why_not(target)}. {SAVED_HOW}")
-    with _reading(target / MANIFEST), open(target / MANIFEST, "rb") as file:
-        text = file.read(MAX_MANIFEST_BYTES + 1)
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise FolderError(f"{target / MANIFEST} has over {MAX_MANIFEST_BYTES} bytes: damaged.")
-    manifest = parse_json(text, str(target / MANIFEST))
-    _check_format(manifest, newest, folder)
-    return manifest
+def _recover(target: Path) -> None:
+    left = [] if target.exists() else sorted(_siblings(target, "old"))
+    for path in left:
+        with contextlib.suppress(OSError):
+            os.rename(path, target)
+            break
 
 
 def digest_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file as hexadecimal text; raises FolderError if it is unreadable."""
     digest = hashlib.sha256()
-    with _reading(Path(path)), open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise FolderError(f"cannot read {path}: {error.strerror or error}.") from error
     return digest.hexdigest()
-
-
-def check_digests(folder: str | os.PathLike[str], digests: object) -> None:
-    """Compare each file of a folder with its recorded SHA-256, `{name: hexadecimal text}`.
-
-    Raises FolderError, with the file's name, where one is missing or differs.
-    """
-    if not isinstance(digests, dict):
-        raise FolderError(f"the digests of {folder} are {shown(digests)}, expected name: SHA-256.")
-    for name, expected in digests.items():
-        check_file_name(name, f"a file of {folder}")
-        path = Path(folder) / name
-        if not path.is_file():
-            raise FolderError(f"{folder} lacks its file {name}. Copy the whole folder again.")
-        found = digest_file(path)
-        if found != expected:
-            raise FolderError(
-                f"{path} has the SHA-256 {found}, but {shown(expected)} was saved: the file was "
-                f"changed or damaged. Copy it again, or save the model again."
-            )
 
 
 def check_file_name(name: object, what: str) -> str:
@@ -151,31 +136,6 @@ def check_file_name(name: object, what: str) -> str:
         f"{what} is called {shown(name)}: expected a plain name of letters, digits, '_', '-' and "
         f"'.', without folders."
     )
-
-
-SAVED_HOW = "Give a folder that matryoshkafy.save or `matryoshkafy convert` wrote."
-
-
-def _why_not(target: Path) -> str:
-    if not target.exists():
-        return "there is no such folder"
-    if not target.is_dir():
-        return "it is a file"
-    return f"it has no {MANIFEST}"
-
-
-def _check_format(manifest: object, newest: int, folder: object) -> None:
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(version) is not int or version < 1:
-        raise FolderError(
-            f"{folder} is no checkpoint: the format in {MANIFEST} is {shown(version)}, expected an "
-            f"integer from 1 to {newest}. {SAVED_HOW}"
-        )
-    if version > newest:
-        raise FolderError(
-            f"{folder} has checkpoint format {version}, this version of matryoshkafy reads up to "
-            f"{newest}. Upgrade matryoshkafy."
-        )
 
 
 @contextlib.contextmanager
@@ -189,15 +149,7 @@ def _explained(target: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FolderError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def _check_free(target: Path, force: bool) -> None:
+def _check_free(target: Path, force: bool, files: Iterable[str] = ()) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -209,22 +161,67 @@ def _check_free(target: Path, force: bool) -> None:
             f"{target} exists and is not empty. Choose another folder, or replace it with force "
             f"(--force)."
         )
-    if any(entry.is_dir() and not entry.is_symlink() for entry in target.iterdir()):
-        raise FolderError(
-            f"{target} holds folders, which no checkpoint does, and is not replaced. Choose "
-            f"another folder, or remove this one yourself."
-        )
+    _check_own(target, {*files, *DESCRIBING, *_listed(target)})
+
+
+def _check_own(target: Path, known: Collection[str]) -> None:
+    """Refuse to remove what was not saved there: force is for checkpoints."""
+    for entry in target.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            raise FolderError(
+                f"{target} holds folders, which no checkpoint does, and is not replaced. Choose "
+                f"another folder, or remove this one yourself."
+            )
+        if entry.name not in known:
+            raise FolderError(
+                f"{target} holds {shown(entry.name)}, which is of no checkpoint, and is not "
+                f"replaced. Choose another folder, or remove that file yourself."
+            )
+
+
+def _listed(target: Path) -> set[str]:
+    """The files that the checkpoint or run at a place lists as its own."""
+    saved = [_read_json(target / name) for name in DESCRIBING]
+    digests = [item.get("digests") for item in saved if isinstance(item, dict)]
+    return {name for item in digests if isinstance(item, dict) for name in item}
+
+
+def _read_json(path: Path) -> object:
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            return parse_json(file.read(MAX_MANIFEST_BYTES + 1), path.name)
+    except (OSError, MatryoshkafyError):
+        return None
 
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     fresh = target.parent / f".{target.name}.{secrets.token_hex(6)}.new"
-    fresh.mkdir()
+    with contextlib.ExitStack() as stack:
+        # Made and locked in one go: another save would take what nobody holds for a dead one's.
+        with _alone(target.parent):
+            _clean(target)
+            fresh.mkdir()
+            stack.callback(shutil.rmtree, fresh, ignore_errors=True)
+            stack.enter_context(_locked(fresh))
+        yield fresh
+
+
+@contextlib.contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Only one process at a time is in here for a parent folder; where it cannot be locked, all."""
+    handle = None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            handle = os.open(parent, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with _locked(fresh):
-            yield fresh
+        yield
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 @contextlib.contextmanager

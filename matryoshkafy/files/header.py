@@ -16,6 +16,8 @@ from matryoshkafy.files.json_text import parse_json, shown
 
 MAX_HEADER = 32 * 2**20
 MAX_DIMS = 64
+# No dim of a model is longer; where another is 0 the bytes of the file do not limit it.
+MAX_DIM = 2**40
 # Our entry in the file's metadata: ties and complex types, which the format does not have.
 EXTRA = "matryoshkafy"
 
@@ -157,7 +159,8 @@ def _check_record(name: str, record: object) -> Stored:
     if not isinstance(code, str) or code not in DTYPES:
         raise TensorFileError(f"tensor {shown(name)} has the unknown dtype {shown(code)}.")
     # Where one dim is 0 the others could still overflow torch's arithmetic.
-    if not _are_counts(shape) or len(shape) > MAX_DIMS or math.prod(filter(None, shape)) >= 2**60:
+    sound = _are_counts(shape) and len(shape) <= MAX_DIMS and max(shape, default=0) <= MAX_DIM
+    if not sound or math.prod(filter(None, shape)) >= 2**60:
         raise TensorFileError(f"tensor {shown(name)} has the shape {shown(shape)}.")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise TensorFileError(f"tensor {shown(name)} has the data_offsets {shown(offsets)}.")

@@ -8,7 +8,11 @@ from typing import Any
 
 from matryoshkafy.errors import MatryoshkafyError
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
+# What the values of a text may take once they are Python objects; a text is at most a tenth of it.
+MAX_JSON_MEMORY = 320 * 2**20
+# Measured with CPython 3.11, rounded up: an empty object and its first key, a list, one more item.
+OBJECT_BYTES, LIST_BYTES, ITEM_BYTES = 300, 90, 100
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -25,6 +29,11 @@ def parse_json(text: bytes, what: str) -> Any:
     """
     if len(text) > MAX_JSON_BYTES:
         raise JsonError(f"{what} has {len(text)} bytes of JSON, at most {MAX_JSON_BYTES} expected.")
+    if memory_of(text) > MAX_JSON_MEMORY:
+        raise JsonError(
+            f"{what} holds more values than any model needs (over {MAX_JSON_MEMORY >> 20} MiB in "
+            "memory); it is damaged or hostile."
+        )
     try:
         decoded = text.decode("utf-8")
         return json.loads(decoded, object_pairs_hook=_object, parse_constant=_no_constant)
@@ -32,6 +41,21 @@ def parse_json(text: bytes, what: str) -> Any:
         raise JsonError(f"{what} is JSON nested too deeply; it is damaged or hostile.") from None
     except ValueError as error:
         raise JsonError(f"{what} is no sound JSON: {str(error)[:120]}. It is damaged.") from None
+
+
+def memory_of(text: bytes) -> int:
+    """Return about how many bytes the values of a JSON text take; never much less than they do."""
+    counts = text.count(b"{"), text.count(b"["), text.count(b",") + text.count(b":")
+    objects, lists, items = counts
+    return 2 * len(text) + OBJECT_BYTES * objects + LIST_BYTES * lists + ITEM_BYTES * items
+
+
+def printable(text: str) -> str:
+    """Return a text in which nothing moves a cursor, hides or turns around what a terminal shows.
+
+    Line breaks stay; every other character that does not print becomes its escape, as in repr.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: object) -> str:

@@ -1,4 +1,9 @@
-"""Namespaces of torch.ops beyond torch's own that graphs call, and which a file may name."""
+"""What a saved graph may call: the operators with a rule, and a few more that real models need.
+
+Many operators of torch trust their arguments: an index out of bounds reads or writes past the end
+of memory. A graph out of a file may call those that are known, and no private, backward or unsafe
+one beyond `NEEDED`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,11 @@ import torch
 from torch import fx
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.files.graph_json import NAMESPACES
 from matryoshkafy.files.json_text import shown
+from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.rules import RULES
 
+NAMESPACES = ("aten", "matryoshkafy", "prims", "torchvision")
 # What must be imported for a namespace of a well known library to exist.
 KNOWN: Mapping[str, str] = {"transformers": "transformers.integrations.moe"}
 # torch's own namespaces with operators that do more than compute: never out of a file.
@@ -24,10 +31,49 @@ REFUSED = {
     "sparse", "static_runtime", "streams", "symm_mem", "tensorexpr", "triton", "vulkan_prepack",
     "xnnpack",
 }  # fmt: skip
+# Private, backward and unsafe operators that traced models call; torch checks their arguments.
+NEEDED = frozenset({
+    "__and__", "__ixor__", "__lshift__", "__or__", "__rshift__", "__xor__", "_adaptive_avg_pool1d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_assert_async", "_assert_scalar",
+    "_assert_tensor_metadata", "_cdist_forward", "_conj", "_fused_rms_norm",
+    "_grouped_mm", "_local_scalar_dense", "_log_softmax", "_prelu_kernel", "_safe_softmax",
+    "_softmax", "_sparse_mm", "_to_copy", "_unique2", "_unsafe_index", "_unsafe_index_put",
+    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "_weight_norm", "_weight_norm_interface", "unsafe_chunk", "unsafe_split",
+    "unsafe_split_with_sizes", "upsample_nearest2d_backward",
+})  # fmt: skip
+# Operators without a rule that the models of the zoo call, or that only make or look at a value.
+MET = frozenset({
+    "item", "lift", "sym_constrain_range", "sym_constrain_range_for_size", "sym_numel",
+    "sym_storage_offset", "sym_stride",
+})  # fmt: skip
 
 
 class OperatorError(MatryoshkafyError):
     """A saved graph calls operators of a library that is not there or not trusted."""
+
+
+def why_not(op: torch._ops.OpOverload, own: Iterable[str] = ()) -> str:
+    """Return why a saved graph may not call an operator; "" where it may.
+
+    own: namespaces of libraries that the reader of the file allows, and answers for.
+    """
+    schema = op._schema
+    # aten.save pickles into a file and aten.from_file maps one; operators without a kernel belong
+    # to TorchScript's interpreter (set_grad_enabled, warn, surgery on lists).
+    files = any(argument.name == "filename" for argument in schema.arguments)
+    if files or not torch._C._dispatch_has_kernel(op.name()) or op.name() == "aten::_print":
+        return "does more than compute"
+    if op.namespace in own and op.namespace not in NAMESPACES:
+        return ""
+    name = schema.name.partition("::")[2]
+    hidden = name.startswith("_") or "backward" in name or "unsafe" in name
+    if any(argument.is_out for argument in schema.arguments) or (hidden and name not in NEEDED):
+        return "is private to torch or trusts its arguments"
+    if name in NEEDED or name in MET or op_key(op) in RULES:
+        return ""
+    return "has no rule and was met in no model; with a rule of yours (matryoshkafy.rule) it may be"
 
 
 def namespaces_of(graph: fx.Graph) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ their parts, because the format is dense).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.graph_json import is_path
 from matryoshkafy.files.header import Entry
 from matryoshkafy.files.json_text import shown
-from matryoshkafy.files.tensors import TensorFile, entry_of
+from matryoshkafy.files.tensors import TensorFile, entry_of, write_tensors
 from matryoshkafy.graph.nodes import TensorInfo
 
 WEIGHTS, CONSTANTS = "model.safetensors", "constants.safetensors"
@@ -185,25 +186,23 @@ def as_parameter(tensor: Tensor, record: Record) -> Tensor:
     return nn.Parameter(tensor, requires_grad=record.requires_grad and differentiable)
 
 
-def outline(records: Sequence[Record], files: Mapping[str, TensorFile]) -> dict[str, Tensor]:
-    """Return every tensor on the meta device: shapes, dtypes and ties, without values."""
-    made: dict[tuple[str, str], Tensor] = {}
-    out = {}
-    for record in records:
-        owner = files[record.file].aliases.get(record.name, record.name)
-        key = (record.file, owner)
-        if key not in made:
-            info = _info(record, files[record.file])
-            hollow = torch.empty(info.shape, dtype=info.dtype, device="meta")
-            made[key] = as_parameter(hollow, record)
-        out[record.name] = made[key]
-    return out
-
-
-def _info(record: Record, file: TensorFile) -> TensorInfo:
+def info_in(record: Record, file: TensorFile) -> TensorInfo:
+    """Return the shape and dtype of a saved tensor."""
     if not record.sparse:
         return file.info(record.name)
     return TensorInfo(record.shape, file.info(record.parts[-1]).dtype)
+
+
+def files_of(records: Iterable[Record]) -> list[str]:
+    """Return the tensor files that hold the records."""
+    used = {record.file for record in records}
+    return [WEIGHTS, *([CONSTANTS] if CONSTANTS in used else [])]
+
+
+def write_records(state: Mapping[str, Tensor], records: Iterable[Record], path: Path) -> None:
+    """Write those of the records that belong into the file of this name."""
+    contents = contents_of(records, state, path.name)
+    write_tensors(path, contents.entries, aliases=contents.aliases)
 
 
 def shared(names: Iterable[str], owner: Callable[[str], Any], make: Callable[[str], Tensor]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from matryoshkafy.files.json_text import JsonError, shown
 from matryoshkafy.files.tree_json import spec_from_json, spec_to_json
 from matryoshkafy.files.values_json import MAX_TEXT, Values
+from matryoshkafy.graph.guards import Guards
 from matryoshkafy.graph.signature import Input, Signature
 
 PLACE = "the call signature"
@@ -18,6 +19,7 @@ def signature_to_json(signature: Signature) -> dict[str, Any]:
         "positional": list(signature.positional),
         "inputs": [_input_to_json(item) for item in signature.inputs],
         "output": spec_to_json(signature.out_spec),
+        "guards": signature.guards.to_dict(),
     }
 
 
@@ -29,7 +31,9 @@ def signature_from_json(saved: object) -> Signature:
     if not isinstance(positional, list) or not all(map(_is_text, positional)):
         raise JsonError(f"{PLACE} has no list of argument names; the file is damaged.")
     inputs = tuple(_input_from_json(item) for item in saved["inputs"])
-    return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")))
+    # Files of format 1 that were written before there were guards say nothing of them.
+    guards = Guards.from_dict(saved["guards"]) if "guards" in saved else Guards()
+    return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")), guards)
 
 
 def _input_to_json(item: Input) -> dict[str, Any]:

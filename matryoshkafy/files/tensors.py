@@ -34,7 +34,7 @@ from matryoshkafy.files.json_text import parse_json, shown
 from matryoshkafy.graph.nodes import TensorInfo
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
-MAX_INDEX = 64 * 2**20
+MAX_INDEX = 16 * 2**20
 CHUNK = 16 * 2**20
 # Values are moved as integers of the same size, for which torch has every operation.
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,16 +96,18 @@ def _bytes(tensor: Tensor) -> memoryview:
 class TensorFile:
     """An open safetensors file: names and shapes at once, values when asked for.
 
-    Raises TensorFileError for a file that is not sound. Close it, or use it in a with statement.
+    handle: the descriptor of the file where it is open already; it stays the caller's. Raises
+    TensorFileError for a file that is not sound. Close it, or use it in a with statement.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], handle: int | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if handle is None and not self.path.is_file():
             raise TensorFileError(f"{path} is no file. Give a .safetensors file.")
         self._lock = threading.Lock()
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            opened = path if handle is None else os.dup(handle)
+            self._file = open(opened, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise TensorFileError(f"cannot read {path}: {error.strerror}.") from error
         try:
@@ -180,13 +182,18 @@ class TensorFile:
         return bytes(header)
 
     def _read_into(self, target: memoryview, begin: int) -> None:
+        while target:
+            count = self._read_some(target, begin)
+            if not count:
+                raise TensorFileError(f"{self.path} ended early: it was cut while being read.")
+            target, begin = target[count:], begin + count
+
+    def _read_some(self, target: memoryview, begin: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [target], begin)
         with self._lock:
             self._file.seek(begin)
-            while target:
-                count = self._file.readinto(target)
-                if not count:
-                    raise TensorFileError(f"{self.path} ended early: it was cut while being read.")
-                target = target[count:]
+            return self._file.readinto(target) or 0
 
     def _fill(
         self, out: Tensor, begin: int, shape: tuple[int, ...], cuts: list[Segments | None]

@@ -23,13 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.files.folders import (
-    Writer,
-    check_digests,
-    digest_file,
-    recover_folder,
-    write_folder,
-)
+from matryoshkafy.files.folders import Writer, digest_file, recover_folder, write_folder
+from matryoshkafy.files.held import check_digests
 from matryoshkafy.files.json_text import parse_json, shown
 from matryoshkafy.files.tensors import TensorFile, entry_of, write_tensors
 from matryoshkafy.training.sharding import placed_like, whole
@@ -51,18 +46,35 @@ def save_run(
     parts: by name, what has a state_dict (model, optimizer, scheduler, scaler, stateful loader), or
     a torch.Generator. position: what the next step needs to know, e.g. {"epoch": 2, "batch": 17}.
     A killed save leaves the run that was there. With several processes call it on each: the first
-    one writes, its random states count, and what FSDP2 has sharded is gathered. Raises ResumeError
-    naming what cannot be represented, FolderError where the folder cannot be written.
+    one writes, its random states count, and what FSDP2 has sharded is gathered; where the first
+    one fails, all of them do. Raises ResumeError naming what cannot be represented, FolderError
+    where the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     states = {name: state_of(part) for name, part in parts.items()} | {RANDOM: random_state()}
     tree = {name: encode(state, name, tensors) for name, state in states.items()}
     content = {"format": FORMAT, "parts": tree, "position": encode(position, "position", {})}
+    failure = None
     if is_first():
-        write_folder(folder, writers(content, tensors), force=True)
-    if dist.is_initialized():
-        dist.barrier()
+        try:
+            write_folder(folder, writers(content, tensors), force=True)
+        except Exception as error:  # noqa: BLE001  whatever it is, the others wait to hear of it
+            failure = error
+    if any_failed(failure is not None):
+        raise failure or ResumeError(
+            f"the run was not saved in {folder}: the first process failed. See its error."
+        )
     return Path(os.path.realpath(folder))
+
+
+def any_failed(failed: bool) -> bool:
+    """Tell whether this or another process failed; all processes wait for each other here."""
+    if not dist.is_initialized():
+        return failed
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    told = torch.tensor(int(failed), device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told.item())
 
 
 def writers(content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Writer]:

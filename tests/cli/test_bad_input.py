@@ -189,12 +189,52 @@ def test_neither_a_size_nor_all(place):
     "words",
     [
         ("convert", "model.py", *SIZES, "-o", "ckpt"),
-        ("slice", "ckpt", "--size", "8", "-o", "ckpt"),
+        ("slice", "source", "--size", "8", "-o", "ckpt"),
     ],
 )
 def test_an_existing_folder(place, words):
+    shutil.copytree(place / "ckpt", place / "source")
     message = refused(place, *words)
     assert_says(message, "ckpt exists and is not empty", "Choose another folder", "--force")
+
+
+@pytest.mark.parametrize("output", ["ckpt", "ckpt/small", "."])
+def test_a_slice_over_its_own_source(place, output):
+    message = refused(place, "slice", "ckpt", "--size", "8", "-o", output, "--force")
+    assert_says(message, f"-o {output} was given", "the larger sizes are needed", "Choose another")
+
+
+def test_force_leaves_the_files_of_others(place):
+    (place / "out").mkdir()
+    (place / "out" / "thesis.tex").write_text("mine")
+    message = refused(place, "slice", "ckpt", "--size", "8", "-o", "out", "--force")
+    assert_says(message, "holds 'thesis.tex'", "of no checkpoint", "remove that file yourself")
+
+
+def test_an_export_of_size_zero(place):
+    message = refused(place, "export", "ckpt", "--to", "pt2", "--size", "0")
+    assert_says(message, "size 0 was asked for", "this model has the sizes 8, 16, 32")
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_escapes_out_of_a_file_do_not_reach_the_terminal(place, command):
+    path = place / "ckpt" / "matryoshka.json"
+    manifest = json.loads(path.read_text())
+    manifest["notes"] = ["\x1b]0;owned\x07", "\u202etxt.exe"]
+    manifest["versions"]["\x1b[2Jtorch"] = "\x1b[31m9"
+    manifest["plan"]["groups"][0]["name"] = "\x1b[2J"
+    path.write_text(json.dumps(manifest))
+    result = CliRunner().invoke(app(), [command, "ckpt"])
+    for text in (result.stdout, result.stderr):
+        assert all(c.isprintable() or c == "\n" for c in text), text
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "export"])
+def test_the_help_says_who_computes_with_the_graph(command):
+    assert "Computes with the graph" in CliRunner().invoke(app(), [command, "--help"]).stdout
+    assert "COMPUTE WITH ITS GRAPH" in " ".join(
+        CliRunner().invoke(app(), ["--help"]).stdout.split()
+    )
 
 
 def test_an_existing_file(place):

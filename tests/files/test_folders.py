@@ -20,12 +20,11 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.folders import (
     MANIFEST,
     FolderError,
-    check_digests,
     digest_file,
-    read_manifest,
     recover_folder,
     write_folder,
 )
+from matryoshkafy.files.held import check_digests, open_folder
 from matryoshkafy.files.json_text import JsonError
 
 FILES = ("weights.bin", "graph.json", MANIFEST)
@@ -48,6 +47,12 @@ def save(folder, text="a", **options):
 
 def contents(folder):
     return {path.name: path.read_text() for path in Path(folder).iterdir()}
+
+
+def read_manifest(folder, newest):
+    held, manifest = open_folder(folder, newest)
+    held.close()
+    return manifest
 
 
 def leftovers(folder):
@@ -78,13 +83,28 @@ def test_a_later_writer_sees_the_earlier_files(tmp_path):
 
 
 def test_an_existing_folder_is_replaced_only_with_force(tmp_path):
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "mine.txt").write_text("mine")
+    save(tmp_path / "c")
     with pytest.raises(FolderError, match="exists and is not empty.*--force"):
-        save(tmp_path / "c")
-    assert contents(tmp_path / "c") == {"mine.txt": "mine"}
-    assert set(contents(save(tmp_path / "c", force=True))) == set(FILES)
+        save(tmp_path / "c", "b")
+    assert contents(tmp_path / "c") == dict.fromkeys(FILES, "a" * 1000)
+    save(tmp_path / "c", "b", force=True)
+    assert contents(tmp_path / "c") == dict.fromkeys(FILES, "b" * 1000)
     assert not leftovers(tmp_path / "c")
+
+
+def test_what_is_no_file_of_a_checkpoint_is_never_removed(tmp_path):
+    listed = {"format": 1, "digests": {"older.bin": "0"}}
+    save(tmp_path / "c")
+    (tmp_path / "c" / MANIFEST).write_text(json.dumps(listed))
+    (tmp_path / "c" / "older.bin").write_text("ours, of an older format")
+    (tmp_path / "c" / "thesis.txt").write_text("mine")
+    before = contents(tmp_path / "c")
+    with pytest.raises(FolderError, match="holds 'thesis.txt', which is of no checkpoint"):
+        save(tmp_path / "c", "b", force=True)
+    assert contents(tmp_path / "c") == before
+    (tmp_path / "c" / "thesis.txt").unlink()
+    save(tmp_path / "c", "b", force=True)
+    assert contents(tmp_path / "c") == dict.fromkeys(FILES, "b" * 1000)
 
 
 def test_a_folder_that_holds_folders_is_never_replaced(tmp_path):
@@ -144,7 +164,7 @@ def test_a_failed_writer_leaves_nothing_and_keeps_the_old(tmp_path):
         raise KeyError("bug")
 
     for writer, error in ((full, FolderError), (broken, KeyError)):
-        files = {FILES[0]: text_writer("b"), MANIFEST: writer}
+        files = {**dict.fromkeys(FILES, text_writer("b")), MANIFEST: writer}
         with pytest.raises(error):
             write_folder(tmp_path / "c", files, force=True)
         assert contents(tmp_path / "c") == dict.fromkeys(FILES, "a" * 1000)
@@ -253,7 +273,7 @@ def test_a_folder_that_is_no_checkpoint_says_why(tmp_path):
         ('{"format": 1, "x": NaN}', JsonError, "NaN"),
         ("[" * 100_000, JsonError, "nested too deeply"),
         ("\x80\x04\x95", JsonError, "no sound JSON"),
-        (" " * (65 * 2**20), FolderError, "over 67108864 bytes"),
+        (" " * (65 * 2**20), FolderError, "over 16777216 bytes"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -265,11 +285,11 @@ def test_a_damaged_manifest_is_refused(tmp_path, text, error, message):
 
 def test_a_manifest_that_is_a_folder_or_a_pipe_is_refused(tmp_path):
     (tmp_path / MANIFEST).mkdir()
-    with pytest.raises(FolderError, match="no checkpoint"):
+    with pytest.raises(FolderError, match="no plain file"):
         read_manifest(tmp_path, 1)
     (tmp_path / MANIFEST).rmdir()
     os.mkfifo(tmp_path / MANIFEST)
-    with pytest.raises(FolderError, match="no checkpoint"):
+    with pytest.raises(FolderError, match="no plain file"):
         read_manifest(tmp_path, 1)
 
 

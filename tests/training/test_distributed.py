@@ -67,6 +67,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_where_the_first_process_cannot_save_none_waits(tmp_path: Path) -> None:
+    """The first one raises its own error, the others say whose it was."""
+    (tmp_path / "taken").write_text("a file")
+    multiprocessing.spawn(failing, (str(tmp_path),), nprocs=WORLD)
+    found = [(tmp_path / str(rank)).read_text() for rank in range(WORLD)]
+    assert "FolderError" in found[0] and "is a file" in found[0]
+    assert "ResumeError" in found[1] and "the first process failed" in found[1]
+
+
+def failing(rank: int, folder: str) -> None:
+    """Saves where a file stands."""
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    try:
+        save_run(Path(folder) / "taken", {"generator": torch.Generator()})
+    except mk.MatryoshkafyError as error:
+        Path(folder, str(rank)).write_text(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group()
+
+
 def worker(rank: int, folder: str, port: int) -> None:
     """One of the processes."""
     torch.set_num_threads(1)

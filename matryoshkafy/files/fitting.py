@@ -1,0 +1,269 @@
+"""Whether plan, graph, call and weights of a checkpoint speak of one model, before one is made.
+
+Every size that a file states is compared with what follows from the graph on fake tensors, which
+hold no memory, so that a small file can neither ask for a large one's memory nor hang the reader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from matryoshkafy.axes import dims
+from matryoshkafy.files.json_text import shown
+from matryoshkafy.files.records import CheckpointError
+from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, outputs_of
+from matryoshkafy.graph.signature import Signature
+from matryoshkafy.plan.plan import Many, Plan
+
+# What fake tensors cannot follow depends on values; whatever an op raises, the node is unknown.
+NOT_FOLLOWED = (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError)
+MAX_LEVELS = 1024
+MAX_ELEMENTS = 2**38
+MAX_INPUT = 2**27
+# Pieces into which a cut of all axes falls: the memory that their indices take.
+MAX_PIECES = 2**20
+# A statistic of parameters is about as large as they are.
+STATISTIC_SHARE, STATISTIC_LEAST = 16, 2**16
+RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def check_call(graph: fx.Graph, signature: Signature, folder: Path) -> None:
+    """Raise CheckpointError unless the graph has the inputs and outputs of its call."""
+    inputs = sum(node.op == "placeholder" for node in graph.nodes)
+    outputs = outputs_of(graph)
+    expected = sum(sum(item.is_tensor) for item in signature.inputs)
+    if inputs != expected:
+        raise CheckpointError(f"{folder}: the graph has {inputs} inputs, its call {expected}.")
+    if len(outputs) != signature.out_spec.num_leaves:
+        raise CheckpointError(f"{folder}: the graph's outputs do not fit its call's: damaged.")
+
+
+def check_reads(graph: fx.Graph, names: set[str], folder: Path, kind: str) -> None:
+    """Raise CheckpointError where the graph reads what was not saved; a sub-model may need less."""
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for target in targets - names - {"training"}:
+        reserved = any(hasattr(nn.Module, part) for part in target.split("."))
+        if kind == "doll" or reserved:
+            raise CheckpointError(
+                f"{folder}: the graph reads {shown(target)}, which was not saved. The files are of "
+                "different models, or damaged: save the model again."
+            )
+
+
+def check_fit(plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise CheckpointError unless plan, graph and weights agree on the size of everything.
+
+    tensors: what the files hold, on the meta device.
+    """
+    _check_plan(plan, folder)
+    _check_parameters(plan, tensors, folder)
+    infos = {node.name: info_of(node) for node in graph.nodes}
+    for name, planned in plan.nodes.items():
+        _check_node(name, planned, infos.get(name), folder)
+    _check_inputs(graph, folder)
+    _check_graph(graph, folder)
+    _check_statistics(plan, graph, tensors, folder)
+
+
+def _check_plan(plan: Plan, folder: Path) -> None:
+    if not all(map(_sound, (*_leaves(plan),))):
+        raise CheckpointError(
+            f"{folder}: the plan holds a value of another kind than it should. The file is "
+            "damaged: save the model again."
+        )
+    if plan.levels > MAX_LEVELS:
+        raise CheckpointError(f"{folder}: the plan has {plan.levels} sizes, at most {MAX_LEVELS}.")
+    sizes = {i: group.size for i, group in enumerate(plan.groups)}
+    used = set(_dims(plan))
+    for factor in (factor for dim in used for factor in _factors(dim)):
+        if sizes.get(factor.group) != factor.size:
+            raise CheckpointError(
+                f"{folder}: the plan has an axis of {factor.size} units in group {factor.group}, "
+                f"which has {sizes.get(factor.group)}. The plan is damaged: save the model again."
+            )
+    pieces = sum(min(pieces_of(dim), MAX_PIECES + 1) for dim in used) * plan.levels
+    if pieces > MAX_PIECES or any(dims.size(dim) > MAX_ELEMENTS for dim in used):
+        raise CheckpointError(
+            f"{folder}: the plan cuts its axes into more pieces than any model has. The plan is "
+            "damaged: save the model again."
+        )
+
+
+def _sound(leaf: object) -> bool:
+    if isinstance(leaf, float):
+        return math.isfinite(leaf)
+    return isinstance(leaf, (int, str, bool)) or leaf is None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _leaves(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, (tuple, list, frozenset)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _dims(value: Any) -> Iterator[dims.Dim]:
+    """Every dim of a plan: the tuples that hold factors."""
+    tables = [*value.parameters.values(), *value.nodes.values()]
+    tables += [tuple(notes.values()) for notes in value.notes.values()]
+    for table in tables:
+        for item in table:
+            yield from item if isinstance(table, Many) else (item,)
+
+
+def _factors(dim: dims.Dim) -> Iterator[dims.Nested]:
+    for factor in dim:
+        if isinstance(factor, dims.Nested):
+            yield factor
+        elif isinstance(factor, dims.Cat):
+            for part in factor.parts:
+                yield from _factors(part)
+
+
+def pieces_of(dim: dims.Dim) -> int:
+    """Return an upper bound of the segments into which a cut of a dim may fall."""
+    pieces, inner = 1, False
+    for factor in reversed(dim):
+        own = 1
+        if isinstance(factor, dims.Cat):
+            own = sum(map(pieces_of, factor.parts))
+        if inner:
+            own = dims.size((factor,))
+        pieces *= max(own, 1)
+        inner = inner or dims.is_nested((factor,))
+    return pieces
+
+
+def _check_parameters(plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a plan about other shapes: it would slice out of bounds."""
+    full = plan.ladder[-1]
+    for name, axes in plan.parameters.items():
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        planned = tuple(dims.size_at(dim, full) for dim in axes)
+        if shape is not None and shape != planned:
+            raise CheckpointError(
+                f"{folder}: the plan expects {name} of shape {planned}, the file holds "
+                f"{shape}. The plan belongs to another model: save the model again."
+            )
+
+
+def _check_node(name: str, planned: Any, info: Info, folder: Path) -> None:
+    shapes = planned if isinstance(planned, Many) else (planned,)
+    infos = (info,) if not isinstance(planned, Many) else info if isinstance(info, tuple) else ()
+    for shape, each in zip(shapes, infos, strict=False):
+        sizes = tuple(map(dims.size, shape))
+        known = each.shape if isinstance(each, TensorInfo) else None
+        if known is not None and not _agree(sizes, known):
+            raise CheckpointError(
+                f"{folder}: the plan gives {name} the shape {sizes}, the graph {known}. They "
+                "belong to different models: save the model again."
+            )
+
+
+def _agree(planned: tuple[int, ...], known: tuple[int, ...]) -> bool:
+    """-1 stands for what only the data decides; a plan of no dims says nothing."""
+    return not planned or (
+        len(planned) == len(known)
+        and all(-1 in (a, b) or a == b for a, b in zip(planned, known, strict=True))
+    )
+
+
+def _check_inputs(graph: fx.Graph, folder: Path) -> None:
+    for node in graph.nodes:
+        info = info_of(node)
+        most = MAX_INPUT if node.op == "placeholder" else MAX_ELEMENTS
+        if any(math.prod(each.shape) > most for each in _tensors(info)):
+            raise CheckpointError(
+                f"{folder}: {node.name} has the shape {shown(info)}, which is larger than any "
+                "model's. The file is damaged: save the model again."
+            )
+
+
+def _tensors(info: Info) -> Iterator[TensorInfo]:
+    if isinstance(info, TensorInfo):
+        yield info
+    elif isinstance(info, tuple):
+        for item in info:
+            yield from _tensors(item)
+
+
+def _check_graph(graph: fx.Graph, folder: Path) -> None:
+    values: dict[fx.Node, Any] = {}
+    with FakeTensorMode(), torch.no_grad():
+        for node in graph.nodes:
+            try:
+                # What depends on an unknown value is missing from the table, and unknown too.
+                values[node] = _fake(node, values)
+            except NOT_FOLLOWED:
+                continue
+            found, stated = info_of(values[node]), info_of(node)
+            if node.op == "call_function" and not _same(found, stated):
+                raise CheckpointError(
+                    f"{folder}: the graph says that {node.name} is {shown(stated)}, but "
+                    f"{node.target} makes {shown(found)}. The file is damaged: save the model "
+                    "again."
+                )
+
+
+def _fake(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "output" or node.target == "training":
+        return False
+    if node.op == "call_function":
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    info = info_of(node)
+    if not isinstance(info, TensorInfo) or -1 in info.shape:
+        raise LookupError(node.name)
+    return torch.empty(info.shape, dtype=info.dtype)
+
+
+def _same(found: Info, stated: Info) -> bool:
+    """Nodes whose size was not saved, or that only the data decides, are not compared."""
+    if isinstance(found, TensorInfo) and isinstance(stated, TensorInfo):
+        return _agree(found.shape, stated.shape) or (not found.shape and not stated.shape)
+    if isinstance(found, tuple) and isinstance(stated, tuple):
+        return len(found) == len(stated) and all(map(_same, found, stated))
+    return not isinstance(found, TensorInfo) or stated is None
+
+
+def _check_statistics(
+    plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    """What slicing computes out of parameters alone stays as small as they are, and as sure."""
+    needed, queue = set(), [node for node in graph.nodes if node.name in plan.full]
+    if len(queue) != len(plan.full):
+        raise CheckpointError(f"{folder}: the plan takes statistics of nodes that are missing.")
+    while queue:
+        node = queue.pop()
+        if node not in needed:
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+    read = sum(math.prod(i.shape) for n in needed if n.op == "get_attr" for i in _of(n))
+    most = STATISTIC_SHARE * read + STATISTIC_LEAST
+    for node in needed:
+        large = any(math.prod(info.shape) > most for info in _of(node))
+        if node.op == "placeholder" or large or RANDOM in getattr(node.target, "tags", ()):
+            raise CheckpointError(
+                f"{folder}: the plan takes {node.name} for a statistic of the weights alone, which "
+                "it is not. The plan is damaged: save the model again."
+            )
+
+
+def _of(node: fx.Node) -> Iterator[TensorInfo]:
+    yield from _tensors(info_of(node))
