@@ -1,4 +1,4 @@
-"""Recommenders as published code writes them, without a thought of being converted."""
+"""Small recommenders as published code writes them, without a thought of being converted."""
 
 from __future__ import annotations
 

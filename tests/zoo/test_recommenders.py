@@ -1,0 +1,129 @@
+"""Ten published recommenders: judged from outside in both nestings, and trained at all sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+import matryoshkafy as mk
+from tests.zoo.judge import MASKED, SLICED, Case, judge, leaves, run
+from tests.zoo.recommenders import PUBLISHED
+from tests.zoo.registry import entries
+
+QUICK = ("identity", "slice", "native", "beyond", "step")
+NESTINGS = ("sliced", "masked")
+
+# What is still wrong, by model and nesting; a mark that is no longer true fails the suite.
+BAKED = "a cosine over a table of parameters is taken at full width and baked"
+FEATURES = "frozen features are cut"
+COPY = "an assignment to a slice has no derivative"
+WRONG: dict[tuple[str, str], str] = {
+    ("published_unisrec", "sliced"): f"{FEATURES}; {BAKED}",
+    ("published_unisrec", "masked"): f"{FEATURES}; {BAKED}",
+    ("published_unisrec_ids", "sliced"): f"{FEATURES}; {BAKED}",
+    ("published_unisrec_ids", "masked"): f"{FEATURES}; {BAKED}",
+    ("published_vq_rec", "sliced"): BAKED,
+    ("published_vq_rec", "masked"): BAKED,
+    ("published_recformer", "sliced"): f"{COPY}; the slice is not the native small class",
+    ("published_recformer", "masked"): COPY,
+    ("published_mmssl", "sliced"): FEATURES,
+    ("published_mmssl", "masked"): "what is made of parameters and graphs alone is cut short",
+    ("published_vip5", "sliced"): "masked_scatter holds the whole stream",
+    ("published_fmrlrec", "sliced"): FEATURES,
+}
+# The authors' names, one or two of each: their checkpoints load.
+NAMES = {
+    "published_sasrec": "attention_layers.1.in_proj_weight forward_layers.0.conv1.weight",
+    "published_bert4rec": "bert.transformer_blocks.0.attention.linear_layers.2.weight"
+    " bert.embedding.position.pe.weight bert.transformer_blocks.1.input_sublayer.norm.a_2",
+    "published_fmlp_rec": "item_encoder.layer.0.filterlayer.complex_weight"
+    " item_encoder.layer.1.intermediate.dense_1.weight",
+    "published_lru_rec": "model.lru_blocks.0.lru_layer.params_log embedding.token.weight",
+    "published_unisrec": "moe_adaptor.experts.2.lin.weight moe_adaptor.w_gate"
+    " trm_encoder.layer.0.multi_head_attention.query.weight plm_embedding.weight",
+    "published_vq_rec": "pq_code_embedding.weight trm_encoder.layer.1.feed_forward.dense_2.bias",
+    "published_recformer": "longformer.encoder.layer.0.attention.self.query_global.weight"
+    " longformer.embeddings.item_position_embeddings.weight item_embedding.weight",
+    "published_mmssl": "weight_dict.w_self_attention_cat user_id_embedding.weight",
+    "published_vip5": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    " encoder.visual_embedding.feat_embedding.0.model.0.weight lm_head.weight"
+    " decoder.block.1.layer.1.EncDecAttention.q.weight",
+    "published_fmrlrec": "model.lru_blocks.1.feed_forward.gate.mrl_linear_2.weight"
+    " embedding.projector.weight",
+}
+
+
+LENGTH = "another length fails deep inside instead of being answered or refused by name"
+# What is wrong in the checks that only the slow test makes.
+ALSO_WRONG = {
+    ("published_lru_rec", "sliced"): LENGTH,
+    ("published_lru_rec", "masked"): LENGTH,
+    ("published_fmrlrec", "sliced"): LENGTH,
+    ("published_fmrlrec", "masked"): LENGTH,
+    ("published_unisrec", "masked"): BAKED,
+    ("published_unisrec_ids", "masked"): BAKED,
+    ("published_recformer", "sliced"): COPY,
+}
+
+
+def cases(wrong: Mapping[tuple[str, str], str]) -> list[object]:
+    """Return every model in both nestings, marked where it is known to be wrong."""
+    found = []
+    for name in PUBLISHED:
+        for nesting in NESTINGS:
+            reason = wrong.get((name, nesting))
+            marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+            found.append(pytest.param(name, nesting, marks=marks, id=f"{name}-{nesting}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "nesting"), cases(WRONG))
+@pytest.mark.filterwarnings("ignore")
+def test_the_slice_is_the_small_recommender(name: str, nesting: str) -> None:
+    (entry,) = entries([name])
+    verdict = judge(entry, nesting, only=QUICK)
+    bad = {k: v for k, v in verdict.checks.items() if v != "right" and not v.startswith("none")}
+    assert not bad, bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "nesting"), cases(ALSO_WRONG))
+@pytest.mark.filterwarnings("ignore")
+def test_every_other_check_of_the_judge(name: str, nesting: str) -> None:
+    (entry,) = entries([name])
+    checks = SLICED if nesting == "sliced" else MASKED
+    verdict = judge(entry, nesting, only=[c for c in checks if c not in QUICK])
+    assert verdict.status == "right", verdict.checks
+
+
+@pytest.mark.parametrize("name", ["published_sasrec", "published_lru_rec", "published_bert4rec"])
+@pytest.mark.parametrize("nesting", NESTINGS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_few_steps_at_all_sizes_bring_every_loss_down(name: str, nesting: str) -> None:
+    (entry,) = entries([name])
+    model, args, kwargs = entry.build()
+    doll = mk.convert(model, args, kwargs, sizes=[0.5, 1.0], nesting=nesting)
+    case = Case(entry, model, doll, (args, kwargs))
+    targets = [torch.randn_like(t) for t in leaves(run(model, case.call))]
+    optimizer = torch.optim.Adam(doll.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        outputs = doll.outputs(*args, **kwargs)
+        each = [
+            sum((a - b).square().mean() for a, b in zip(leaves(outputs[s]), targets, strict=True))
+            for s in doll.sizes
+        ]
+        losses.append([float(loss) for loss in each])
+        optimizer.zero_grad()
+        torch.stack([torch.as_tensor(loss) for loss in each]).sum().backward()
+        optimizer.step()
+    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True)), losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_carry_the_authors_names(name: str) -> None:
+    (entry,) = entries([name])
+    state = entry.build()[0].state_dict()
+    assert set(NAMES[name].split()) <= set(state)
