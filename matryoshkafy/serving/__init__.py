@@ -9,6 +9,7 @@ from matryoshkafy.serving.funnel import funnel as funnel
 from matryoshkafy.serving.index import ShortIndex as ShortIndex
 from matryoshkafy.serving.rotation import Rotation as Rotation
 from matryoshkafy.serving.rotation import fit_rotation as fit_rotation
+from matryoshkafy.serving.session import Session as Session
 from matryoshkafy.serving.tune import Setting as Setting
 from matryoshkafy.serving.tune import tune as tune
 from matryoshkafy.serving.vectors import ServingError as ServingError
