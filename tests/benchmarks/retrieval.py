@@ -180,7 +180,7 @@ def page(
         "",
         f"{len(documents):,} documents, {len(asked):,} held-out queries (summary to description of "
         "Debian packages), all-MiniLM-L6-v2 turned to its principal directions; funnels tuned on "
-        f"{TUNE:,} other queries. {machine("wall")}; medians of {ROUNDS} interleaved rounds, "
+        f"{TUNE:,} other queries. {machine('wall')}; medians of {ROUNDS} interleaved rounds, "
         "ratios pair by pair with their least and largest.",
         "",
         "`python -m tests.benchmarks.retrieval DESCRIPTIONS.parquet --cache FOLDER`",
