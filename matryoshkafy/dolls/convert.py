@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.dolls.verify import relative_error, verify
+from matryoshkafy.dolls.tracing import traced
+from matryoshkafy.dolls.verify import verify
 from matryoshkafy.errors import PlanError, TraceError
-from matryoshkafy.graph.quiet import modes_kept, silent
-from matryoshkafy.graph.trace import Trace, trace
-from matryoshkafy.graph.training_mode import follow_training
+from matryoshkafy.graph.quiet import silent
+from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request, output_plan
 from matryoshkafy.plan.plan import Options, Plan
 from matryoshkafy.plan.solve import solve
 from matryoshkafy.plan.walk import propagate
-
-# float32 sums in another order differ by 1e-6; a bfloat16 model by 1e-2.
-TRACE_TOLERANCE = 3e-2
 
 CHOICES = {
     "nesting": ("masked", "sliced"),
@@ -49,7 +45,7 @@ def inspect(  # noqa: PLR0913  the public signature
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
     options = _options(nesting or ("sliced" if scope == "ffn" else "masked"), scope, "block", keep)
-    return _plan(_traced(model, args, kwargs), Request(options, sizes))
+    return _plan(traced(model, args, kwargs), Request(options, sizes))
 
 
 def convert(  # noqa: PLR0913  the public signature
@@ -74,13 +70,13 @@ def convert(  # noqa: PLR0913  the public signature
     Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
     """
     request = Request(_options(nesting, scope, norm, keep), sizes, overrides)
-    return _doll(_traced(model, args, kwargs), request, args, kwargs)
+    return _doll(traced(model, args, kwargs), request, args, kwargs)
 
 
-def _doll(traced: Trace, request: Request, args: Any, kwargs: Any) -> Doll:
+def _doll(found: Trace, request: Request, args: Any, kwargs: Any) -> Doll:
     """Build the doll; one path of a branching forward must keep the laws on its example."""
-    doll = Doll(traced, _plan(traced, request))
-    note = next((n for n in traced.notes if n.startswith("specialised")), None)
+    doll = Doll(found, _plan(found, request))
+    note = next((n for n in found.notes if n.startswith("specialised")), None)
     failure = _failure(doll, args, kwargs) if note else None
     if note and failure:
         reason = note.removeprefix("specialised: the forward ").partition(";")[0]
@@ -103,40 +99,6 @@ def _failure(doll: Doll, args: Any, kwargs: Any) -> str | None:
     return None if report.passed else str(report)
 
 
-def _traced(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Trace:
-    """Trace the model, and refuse a graph that computes something else on the example."""
-    traced = trace(model, args, kwargs)
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    flat = traced.signature.flatten(args, dict(kwargs or {}))
-    tensors = (*traced.state().values(), *flat)
-    if any(t.is_meta for t in tensors if isinstance(t, torch.Tensor)):
-        return traced
-    with modes_kept(model, traced.root):
-        model.eval()
-        traced.root.training = False
-        error = _disagreement(traced, flat, lambda: model(*args, **dict(kwargs or {})))
-    if not error <= TRACE_TOLERANCE:
-        raise TraceError(
-            "the traced graph does not compute what the model computes on the example inputs "
-            f"(relative error {error:.1e}; at most {TRACE_TOLERANCE:g} expected). Some forwards "
-            "take another path while they are traced: with transformers, try "
-            'attn_implementation="eager"; else give inputs (masks, position ids) explicitly.'
-        )
-    return follow_training(traced, model, args, dict(kwargs or {}))
-
-
-def _disagreement(traced: Trace, flat: Sequence[Any], run: Callable[[], Any]) -> float:
-    """Return the relative error of the graph against the model, both with the same random
-    numbers.
-    """
-    results = []
-    with torch.no_grad(), torch.random.fork_rng():
-        for compute in (lambda: fx.Interpreter(traced.root, graph=traced.graph).run(*flat), run):
-            torch.manual_seed(0)
-            results.append(compute())
-    return relative_error(traced.signature.unflatten(results[0]), results[1])
-
-
 def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Options:
     for name, value in (("nesting", nesting), ("scope", scope), ("norm", norm)):
         if value not in CHOICES[name]:
@@ -151,11 +113,11 @@ def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Option
     return Options(nesting, scope, norm, (keep,) if isinstance(keep, str) else tuple(keep))
 
 
-def _plan(traced: Trace, request: Request) -> Plan:
+def _plan(found: Trace, request: Request) -> Plan:
     if request.options.scope == "output":
-        return output_plan(traced, request)
+        return output_plan(found, request)
     free = tuple((request.overrides or {}).get("inputs", ()))
-    inputs = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+    inputs = [n.name for n in found.graph.nodes if n.op == "placeholder"]
     if not set(free) <= set(inputs):
         raise PlanError(f"overrides free the inputs {list(free)}; the inputs are {inputs}")
-    return solve(traced, propagate(traced, free), request)
+    return solve(found, propagate(found, free), request)

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.graph.nodes import TensorInfo, info_of
-from matryoshkafy.graph.signature import Input, Signature
+from matryoshkafy.graph.signature import Signature
 
 Bounds = tuple[float, float] | None
 
@@ -32,7 +31,7 @@ def example_inputs(
         _tensor(info, bounds, draw).to(device)
         for info, bounds in zip(infos, _bounds(trace.signature), strict=True)
     )
-    return _call(trace.signature, tensors)
+    return trace.signature.call(tensors)
 
 
 def _bounds(signature: Signature) -> Iterator[Bounds]:
@@ -51,21 +50,3 @@ def _tensor(info: TensorInfo, bounds: Bounds, draw: torch.Generator) -> Tensor:
     if info.dtype.is_floating_point:
         return (low + share * (high - low)).to(info.dtype)
     return (low + (share * (high - low + 1)).floor().clamp(max=high - low)).to(info.dtype)
-
-
-def _call(
-    signature: Signature, tensors: Iterator[Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    values = {item.name: _value(item, tensors) for item in signature.inputs}
-    args = []
-    for name in signature.positional:
-        if name not in values:
-            break
-        args.append(values.pop(name))
-    return tuple(args), values
-
-
-def _value(item: Input, tensors: Iterator[Tensor]) -> Any:
-    pairs = zip(item.leaves, item.is_tensor, strict=True)
-    leaves = [next(tensors) if is_tensor else leaf for leaf, is_tensor in pairs]
-    return pytree.tree_unflatten(leaves, item.spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.assumptions import assumed, example_only
-from matryoshkafy.graph.guards import Guard
+from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.guards import Guard, Size
 from matryoshkafy.graph.nodes import TORCH_FOLDER, outputs_of
-from matryoshkafy.graph.quiet import modes_kept, silent
+from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.signature import named_args
 
 
@@ -27,7 +27,7 @@ class Captured:
 
     `outputs` are the positions of the user's outputs among the graph's; `constants` tensors that
     the model holds neither as parameters nor as buffers; `guards` what the graph assumes of the
-    sizes of its tensor inputs; `notes` remarks for the plan.
+    sizes of its tensor inputs; `asked` the sizes that were left open; `notes` remarks for the plan.
     """
 
     module: fx.GraphModule
@@ -36,36 +36,115 @@ class Captured:
     out_spec: pytree.TreeSpec
     constants: Mapping[str, Any]
     guards: tuple[Guard, ...]
+    asked: tuple[Size, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """Example inputs of a forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """Export with dynamic batch and length, else dynamic batch, else with the example's sizes.
 
     A forward that branches on the values of tensors is recorded along the path of the example.
-    Raises `TraceError` that names the user's line.
+    Each attempt has a spare of the model to itself, since a trace that fails half way may leave
+    traced values in it. Raises `TraceError` that names the user's line.
     """
-    with _prepared(model):
+    call = Call(args, kwargs)
+    with silent():
         errors: list[BaseException] = []
+        larger = _enlarged(model, call)
         for dims, note in ATTEMPTS:
             try:
-                shapes = _dynamic_shapes(model, args, kwargs, dims) if dims else None
-                return _exported(_quiet_export(model, args, kwargs, shapes), note)
+                return _attempt(model, larger if dims else call, dims, note)
             except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
                 errors.append(error)
             if _depends_on_values(errors[-1]):
                 break
-        return _recorded(model, args, kwargs, errors[-1])
+        return _recorded(model, call, errors[-1])
 
 
-ATTEMPTS = (
+ATTEMPTS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     ((0, 1), ()),
     ((0,), ("only the batch size may differ from the example's",)),
     ((), ("traced with the example's sizes: other batch sizes need a new trace",)),
 )
 
 
-def _exported(program: torch.export.ExportedProgram, notes: tuple[str, ...]) -> Captured:
+def _attempt(
+    model: nn.Module, call: Call, dims: tuple[int, ...], notes: tuple[str, ...]
+) -> Captured:
+    """Export once; a model that makes attributes at its first call is called before."""
+    shapes = _dynamic_shapes(model, call.args, call.kwargs, dims) if dims else None
+    asked = _asked(call, dims)
+    try:
+        with _prepared(model) as twin:
+            return _exported(_export(twin, call, shapes), asked, notes)
+    except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
+        if "assigned during export" not in str(error):
+            raise
+    with _prepared(model) as twin:
+        args, kwargs = copied_inputs(call.args, call.kwargs)
+        twin(*args, **kwargs)
+        return _exported(_export(twin, call, shapes), asked, notes)
+
+
+def _asked(call: Call, dims: tuple[int, ...]) -> tuple[Size, ...]:
+    """Return the sizes that an attempt leaves open."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tuple(Size(i, d) for i, t in enumerate(tensors) for d in dims if _is_open(t, d))
+
+
+def _is_open(value: torch.Tensor, dim: int) -> bool:
+    """Batch and length may differ. Dim 1 of token ids, masks and [batch, length, features] is a
+    length; channels are not.
+    """
+    floating = value.is_floating_point() or value.is_complex()
+    return value.dim() > 0 if dim == 0 else value.dim() == 3 if floating else value.dim() >= 2
+
+
+def _enlarged(model: nn.Module, call: Call) -> Call:
+    """Return an example of batch and length 2 where they are 1, which torch.export takes as fixed.
+
+    Only where the model accepts it.
+    """
+    for dims in ((0, 1), (0,), (1,)):
+        larger = _repeated(call, dims)
+        if larger is not None and _runs(model, larger):
+            return larger
+    return call
+
+
+def _repeated(call: Call, dims: tuple[int, ...]) -> Call | None:
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    for dim in dims:
+        at = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and _is_open(v, dim)]
+        if not at or any(leaves[i].shape[dim] != 1 for i in at):
+            return None
+        for i in at:
+            leaves[i] = torch.cat([leaves[i].detach()] * 2, dim)
+    return Call(*pytree.tree_unflatten(leaves, spec))
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    args, kwargs = copied_inputs(call.args, call.kwargs)
+    try:
+        with _prepared(model) as twin, torch.no_grad():
+            twin(*args, **kwargs)
+    except Exception:  # noqa: BLE001  the user's forward may raise anything
+        return False
+    return True
+
+
+def _exported(
+    program: torch.export.ExportedProgram, asked: tuple[Size, ...], notes: tuple[str, ...]
+) -> Captured:
     kinds = torch.export.graph_signature
     signature = program.graph_signature
     state = {
@@ -80,7 +159,8 @@ def _exported(program: torch.export.ExportedProgram, notes: tuple[str, ...]) -> 
     spec = program.call_spec.out_spec
     assert spec is not None
     guards = assumed(_inputs(program.graph_module.graph, state))
-    return Captured(program.graph_module, state, outputs, spec, constants, guards, notes)
+    module = program.graph_module
+    return Captured(module, state, outputs, spec, constants, guards, asked, notes)
 
 
 def _inputs(graph: fx.Graph, state: Mapping[str, str]) -> list[torch.Tensor]:
@@ -95,33 +175,30 @@ def _depends_on_values(error: BaseException) -> bool:
     return "data-dependent" in str(error) or "DataDependent" in type(error).__name__
 
 
-def _recorded(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
-) -> Captured:
+def _recorded(model: nn.Module, call: Call, error: BaseException) -> Captured:
     """Run the example and record every op on its way: branches are taken as the example takes
     them.
     """
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat, spec = pytree.tree_flatten((call.args, call.kwargs))
     out_specs: list[pytree.TreeSpec] = []
+    with _prepared(model) as twin:
+        named = dict(twin.named_parameters()) | dict(twin.named_buffers())
 
-    def run(tensors: list[Any], inputs: list[Any]) -> list[Any]:
-        inner_args, inner_kwargs = pytree.tree_unflatten(inputs, spec)
-        state = dict(zip(named, tensors, strict=True))
-        result = torch.func.functional_call(model, state, inner_args, inner_kwargs)
-        leaves, out_spec = pytree.tree_flatten(result)
-        out_specs.append(out_spec)
-        return leaves
+        def run(tensors: list[Any], inputs: list[Any]) -> list[Any]:
+            args, kwargs = pytree.tree_unflatten(inputs, spec)
+            state = dict(zip(named, tensors, strict=True))
+            result = torch.func.functional_call(twin, state, args, kwargs)
+            leaves, out_spec = pytree.tree_flatten(result)
+            out_specs.append(out_spec)
+            return leaves
 
-    record = make_fx(
-        run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True
-    )
-    try:
-        with warnings.catch_warnings(), silent():
-            warnings.simplefilter("ignore")
+        record = make_fx(
+            run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True
+        )
+        try:
             module = record(list(named.values()), flat)
-    except Exception as second:  # noqa: BLE001  the user's forward may raise anything
-        raise TraceError(_explain(model, (args, kwargs), second)) from second
+        except Exception as second:  # noqa: BLE001  the user's forward may raise anything
+            raise TraceError(_explain(model, call, second)) from second
     return _lifted(module, list(named), out_specs[0], error)
 
 
@@ -137,7 +214,7 @@ def _lifted(
     note = f"specialised: the forward {why} at {place}; the path of the example inputs was recorded"
     notes = (note, *ATTEMPTS[2][1])
     guards = example_only(_inputs(module.graph, state), place)
-    return Captured(module, state, tuple(range(count)), out_spec, {}, guards, notes)
+    return Captured(module, state, tuple(range(count)), out_spec, {}, guards, (), notes)
 
 
 def _mark_storage(graph: fx.Graph) -> None:
@@ -179,21 +256,24 @@ COPIES_IF: Mapping[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
 
 
 @contextlib.contextmanager
-def _prepared(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, plain attention kernels, experts as one batched product; then as before."""
+def _prepared(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
+    product.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    experts = list(_expert_configs(model))
-    try:
-        for config, _ in experts:
-            config._experts_implementation = "batched_mm"
-        with modes_kept(model), torch.enable_grad():
-            model.eval()
-            yield
-    finally:
-        for config, before in experts:
-            config._experts_implementation = before
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with spare(model) as twin:
+        experts = list(_expert_configs(twin))
+        try:
+            for config, _ in experts:
+                config._experts_implementation = "batched_mm"
+            twin.eval()
+            with torch.enable_grad():
+                yield twin
+        finally:
+            for config, before in experts:
+                config._experts_implementation = before
+            torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
@@ -207,18 +287,16 @@ def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield config, before
 
 
-def _quiet_export(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Any:
-    with warnings.catch_warnings(), silent():
-        warnings.simplefilter("ignore")
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+def _export(model: nn.Module, call: Call, shapes: Any) -> torch.export.ExportedProgram:
+    return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _explain(model: nn.Module, call: tuple[Any, Any], error: BaseException) -> str:
+def _explain(model: nn.Module, call: Call, error: BaseException) -> str:
     """Say whether the forward itself fails on the example, or only its capture."""
-    args, kwargs = call
+    args, kwargs = copied_inputs(call.args, call.kwargs)
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        with _prepared(model) as twin, torch.no_grad():
+            twin(*args, **kwargs)
     except Exception as own:  # noqa: BLE001  the user's forward may raise anything
         return (
             f"the forward fails on the example inputs{_at(own)}: {_short(own)}\n"
@@ -268,7 +346,7 @@ def _dynamic_shapes(
     def shapes_of(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return None
-        return {d: torch.export.Dim.AUTO for d in dims if d == 0 or _is_length(value)}
+        return {d: torch.export.Dim.AUTO for d in dims if _is_open(value, d)}
 
     tree = pytree.tree_map(shapes_of, (tuple(args), kwargs))
     return tuple(tree[0]) if not kwargs else _by_name(model, args, tree)
@@ -279,9 +357,3 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], tree: Any) -> Any:
     if any(n.startswith("args_") for n in names):
         return None
     return dict(zip(names, tree[0], strict=True)) | tree[1]
-
-
-def _is_length(value: torch.Tensor) -> bool:
-    """Dim 1 of token ids, masks and [batch, length, features] is a length; channels are not."""
-    floating = value.is_floating_point() or value.is_complex()
-    return value.dim() == 3 if floating else value.dim() >= 2

@@ -90,7 +90,7 @@ class Guard:
     def holds(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Tell whether flat inputs of these shapes fulfil the condition."""
         try:
-            return bool(_value(self.condition, shapes))
+            return bool(value_of(self.condition, shapes))
         except ZeroDivisionError:
             return False
 
@@ -235,11 +235,12 @@ def _sizes(expr: Expr) -> Iterator[Size]:
             yield from _sizes(arg)
 
 
-def _value(expr: Expr, shapes: Sequence[Sequence[int]]) -> int:
+def value_of(expr: Expr, shapes: Sequence[Sequence[int]]) -> int:
+    """Return what an expression comes to for flat inputs of these shapes."""
     if isinstance(expr, Size):
         return shapes[expr.leaf][expr.dim]
     if isinstance(expr, Apply):
-        return OPS[expr.op].compute(*(_value(arg, shapes) for arg in expr.args))
+        return OPS[expr.op].compute(*(value_of(arg, shapes) for arg in expr.args))
     return expr
 
 

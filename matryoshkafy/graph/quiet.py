@@ -1,13 +1,17 @@
-"""What a trace must not disturb or print: modes of modules, streams, logging."""
+"""What a trace must not disturb or print: modes of modules, streams, logging, other threads."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import threading
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
+
+# torch.export keeps its state in globals: one trace at a time.
+TRACING = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -21,17 +25,47 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class _OtherThreads(logging.Filter):
+    """Lets the records of every thread pass but of the one that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record comes from another thread."""
+        return record.thread != self.here
+
+
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """torch prints the whole graph when it fails: the error says what a person needs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            open(os.devnull, "w") as sink,
-            contextlib.redirect_stderr(sink),
-            contextlib.redirect_stdout(sink),
-        ):
+    """torch prints the whole graph when it fails: the error says what a person needs.
+
+    No stream is swapped and no level is set, which other threads would notice: this thread's log
+    records are dropped, and `print` is shadowed in the one module of torch that prints a graph.
+    """
+    from torch.export import _trace as torch_export  # slow to import, and needed here alone
+
+    mute, handlers = _OtherThreads(), _handlers()
+    with TRACING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for handler in handlers:
+            handler.addFilter(mute)
+        torch_export.print = _nothing  # type: ignore[attr-defined]
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            del torch_export.print  # type: ignore[attr-defined]
+            for handler in handlers:
+                handler.removeFilter(mute)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    del args, kwargs
+
+
+def _handlers() -> list[logging.Handler]:
+    named = logging.root.manager.loggerDict.values()
+    loggers = [logging.root, *(log for log in named if isinstance(log, logging.Logger))]
+    last = [logging.lastResort] if logging.lastResort is not None else []
+    return [*last, *(handler for log in loggers for handler in log.handlers)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,26 @@ class Signature:
         self.guards.check(flat)
         return flat
 
+    def call(self, flat: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the (args, kwargs) that `flatten` takes apart into these tensors."""
+        tensors = iter(flat)
+        values = {item.name: _value(item, tensors) for item in self.inputs}
+        args = []
+        for name in self.positional:
+            if name not in values:
+                break
+            args.append(values.pop(name))
+        return tuple(args), values
+
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """Return the outputs in the structure of the user's model."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _value(item: Input, tensors: Iterator[Any]) -> Any:
+    pairs = zip(item.leaves, item.is_tensor, strict=True)
+    leaves = [next(tensors) if is_tensor else leaf for leaf, is_tensor in pairs]
+    return pytree.tree_unflatten(leaves, item.spec)
 
 
 def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
@@ -101,12 +118,22 @@ def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
     for value, traced, is_tensor in zip(leaves, item.leaves, item.is_tensor, strict=True):
         if is_tensor:
             tensors.append(value)
-        elif value != traced:
+        elif not _same(value, traced):
             raise TraceError(
                 f"argument {item.name!r} is {value!r}, the model was traced with {traced!r}; "
                 "convert again with the value you need"
             )
     return tensors
+
+
+def _same(value: Any, traced: Any) -> bool:
+    """Tell whether a constant is the traced one; arrays compare element by element."""
+    try:
+        return bool(value == traced)
+    except (ValueError, RuntimeError):
+        return getattr(value, "shape", ()) == getattr(traced, "shape", None) and bool(
+            (value == traced).all()
+        )
 
 
 def tensor_names(inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ line).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import Captured, capture
-from matryoshkafy.graph.guards import Guards, kind_of
+from matryoshkafy.graph.guards import Guards, Size, kind_of
 from matryoshkafy.graph.nodes import info_of, set_info, source_of
 from matryoshkafy.graph.normalise import clean
 from matryoshkafy.graph.signature import (
@@ -71,7 +71,16 @@ def trace(
     graph.lint()
     shown = set(root.state_dict(keep_vars=True))
     hidden = {n for n, _ in root.named_buffers(remove_duplicate=False) if n not in shown}
-    return Trace(graph, signature, root, captured.notes, frozenset(hidden))
+    notes = (*captured.notes, *_fixed_sizes(signature.guards, captured.asked))
+    return Trace(graph, signature, root, notes, frozenset(hidden))
+
+
+def _fixed_sizes(guards: Guards, asked: Sequence[Size]) -> Iterator[str]:
+    """Say which of the sizes that were left open the forward fixed, and where."""
+    for guard in guards.conditions:
+        if guard.fixes and guard.sizes[0] in asked:
+            where = f", by {guard.source}" if guard.source else ""
+            yield f"other sizes are refused: {guards.text(guard)}{where}"
 
 
 def _root_of(model: nn.Module, captured: Captured) -> nn.Module:

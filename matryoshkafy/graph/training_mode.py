@@ -12,7 +12,6 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -22,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_key, set_arg, set_info
 from matryoshkafy.graph.normalise import training_flag
-from matryoshkafy.graph.quiet import modes_kept
 from matryoshkafy.graph.trace import Trace
 
 SDPA = F.scaled_dot_product_attention
@@ -109,12 +108,13 @@ def _user_line() -> str:
 def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> Trace:
     """Return the trace with attention dropout in training mode, and remarks on what it lacks.
 
-    The model runs once more on the example, in training mode; its buffers are put back.
+    A spare of the model runs once more on the example, in training mode.
     """
     watch = _Watch()
     try:
-        with _training(model), torch.no_grad(), watch:
-            model(*args, **kwargs)
+        with spare(model) as twin, torch.no_grad(), watch:
+            own_args, own_kwargs = copied_inputs(args, kwargs)
+            twin.train()(*own_args, **own_kwargs)
     except Exception as error:  # noqa: BLE001  the user's forward may raise anything
         text = str(error).strip().splitlines()
         return _noted(
@@ -125,25 +125,6 @@ def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> 
         )
     notes = [_set_attention(traced, watch.attention), *_unseen(traced, watch.chances)]
     return _noted(traced, *(note for note in notes if note))
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode; then modes, buffers and random numbers as before."""
-    buffers = {b: b.detach().clone() for b in model.buffers() if not b.is_sparse}
-    try:
-        with modes_kept(model), torch.random.fork_rng():
-            model.train()
-            yield
-    finally:
-        _put_back(buffers)
-
-
-@torch.no_grad()
-def _put_back(buffers: dict[Tensor, Tensor]) -> None:
-    for buffer, before in buffers.items():
-        if not torch.equal(buffer, before):
-            buffer.copy_(before)
 
 
 def _set_attention(traced: Trace, rates: list[float]) -> str | None:

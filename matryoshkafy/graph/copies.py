@@ -1,0 +1,123 @@
+"""spare(): a copy of the user's model that may be called, traced and trained without a trace left.
+
+A forward may write: running statistics, codebooks through `.data`, buffers that it assigns anew,
+attributes that it makes at its first call. Whatever looks at a model does so on a spare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.errors import TraceError
+
+TABLES = ("_parameters", "_buffers", "_modules")
+CONSTANT = (str, int, float, bool, type(None), Tensor)
+
+
+@contextlib.contextmanager
+def spare(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model that computes as the user's does and may be changed; random numbers go on as
+    if nothing had been drawn.
+
+    Its tensors share memory with the user's until one of them is written; what cannot be copied
+    (locks, handles, generators) is shared. Raises `TraceError` for a module that refuses.
+    """
+    with chance_kept():
+        yield _copied(model)
+
+
+@contextlib.contextmanager
+def chance_kept() -> Iterator[None]:
+    """The random numbers of torch, numpy and Python afterwards are those that were due before."""
+    numpy = sys.modules.get("numpy")
+    own, theirs = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(own)
+        if numpy is not None:
+            numpy.random.set_state(theirs)
+
+
+def copied_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's inputs as memory of their own: a forward may write into them."""
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().clone().requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(own, (tuple(args), dict(kwargs)))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    twins = _twins(model)
+    try:
+        return copy.deepcopy(model, dict(twins))
+    except Exception:  # noqa: BLE001  a user's module may hold anything
+        shared = {id(value): value for value in _stubborn(model, twins)}
+    try:
+        return copy.deepcopy(model, twins | shared)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and a "
+            "model is only looked at in a copy, since a forward may change it. Expected modules "
+            "that copy.deepcopy accepts: define __deepcopy__ on the one that does not."
+        ) from error
+
+
+def _stubborn(model: nn.Module, twins: Mapping[int, Any]) -> Iterator[Any]:
+    """Yield the attributes of modules that cannot be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in TABLES or isinstance(value, (nn.Module, *CONSTANT)):
+                continue
+            try:
+                copy.deepcopy(value, dict(twins))
+            except Exception:  # noqa: BLE001  a user's module may hold anything
+                yield value
+
+
+def _twins(model: nn.Module) -> dict[int, Any]:
+    """Return {id: twin} of the tensors that own their storage, as `deepcopy` looks them up."""
+    tensors = {id(t): t for t in _tensors(model) if _is_plain(t)}
+    owners = Counter(t.untyped_storage()._cdata for t in tensors.values())
+    twins: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        if owners[tensor.untyped_storage()._cdata] == 1:
+            with contextlib.suppress(RuntimeError):  # memory that cannot be shared lazily is copied
+                twins[key] = _twin(tensor)
+    return twins
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    data = torch._lazy_clone(tensor.detach())  # type: ignore[reportPrivateImportUsage]
+    if isinstance(tensor, nn.Parameter):
+        twin: Tensor = nn.Parameter(data, requires_grad=tensor.requires_grad)
+    else:
+        twin = data.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    for name, value in vars(tensor).items():
+        setattr(twin, name, value)
+    return twin
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    known = type(tensor) in (Tensor, nn.Parameter)
+    return known and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for holder in (module.__dict__, module._parameters, module._buffers):
+            yield from (value for value in holder.values() if isinstance(value, Tensor))

@@ -1,0 +1,138 @@
+"""Trials: a traced graph beside the model at sizes that the example does not have.
+
+A trace notes every branch on sizes that torch sees. What it does not see (a batch of 1 that takes
+a path of its own, a length that is read elsewhere) shows in a trial: the graph and the model run on
+the example with rows repeated or left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from matryoshkafy.graph.guards import Apply, Expr, Guard, Guards, Size, value_of
+
+Sizes = Mapping[Size, int]
+# True: graph and model agree. False: they differ. None: the model itself fails at such sizes.
+Verdict = Callable[[Sequence[Any]], bool | None]
+
+
+def settled(guards: Guards, flat: Sequence[Any], agree: Verdict) -> Guards:
+    """Return the guards after trials: sizes at which the graph is not the model are refused.
+
+    Args:
+        guards: what the trace assumed.
+        flat: the flat tensors of the example.
+        agree: runs graph and model on flat tensors.
+    """
+    shapes = [tuple(t.shape) for t in flat]
+
+    def verdict(sizes: Sizes | None) -> bool | None:
+        return None if sizes is None else agree(resized(flat, sizes))
+
+    groups = classes(guards)
+    others = [next(candidates(guards, shapes, g), None) for g in groups]
+    jointly = verdict(_jointly(guards, shapes, others)) is True
+    fixed: dict[Size, int] = {}
+    for group in () if jointly else groups:
+        found = (verdict(sizes) for sizes in candidates(guards, shapes, group))
+        if not next((v for v in found if v is not None), False):
+            fixed |= {s: shapes[s.leaf][s.dim] for s in group}
+    guards = guards.with_fixed(fixed, "the traced graph is not the model at other sizes")
+    groups = classes(guards)
+    ones = [changed(guards, shapes, g, 1) for g in groups]
+    jointly = verdict(_jointly(guards, shapes, ones)) is True
+    least = [
+        (g[0], 1 if jointly or verdict(one) else min(2, shapes[g[0].leaf][g[0].dim]))
+        for g, one in zip(groups, ones, strict=True)
+    ]
+    lower = (Guard(Apply("ge", (size, low))) for size, low in least)
+    return replace(guards, conditions=(*guards.conditions, *lower))
+
+
+def other_shapes(guards: Guards, flat: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the inputs once more for each size that may change, at another size inside the
+    guards.
+    """
+    shapes = [tuple(t.shape) for t in flat]
+    for group in classes(guards):
+        sizes = next(candidates(guards, shapes, group), None)
+        if sizes is not None:
+            yield resized(flat, sizes)
+
+
+def classes(guards: Guards) -> list[tuple[Size, ...]]:
+    """Return the free sizes; those that the guards hold equal stand together."""
+    found = {size: [size] for size in guards.free}
+    for guard in guards.conditions:
+        a, b = (*guard.condition.args, None, None)[:2]
+        if guard.condition.op == "eq" and a in found and b in found and found[a] is not found[b]:
+            found[b].extend(found[a])
+            found |= dict.fromkeys(found[a], found[b])
+    return [tuple(group) for group in {id(g): g for g in found.values()}.values()]
+
+
+def candidates(
+    guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size]
+) -> Iterator[Sizes]:
+    """Yield other sizes of a class, near the example's, that the guards allow."""
+    now = shapes[group[0].leaf][group[0].dim]
+    for n in dict.fromkeys((now + 1, now - 1, 2 * now, now // 2)):
+        sizes = changed(guards, shapes, group, n) if n > 1 and n != now else None
+        if sizes is not None:
+            yield sizes
+
+
+def changed(
+    guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size], size: int
+) -> Sizes | None:
+    """Return all sizes that change when a class has another size; None outside the guards."""
+    sizes = dict.fromkeys(group, size)
+    for guard in guards.conditions:
+        target, expr = _derived(guard)
+        if target is not None and target not in sizes:
+            n = value_of(expr, _with(shapes, sizes))
+            if n != shapes[target.leaf][target.dim]:
+                sizes[target] = n
+    return sizes if _allowed(guards, shapes, sizes) else None
+
+
+def _derived(guard: Guard) -> tuple[Size | None, Expr]:
+    """A condition such as mask.shape[1] == ids.shape[1] + 1."""
+    left, right = (*guard.condition.args, 0, 0)[:2]
+    if guard.condition.op == "eq" and isinstance(left, Size) and isinstance(right, Apply):
+        return left, right
+    return None, 0
+
+
+def _jointly(
+    guards: Guards, shapes: Sequence[Sequence[int]], parts: Sequence[Sizes | None]
+) -> Sizes | None:
+    sizes: dict[Size, int] = {}
+    for part in parts:
+        if part is None:
+            return None
+        sizes |= part
+    return sizes if sizes and _allowed(guards, shapes, sizes) else None
+
+
+def _allowed(guards: Guards, shapes: Sequence[Sequence[int]], sizes: Sizes) -> bool:
+    after = _with(shapes, sizes)
+    return all(guard.holds(after) for guard in guards.conditions)
+
+
+def _with(shapes: Sequence[Sequence[int]], sizes: Sizes) -> list[list[int]]:
+    return [[sizes.get(Size(i, d), n) for d, n in enumerate(s)] for i, s in enumerate(shapes)]
+
+
+def resized(flat: Sequence[Any], sizes: Sizes) -> list[Any]:
+    """Return the inputs with rows repeated or left out."""
+    out = list(flat)
+    for size, n in sizes.items():
+        value = out[size.leaf].detach()
+        rows = torch.arange(n, device=value.device) % value.shape[size.dim]
+        out[size.leaf] = value.index_select(size.dim, rows)
+    return out
