@@ -17,7 +17,7 @@ from torch import fx
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.json_text import shown
 from matryoshkafy.graph.nodes import op_key
-from matryoshkafy.rules import RULES
+from matryoshkafy.rules import OPS
 
 NAMESPACES = ("aten", "matryoshkafy", "prims", "torchvision")
 # What must be imported for a namespace of a well known library to exist.
@@ -71,7 +71,7 @@ def why_not(op: torch._ops.OpOverload, own: Iterable[str] = ()) -> str:
     hidden = name.startswith("_") or "backward" in name or "unsafe" in name
     if any(argument.is_out for argument in schema.arguments) or (hidden and name not in NEEDED):
         return "is private to torch or trusts its arguments"
-    if name in NEEDED or name in MET or op_key(op) in RULES:
+    if name in NEEDED or name in MET or op_key(op) in OPS:
         return ""
     return "has no rule and was met in no model; with a rule of yours (matryoshkafy.rule) it may be"
 
