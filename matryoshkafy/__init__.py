@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matryoshkafy.files.checkpoint import load as load
     from matryoshkafy.files.checkpoint import save as save
     from matryoshkafy.order.order import order as order
+    from matryoshkafy.natives.native import native as native
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
@@ -24,6 +25,7 @@ _HOMES = {
     "verify": "dolls.verify",
     "convert": "dolls.convert",
     "inspect": "dolls.convert",
+    "native": "natives.native",
     "Doll": "dolls.doll",
     "MatryoshkafyError": "errors",
     "order": "order.order",

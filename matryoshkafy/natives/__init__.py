@@ -1,0 +1,1 @@
+"""Native sizes: a slice as the user's own class at a smaller configuration."""

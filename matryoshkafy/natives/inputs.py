@@ -1,0 +1,63 @@
+"""Fresh inputs of two shapes on which a slice and its native model are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.dolls.example_inputs import example_inputs
+from matryoshkafy.dolls.slice import parts_of
+from matryoshkafy.graph.capture import _is_length
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def fresh_calls(small: nn.Module) -> Iterator[Call]:
+    """Yield a call of the traced shape, then one with another batch and length where it may."""
+    yield example_inputs(small, seed=1)
+    call = example_inputs(small, seed=2)
+    for dims in _free_dims(small):
+        grown = _grown(call, dims)
+        if _runs(small, grown):
+            yield grown
+            return
+
+
+def _free_dims(small: nn.Module) -> tuple[tuple[int, ...], ...]:
+    notes = " ".join(parts_of(small)[0].notes)
+    if "other batch sizes need a new trace" in notes:
+        return ()
+    return ((0,),) if "only the batch size" in notes else ((0, 1), (0,))
+
+
+def _grown(call: Call, dims: tuple[int, ...]) -> Call:
+    """Every batch grows by one; a length by half, so that windows and masks see another one."""
+    return pytree.tree_map(lambda v: _grow(v, dims) if isinstance(v, Tensor) else v, call)
+
+
+def _grow(value: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        if dim < value.dim() and (dim == 0 or _is_length(value)):
+            more = 1 if dim == 0 else max(1, value.shape[dim] // 2)
+            value = torch.cat([value, value.narrow(dim, 0, more)], dim)
+    return value
+
+
+def _runs(small: nn.Module, call: Call) -> bool:
+    try:
+        with torch.no_grad():
+            small(*call[0], **call[1])
+    except Exception:  # noqa: BLE001  a graph of another shape may raise anything
+        return False
+    return True
+
+
+def outputs(model: nn.Module, call: tuple[Any, Mapping[str, Any]]) -> Any:
+    """Return what a model computes, the same random numbers drawn at each call."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(*call[0], **call[1])

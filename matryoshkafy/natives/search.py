@@ -1,0 +1,194 @@
+"""Which fields of a configuration give the shapes of a slice: found by changing one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from matryoshkafy.natives.recipe import Recipe, Shapes
+from matryoshkafy.natives.tree import Field, numbers
+
+Place = tuple[str, int]
+"""A dimension of a tensor: the tensor's name and which of its dimensions."""
+
+MOST_SHAPES = 40
+MOST_STEPS = 400
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration must give: the shapes of the slice, and how groups shrink.
+
+    widths: units of a group at full size -> its units in the slice, for groups that shrink.
+    """
+
+    shapes: Shapes
+    widths: Mapping[float, int]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configurations of a recipe around its own tree."""
+
+    recipe: Recipe
+    wanted: Wanted
+
+    @cached_property
+    def fields(self) -> Mapping[Field, int | float]:
+        """Every number that could be a width: integers above 1, ratios."""
+        found = dict(numbers(self.recipe.tree))
+        whole = {f: v for f, v in found.items() if isinstance(v, int) and v > 1}
+        return whole | {f: v for f, v in found.items() if isinstance(v, float) and v > 0}
+
+    @cached_property
+    def base(self) -> Shapes:
+        """The shapes that the tree itself gives."""
+        return self.recipe.shapes({}) or {}
+
+    def off(self, shapes: Shapes) -> list[Place]:
+        """Return where shapes are not those that are wanted."""
+        wanted = self.wanted.shapes
+        return [
+            (name, i)
+            for name in shapes.keys() & wanted.keys()
+            for i in range(max(len(shapes[name]), len(wanted[name])))
+            if shapes[name][i : i + 1] != wanted[name][i : i + 1]
+        ]
+
+    def fits(self, changes: Mapping[Field, Any]) -> bool:
+        """Tell whether changes give every shape that is wanted."""
+        shapes = self.recipe.shapes(changes)
+        return shapes is not None and shapes.keys() == self.base.keys() and not self.off(shapes)
+
+    @cached_property
+    def probes(self) -> Mapping[Field, tuple[Any, Shapes]]:
+        """For every field: another value that builds, and the shapes that it gives."""
+        found = {f: self._probe(f, v) for f, v in self.fields.items()}
+        return {f: probe for f, probe in found.items() if probe is not None}
+
+    def _probe(self, field: Field, value: int | float) -> tuple[Any, Shapes] | None:
+        others = (2 * value, value / 2) if isinstance(value, float) else _near(value)
+        for other in others:
+            shapes = self.recipe.shapes({field: other})
+            if shapes is not None and shapes.keys() == self.base.keys():
+                return other, shapes
+        return None
+
+    @cached_property
+    def movers(self) -> Mapping[Place, tuple[Field, ...]]:
+        """For every dimension that a field moves: those fields."""
+        found: dict[Place, list[Field]] = {}
+        for field, (_, shapes) in self.probes.items():
+            for name, shape in shapes.items():
+                for i, (a, b) in enumerate(zip(shape, self.base[name], strict=False)):
+                    if a != b:
+                        found.setdefault((name, i), []).append(field)
+        return {place: tuple(fields) for place, fields in found.items()}
+
+    @cached_property
+    def quiet(self) -> tuple[Field, ...]:
+        """The fields that move no shape: counts of heads, scales."""
+        moving = {field for fields in self.movers.values() for field in fields}
+        return tuple(field for field in self.fields if field not in moving)
+
+
+def _near(value: int) -> tuple[int, ...]:
+    """Values that keep what divides it, then any other."""
+    halves = (value // 2,) if value % 2 == 0 else ()
+    return (2 * value, *halves, 3 * value, value + 1, value - 1)
+
+
+def guess(space: Space) -> dict[Field, Any]:
+    """Return every field that holds a width which shrinks, at what that width becomes."""
+    becomes: dict[float, set[int]] = {}
+    for name, i in space.off(space.base):
+        if i < min(len(space.base[name]), len(space.wanted.shapes[name])):
+            becomes.setdefault(space.base[name][i], set()).add(space.wanted.shapes[name][i])
+    sure = {full: next(iter(small)) for full, small in becomes.items() if len(small) == 1}
+    table: dict[float, int] = {**space.wanted.widths, **sure}
+    return {f: table[v] for f, v in space.fields.items() if isinstance(v, int) and v in table}
+
+
+def assignments(space: Space) -> Iterator[dict[Field, Any]]:
+    """Yield changes of fields that give every shape that is wanted, the likeliest first."""
+    first = guess(space)
+    if space.fits(first):
+        yield first
+    steps = [0]
+    seen = []
+    for found in _assigned(space, {}, steps):
+        if found not in (first, *seen):
+            seen.append(found)
+            yield found
+        if len(seen) == MOST_SHAPES:
+            return
+
+
+def _assigned(space: Space, done: dict[Field, Any], steps: list[int]) -> Iterator[dict[Field, Any]]:
+    """Mend the dimension that fewest fields move, by each of them; then what is still off."""
+    steps[0] += 1
+    if steps[0] > MOST_STEPS:
+        return
+    shapes = _shapes(space, done)
+    if shapes is None or shapes.keys() != space.base.keys():
+        return
+    places = space.off(shapes)
+    if not places:
+        yield done
+        return
+    free = {p: [f for f in space.movers.get(p, ()) if f not in done] for p in places}
+    place = min(places, key=lambda p: (len(free[p]), p))
+    for field, value in _options(space, done, place, free[place]):
+        yield from _assigned(space, done | {field: value}, steps)
+
+
+def _shapes(space: Space, done: dict[Field, Any]) -> Shapes | None:
+    """A width may only build with the count of heads that divides it."""
+    shapes = space.recipe.shapes(done)
+    if shapes is None:
+        shapes = space.recipe.shapes(heads(space) | done)
+    return shapes
+
+
+def heads(space: Space) -> dict[Field, Any]:
+    """Return the fields that move no shape but hold the units of a group that shrinks."""
+    widths = space.wanted.widths
+    return {f: widths[space.fields[f]] for f in space.quiet if space.fields[f] in widths}
+
+
+def _options(
+    space: Space, done: dict[Field, Any], place: Place, fields: list[Field]
+) -> Iterator[tuple[Field, Any]]:
+    """Yield (field, value) that give a dimension its size; widths of groups first."""
+    found = []
+    for field in fields:
+        value = _implied(space, done, place, field)
+        if value is not None:
+            likely = space.wanted.widths.get(space.fields[field]) == value
+            found.append((not likely, isinstance(value, float), field, value))
+    for _, _, field, value in sorted(found, key=lambda f: f[:2]):
+        yield field, value
+
+
+def _implied(space: Space, done: dict[Field, Any], place: Place, field: Field) -> Any:
+    """Return the value of a field that gives a dimension its size, by the line through two."""
+    name, i = place
+    value, (other, probed) = space.fields[field], space.probes[field]
+    now, then = _shapes(space, done), _shapes(space, {**done, field: other})
+    if now is None:
+        return None
+    if then is None or then.keys() != now.keys():
+        then, now_there = probed, space.base
+        slope = then[name][i] - now_there[name][i]
+    else:
+        slope = then[name][i] - now[name][i]
+    if slope == 0:
+        return None
+    exact = value + (space.wanted.shapes[name][i] - now[name][i]) * (other - value) / slope
+    if isinstance(value, float):
+        return exact if exact > 0 and math.isfinite(exact) else None
+    return round(exact) if exact >= 0.5 and abs(exact - round(exact)) < 1e-6 else None

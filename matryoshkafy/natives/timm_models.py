@@ -1,0 +1,95 @@
+"""Models of timm: the tree holds what the entry point of a name hands to the class."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from matryoshkafy.natives.recipe import Recipe, defaults
+
+# What the factory itself consumes; the class never sees it.
+FACTORY = frozenset(
+    "pretrained pretrained_cfg pretrained_cfg_overlay feature_cfg pretrained_strict "
+    "pretrained_filter_fn cache_dir kwargs_filter pretrained_model_args".split()
+)
+
+
+def recipe(like: Any) -> Recipe | None:
+    """Return the recipe of a model of timm, or of `functools.partial(timm.create_model, NAME)`."""
+    timm = sys.modules.get("timm")
+    if timm is None:
+        return None
+    if isinstance(like, functools.partial) and like.func is timm.create_model and like.args:
+        return _recipe(str(like.args[0]), like.keywords, None)
+    name = getattr(like, "pretrained_cfg", None)
+    name = name.get("architecture") if isinstance(name, Mapping) else None
+    if isinstance(like, nn.Module) and isinstance(name, str) and timm.is_model(name):
+        return _recipe(name, getattr(like, "_model_args", {}), like)
+    return None
+
+
+def _recipe(name: str, given: Mapping[str, Any], source: nn.Module | None) -> Recipe:
+    import timm
+
+    create = functools.partial(timm.create_model, name, **given)
+    tree = handed(create)
+
+    def make(new: Mapping[str, Any]) -> nn.Module:
+        other = {key: value for key, value in new.items() if value is not tree[key]}
+        try:
+            return create(**other)
+        except TypeError:
+            return _injected(create, other)
+
+    return Recipe(f"timm:{name}", "timm", tree, make, source)
+
+
+def handed(create: Callable[[], nn.Module]) -> dict[str, Any]:
+    """Return the arguments that an entry point hands to its class, and the class's defaults."""
+    found: dict[str, Any] = {}
+
+    def record(build: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
+        found.update({k: v for k, v in kwargs.items() if k not in FACTORY})
+        for key, value in defaults(kind).items():
+            found.setdefault(key, value)
+        return build(kind, *args, **kwargs)
+
+    import torch
+
+    with _building(record), contextlib.suppress(Exception), torch.device("meta"):
+        create()
+    return found
+
+
+def _injected(create: Callable[[], nn.Module], other: Mapping[str, Any]) -> nn.Module:
+    """Where an entry point fixes an argument, it is replaced on the way to the class."""
+
+    def replace(build: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
+        return build(kind, *args, **{**kwargs, **other})
+
+    with _building(replace):
+        return create()
+
+
+@contextlib.contextmanager
+def _building(instead: Callable[..., Any]) -> Iterator[None]:
+    """Every model of timm is made by `build_model_with_cfg`, which each module holds by name."""
+    from timm.models._builder import build_model_with_cfg as build
+
+    holders = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("timm.models.") and vars(module).get("build_model_with_cfg") is build
+    ]
+    for module in holders:
+        vars(module)["build_model_with_cfg"] = functools.partial(instead, build)
+    try:
+        yield
+    finally:
+        for module in holders:
+            vars(module)["build_model_with_cfg"] = build
