@@ -11,7 +11,7 @@ from matryoshkafy.natives.recipe import Recipe
 
 def recipe(like: Any) -> Recipe | None:
     """Return the recipe of a model of transformers, None for anything else."""
-    config = getattr(like, "config", None)
+    config: Any = getattr(like, "config", None)
     if not isinstance(like, nn.Module) or not hasattr(config, "to_diff_dict"):
         return None
     kind = type(like)

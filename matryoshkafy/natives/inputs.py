@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.dolls.slice import parts_of
-from matryoshkafy.graph.capture import _is_length
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,6 +44,11 @@ def _grow(value: Tensor, dims: tuple[int, ...]) -> Tensor:
             more = 1 if dim == 0 else max(1, value.shape[dim] // 2)
             value = torch.cat([value, value.narrow(dim, 0, more)], dim)
     return value
+
+
+def _is_length(value: Tensor) -> bool:
+    """Dim 1 of token ids, masks and [batch, length, features] is a length; channels are not."""
+    return value.dim() == 3 if value.is_floating_point() else value.dim() >= 2
 
 
 def _runs(small: nn.Module, call: Call) -> bool:

@@ -164,31 +164,28 @@ def _options(
     space: Space, done: dict[Field, Any], place: Place, fields: list[Field]
 ) -> Iterator[tuple[Field, Any]]:
     """Yield (field, value) that give a dimension its size; widths of groups first."""
-    found = []
-    for field in fields:
-        value = _implied(space, done, place, field)
-        if value is not None:
-            likely = space.wanted.widths.get(space.fields[field]) == value
-            found.append((not likely, isinstance(value, float), field, value))
-    for _, _, field, value in sorted(found, key=lambda f: f[:2]):
-        yield field, value
+    found = [
+        (space.wanted.widths.get(space.fields[field]) != value, isinstance(value, float), i, value)
+        for i, field in enumerate(fields)
+        for value in _implied(space, done, place, field)
+    ]
+    for _, _, i, value in sorted(found):
+        yield fields[i], value
 
 
-def _implied(space: Space, done: dict[Field, Any], place: Place, field: Field) -> Any:
-    """Return the value of a field that gives a dimension its size, by the line through two."""
+def _implied(space: Space, done: dict[Field, Any], place: Place, field: Field) -> set[Any]:
+    """Return values of a field that give a dimension its size: along a line or a hyperbola."""
     name, i = place
     value, (other, probed) = space.fields[field], space.probes[field]
     now, then = _shapes(space, done), _shapes(space, {**done, field: other})
     if now is None:
-        return None
-    if then is None or then.keys() != now.keys():
-        then, now_there = probed, space.base
-        slope = then[name][i] - now_there[name][i]
-    else:
-        slope = then[name][i] - now[name][i]
-    if slope == 0:
-        return None
-    exact = value + (space.wanted.shapes[name][i] - now[name][i]) * (other - value) / slope
+        return set()
+    have, wanted = now[name][i], space.wanted.shapes[name][i]
+    before, after = space.base[name][i], probed[name][i]
+    step = then[name][i] - have if then is not None else after - before
+    found = {value + (wanted - have) * (other - value) / step} if step else set()
+    if abs(after * other - before * value) <= other:
+        found.add(value * have / wanted)
     if isinstance(value, float):
-        return exact if exact > 0 and math.isfinite(exact) else None
-    return round(exact) if exact >= 0.5 and abs(exact - round(exact)) < 1e-6 else None
+        return {v for v in found if v > 0 and math.isfinite(v)}
+    return {round(v) for v in found if v >= 0.5 and abs(v - round(v)) < 1e-6}

@@ -25,7 +25,14 @@ MUST = """
 class Net(nn.Module):
     """A user's own class: two widths, heads, and a layer that the forward does not read."""
 
-    def __init__(self, width: int = 32, heads: int = 4, hidden: int = 48, classes: int = 5) -> None:
+    def __init__(
+        self,
+        width: int = 32,
+        heads: int = 4,
+        hidden: int = 48,
+        classes: int = 5,
+        norm: bool = False,
+    ) -> None:
         super().__init__()
         self.width, self.heads, self.hidden, self.classes = width, heads, hidden, classes
         self.table = nn.Embedding(11, width)
@@ -33,9 +40,10 @@ class Net(nn.Module):
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.spare = nn.Linear(width, 2)
         self.head = nn.Linear(width, classes)
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        h = self.table(ids)
+        h = self.norm(self.table(ids))
         batch, length, _ = h.shape
         parts = self.qkv(h).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(*parts.unbind(0))
@@ -105,14 +113,22 @@ def test_a_partial_tells_what_the_attributes_do_not(net: Net) -> None:
 @pytest.mark.filterwarnings("ignore::matryoshkafy.natives.native.NativeWarning")
 def test_nothing_that_happens_to_hold_the_width_is_changed() -> None:
     class Crowded(Net):
-        def __init__(self, width: int = 32, heads: int = 4, period: int = 32, seed: int = 4):
-            super().__init__(width, heads)
+        def __init__(
+            self,
+            width: int = 32,
+            heads: int = 4,
+            hidden: int = 48,
+            classes: int = 32,
+            period: int = 32,
+            seed: int = 4,
+        ) -> None:
+            super().__init__(width, heads, hidden, classes)
             self.period, self.seed = period, seed
 
     torch.manual_seed(0)
     net = Crowded().eval()
     found = find(sliced(net, IDS, [16, 32], 16), net)
-    assert {f[0] for f in found.changes} == {"width", "heads"}
+    assert {f[0] for f in found.changes} == {"width", "heads", "hidden"}
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(net: Net) -> None:
@@ -138,9 +154,10 @@ def test_weights_that_differ_are_refused(net: Net) -> None:
 
 
 def test_masked_nesting_is_refused_with_the_way_out(net: Net) -> None:
-    small = mk.slice(mk.convert(net, IDS, sizes=[8, 16, 32]), 16)
+    normed = functools.partial(Net, norm=True)
+    small = mk.slice(mk.convert(normed().eval(), IDS, sizes=[8, 16, 32]), 16)
     with pytest.raises(NativeError, match='nesting="sliced"'):
-        mk.native(small, like=net)
+        mk.native(small, like=normed)
 
 
 def test_widths_that_no_field_expresses_are_refused_by_tensor_group_and_remedy(net: Net) -> None:
