@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matryoshkafy.errors import MatryoshkafyError as MatryoshkafyError
     from matryoshkafy.files.checkpoint import load as load
     from matryoshkafy.files.checkpoint import save as save
-    from matryoshkafy.order.order import order as order
     from matryoshkafy.natives.native import native as native
+    from matryoshkafy.order.order import order as order
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule

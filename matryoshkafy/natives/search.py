@@ -83,10 +83,8 @@ class Space:
         """For every dimension that a field moves: those fields."""
         found: dict[Place, list[Field]] = {}
         for field, (_, shapes) in self.probes.items():
-            for name, shape in shapes.items():
-                for i, (a, b) in enumerate(zip(shape, self.base[name], strict=False)):
-                    if a != b:
-                        found.setdefault((name, i), []).append(field)
+            for place in _moved(self.base, shapes):
+                found.setdefault(place, []).append(field)
         return {place: tuple(fields) for place, fields in found.items()}
 
     @cached_property
@@ -94,6 +92,12 @@ class Space:
         """The fields that move no shape: counts of heads, scales."""
         moving = {field for fields in self.movers.values() for field in fields}
         return tuple(field for field in self.fields if field not in moving)
+
+
+def _moved(before: Shapes, after: Shapes) -> Iterator[Place]:
+    for name, shape in after.items():
+        pairs = zip(shape, before[name], strict=False)
+        yield from ((name, i) for i, (a, b) in enumerate(pairs) if a != b)
 
 
 def _near(value: int) -> tuple[int, ...]:
