@@ -17,7 +17,8 @@ from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives.inputs import fresh_calls, outputs
-from matryoshkafy.natives.recipe import NativeError, Recipe, recipe_of, tensors_of
+from matryoshkafy.natives.like import recipe_of
+from matryoshkafy.natives.recipe import NativeError, Recipe, tensors_of
 from matryoshkafy.natives.search import Space, Wanted, assignments, heads
 from matryoshkafy.natives.tree import Field, named
 from matryoshkafy.plan.plan import Plan

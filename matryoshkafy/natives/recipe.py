@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,112 +68,23 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return named | dict(module.named_buffers(remove_duplicate=False))
 
 
-def recipe_of(like: Any) -> Recipe:
-    """Return the recipe of a module, of a builder with defaults, or of `functools.partial`.
-
-    Raises NativeError that says what was given and what is expected.
-    """
-    for finder in FINDERS:
-        found = finder(like)
-        if found is not None:
-            return found
-    raise NativeError(
-        f"like is a {type(like).__name__}; expected the model that was converted, or what builds "
-        "it: a class or function whose arguments have values, such as functools.partial(Net, "
-        "width=256, heads=8)."
-    )
-
-
-def _same(like: Any) -> Recipe | None:
-    return like if isinstance(like, Recipe) else None
-
-
-def _transformers(like: Any) -> Recipe | None:
-    from matryoshkafy.natives import huggingface
-
-    return huggingface.recipe(like)
-
-
-def _timm(like: Any) -> Recipe | None:
-    from matryoshkafy.natives import timm_models
-
-    return timm_models.recipe(like)
-
-
-def _open_clip(like: Any) -> Recipe | None:
-    from matryoshkafy.natives import open_clip_models
-
-    return open_clip_models.recipe(like)
-
-
-def _builder(like: Any) -> Recipe | None:
-    """A function or class with values for its arguments; its name is where it can be imported."""
-    if isinstance(like, nn.Module) or not callable(like):
-        return None
-    function: Callable[..., Any] = like
-    args, given = (), {}
-    if isinstance(like, functools.partial):
-        function, args, given = like.func, like.args, like.keywords
-    tree = {**defaults(function), **given}
-    return Recipe(_name(function), "class", tree, lambda t: function(*args, **t))
-
-
-def _module(like: Any) -> Recipe | None:
-    """A module of the user's: its constructor's arguments stand in its attributes."""
-    if not isinstance(like, nn.Module):
-        return None
-    kind = type(like)
-    wanted = list(_arguments(kind.__init__))[1:]
-    tree = {**defaults(kind), **dict(_held(like, wanted))}
-    missing = [p.name for p in wanted if p.name not in tree and p.default is p.empty]
-    if missing:
-        raise NativeError(
-            f"{kind.__name__} takes {', '.join(missing)}, which its attributes do not tell; "
-            f"give like=functools.partial({kind.__name__}, {missing[0]}=...), with the values that "
-            "the model was built with."
-        )
-    return Recipe(_name(kind), "class", tree, lambda t: kind(**t), like)
-
-
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the arguments of a function that have plain values of their own."""
     try:
-        arguments = list(_arguments(function))
+        found = list(arguments(function))
     except (TypeError, ValueError):
         return {}
-    return {p.name: p.default for p in arguments if _is_number(p.default)}
+    return {p.name: p.default for p in found if _is_number(p.default)}
 
 
-def _arguments(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+def arguments(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+    """Yield what a function takes by name."""
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             yield parameter
-
-
-def _held(module: nn.Module, wanted: list[inspect.Parameter]) -> Iterator[tuple[str, Any]]:
-    for parameter in wanted:
-        for name in (parameter.name, f"_{parameter.name}"):
-            value = vars(module).get(name, inspect.Parameter.empty)
-            if value is not inspect.Parameter.empty:
-                yield parameter.name, value
-                break
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(map(_is_number, value))
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _name(function: Any) -> str:
-    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
-
-
-FINDERS: tuple[Callable[[Any], Recipe | None], ...] = (
-    _same,
-    _transformers,
-    _timm,
-    _open_clip,
-    _builder,
-    _module,
-)
