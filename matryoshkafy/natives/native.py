@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshkafy.axes import dims
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.quiet import silent
@@ -280,10 +279,6 @@ def _unreached(space: Space) -> list[tuple[tuple[str, int], int]]:
 
 
 def _groups_of(places: list[tuple[str, int]], plan: Plan) -> str:
-    names = {
-        plan.groups[g].name
-        for name, i in places
-        if name in plan.parameters and i < len(plan.parameters[name])
-        for g in dims.groups_of(plan.parameters[name][i])
-    }
+    axes = {f"{name}:{i}" for name, i in places}
+    names = {group.name for group in plan.groups if axes & set(group.parameters)}
     return "the group " + ", ".join(sorted(names)[:3]) if names else ""
