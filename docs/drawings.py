@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import matryoshkafy as mk
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
+from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.report import pictures
 from matryoshkafy.report.pictures.svg import Box, rect, segment, svg, tag, text
 
@@ -78,13 +79,15 @@ def nestings() -> Drawing:
 
 def scopes() -> Drawing:
     """What nests under each scope: the groups of one block."""
-    body = ""
-    for i, scope in enumerate(("full", "ffn", "output")):
+    body, y = "", 0.0
+    for scope in ("full", "ffn", "output"):
         nesting = "masked" if scope == "full" else "sliced"
         plan = doll_of(headless=True, scope=scope, nesting=nesting).plan
-        body += title(f'scope="{scope}"', 250 * i, 14)
-        body += placed(pictures.groups(plan), Box(250 * i, 24, 220, 120))
-    return body, 720, 130
+        height = 34.0 * len(plan.groups) + 8
+        body += title(f'scope="{scope}"', 0, y + 30)
+        body += placed(pictures.groups(plan), Box(150, y, 400, height))
+        y += height + 8
+    return body, 600, y
 
 
 def kept() -> Drawing:
@@ -130,7 +133,7 @@ def steps(doll: mk.Doll) -> Iterator[tuple[str, tuple[Dim, ...]]]:
         shape = doll.plan.nodes.get(node.name, ())
         known = shape and all(isinstance(dim, tuple) and dim for dim in shape)
         if node.op == "call_function" and known and not isinstance(shape[0][0], tuple):
-            yield node.name.rpartition("_")[0] or node.name, shape
+            yield op_key(node).rpartition("::")[2], shape
         if node.name.startswith("add"):
             return
 
