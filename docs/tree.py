@@ -1,11 +1,11 @@
-"""Writes the tree of the library into README.md, docs/where.md and docs/house.md.
+"""Writes what the code says of itself into README.md and pages of the documentation.
 
     python docs/tree.py            # writes
     python docs/tree.py --check    # exits 1 where a page is behind
 
 What stands between `<!-- tree: KIND ... -->` and `<!-- /tree -->` is generated: the folders (KIND
-folders), every module (KIND modules) with the first sentence of its docstring, or the measures of
-the house (KIND measures). So the pages cannot tell what the code does not.
+folders), every module (KIND modules) with the first sentence of its docstring, every error (KIND
+errors), or the measures of the house (KIND measures). So the pages cannot tell what the code does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 from tests import imports, measures  # noqa: E402
 
 SECTION = re.compile(r"(<!-- tree: (?P<kind>\w+).*?-->\n).*?(<!-- /tree -->)", re.DOTALL)
-PAGES = ("README.md", "docs/where.md", "docs/house.md")
+PAGES = ("README.md", "docs/where.md", "docs/house.md", "docs/reference/errors.md")
+ERRORS = ROOT / "matryoshkafy" / "errors.py"
 
 
 def first_sentence(path: Path) -> str:
@@ -64,13 +65,41 @@ def modules() -> str:
     return "\n".join([*lines, ""])
 
 
+def errors() -> str:
+    """Return a table of every error of the library, where it is defined and what it means."""
+    lines = ["| error | is a | defined in | raised where |", "|---|---|---|---|"]
+    for _, inside in rooms():
+        for path in inside:
+            lines += [_error_row(node, path) for node in _errors_of(path)]
+    own = [_error_row(node, ERRORS) for node in _errors_of(ERRORS)]
+    return "\n".join([*lines[:2], *own, *lines[2:], ""])
+
+
+def _errors_of(path: Path) -> Iterator[ast.ClassDef]:
+    """Yield the classes of a module whose base is an error of the library."""
+    known = {"MatryoshkafyError"} | {n.name for n in ast.parse(ERRORS.read_text()).body
+                                     if isinstance(n, ast.ClassDef)}  # fmt: skip
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            if bases & known or node.name == "MatryoshkafyError":
+                yield node
+
+
+def _error_row(node: ast.ClassDef, path: Path) -> str:
+    base = node.bases[0].id if isinstance(node.bases[0], ast.Name) else ""
+    text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split()).rstrip(".")
+    return f"| `{node.name}` | `{base}` | `{path.relative_to(ROOT)}` | {text} |"
+
+
 KINDS: Mapping[str, Callable[[], str]] = {
     "folders": folders,
     "modules": modules,
     "measures": measures.table,
+    "errors": errors,
 }
 # Measures move with every line that is written: they are as old as the page says, not checked.
-CHECKED = ("folders", "modules")
+CHECKED = ("folders", "modules", "errors")
 
 
 def filled(page: str, kinds: Collection[str] = tuple(KINDS)) -> str:

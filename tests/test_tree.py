@@ -33,3 +33,11 @@ def test_every_path_that_is_named_exists(page: str) -> None:
     named = re.findall(r"`((?:matryoshkafy|tests|cli|docs|examples)/[\w./-]*)`", text)
     missing = [name for name in named if not (ROOT / name).exists()]
     assert named and not missing
+
+
+def test_every_error_stands_on_the_page_of_errors() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "matryoshkafy").rglob("*.py"))
+    defined = re.findall(r"^class (\w+)\((?:\w*Error)\):", text, re.MULTILINE)
+    assert len(defined) > 15
+    assert not [name for name in defined if f"`{name}`" not in page]
