@@ -5,7 +5,8 @@
 
 What stands between `<!-- tree: KIND ... -->` and `<!-- /tree -->` is generated: the folders (KIND
 folders), every module (KIND modules) with the first sentence of its docstring, every error (KIND
-errors), or the measures of the house (KIND measures). So the pages cannot tell what the code does not.
+errors), or the measures of the house (KIND measures). The pages cannot tell
+what the code does not.
 """
 
 from __future__ import annotations
@@ -67,12 +68,9 @@ def modules() -> str:
 
 def errors() -> str:
     """Return a table of every error of the library, where it is defined and what it means."""
-    lines = ["| error | is a | defined in | raised where |", "|---|---|---|---|"]
-    for _, inside in rooms():
-        for path in inside:
-            lines += [_error_row(node, path) for node in _errors_of(path)]
-    own = [_error_row(node, ERRORS) for node in _errors_of(ERRORS)]
-    return "\n".join([*lines[:2], *own, *lines[2:], ""])
+    head = ["| error | is a | defined in | raised where |", "|---|---|---|---|"]
+    paths = [p for room, inside in rooms() for p in inside or [imports.PACKAGE / f"{room}.py"]]
+    return "\n".join([*head, *(_error_row(n, p) for p in paths for n in _errors_of(p)), ""])
 
 
 def _errors_of(path: Path) -> Iterator[ast.ClassDef]:
