@@ -29,6 +29,8 @@ KNOWN = {
     "cli/matryoshkafy_cli/inspecting.py:inspect parameters": 9,
     "cli/matryoshkafy_cli/reporting.py:report parameters": 8,
     "cli/matryoshkafy_cli/slicing.py:slice_ parameters": 9,
+    "cli/matryoshkafy_cli/cascading.py:cascade parameters": 8,
+    "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 12,
     "matryoshkafy/dolls/convert.py:convert parameters": 9,
     "matryoshkafy/dolls/convert.py:inspect parameters": 7,
     "matryoshkafy/kernels/ops.py:norm parameters": 7,

@@ -7,11 +7,13 @@ from typing import Any
 
 import typer
 
+from matryoshkafy_cli.cascading import cascade
 from matryoshkafy_cli.converting import convert
 from matryoshkafy_cli.describing import info
 from matryoshkafy_cli.exporting import export
 from matryoshkafy_cli.inspecting import inspect
 from matryoshkafy_cli.reporting import report
+from matryoshkafy_cli.retrieving import retrieve
 from matryoshkafy_cli.screen import readable
 from matryoshkafy_cli.slicing import slice_
 from matryoshkafy_cli.verifying import verify
@@ -24,6 +26,8 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "info": info,
     "export": export,
     "report": report,
+    "retrieve": retrieve,
+    "cascade": cascade,
 }
 HELP = (
     "Make any PyTorch model a matryoshka doll: train once, deploy any size.\n\n"

@@ -49,6 +49,9 @@ FLAGS = {
     "verify": "--debug --device --import --json --quiet -q",
     "info": "--debug --device --import --json --quiet --runs -q",
     "export": "--debug --force --import --json --output --quiet --size --to -o -q",
+    "retrieve": "--budget --debug --encoder --json --k --query --quiet --stages --text --tune "
+    "--vectors -q",
+    "cascade": "--costs --debug --floor --json --quiet --shared --test -q",
 }
 
 
