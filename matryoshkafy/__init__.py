@@ -4,19 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matryoshkafy.deploy.export import export as export
     from matryoshkafy.dolls.convert import convert as convert
     from matryoshkafy.dolls.convert import inspect as inspect
     from matryoshkafy.dolls.doll import Doll as Doll
+    from matryoshkafy.dolls.example_inputs import example_inputs as example_inputs
     from matryoshkafy.dolls.slice import slice as slice
     from matryoshkafy.dolls.verify import verify as verify
     from matryoshkafy.errors import MatryoshkafyError as MatryoshkafyError
     from matryoshkafy.files.checkpoint import load as load
     from matryoshkafy.files.checkpoint import save as save
+    from matryoshkafy.losses.matryoshka import MatryoshkaLoss as MatryoshkaLoss
     from matryoshkafy.natives.native import native as native
     from matryoshkafy.order.order import order as order
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
+
+    __version__: str
 
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
 _HOMES = {
@@ -26,8 +31,11 @@ _HOMES = {
     "convert": "dolls.convert",
     "inspect": "dolls.convert",
     "native": "natives.native",
+    "example_inputs": "dolls.example_inputs",
+    "export": "deploy.export",
     "Doll": "dolls.doll",
     "MatryoshkafyError": "errors",
+    "MatryoshkaLoss": "losses.matryoshka",
     "order": "order.order",
     "Plan": "plan.plan",
     "Weight": "rules",
@@ -41,12 +49,23 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(f"matryoshkafy.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        value = _version()
     elif name in _PACKAGES:
         value = import_module(f"matryoshkafy.{name}")
     else:
         raise AttributeError(f"module 'matryoshkafy' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("matryoshkafy")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -83,6 +83,17 @@ def parse_ladder(sizes: str | Sequence[int] | Sequence[float]) -> Ladder:
     return Ladder(given, rungs)
 
 
+def one_size(given: float, width: int) -> int:
+    """Return the size that a person means: an integer as it is, a ratio of the model's width.
+
+    Raises SizesError for anything but an integer or a ratio in (0, 1].
+    """
+    text = _shown(given)
+    rung = _read_item(given, text)
+    _check_rungs((rung,), text)  # type: ignore[arg-type]
+    return rung if isinstance(rung, int) else max(1, math.ceil(rung * width))
+
+
 def width_at(n: int, size: int, width: int) -> int:
     """Return a group's width at a size: ceil(n * size / width), at least 1.
 

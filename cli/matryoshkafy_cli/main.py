@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,26 @@ HELP = (
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        import matryoshkafy
+
+        print(f"matryoshkafy {matryoshkafy.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+    ),
+]
+
+
+def _whole(version: Version = False) -> None:
+    """What stands before a command."""
+
+
 def app() -> typer.Typer:
     """Return the application, with every command of the table."""
     made = typer.Typer(
@@ -48,6 +68,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    made.callback(help=HELP)(_whole)
     for name, function in COMMANDS.items():
         made.command(name)(readable(function))
     return made

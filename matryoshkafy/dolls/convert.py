@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import nn
 
+from matryoshkafy.axes import dims
+from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import verify
@@ -27,57 +31,138 @@ CHOICES = {
 
 def inspect(  # noqa: PLR0913  the public signature
     model: nn.Module,
-    args: Any = (),
+    args: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
     sizes: Any = None,
-    scope: str = "full",
-    keep: Sequence[str] = (),
     nesting: str | None = None,
+    scope: str = "full",
+    norm: str = "block",
+    keep: Sequence[str] = (),
+    free: Sequence[str] = (),
+    overrides: Mapping[str, Sequence[int]] | None = None,
+    method: str = "forward",
 ) -> Plan:
     """Return the plan of a model: which axes are widths. Nothing is changed.
 
-    Arguments: `args`, `kwargs` example inputs of the forward; `sizes` a ladder such as "64..1024"
-    (default: ratios 1/4, 1/2, 1); `scope` full, ffn or output; `keep` patterns of parameter or
-    module names that stay whole, or "scalar:NODE" for a constant; `nesting` masked (default, except
-    for scope ffn) or sliced.
+    Args:
+        model: any module that `torch.export` traces.
+        args: example inputs: a tensor, a sequence of positional ones, or a mapping by name, such
+            as a tokenizer returns.
+        kwargs: further example inputs by name.
+        sizes: a ladder such as "64..1024", [64, 256] or [0.25, 1.0]; by default a quarter, a half
+            and all of the model's width.
+        nesting: "masked" (one full pass holds every size; for training from scratch or
+            fine-tuning) or "sliced" (the full model keeps its function; one pass per size).
+            By default masked, except for scope "ffn".
+        scope: "full", "ffn" or "output".
+        norm: "block" or "prefix", the statistics of norms in masked nesting.
+        keep: patterns of parameter or module names that stay whole, or "scalar:NODE" for a
+            constant.
+        free: names of inputs whose last axis nests with the model's.
+        overrides: {name of a group: its widths, one for each size}.
+        method: which of the model's methods is converted.
 
-    Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
+    Returns:
+        The plan: print it, edit it (`plan.with_widths`), give it to `convert`.
+
+    Raises:
+        TraceError: the model cannot be traced (with the user's line).
+        NothingNests: no axis of the model is a width.
+        PlanError: an option does not fit the model.
+        SizesError: the ladder does not end at the model's width.
     """
-    options = _options(nesting or ("sliced" if scope == "ffn" else "masked"), scope, "block", keep)
-    return _plan(traced(model, args, kwargs), Request(options, sizes))
+    call = call_of(model, args, kwargs, method)
+    request = _request(scope, nesting, norm, keep, sizes=sizes, overrides=overrides)
+    return _plan(traced(call.model, call.args, call.kwargs), request, _freed(free, overrides))
 
 
 def convert(  # noqa: PLR0913  the public signature
     model: nn.Module,
-    args: Any = (),
+    args: Any = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
-    sizes: Any,
-    nesting: str = "masked",
+    sizes: Any = None,
+    nesting: str | None = None,
     scope: str = "full",
     norm: str = "block",
     keep: Sequence[str] = (),
-    overrides: Mapping[str, Sequence[Any]] | None = None,
+    free: Sequence[str] = (),
+    overrides: Mapping[str, Sequence[int]] | None = None,
+    method: str = "forward",
+    plan: Plan | None = None,
+    check: bool = True,
 ) -> Doll:
     """Return the model as a matryoshka doll that shares its parameters.
 
-    Arguments: as for `inspect`; `nesting` "masked" (one full pass holds every size; for training
-    from scratch or fine-tuning) or "sliced" (the full model keeps its function; one pass per size);
-    `norm` "block" or "prefix", the statistics of norms in masked nesting; `overrides` {group name:
-    widths, one for each size; "inputs": names of inputs whose last axis nests with the model's}.
+    Args:
+        model: any module that `torch.export` traces.
+        args: example inputs, as for `inspect`; so are the options up to `method`.
+        kwargs: further example inputs by name.
+        sizes: the ladder.
+        nesting: "masked" or "sliced".
+        scope: "full", "ffn" or "output".
+        norm: "block" or "prefix".
+        keep: patterns of names that stay whole.
+        free: names of inputs that nest.
+        overrides: {name of a group: its widths}.
+        method: which of the model's methods becomes the doll's forward.
+        plan: what `inspect` returned for this model, perhaps edited; in place of the options.
+        check: whether the example is computed once more, to see that the doll keeps its laws.
 
-    Raises `TraceError` (with the user's line), `NothingNests`, `PlanError`, `SizesError`.
+    Returns:
+        The doll: call it as the model, `outputs` gives every size.
+
+    Raises:
+        TraceError: the model cannot be traced (with the user's line).
+        NothingNests: no axis of the model is a width.
+        PlanError: an option or the plan does not fit the model.
+        SizesError: the ladder does not end at the model's width.
     """
-    request = Request(_options(nesting, scope, norm, keep), sizes, overrides)
-    return _doll(traced(model, args, kwargs), request, args, kwargs)
+    call = call_of(model, args, kwargs, method)
+    if plan is not None:
+        _alone(sizes, nesting, (scope, norm), keep, (free, overrides))
+    request = _request(scope, nesting, norm, keep, sizes=sizes, overrides=overrides)
+    found = traced(call.model, call.args, call.kwargs, check=check)
+    freed = _freed(free, overrides)
+    plan = _plan(found, request, freed) if plan is None else _fit(plan, found)
+    doll = Doll(found, plan, plain_attributes(model))
+    if check:
+        _refuse_specialised(doll, call)
+    return doll
 
 
-def _doll(found: Trace, request: Request, args: Any, kwargs: Any) -> Doll:
-    """Build the doll; one path of a branching forward must keep the laws on its example."""
-    doll = Doll(found, _plan(found, request))
-    note = next((n for n in found.notes if n.startswith("specialised")), None)
-    failure = _failure(doll, args, kwargs) if note else None
+def _alone(
+    sizes: Any, nesting: Any, given: tuple[str, str], keep: Sequence[str], more: tuple[Any, Any]
+) -> None:
+    """A plan holds every decision: an option beside it would be ignored."""
+    if sizes is not None or nesting or given != ("full", "block") or keep or any(more):
+        raise PlanError(
+            "a plan was given together with sizes, nesting, scope, norm, keep, free or overrides; "
+            "the plan holds them already. Give them to inspect, or edit the plan "
+            "(plan.with_widths), and convert with the plan alone."
+        )
+
+
+def _fit(plan: Plan, found: Trace) -> Plan:
+    """Refuse the plan of another model."""
+    state = {name: tuple(t.shape) for name, t in found.state().items()}
+    held = {n: tuple(map(dims.size, shape)) for n, shape in plan.parameters.items()}
+    wrong = sorted(n for n, shape in held.items() if shape != state.get(n))
+    missing = plan.nodes.keys() - {n.name for n in found.graph.nodes}
+    if wrong or missing:
+        what = f"parameter {wrong[0]!r}" if wrong else f"value {min(missing)!r}"
+        raise PlanError(
+            f"the plan does not fit this model: {what} is not as in the plan. Give the plan that "
+            "inspect returned for this very model and these inputs."
+        )
+    return plan
+
+
+def _refuse_specialised(doll: Doll, call: Call) -> None:
+    """One path of a branching forward must keep the laws on its example."""
+    note = next((n for n in doll._trace.notes if n.startswith("specialised")), None)
+    failure = _failure(doll, call.args, call.kwargs) if note else None
     if note and failure:
         reason = note.removeprefix("specialised: the forward ").partition(";")[0]
         raise TraceError(
@@ -86,7 +171,6 @@ def _doll(found: Trace, request: Request, args: Any, kwargs: Any) -> Doll:
             "the sizes. Rewrite that part with masks of a fixed shape (torch.where, one product "
             "over all experts)."
         )
-    return doll
 
 
 def _failure(doll: Doll, args: Any, kwargs: Any) -> str | None:
@@ -99,7 +183,16 @@ def _failure(doll: Doll, args: Any, kwargs: Any) -> str | None:
     return None if report.passed else str(report)
 
 
-def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Options:
+def _request(
+    scope: str,
+    nesting: str | None,
+    norm: str,
+    keep: Sequence[str],
+    *,
+    sizes: Any,
+    overrides: Mapping[str, Any] | None,
+) -> Request:
+    nesting = nesting or ("sliced" if scope == "ffn" else "masked")
     for name, value in (("nesting", nesting), ("scope", scope), ("norm", norm)):
         if value not in CHOICES[name]:
             raise PlanError(
@@ -110,14 +203,35 @@ def _options(nesting: str, scope: str, norm: str, keep: Sequence[str]) -> Option
             'scope="ffn" nests hidden axes only, so each size is a pass of its own; '
             'give nesting="sliced" with it'
         )
-    return Options(nesting, scope, norm, (keep,) if isinstance(keep, str) else tuple(keep))
+    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
+    widths = {name: w for name, w in (overrides or {}).items() if name != "inputs"}
+    return Request(Options(nesting, scope, norm, patterns), sizes, widths)
 
 
-def _plan(found: Trace, request: Request) -> Plan:
+def _freed(free: Sequence[str], overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The inputs that nest; they stood among the overrides until version 0.2."""
+    old = (overrides or {}).get("inputs", ())
+    if old:
+        warnings.warn(
+            f'overrides={{"inputs": ...}} becomes free={list(old)!r} and will be gone in the next '
+            "version",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return (*((free,) if isinstance(free, str) else free), *old)
+
+
+def _plan(found: Trace, request: Request, free: tuple[str, ...]) -> Plan:
     if request.options.scope == "output":
         return output_plan(found, request)
-    free = tuple((request.overrides or {}).get("inputs", ()))
-    inputs = [n.name for n in found.graph.nodes if n.op == "placeholder"]
-    if not set(free) <= set(inputs):
-        raise PlanError(f"overrides free the inputs {list(free)}; the inputs are {inputs}")
-    return solve(found, propagate(found, free), request)
+    return solve(found, propagate(found, tuple(_placeholders(found, free))), request)
+
+
+def _placeholders(found: Trace, free: Sequence[str]) -> Iterator[str]:
+    """Yield the graph's names of the inputs that a person names as the forward does."""
+    holes = iter([n.name for n in found.graph.nodes if n.op == "placeholder"])
+    named = {i.name: list(islice(holes, sum(i.is_tensor))) for i in found.signature.inputs}
+    for name in free:
+        if name not in named:
+            raise PlanError(f"free={list(free)} was given; the inputs are {', '.join(named)}")
+        yield from named[name]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
@@ -35,11 +36,15 @@ class Doll(nn.Module):
     Call it as the user's model, at full size; `outputs` gives every size. It holds the user's own
     parameters under their own names, so optimizers and checkpoints of the user's keep working.
 
-    Attributes: `sizes` (list of int, ascending), `plan` (`Plan`).
+    Attributes: `sizes` (list of int, ascending), `plan` (`Plan`), `device`, `dtype`, and what the
+    user's model said of itself (`config`), where it was just converted.
     """
 
-    def __init__(self, trace: Trace, plan: Plan) -> None:
+    def __init__(
+        self, trace: Trace, plan: Plan, attributes: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        self.__dict__["_attributes"] = dict(attributes or {})
         root = trace.root
         # The graph reads names off `_root`, where no method of ours can hide a user's module.
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -59,6 +64,20 @@ class Doll(nn.Module):
     def plan(self) -> Plan:
         """The frozen analysis that this model was built from."""
         return self._plan
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first floating parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def __getattr__(self, name: str) -> Any:
+        attributes = self.__dict__.get("_attributes", {})
+        return attributes[name] if name in attributes else super().__getattr__(name)
 
     def train(self, mode: bool = True) -> Doll:
         """Switch dropout and batch norm, as in any module."""

@@ -45,11 +45,18 @@ class Cut:
     mask: MaskRuns | None = None
 
 
-def slice(model: nn.Module, size: int) -> fx.GraphModule:  # noqa: A001  the field's word for it
+def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the field's word for it
     """Return the sub-model of a size: a `torch.fx.GraphModule` that needs neither source nor doll.
 
     Its parameters stand under the user's names and own their memory. It takes the user's arguments
-    and returns the user's output structure. Raises `PlanError` that lists the sizes.
+    and returns the user's output structure.
+
+    Args:
+        model: a doll, or a sub-model of one.
+        size: one of its sizes, or a ratio of its width, such as 0.5.
+
+    Raises:
+        PlanError: no such size; it lists the sizes.
     """
     trace, plan = parts_of(model)
     level = plan.level(size)

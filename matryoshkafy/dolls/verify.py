@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of, relative, slice, state_of, take
+from matryoshkafy.graph.signature import as_inputs
 from matryoshkafy.plan.plan import Many, Plan
 from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 from matryoshkafy.rewrite.writer import FULL_LEVEL
@@ -87,8 +88,9 @@ def verify(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = 
     """
     trace, plan = parts_of(model)
     doll = model if isinstance(model, Doll) else _as_doll(model)
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    flat = trace.signature.flatten(args, dict(kwargs or {}))
+    signature = trace.signature
+    names = {*signature.positional, *(item.name for item in signature.inputs)}
+    flat = signature.flatten(*as_inputs(args, kwargs, names))
     training = doll.training
     doll.eval()
     try:

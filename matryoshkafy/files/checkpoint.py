@@ -103,12 +103,13 @@ def _check_written(path: Path) -> None:
         pass
 
 
-def load(folder: str | os.PathLike[str], size: int | None = None) -> Doll | fx.GraphModule:
+def load(folder: str | os.PathLike[str], size: float | None = None) -> Doll | fx.GraphModule:
     """Return what was saved; with a size, its sub-model of that size, streamed tensor by tensor.
 
-    size: one of the checkpoint's sizes; `load(folder, size=m)` equals `slice(load(folder), m)` bit
-    for bit and never holds more than the sub-model. Raises FolderError (no checkpoint, a newer
-    format, a damaged file), PlanError (no such size: it lists them), and the errors of the parts.
+    size: one of the checkpoint's sizes, or a ratio such as 0.5; `load(folder, size=m)` equals
+    `slice(load(folder), m)` bit for bit and never holds more than the sub-model. Raises
+    FolderError (no checkpoint, a newer format, a damaged file), PlanError (no such size: it lists
+    them), and the errors of the parts.
     """
     with open_checkpoint(folder) as checkpoint:
         return checkpoint.whole() if size is None else checkpoint.sub_model(size)
@@ -155,7 +156,7 @@ class Checkpoint:
             root.training = self.training
             return Doll(replace(self.trace, root=root), self.plan)
 
-    def sub_model(self, size: int) -> fx.GraphModule:
+    def sub_model(self, size: float) -> fx.GraphModule:
         """Return the sub-model of a size; raises PlanError that lists the sizes."""
         return self._cut(self.plan.level(size), zeros=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,26 @@ def named_args(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
         names = names[: len(args)]
         names += [f"args_{i}" for i in range(len(args) - len(names))]
     return dict(zip(names, args, strict=False))
+
+
+def as_inputs(
+    args: Any, kwargs: Mapping[str, Any] | None, names: Collection[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword inputs of what a person gives as example inputs.
+
+    Args:
+        args: a tensor, a sequence of positional inputs, or a mapping (also what a tokenizer
+            returns): keyword inputs where it has a key of `names`, else the one positional input.
+        kwargs: keyword inputs.
+        names: what the forward calls its arguments.
+    """
+    named = dict(kwargs or {})
+    if isinstance(args, Mapping):
+        known = not set(names).isdisjoint(args)
+        return ((), {**args, **named}) if known else ((dict(args),), named)
+    if isinstance(args, (tuple, list)):
+        return tuple(args), named
+    return () if args is None else (args,), named
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,16 @@ from matryoshkafy import axes
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Cat, Dim, Nested
 from matryoshkafy.axes.terms import COPIES, Axis, Sum, Term
-from matryoshkafy.errors import NothingNests, PlanError
-from matryoshkafy.graph.nodes import info_of, is_tensor, outputs_of, source_of, tensor_info
+from matryoshkafy.errors import NothingNests
+from matryoshkafy.graph.nodes import (
+    bound_args,
+    info_of,
+    is_tensor,
+    op_key,
+    outputs_of,
+    source_of,
+    tensor_info,
+)
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.masking import Choice
 from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
@@ -68,7 +76,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
         scalars=(),
         remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks))),
     )
-    plan = _overridden(plan, request.overrides)
+    plan = plan.with_widths(request.overrides or {})
     return find_scalars(trace, plan)
 
 
@@ -229,43 +237,21 @@ def _whole(parameters: Mapping[str, Any]) -> Iterable[Whole]:
                     yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, leaf.fixed.place)
 
 
-def _overridden(plan: Plan, overrides: Mapping[str, Any] | None) -> Plan:
-    """Replace the widths of named groups: {group: [width at each size]}."""
-    if not overrides:
-        return plan
-    names = [g.name for g in plan.groups]
-    ladder = [list(w) for w in plan.ladder]
-    for name, widths in overrides.items():
-        if name == "inputs":
-            continue
-        if name not in names:
-            raise PlanError(f"overrides name the group {name!r}; the groups are {', '.join(names)}")
-        index = names.index(name)
-        _check_override(name, widths, (plan.groups[index].size, plan.levels))
-        for level, value in enumerate(widths):
-            ladder[level][index] = int(value)
-    from dataclasses import replace
-
-    return replace(plan, ladder=tuple(map(tuple, ladder)))
-
-
-def _check_override(name: str, widths: Any, expected: tuple[int, int]) -> None:
-    size, levels = expected
-    ok = isinstance(widths, Sequence) and len(widths) == levels and list(widths) == sorted(widths)
-    if not ok or widths[0] < 1 or widths[-1] != size:
-        raise PlanError(
-            f"overrides[{name!r}] = {widths!r}; expected {levels} ascending widths from at least 1 "
-            f"to {size}, one for each size"
-        )
+EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output", "embedding")
 
 
 def output_plan(trace: Trace, request: Request) -> Plan:
     """Return the plan of scope="output": only the last axis of the representation nests (MRL).
 
-    Every floating output whose last axis has the width of the first one is cut; no weight changes.
+    The representation is the output called one of EMBEDDINGS, else the first. Every output whose
+    last axis has its width is cut, and normalised again where it was; no weight changes.
     """
-    shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs_of(trace.graph)]
-    width = next((s[-1] for s in shapes if s), None)
+    outputs = outputs_of(trace.graph)
+    shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs]
+    names = trace.signature.unflatten(list(range(len(outputs))))
+    first = [names[n] for n in EMBEDDINGS if isinstance(names, Mapping) and n in names]
+    order = [*[i for i in first if isinstance(i, int)], *range(len(outputs))]
+    width = next((shape[-1] for shape in (shapes[i] for i in order) if shape), None)
     if width is None or width < 2:
         raise NothingNests(
             "the model returns no tensor with a last axis, so there is nothing to nest"
@@ -273,6 +259,7 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     group = Group("output", width, ())
     notes = {str(i): (Nested(0, width),) for i, s in enumerate(shapes) if s and s[-1] == width}
+    unit = {i: () for i in notes if is_unit_length(outputs[int(i)])}
     return Plan(
         options=request.options,
         sizes=sizes,
@@ -281,7 +268,30 @@ def output_plan(trace: Trace, request: Request) -> Plan:
         groups=(group,),
         ladder=ladder_of((group,), sizes, width),
         nodes={},
-        notes={"output": notes},
+        notes={"output": notes, "unit": unit} if unit else {"output": notes},
         parameters={name: tuple((n,) for n in t.shape) for name, t in trace.state().items()},
         remarks=trace.notes,
     )
+
+
+GUARDED = ("clamp_min", "clamp", "expand", "expand_as")
+
+
+def is_unit_length(node: fx.Node) -> bool:
+    """Tell whether a value is x / |x| over its last axis, as torch.nn.functional.normalize is."""
+    if op_key(node) != "div" or len(node.args) < 2:
+        return False
+    source, norm = node.args[:2]
+    while isinstance(norm, fx.Node) and op_key(norm) in (
+        "clamp_min",
+        "clamp",
+        "expand",
+        "expand_as",
+    ):
+        norm = norm.args[0]
+    if not isinstance(norm, fx.Node) or op_key(norm) not in ("linalg_vector_norm", "norm"):
+        return False
+    given = bound_args(norm)
+    of, last = given.get("self", given.get("x")), len(tensor_info(node).shape) - 1
+    along = [d % (last + 1) for d in given.get("dim") or ()]
+    return of is source and along == [last] and given.get("ord", given.get("p", 2)) in (2, None)

@@ -7,7 +7,7 @@ else. It prints as a table and round-trips through JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.errors import PlanError
-from matryoshkafy.sizes import width_at
+from matryoshkafy.sizes import SizesError, one_size, width_at
 
 PLAN_FORMAT = 1
 
@@ -137,12 +137,45 @@ class Plan:
         """How many sizes there are."""
         return len(self.sizes)
 
-    def level(self, size: int) -> int:
-        """Return the level of a size; raises `PlanError` that lists the sizes."""
-        if size not in self.sizes:
-            known = ", ".join(map(str, self.sizes))
-            raise PlanError(f"size {size} was asked for; this model has the sizes {known}")
-        return self.sizes.index(size)
+    def level(self, size: float) -> int:
+        """Return the level of a size, or of a ratio of the width (a float or fraction up to 1).
+
+        Raises `PlanError` that lists the sizes.
+        """
+        known = ", ".join(map(str, self.sizes))
+        try:
+            found = one_size(size, self.width)
+        except SizesError as error:
+            raise PlanError(
+                f"size {size!r} was asked for; this model has the sizes {known}. {error}"
+            ) from None
+        if found not in self.sizes:
+            given = "" if found == size else f" ({found} units)"
+            raise PlanError(f"size {size}{given} was asked for; this model has the sizes {known}")
+        return self.sizes.index(found)
+
+    def with_widths(self, widths: Mapping[str, Sequence[int]]) -> Plan:
+        """Return the plan with other widths of some groups.
+
+        Args:
+            widths: {name of a group: its ascending widths, one for each size; the last is the
+                group's full width}.
+
+        Raises:
+            PlanError: no such group, or widths that do not fit it.
+        """
+        names = [g.name for g in self.groups]
+        ladder = [list(w) for w in self.ladder]
+        for name, given in widths.items():
+            if name not in names:
+                raise PlanError(
+                    f"overrides name the group {name!r}; the groups are {', '.join(names)}"
+                )
+            index = names.index(name)
+            _check_widths(name, given, self.groups[index].size, self.levels)
+            for level, value in enumerate(given):
+                ladder[level][index] = int(value)
+        return replace(self, ladder=tuple(map(tuple, ladder)))
 
     def up_to(self, level: int) -> Plan:
         """Return the plan of the sub-model at a level: the same ladder, ending there."""
@@ -169,6 +202,15 @@ class Plan:
             raise PlanError(
                 f"this is no plan of matryoshkafy ({error}); the file is damaged"
             ) from error
+
+
+def _check_widths(name: str, widths: Any, size: int, levels: int) -> None:
+    ok = isinstance(widths, Sequence) and len(widths) == levels and list(widths) == sorted(widths)
+    if not ok or widths[0] < 1 or widths[-1] != size:
+        raise PlanError(
+            f"overrides[{name!r}] = {widths!r}; expected {levels} ascending widths from at least 1 "
+            f"to {size}, one for each size"
+        )
 
 
 def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> tuple[Widths, ...]:

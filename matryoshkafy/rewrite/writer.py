@@ -59,6 +59,7 @@ class Rewriter:
         self.written: dict[Key, Any] = {}
         self.masks = weight_masks(trace, plan)
         self.top = plan.levels - 1
+        self.full = tuple(group.size for group in plan.groups)
 
     def finish(self, levels: list[int]) -> fx.Graph:
         """Write the outputs of the levels and return the graph."""
@@ -92,8 +93,17 @@ class Rewriter:
         extra = self.plan.notes.get("output", {}).get(str(position))
         if extra is None:
             return written
-        shape = (*[(n,) for n in tensor_info(value).shape[:-1]], extra)
-        return self.cut(written, shape, self.plan.ladder[level])
+        segments = dims.relative(extra, self.full, self.plan.ladder[level])
+        if segments is None:
+            return written
+        prefix = self.cut_dim(written, len(tensor_info(value).shape) - 1, segments)
+        return self._unit(prefix) if str(position) in self.plan.notes.get("unit", {}) else prefix
+
+    def _unit(self, value: fx.Node) -> fx.Node:
+        """A prefix of a vector of length 1 is no such vector until it is normalised again."""
+        call = self.graph.call_function
+        norm = call(aten.linalg_vector_norm.default, (value, 2, [-1], True))
+        return call(aten.div.Tensor, (value, call(aten.clamp_min.default, (norm, 1e-12))))
 
     # Values.
 

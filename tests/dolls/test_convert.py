@@ -169,7 +169,7 @@ def test_output_scope_changes_no_weight(model: Block) -> None:
 def test_an_input_that_feeds_the_stream_can_be_freed(nesting: str) -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
     stack, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 32)
-    options: dict[str, Any] = {"nesting": nesting, "overrides": {"inputs": ["src"]}}
+    options: dict[str, Any] = {"nesting": nesting, "free": ["src"]}
     doll = mk.convert(stack, (x,), sizes=[8, 32], **options)
     assert mk.verify(doll, (x,)).passed
     assert mk.slice(doll, 8)(x[..., :8]).shape == (2, 3, 8)
@@ -203,7 +203,7 @@ def test_plan_round_trips_and_prints(model: Block) -> None:
         ({"keep": ["nowhere"]}, ("keep='nowhere'", "matches no")),
         ({"overrides": {"nowhere": [1, 2, 3]}}, ("'nowhere'", "the groups are")),
         ({"overrides": {"up.out": [5, 4, 48]}}, ("up.out", "ascending")),
-        ({"overrides": {"inputs": ["nowhere"]}}, ("nowhere", "the inputs are")),
+        ({"free": ["nowhere"]}, ("nowhere", "the inputs are")),
     ],
 )
 def test_bad_requests_say_what_to_do(

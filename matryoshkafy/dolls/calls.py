@@ -1,0 +1,113 @@
+"""What a person gives as a model and its inputs becomes one call: a module, args and kwargs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.signature import as_inputs
+
+TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module whose forward is traced, on these inputs."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def call_of(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, method: str = "forward"
+) -> Call:
+    """Return the call that a person means.
+
+    Args:
+        model: the user's module.
+        args: a tensor, a sequence, or a mapping of keyword inputs.
+        kwargs: keyword inputs.
+        method: which of the model's methods is its forward.
+
+    Raises:
+        TraceError: the model is no module, or has no such method.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            f"a {type(model).__name__} was given as the model; expected a torch.nn.Module. Give "
+            "the module itself, not its class, its path or its output."
+        )
+    if method != "forward":
+        model = Method(model, method)
+    names = inspect.signature(model.forward).parameters
+    return Call(model, *as_inputs(args, kwargs, names))
+
+
+class Method(nn.Module):
+    """A module whose forward is another method of the user's, over the user's own state.
+
+    It shares the tables of the user's module, so names stay as they are; the mode is the user's.
+    """
+
+    def __init__(self, owner: nn.Module, method: str) -> None:
+        found = getattr(owner, method, None)
+        if not callable(found) or isinstance(found, nn.Module):
+            raise TraceError(
+                f"method={method!r} was given, but {type(owner).__name__} has no such method; "
+                f"expected the name of one that computes with the model: {_methods(owner)}"
+            )
+        self.__dict__["owner"] = owner
+        super().__init__()
+        self.__dict__.update({table: owner.__dict__[table] for table in TABLES})
+        self.__dict__["forward"] = found
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The mode of the user's module."""
+        return self.__dict__["owner"].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # nn.Module.__init__ sets a mode of its own before there are tables.
+        if "_modules" in self.__dict__:
+            self.__dict__["owner"].training = mode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["owner"], name)
+
+
+def _methods(owner: nn.Module) -> str:
+    own = [n for n, v in vars(type(owner)).items() if callable(v) and not n.startswith("_")]
+    return ", ".join(own[:8]) or "it has none of its own"
+
+
+def plain_attributes(model: nn.Module) -> dict[str, Any]:
+    """Return what the user's model says of itself: attributes that hold no tensor and no module.
+
+    `config` of transformers is one; private names, functions and the mode are none.
+    """
+    model = model.__dict__["owner"] if isinstance(model, Method) else model
+    return dict(_plain(model))
+
+
+def _plain(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(model).items():
+        private = name.startswith("_") or name == "training"
+        if not private and not callable(value) and not any(map(_holds_state, _leaves(value))):
+            yield name, value
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value)
+
+
+def _holds_state(value: Any) -> bool:
+    return isinstance(value, (Tensor, nn.Module, torch.Generator))
