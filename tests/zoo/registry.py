@@ -79,16 +79,21 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def entry(
-    name: str, family: str, *, rebuilds: bool = True, tags: tuple[str, ...] = ()
+    name: str,
+    family: str,
+    *,
+    rebuilds: bool = True,
+    tags: tuple[str, ...] = (),
+    table: dict[str, Entry] = _ENTRIES,
 ) -> Callable[[Maker], Maker]:
-    """Registers the decorated maker under `name`; a name taken twice is an error."""
+    """Registers the decorated maker under `name` in a table; a name taken twice is an error."""
 
     def register(make: Maker) -> Maker:
-        if name in _ENTRIES:
+        if name in table:
             raise ValueError(f"the zoo already holds {name!r}: give this entry another name")
         truth = partial(_rebuilt, make) if rebuilds else None
         build = partial(_built, make, settled="settle" in tags)
-        _ENTRIES[name] = Entry(name, family, build, truth, tags)
+        table[name] = Entry(name, family, build, truth, tags)
         return make
 
     return register
