@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from matryoshkafy.files.checkpoint import save as save
     from matryoshkafy.losses.matryoshka import MatryoshkaLoss as MatryoshkaLoss
     from matryoshkafy.natives.native import native as native
-    from matryoshkafy.order.order import order as order
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
+    from matryoshkafy.units.order import order as order
+    from matryoshkafy.units.rotate import rotate as rotate
 
     __version__: str
 
@@ -36,9 +37,10 @@ _HOMES = {
     "Doll": "dolls.doll",
     "MatryoshkafyError": "errors",
     "MatryoshkaLoss": "losses.matryoshka",
-    "order": "order.order",
+    "order": "units.order",
     "Plan": "plan.plan",
     "Weight": "rules",
+    "rotate": "units.rotate",
     "rule": "rules",
     "slice": "dolls.slice",
 }

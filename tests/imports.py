@@ -18,7 +18,7 @@ NAME = PACKAGE.name
 ROOMS = (
     *("errors", "sizes", "outputs"),
     *("axes", "graph", "rules", "plan", "kernels", "rewrite", "dolls", "files"),
-    *("deploy", "order", "natives", "serving", "losses", "training", "report", "heads"),
+    *("deploy", "units", "natives", "serving", "losses", "training", "report", "heads"),
     *("__init__", "__main__"),
 )
 

@@ -13,10 +13,11 @@ import matryoshkafy as mk
 from matryoshkafy.dolls.convert import _doll, _traced
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.order import OrderReport, order
-from matryoshkafy.order.permute import moved, put_back
 from matryoshkafy.plan.freeze import Request
 from matryoshkafy.plan.plan import Options
+from matryoshkafy.units.order import order
+from matryoshkafy.units.permute import moved, put_back
+from matryoshkafy.units.report import OrderReport
 from tests.zoo.registry import Entry
 
 RATIOS = [0.25, 0.5, 1.0]

@@ -1,6 +1,6 @@
 """Measure the law of ordering on the whole zoo.
 
-python -m tests.order.table [names ...] [--rows build/order.jsonl]
+python -m tests.units.table [names ...] [--rows build/order.jsonl]
 
 Rows are appended to the jsonl file as they come and are not measured again.
 """
@@ -13,7 +13,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.order.laws import Row, measure
+from tests.units.laws import Row, measure
 from tests.zoo.registry import Entry, entries
 
 

@@ -14,13 +14,13 @@ from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.verify import TOLERANCE, relative_error
 from matryoshkafy.graph.nodes import op_key
-from matryoshkafy.order import scores as scoring
-from matryoshkafy.order.permute import OrderError, Orders, inverse, permute, put_back
-from matryoshkafy.order.report import OrderReport, cka, group_orders
-from matryoshkafy.order.scores import SCORES, Loss
-from matryoshkafy.order.sites import measure
 from matryoshkafy.plan.plan import Many
 from matryoshkafy.rewrite.graphs import outputs_graph
+from matryoshkafy.units import scores as scoring
+from matryoshkafy.units.permute import OrderError, Orders, inverse, permute, put_back
+from matryoshkafy.units.report import OrderReport, cka, group_orders
+from matryoshkafy.units.scores import SCORES, Loss
+from matryoshkafy.units.sites import measure
 
 UNREAD = ("refuse", "leave")
 # A constant made of these is the same at every index, so that its axis has no order to lose.
@@ -71,8 +71,21 @@ def order(  # noqa: PLR0913  the public signature
     Raises:
         OrderError: a masked doll, no batch, an unknown score, unread parameters.
     """
-    _check(doll, by, loss, unread)
     batches = list(batches)
+    left = checked(doll, batches, by, loss, unread)
+    training = doll.training
+    doll.eval()
+    try:
+        return _ordered(doll, batches, (by, loss), (tuple(keep), left))
+    finally:
+        doll.train(training)
+
+
+def checked(
+    doll: Doll, batches: Sequence[Any], by: str, loss: Loss | None, unread: str
+) -> tuple[str, ...]:
+    """Return the tensors that the traced path does not read; raises `OrderError`."""
+    _check(doll, by, loss, unread)
     if not batches:
         raise OrderError("no batch was given; give a few hundred rows of inputs as the model's own")
     left = _unread(doll)
@@ -82,12 +95,7 @@ def order(  # noqa: PLR0913  the public signature
             "they cannot follow the new order and would no longer fit. Convert a forward that "
             'reads them, or give unread="leave" where nothing else uses them'
         )
-    training = doll.training
-    doll.eval()
-    try:
-        return _ordered(doll, batches, (by, loss), (tuple(keep), left))
-    finally:
-        doll.train(training)
+    return left
 
 
 def _check(doll: Doll, by: str, loss: Loss | None, unread: str) -> None:

@@ -7,7 +7,7 @@ site, or one square matrix, whatever the number of batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,10 +201,23 @@ def _kept_positions(mask: Tensor | None, value: Tensor, position: int) -> Tensor
 
 
 def measure(
-    doll: Doll, batches: Iterable[list[Any]], *, moments: bool = False
+    doll: Doll,
+    batches: Iterable[list[Any]],
+    *,
+    moments: bool = False,
+    groups: Collection[int] | None = None,
 ) -> dict[Site, Measured]:
-    """Stream flat batches through the full model and return what was measured at each site."""
-    meter = _Meter(doll, sites_of(doll._trace.graph, doll.plan), moments=moments)
+    """Stream flat batches through the full model and return what was measured at each site.
+
+    Args:
+        doll: in evaluation mode.
+        batches: flat inputs of the doll's graph.
+        moments: whether the matrices [n, n] are measured too.
+        groups: measure the sites of these groups alone; None: of all.
+    """
+    sites = sites_of(doll._trace.graph, doll.plan)
+    wanted = [s for s in sites if groups is None or s.groups & set(groups)]
+    meter = _Meter(doll, wanted, moments=moments)
     with torch.no_grad():
         for flat in batches:
             meter.run(*flat, enable_io_processing=False)

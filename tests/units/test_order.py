@@ -11,11 +11,11 @@ from matryoshkafy.axes.dims import Cat, Nested
 from matryoshkafy.axes.dims import kept as kept_indices
 from matryoshkafy.axes.dims import size as size_of
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.order import OrderError, order
-from matryoshkafy.order.permute import inverse, moved, owners, permute, positions
-from matryoshkafy.order.report import cka
-from matryoshkafy.order.scores import _removal
-from tests.order.laws import measure, orders_of
+from matryoshkafy.units.order import order
+from matryoshkafy.units.permute import OrderError, inverse, moved, owners, permute, positions
+from matryoshkafy.units.report import cka
+from matryoshkafy.units.scores import _removal
+from tests.units.laws import measure, orders_of
 from tests.zoo.registry import entries
 
 FAMILIES = "bert gpt2 llama_gqa t5 mamba timm_resnet timm_mobilenetv3 sasrec lru_complex".split()

@@ -11,9 +11,9 @@ from torch import Tensor
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import call_of
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.order.permute import carriers, owners
-from matryoshkafy.order.sites import Measured, Site
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.units.permute import carriers, owners
+from matryoshkafy.units.sites import Measured, Site
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.order.permute import Orders, put_back
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.units.permute import Orders, put_back
 
 
 @dataclass(frozen=True)

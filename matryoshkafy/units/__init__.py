@@ -1,0 +1,1 @@
+"""Order and rotate: a pretrained model's units, most important first, its function the same."""

@@ -1,0 +1,238 @@
+"""rotate(): the change of basis that each axis allows; the full model's function unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.axes import dims
+from matryoshkafy.dolls.batches import flat_inputs, run_graph
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.verify import relative_error
+from matryoshkafy.graph.nodes import outputs_of
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.units.bases import mean_kept, principal, turn, turned
+from matryoshkafy.units.order import checked, order
+from matryoshkafy.units.report import OrderReport
+from matryoshkafy.units.sites import Measured, Site, measure
+from matryoshkafy.units.survey import Survey, survey
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class GroupBasis:
+    """One rotated group: its units, the norms whose gain was folded, whether the direction of ones
+    was kept (LayerNorm), and the share of the energy in the first units at each size.
+    """
+
+    name: str
+    units: int
+    folded: tuple[str, ...]
+    mean: bool
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RotateReport:
+    """The result of `rotate`.
+
+    `rotated` rows of the groups in a new basis, `bases` their matrices [n, n] by group (new = basis
+    @ old), `obstacles` (group, why) of those that were permuted instead, `order` what became of
+    these, `error` how far the full model moved on the first batch.
+    """
+
+    sizes: tuple[int, ...]
+    rotated: tuple[GroupBasis, ...]
+    bases: Mapping[int, Tensor]
+    obstacles: tuple[tuple[str, str], ...]
+    order: OrderReport
+    error: float
+
+    def put_back(self, doll: Doll, output: Any) -> Any:
+        """Return a full-size output of the doll in the old basis and order."""
+        output = self.order.put_back(doll, output)
+        flat, spec = pytree.tree_flatten(output)
+        return pytree.tree_unflatten(_turned_back(doll, self.bases, flat), spec)
+
+    def __str__(self) -> str:
+        sizes = "  ".join(f"{s:>6}" for s in self.sizes)
+        lines = [f"rotated {len(self.rotated)} groups; the full model moved by {self.error:.1e}"]
+        if self.rotated:
+            lines.append(f"{'energy in the first units':40}  {sizes}")
+        for row in self.rotated:
+            kept = "  ".join(f"{k:6.3f}" for k in row.kept)
+            lines.append(f"{row.name:40}  {kept}")
+        lines += [f"{name} is permuted: {why}" for name, why in self.obstacles]
+        return "\n".join([*lines, str(self.order)])
+
+
+def rotate(
+    doll: Doll,
+    batches: Iterable[Any],
+    *,
+    by: str = "activation",
+    keep: Sequence[str] = (),
+    unread: str = "refuse",
+) -> RotateReport:
+    """Turn the axes of a sliced doll into bases whose first units carry most, in place.
+
+    An axis on which every op commutes with an orthogonal matrix gets its principal directions: the
+    residual stream of a pre-norm model, after the gains of its norms were folded into the weights
+    that read them (they become ones; the class stays the same). LayerNorm keeps the direction of
+    ones. Every other group is permuted, as `order` does, and the report says what stood in the way.
+    One rotation serves the whole ladder. The full model computes the same function, in evaluation
+    mode: dropout on a rotated stream falls on other units.
+
+    Args:
+        doll: a doll in sliced nesting; its parameters, which are the user's, change.
+        batches: calibration inputs, as for `order`.
+        by: the score of the groups that are permuted.
+        keep: patterns of group names that stay as they are.
+        unread: as for `order`.
+
+    Returns:
+        The report, which prints as a table.
+
+    Raises:
+        OrderError: as for `order`.
+    """
+    batches = list(batches)
+    left = checked(doll, batches, by, None, unread)
+    training = doll.training
+    doll.eval()
+    try:
+        probe = flat_inputs(doll, batches[0])
+        reference = run_graph(doll, doll._trace.graph, probe)
+        found, obstacles = _surveyed(doll, keep)
+        rotated, bases = _rotated(doll, batches, found, obstacles)
+        names = [*keep, *(doll.plan.groups[g].name.replace("[", "[[]") for g in bases)]
+        ordered = order(doll, batches, by=by, keep=names, unread="leave" if left else unread)
+        now = ordered.put_back(doll, run_graph(doll, doll._trace.graph, probe))
+        error = relative_error(_turned_back(doll, bases, now), reference)
+    finally:
+        doll.train(training)
+    plan = doll.plan
+    texts = tuple((plan.groups[g].name, why) for g, why in obstacles.items() if _stream(plan, g))
+    return RotateReport(plan.sizes, rotated, bases, texts, ordered, error)
+
+
+def _stream(plan: Plan, group: int) -> bool:
+    """Whether a group has as many parameters as a stream: hidden layers and heads have few."""
+    return group == plan.main or len(plan.groups[group].parameters) > 8
+
+
+def _surveyed(doll: Doll, keep: Sequence[str]) -> tuple[dict[int, Survey], dict[int, str]]:
+    """Survey every group; return those that rotate and why the others do not."""
+    from fnmatch import fnmatch
+
+    trace, plan = doll._trace, doll.plan
+    found, obstacles = {}, {}
+    for g, group in enumerate(plan.groups):
+        if any(fnmatch(group.name, pattern) for pattern in keep):
+            continue
+        seen = survey(trace.graph, plan, trace.state(), g)
+        if seen.obstacles:
+            obstacles[g] = seen.obstacles[0]
+        elif seen.contracted and group.size > 2:
+            found[g] = seen
+    return found, obstacles
+
+
+def _rotated(
+    doll: Doll, batches: list[Any], found: Mapping[int, Survey], obstacles: dict[int, str]
+) -> tuple[tuple[GroupBasis, ...], dict[int, Tensor]]:
+    """Fold and turn one group after the other; a group that moves the model is put back."""
+    rows, bases = [], {}
+    probe = flat_inputs(doll, batches[0])
+    for g, seen in found.items():
+        kept = _copies(doll, g, seen)
+        before = run_graph(doll, doll._trace.graph, probe)
+        _fold(doll, seen)
+        flat = (flat_inputs(doll, batch) for batch in batches)
+        measured = measure(doll, flat, moments=True, groups={g})
+        moment = _moment(measured, doll.plan.groups[g].size)
+        widths = [w[g] for w in doll.plan.ladder]
+        basis = mean_kept(moment, widths) if seen.mean else principal(moment)
+        turn(doll._trace.state(), doll.plan, {g: basis}, seen.scales)
+        after = _turned_back(doll, {g: basis}, run_graph(doll, doll._trace.graph, probe))
+        error = relative_error(after, before)
+        if not error <= TOLERANCE:
+            _restore(doll, kept)
+            obstacles[g] = f"the full model moves by {error:.0e}"
+            continue
+        bases[g] = basis
+        group = doll.plan.groups[g]
+        energy = _energy(moment, basis, widths)
+        rows.append(GroupBasis(group.name, group.size, tuple(seen.gains), seen.mean, energy))
+    return tuple(rows), bases
+
+
+def _copies(doll: Doll, group: int, seen: Survey) -> dict[str, Tensor]:
+    """Return copies of every tensor that folding and turning a group changes."""
+    names = {n for readers in seen.readers.values() for n, _ in readers} | set(seen.gains)
+    carrying = {
+        name
+        for name, shape in doll.plan.parameters.items()
+        if any(group in dims.groups_of(d) for d in shape)
+    }
+    state = doll._trace.state()
+    return {n: state[n].detach().clone() for n in names | carrying if n in state}
+
+
+def _restore(doll: Doll, copies: Mapping[str, Tensor]) -> None:
+    state = doll._trace.state()
+    for name, tensor in copies.items():
+        state[name].data.copy_(tensor)
+
+
+def _fold(doll: Doll, seen: Survey) -> None:
+    """g n + b read by W becomes n + b / g read by W diag(g): gains become ones, biases stay."""
+    state, done = doll._trace.state(), set()
+    for name, gained in seen.gains.items():
+        gain = state[name].detach().to(torch.float64) + gained.offset
+        for weight, dim in seen.readers.get(name, ()):
+            tensor = state[weight]
+            if id(tensor) not in done:
+                done.add(id(tensor))
+                _scale(tensor, gain, dim)
+        if gained.bias:
+            _scale(state[gained.bias], 1 / gain, 0)
+        state[name].data.fill_(1.0 - gained.offset)
+
+
+def _scale(tensor: Tensor, factors: Tensor, dim: int) -> None:
+    shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
+    wide = tensor.data.to(torch.float64) * factors.view(shape)
+    tensor.data.copy_(wide)
+
+
+def _moment(measured: Mapping[Site, Measured], size: int) -> Tensor:
+    """Return [n, n] the second moment of what the group's readers read, each site alike."""
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for m in measured.values():
+        if m.moment is not None and m.moment.shape == total.shape:
+            own = m.moment.cpu().to(torch.float64)
+            total += own / own.diagonal().sum().clamp_min(1e-30)
+    return total
+
+
+def _energy(moment: Tensor, basis: Tensor, widths: Sequence[int]) -> tuple[float, ...]:
+    energy = (basis @ moment @ basis.t()).diagonal()
+    return tuple(float(energy[:w].sum() / energy.sum().clamp_min(1e-30)) for w in widths)
+
+
+def _turned_back(doll: Doll, bases: Mapping[int, Tensor], outputs: list[Any]) -> list[Any]:
+    """Return flat full-size outputs in the old bases."""
+    undo = {g: q.t() for g, q in bases.items()}
+    back = []
+    for source, value in zip(outputs_of(doll._trace.graph), outputs, strict=True):
+        shape = doll.plan.nodes.get(getattr(source, "name", ""), ())
+        known = isinstance(value, Tensor) and len(shape) == value.dim()
+        back.append(turned(value, shape, undo) if known else value)
+    return back

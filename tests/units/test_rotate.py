@@ -1,0 +1,235 @@
+"""rotate(): the full model's function, the direction of ones, what stands in the way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.verify import relative_error
+from matryoshkafy.units.bases import mean_kept, principal, turn, turned
+from matryoshkafy.units.permute import OrderError
+from matryoshkafy.units.rotate import rotate
+from matryoshkafy.units.survey import survey
+
+
+class PreNorm(nn.Module):
+    """A pre-norm stream: table, two blocks, a last norm and a head."""
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm, *, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 16)
+        self.norms = nn.ModuleList([norm(16) for _ in range(3)])
+        self.ups = nn.ModuleList([nn.Linear(16, 24, bias=False) for _ in range(2)])
+        self.downs = nn.ModuleList([nn.Linear(24, 16) for _ in range(2)])
+        self.head = nn.Linear(16, 11, bias=False)
+        with torch.no_grad():
+            for one in self.norms:
+                for p in one.parameters():
+                    p.add_(0.3 * torch.randn_like(p))
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=False):
+            h = h + down(torch.relu(up(norm(h))))
+        return self.head(self.norms[-1](h))
+
+
+class PostNorm(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=False):
+            h = norm(h + down(torch.relu(up(h))))
+        return self.head(h)
+
+
+class Front(PreNorm):
+    """A nonlinearity writes the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.table(x))
+        h = h + self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
+        return self.head(self.norms[-1](h))
+
+
+class Last(PreNorm):
+    """The last norm is the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        h = h + self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
+        return self.norms[-1](h)
+
+
+class Embeds(PreNorm):
+    """Its output is the length-normalised stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        h = h + self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
+        return torch.nn.functional.normalize(h.mean(1), dim=-1)
+
+
+def tokens(seed: int = 0, rows: int = 8) -> Tensor:
+    return torch.randint(0, 11, (rows, 5), generator=torch.Generator().manual_seed(seed))
+
+
+def made(model: nn.Module) -> Doll:
+    return mk.convert(model, tokens(), sizes=[4, 8, 16], nesting="sliced")
+
+
+MAIN = 16
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_pre_norm_stream_turns_and_the_function_stays(norm: type[nn.Module]) -> None:
+    doll = made(PreNorm(norm))
+    before = doll(tokens(3)).detach()
+    report = rotate(doll, [tokens(1), tokens(2)])
+    assert [row.units for row in report.rotated] == [MAIN]
+    assert len(report.rotated[0].folded) == 3
+    assert report.rotated[0].mean == (norm is nn.LayerNorm)
+    assert relative_error(doll(tokens(3)).detach(), before) <= 1e-5
+    assert report.error <= 1e-5 and mk.verify(doll, tokens()).passed
+    for one in range(3):
+        assert torch.equal(doll.state_dict()[f"norms.{one}.weight"], torch.ones(MAIN))
+
+
+def test_a_slice_is_the_class_at_the_smaller_width() -> None:
+    doll = made(PreNorm())
+    rotate(doll, [tokens(1)])
+    small = mk.slice(doll, 8)
+
+    class Half(PreNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            width, hidden = 8, 12
+            self.table = nn.Embedding(11, width)
+            self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
+            self.ups = nn.ModuleList([nn.Linear(width, hidden, bias=False) for _ in range(2)])
+            self.downs = nn.ModuleList([nn.Linear(hidden, width) for _ in range(2)])
+            self.head = nn.Linear(width, 11, bias=False)
+
+    native = Half()
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(tokens(4)), native(tokens(4)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_first_units_keep_more_than_an_order_does() -> None:
+    """A stream of few directions, hidden by a random rotation: no permutation finds them."""
+    torch.manual_seed(1)
+    model = PreNorm(nn.RMSNorm)
+    q = torch.linalg.qr(torch.randn(16, 16)).Q
+    with torch.no_grad():
+        for weight in (model.table.weight, model.downs[0].weight.t(), model.downs[1].weight.t()):
+            weight[:, 4:] *= 0.01
+            weight.copy_(weight @ q)
+        for down in model.downs:
+            down.bias[4:] *= 0.01
+            down.bias.copy_(down.bias @ q)
+    other = made(copy.deepcopy(model))
+    doll = made(model)
+    x = tokens(5)
+    rotated, ordered = rotate(doll, [tokens(1)]), mk.order(other, [tokens(1)])
+    assert rotated.rotated[0].kept[0] > 0.95
+    full = doll(x).detach()
+    errors = [relative_error(d.outputs(x)[8].detach(), full) for d in (doll, other)]
+    assert errors[0] < errors[1], (errors, ordered)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: PostNorm(), "post-norm"),
+        (lambda: Front(), "relu acts on each of its units"),
+        (lambda: Last(), "the gain of the last norm stands at the output"),
+        (lambda: PreNorm(tied=True), "tied"),
+    ],
+)
+def test_what_stands_in_the_way_is_named_and_permuted(model: object, why: str) -> None:
+    doll = made(model())  # type: ignore[operator]
+    before = doll(tokens(3)).detach()
+    report = rotate(doll, [tokens(1)], unread="leave")
+    assert not report.rotated
+    assert any(why in text for _, text in report.obstacles), report.obstacles
+    assert relative_error(report.put_back(doll, doll(tokens(3))).detach(), before) <= 1e-5
+    assert why in str(report)
+
+
+def test_a_turned_output_is_put_back() -> None:
+    doll = made(Embeds())
+    before = doll(tokens(3)).detach()
+    report = rotate(doll, [tokens(1)], unread="leave")
+    after = doll(tokens(3)).detach()
+    assert report.rotated and not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(after @ after.t(), before @ before.t(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(report.put_back(doll, after), before, rtol=1e-4, atol=1e-5)
+
+
+def test_turning_without_folding_is_seen() -> None:
+    """The law fails where a gain was forgotten, or it measures nothing."""
+    doll = made(PreNorm())
+    before = doll(tokens()).detach()
+    seen = survey(doll._trace.graph, doll.plan, doll._trace.state(), doll.plan.main)
+    basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
+    turn(doll._trace.state(), doll.plan, {doll.plan.main: basis}, seen.scales)
+    assert relative_error(doll(tokens()).detach(), before) > 1e-2
+
+
+@pytest.mark.parametrize("count", [40, 5])
+@pytest.mark.parametrize("widths", [[16], [8, 16], [3, 4, 9, 16], [1, 2, 16]])
+def test_a_prefix_has_the_mean_of_the_whole(widths: list[int], count: int) -> None:
+    """Orthogonal, keeps ones; the strong directions have no mean in any prefix of the ladder; also
+    where fewer rows than units leave directions without energy.
+    """
+    torch.manual_seed(0)
+    rows = torch.randn(count, 16, dtype=torch.float64) * torch.arange(16, 0, -1)
+    q = mean_kept(rows.t() @ rows, widths)
+    ones = torch.ones(16, dtype=torch.float64)
+    torch.testing.assert_close(q @ q.t(), torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(q @ ones, ones)
+    free = rows - rows.mean(1, keepdim=True)
+    strong = min(count, 16 - len(dict.fromkeys(widths)))
+    units = q @ principal(free.t() @ free)[:strong].t()
+    for width in widths:
+        torch.testing.assert_close(units[:width].sum(0), torch.zeros(strong, dtype=torch.float64))
+    first = min(strong, widths[0] - 1)
+    kept = units[: widths[0], :first].square().sum(0)
+    torch.testing.assert_close(kept, torch.ones(first, dtype=torch.float64))
+
+
+def test_turned_is_a_product_on_every_axis() -> None:
+    from matryoshkafy.axes.dims import Nested
+
+    q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    w = torch.randn(4, 4)
+    shape = ((Nested(0, 4),), (Nested(0, 4),))
+    torch.testing.assert_close(turned(w, shape, {0: q}), (q @ w.double() @ q.t()).float())
+
+
+def test_a_masked_doll_is_refused() -> None:
+    doll = mk.convert(PreNorm(), tokens(), sizes=[8, 16])
+    with pytest.raises(OrderError, match="masked"):
+        rotate(doll, [tokens()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen3"])
+def test_a_library_model_turns(name: str) -> None:
+    pytest.importorskip("transformers")
+    from tests.zoo.registry import entries
+
+    (entry,) = entries([name])
+    model, args, kwargs = entry.build()
+    doll = mk.convert(model, args, kwargs, sizes=[0.25, 0.5, 1.0], nesting="sliced")
+    before = doll(*args, **kwargs)
+    report = rotate(doll, [(tuple(args), dict(kwargs))], unread="leave")
+    assert report.rotated and report.rotated[0].units == doll.plan.width
+    assert relative_error(report.put_back(doll, doll(*args, **kwargs)), before) <= 1e-4
