@@ -10,11 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import matryoshkafy as mk
-from matryoshkafy.dolls.convert import _doll, _traced
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.plan.freeze import Request
-from matryoshkafy.plan.plan import Options
 from matryoshkafy.units.order import order
 from matryoshkafy.units.permute import moved, put_back
 from matryoshkafy.units.report import OrderReport
@@ -40,8 +37,7 @@ def measure(entry: Entry, by: str = "activation") -> Row:
     """Return the row of one architecture."""
     model, args, kwargs = entry.build()
     try:
-        traced = _traced(model, args, kwargs)
-        doll = _doll(traced, Request(Options("sliced"), RATIOS), args, kwargs)
+        doll = mk.convert(model, args, kwargs, sizes=RATIOS, nesting="sliced")
     except mk.MatryoshkafyError as error:
         return Row(entry.name, "refused", str(error).splitlines()[0])
     before = _run(doll, args, kwargs)
