@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
 from matryoshkafy.axes import dims
 from matryoshkafy.files.json_text import shown
@@ -23,8 +28,14 @@ from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, outputs_of
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.plan.plan import Many, Plan
 
-# What fake tensors cannot follow depends on values; whatever an op raises, the node is unknown.
-NOT_FOLLOWED = (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError)
+# What depends on values, or has no implementation for fake tensors, is unknown, and so is what
+# follows from it.
+UNKNOWN = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
 MAX_LEVELS = 1024
 MAX_ELEMENTS = 2**38
 MAX_INPUT = 2**27
@@ -81,6 +92,8 @@ def _check_plan(plan: Plan, folder: Path) -> None:
         )
     if plan.levels > MAX_LEVELS:
         raise CheckpointError(f"{folder}: the plan has {plan.levels} sizes, at most {MAX_LEVELS}.")
+    if not 1 <= plan.unit <= plan.width <= MAX_ELEMENTS or plan.sizes[-1] > plan.width:
+        raise CheckpointError(f"{folder}: the plan has size {plan.sizes[-1]} of {plan.width}.")
     sizes = {i: group.size for i, group in enumerate(plan.groups)}
     used = set(_dims(plan))
     for factor in (factor for dim in used for factor in _factors(dim)):
@@ -205,13 +218,20 @@ def _tensors(info: Info) -> Iterator[TensorInfo]:
 
 def _check_graph(graph: fx.Graph, folder: Path) -> None:
     values: dict[fx.Node, Any] = {}
+    known: dict[str, Any] = {}
     with FakeTensorMode(), torch.no_grad():
         for node in graph.nodes:
-            try:
-                # What depends on an unknown value is missing from the table, and unknown too.
-                values[node] = _fake(node, values)
-            except NOT_FOLLOWED:
+            if node.op == "output" or not all(n in values for n in node.all_input_nodes):
                 continue
+            try:
+                values[node] = _fake(node, values, known)
+            except UNKNOWN:
+                continue
+            except Exception as error:
+                raise CheckpointError(
+                    f"{folder}: the graph cannot be computed at {node.name}, {node.target}: "
+                    f"{str(error).strip()[:200]}. The file is damaged: save the model again."
+                ) from error
             found, stated = info_of(values[node]), info_of(node)
             if node.op == "call_function" and not _same(found, stated):
                 raise CheckpointError(
@@ -221,16 +241,40 @@ def _check_graph(graph: fx.Graph, folder: Path) -> None:
                 )
 
 
-def _fake(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    if node.op == "output" or node.target == "training":
+def _fake(node: fx.Node, values: Mapping[fx.Node, Any], known: dict[str, Any]) -> Any:
+    """Layers repeat: what a call of these shapes gives is found out once."""
+    if node.target == "training":
         return False
     if node.op == "call_function":
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        key = f"{node.target}{_described((args, kwargs))}"
+        if key not in known:
+            known[key] = _called(node, args, kwargs)
+        return known[key]
     info = info_of(node)
     if not isinstance(info, TensorInfo) or -1 in info.shape:
-        raise LookupError(node.name)
+        raise NotImplementedError(f"{node.name} has a shape that only the data decides")
     return torch.empty(info.shape, dtype=info.dtype)
+
+
+def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except RuntimeError as error:
+        # Operators of other libraries may have no implementation for fake tensors.
+        if getattr(node.target, "namespace", "aten") == "aten":
+            raise
+        raise NotImplementedError(str(node.target)) from error
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)}{value.stride()}{value.dtype}"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{k}:{_described(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(_described, value))}]"
+    return repr(value)
 
 
 def _same(found: Info, stated: Info) -> bool:
@@ -247,8 +291,9 @@ def _check_statistics(
 ) -> None:
     """What slicing computes out of parameters alone stays as small as they are, and as sure."""
     needed, queue = set(), [node for node in graph.nodes if node.name in plan.full]
-    if len(queue) != len(plan.full):
-        raise CheckpointError(f"{folder}: the plan takes statistics of nodes that are missing.")
+    single = all(n.op == "call_function" and isinstance(info_of(n), TensorInfo) for n in queue)
+    if len(queue) != len(plan.full) or not single:
+        raise CheckpointError(f"{folder}: the plan takes statistics of nodes that give none.")
     while queue:
         node = queue.pop()
         if node not in needed:
