@@ -129,10 +129,14 @@ def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
     if not plan.full:
         return {}
     state = trace.state()
-    wanted = [n for n in trace.graph.nodes if n.name in plan.full and not is_reparametrised(n)]
+    wanted = [n for n in _full_nodes(trace, plan) if not is_reparametrised(n)]
     kept = {baked_name(n): state[baked_name(n)] for n in wanted if baked_name(n) in state}
     missing = [n for n in wanted if baked_name(n) not in state]
     return kept | dict(zip(map(baked_name, missing), _evaluate(trace, missing), strict=True))
+
+
+def _full_nodes(trace: Trace, plan: Plan) -> list[fx.Node]:
+    return [n for n in trace.graph.nodes if n.name in plan.full]
 
 
 def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
@@ -289,14 +293,13 @@ def assemble(
     root = nn.Module()
     root.training = trace.root.training
     objects: dict[int, torch.Tensor] = {}
+    hidden = trace.hidden | set(map(baked_name, _full_nodes(trace, plan)))
     for name, tensor in tensors.items():
         kind = kinds[name]
         name, kept_name = free_name(name), name
         if kind.parameter and id(tensor) not in objects:
             objects[id(tensor)] = nn.Parameter(tensor, requires_grad=kind.requires_grad)
-        attach(
-            root, name, objects.get(id(tensor), tensor), persistent=trace.is_persistent(kept_name)
-        )
+        attach(root, name, objects.get(id(tensor), tensor), persistent=kept_name not in hidden)
     graph = sub_graph(replace(trace, root=root), plan, plan.levels - 1)
     for node in graph.nodes:
         if node.op == "get_attr":

@@ -261,7 +261,7 @@ def _feeding(doll: Doll, plan: Plan) -> set[str]:
 
 
 def _same_state(a: nn.Module, b: nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
+    first, second = state_of(a), state_of(b)
     return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
 
 

@@ -29,6 +29,7 @@ from matryoshkafy.graph.nodes import (
     set_info,
     tensor_info,
 )
+from matryoshkafy.graph.reductions import keep_reduced
 
 aten = torch.ops.aten
 
@@ -57,6 +58,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     _drop_identities(graph)
     _follow_training(graph)
     _follow_device(graph)
+    keep_reduced(graph)
     _share_masks(graph)
     graph.eliminate_dead_code()
     follow_dtype(graph, root)

@@ -24,6 +24,7 @@ from matryoshkafy.graph.nodes import (
     tensor_info,
 )
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.held import held, is_reparametrised
 from matryoshkafy.plan.masking import Choice
 from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
 from matryoshkafy.plan.policies import heaviest, trainable
@@ -58,6 +59,8 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
     width = main.size * unit
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     nodes = {n.name: _frozen_node(n, found, dim_of) for n in found.terms if n.op != "output"}
+    options = request.options
+    full = held(found, masked=options.nesting == "masked" and options.scope == "full")
     plan = Plan(
         options=request.options,
         sizes=sizes,
@@ -70,11 +73,11 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
         notes={n.name: {k: dim_of(t) for k, t in v.items()} for n, v in found.notes.items()},
         actions={n: _action(c, order) for n, c in masking.choices.items()},
         tail=masking.tail,
-        full=_full_nodes(found, nodes),
+        full=frozenset(n.name for n in full),
         whole=tuple(_whole(parameters)),
         unknown=tuple(Unknown(*u) for u in found.unknown),
         scalars=(),
-        remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks))),
+        remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
     )
     plan = plan.with_widths(request.overrides or {})
     return find_scalars(trace, plan)
@@ -217,14 +220,9 @@ def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:
     return spans.most_common(1)[0][0] if spans else 1
 
 
-def _full_nodes(found: Findings, nodes: Mapping[str, Any]) -> frozenset[str]:
-    """Parameter-only statistics over a nested axis are taken at full width, then cut."""
-    out = set()
-    for node in found.pure:
-        mixed = (*found.mixed.get(node, ()), *found.contracted.get(node, ()))
-        if any(leaf.fixed is None for t in mixed for leaf in axes.leaves(t)):
-            out.add(node.name)
-    return frozenset(out & nodes.keys())
+def _held_remark(node: fx.Node) -> str:
+    what = "g v / |v|" if is_reparametrised(node) else "a statistic of a weight that nests"
+    return f"held at full width: {op_key(node)} at {source_of(node) or node.name} is {what}"
 
 
 def _whole(parameters: Mapping[str, Any]) -> Iterable[Whole]:

@@ -19,11 +19,14 @@ from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
 from matryoshkafy.graph.nodes import bound_args, info_of, op_key, output_node
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.held import nests, weights_of
 from matryoshkafy.plan.walk import Findings, flat_terms
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
 
+# How much of the graph may be computed once per size: with layers in it, and without any.
 TAIL_SHARE = 0.1
+LIGHT_SHARE = 0.3
 CLAMP_SHARE = 0.2
 
 
@@ -64,10 +67,8 @@ class _Planner:
     def __init__(self, trace: Trace, found: Findings, share: Mapping[Axis, float]) -> None:
         self.found, self.share = found, share
         self.nodes = [n for n in trace.graph.nodes if n.op == "call_function" and n in found.terms]
-        self.work = [n for n in self.nodes if n not in found.pure]
-        self.count = sum(map(_is_tensor, self.work))
+        self.work: list[fx.Node] = []
         self.output = output_node(trace.graph)
-        self.after = _descendants(self.work)
         self.remarks: list[str] = []
         self.choices: dict[str, Choice] = {}
         self.tail: set[fx.Node] = set()
@@ -75,6 +76,10 @@ class _Planner:
     def round(self) -> bool:
         """Decide every node once; False when an axis was demoted and all must be decided again."""
         self.choices, self.tail = {}, set()
+        weights = weights_of(self.found)
+        self.work = [n for n in self.nodes if n not in weights]
+        self.count = sum(map(_is_tensor, self.work))
+        self.after = _descendants(self.work)
         closings = []
         for node in self.work:
             kind = self._local(node)
@@ -89,8 +94,8 @@ class _Planner:
         return True
 
     def _local(self, node: fx.Node) -> str | None:
-        summed = [t for t in self.found.contracted.get(node, ()) if nested(t)]
-        mixed = [t for t in self.found.mixed.get(node, ()) if nested(t)]
+        summed = [t for t in self.found.contracted.get(node, ()) if nests(t)]
+        mixed = [t for t in self.found.mixed.get(node, ()) if nests(t)]
         if not summed and not mixed:
             return None
         if mixed and op_of(node).statistic == "normalise" and _over_one_axis(node):
@@ -120,7 +125,7 @@ class _Planner:
         args = bound_args(node)
         if args.get("ord", args.get("p", 2)) not in (2, None) or args.get("dtype") is not None:
             return False
-        if args.get("correction", 1) not in (0, 1) or "unbiased" in args:
+        if args.get("correction", 1) not in (0, 1, None):
             return False
         return bool(args.get("keepdim")) and isinstance(args.get("dim"), (int, list, tuple))
 
@@ -129,7 +134,7 @@ class _Planner:
         masked: set[Axis] = set()
         for weight, place in weight_places(node).items():
             terms = list(flat_terms(self.found.terms[weight]))
-            if any(nested(terms[o]) for o in place.outs):
+            if any(nests(terms[o]) for o in place.outs):
                 masked.update(leaf for i in place.into for leaf in free(terms[i]))
         return set(self._summed(node)) <= masked
 
@@ -137,16 +142,26 @@ class _Planner:
         """An axis that carries much of the model must shrink, even at the cost of a clamp."""
         return any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
 
+    def _is_light(self, after: set[fx.Node]) -> bool:
+        """A tail may be nested again where it is short, or where no layer stands in it."""
+        layers = any(self._kind(n) in ("mask", "norm") for n in after)
+        share = TAIL_SHARE if layers else LIGHT_SHARE
+        return len(self.tail | after) <= share * self.count
+
+    def _kind(self, node: fx.Node) -> str:
+        choice = self.choices.get(node.name)
+        return choice.kind if choice is not None else ""
+
     def _reenters(self, node: fx.Node) -> bool:
         """Tell whether what follows is nested again: the tail would be a model of its own."""
-        return any(nested(t) for n in self.after[node] for t in flat_terms(self.found.terms[n]))
+        return any(nests(t) for n in self.after[node] for t in flat_terms(self.found.terms[n]))
 
     def _close(self, node: fx.Node) -> bool:
         """A width ends here in a whole axis: the tail, or clamped, or demoted."""
         after = self.after[node] | {node}
         summed = self._summed(node)
         place = node.meta.get("source") or node.name
-        if not self._reenters(node) or len(self.tail | after) <= TAIL_SHARE * self.count:
+        if not self._reenters(node) or self._is_light(after):
             self.choices[node.name] = Choice("readout", summed)
             self.tail |= after
             return True
@@ -174,9 +189,9 @@ def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Any] | None:
     source = node.args[0]
     terms = dict(enumerate(found.terms[source]))  # type: ignore[index]
     dims = {d % len(terms) for d in _dims_of(node)}
-    if sum(nested(terms[d]) for d in dims) != 1:
+    if sum(nests(terms[d]) for d in dims) != 1:
         return None
-    axis = next(d for d in dims if nested(terms[d]))
+    axis = next(d for d in dims if nests(terms[d]))
     out = {node: tuple(terms[d] if d == axis else t for d, t in enumerate(found.terms[node]))}
     queue = [node]
     while queue:
@@ -224,11 +239,6 @@ def _over_one_axis(node: fx.Node) -> bool:
 def free(term: Term) -> list[Axis]:
     """Return the axes of a term that nest."""
     return [leaf for leaf in axes.leaves(term) if leaf.fixed is None]
-
-
-def nested(term: Term) -> bool:
-    """Tell whether a term shrinks."""
-    return bool(free(term))
 
 
 def _is_tensor(node: fx.Node) -> bool:

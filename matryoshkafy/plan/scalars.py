@@ -3,8 +3,8 @@
 A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it multiplies
 or divides a tensor and equals n ** p: n the units of the tensor's last dimension, a nested axis,
 and p one of 1/2, -1/2, 1, -1; or n the width that holds the heads of the tensor (heads times units
-of a head) and p one of 1/2, -1/2. What is found is reported in the plan and rewritten at each
-size, unless keep=["scalar:NODE"] holds it.
+of a head), or that the product before it was summed over, and p one of 1/2, -1/2. What is found is
+reported in the plan and rewritten at each size, unless keep=["scalar:NODE"] holds it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ from matryoshkafy.rules import op_of
 POWERS = (0.5, -0.5, 1.0, -1.0)
 EXACT = 1e-6
 KEEP = "scalar:"
+# Products and sums over a last dim: the argument that holds it, and the powers that may follow.
+SUMMED: dict[str, tuple[int, tuple[float, ...]]] = {
+    **dict.fromkeys(("matmul", "bmm", "mm"), (0, POWERS[:2])),
+    "baddbmm": (1, POWERS[:2]),
+    "sum": (0, POWERS),
+}
 
 
 def find_scalars(trace: Trace, plan: Plan) -> Plan:
@@ -92,6 +98,20 @@ def _widths_of(node: fx.Node, plan: Plan) -> Iterator[tuple[dims.Nested, int, tu
     for factor in (f for f in alone if isinstance(f, dims.Nested)):
         for width in _widths_holding(factor, plan):
             yield factor, width, POWERS[:2]
+    for factor, powers in _summed_widths(node, plan):
+        yield factor, factor.size, powers
+
+
+def _summed_widths(node: fx.Node, plan: Plan) -> Iterator[tuple[dims.Nested, tuple[float, ...]]]:
+    """Yield the width that a product or a sum was taken over, right before the constant."""
+    for value in (n for n in node.all_input_nodes if op_key(n) in SUMMED):
+        first, powers = SUMMED[op_key(value)]
+        source = value.args[first]
+        shape = plan.nodes.get(source.name, ()) if isinstance(source, fx.Node) else ()
+        over = value.args[1] if op_key(value) == "sum" and len(value.args) > 1 else [-1]
+        last = [-1] if over == [len(shape) - 1] else over
+        if shape and last == [-1] and len(shape[-1]) == 1 and isinstance(shape[-1][0], dims.Nested):
+            yield shape[-1][0], powers
 
 
 def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:

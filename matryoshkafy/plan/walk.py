@@ -10,7 +10,7 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import TensorInfo, bound_args, info_of, is_item, is_op, op_key
+from matryoshkafy.graph.nodes import TensorInfo, bound_args, info_of, is_item, op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rules import Terms, op_of
 from matryoshkafy.rules.weights import is_weight
@@ -55,7 +55,6 @@ def propagate(trace: Trace, free: tuple[str, ...] = ()) -> Findings:
     walker = _Walker(trace, Findings(), free)
     for node in trace.graph.nodes:
         walker.visit(node)
-    _keep_weights(trace.graph, walker.found)
     _fix_counted(trace.graph, walker.found)
     return walker.found
 
@@ -69,40 +68,6 @@ def _fix_counted(graph: fx.Graph, found: Findings) -> None:
             factors = axes.resolve(term)
             if len(factors) != 1 or not isinstance(factors[0], Axis):
                 axes.fix(term, Reason("range", node.name))
-
-
-def _keep_weights(graph: fx.Graph, found: Findings) -> None:
-    """Of the values made of parameters alone, keep as pure those that are only read as weights.
-
-    A learned query that enters a layer is an activation like any other. A product of parameters
-    counts as a weight where it stands in a weight's place, not where it is multiplied once more.
-    """
-    strict: dict[fx.Node, bool] = {}
-    for node in reversed(list(graph.nodes)):
-        if node not in found.pure:
-            continue
-        slots = [strict.get(u) if u in found.pure else _weight_slot(node, u) for u in node.users]
-        strict[node] = all(slots)
-        weight = (
-            None not in slots and bool(slots) and (strict[node] or node not in found.contracted)
-        )
-        if node.op != "get_attr" and not weight:
-            found.pure.discard(node)
-
-
-def _weight_slot(node: fx.Node, user: fx.Node) -> bool | None:
-    """True in the place of a weight, False as a factor of a product, None anywhere else."""
-    if not is_op(user):
-        return None
-    slots = [name for name, value in bound_args(user).items() if _holds(value, node)]
-    row = op_of(user)
-    if set(slots) <= set(row.weight_arguments()):
-        return True
-    return False if row.product else None
-
-
-def _holds(value: Any, node: fx.Node) -> bool:
-    return value is node or (isinstance(value, (list, tuple)) and any(v is node for v in value))
 
 
 class _Walker:

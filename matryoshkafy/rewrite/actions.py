@@ -27,7 +27,12 @@ def _plain(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
 
 
 def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
-    """Every operand keeps the smallest size of the axes that are summed here."""
+    """Every operand keeps the smallest size of the axes that are summed here.
+
+    Values of an attention are not summed over their features, though they may share the group.
+    """
+    given = bound_args(node) if is_op(node) else {}
+    spared = given.get("value") if "query" in given else None
     groups = set(action.groups)
     ladder = list(writer.plan.ladder[level])
     smallest = [w if i in groups else ladder[i] for i, w in enumerate(writer.plan.ladder[0])]
@@ -35,7 +40,7 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     def narrowed(value: fx.Node) -> Any:
         new = writer.written[writer.key(value, level)]
         shape = writer.plan.nodes.get(value.name, ())
-        if isinstance(shape, Many) or not isinstance(new, fx.Node):
+        if isinstance(shape, Many) or not isinstance(new, fx.Node) or value is spared:
             return new
         for i, dim in enumerate(shape):
             if groups & set(dims.groups_of(dim)):
@@ -200,7 +205,8 @@ def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     shape = writer.plan.nodes[source.name]
     over = [d % len(shape) for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])]
     dim = next(d for d in over if dims.is_nested(shape[d]))
-    kind = op_of(node).statistic + ("0" if a.get("correction") == 0 else "")
+    biased = a.get("correction") == 0 or a.get("unbiased") is False
+    kind = op_of(node).statistic + ("0" if biased else "")
     args = (
         writer.written[writer.key(source, level)],
         over,

@@ -27,8 +27,9 @@ def node_masks(node: fx.Node, plan: Plan) -> dict[fx.Node, tuple[Mask, ...]]:
     for weight, place in weight_places(node).items():
         shape = plan.nodes[weight.name]
         into = [i for i in place.into if dims.is_nested(shape[i])]
+        nested_out = any(dims.is_nested(shape[o]) for o in place.outs)
         masks = tuple(Mask(o, i) for i in into for o in place.outs)
-        if masks:
+        if masks and nested_out:  # a table that a weight meets is no weight
             found[weight] = masks
     return found
 

@@ -14,9 +14,10 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import is_item, op_key, output_node, tensor_info
+from matryoshkafy.graph.nodes import is_item, output_node, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
+from matryoshkafy.plan.held import is_reparametrised as is_reparametrised
 from matryoshkafy.plan.plan import Action, Many, Plan, Scalar
 from matryoshkafy.rewrite.codegen import CallCodeGen
 from matryoshkafy.rewrite.masks import weight_masks
@@ -267,15 +268,6 @@ def _needed(node: fx.Node, level: int, writer: Rewriter) -> list[Key]:
             stack.append((key, True))
             stack.extend((k, False) for k in reversed(writer.sources(*key)))
     return order
-
-
-def is_reparametrised(node: fx.Node) -> bool:
-    """Tell whether a sub-model keeps g v / |v| as it is: v becomes the cut weight and g its norm.
-
-    Then the small model computes its weight as the user's class does, from the user's two names.
-    """
-    plain = op_key(node) == "_weight_norm"
-    return plain and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
 
 
 def baked_name(node: fx.Node) -> str:

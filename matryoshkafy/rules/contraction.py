@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -9,6 +10,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import Args, Resizer, Sizes, Terms, Walk, Weight, rule
+from matryoshkafy.rules.weights import is_picked, is_weight
 
 # Outputs first, as in nn.Linear and nn.Conv2d; inputs first, as in nn.ConvTranspose2d; a @ b.
 LINEAR, TRANSPOSED = Weight(out=0, into=1), Weight(out=1, into=0)
@@ -51,12 +53,24 @@ def product(walk: Walk, left: Any, right: Any) -> Terms:
     a, b = walk.of(left), walk.of(right)
     inner = b[-2:][0]
     walk.contract(walk.unify(a[-1], inner))
-    walk.weight(right, -1, -2)
-    walk.weight(left, -1, -2)
+    walk.weight(right, *_features_of(right, left, (max(-2, -len(b)), -1)))
+    walk.weight(left, *_features_of(left, right, (-1, -2)))
     batch = _batch(walk, a[:-2], b[:-2])
     rows = a[-2:-1] if len(a) > 1 else ()
     cols = b[-1:] if len(b) > 1 else ()
     return (*batch, *rows, *cols)
+
+
+def _features_of(value: Any, other: Any, dims: tuple[int, int]) -> tuple[int, ...]:
+    """Return which of (summed, leaving) dims of a factor are features, if it is a weight.
+
+    A parameter that meets an activation is a weight on both sides. What is computed from
+    parameters (a table of items, learned tokens) has rows that are no width. Of two parameters
+    only what is summed over is one (the rank of a factorised weight).
+    """
+    if not isinstance(other, fx.Node) or not is_weight(other):
+        return dims if is_picked(value) else dims[:1]
+    return dims[:1] if is_picked(value) and is_picked(other) else ()
 
 
 def _batch(walk: Walk, a: Terms, b: Terms) -> Terms:
@@ -127,10 +141,21 @@ def einsum(walk: Walk, node: fx.Node, args: Args) -> Any:
     for letter in set(left) - {","} - set(right):
         walk.contract(letters[letter])
     for subscripts, tensor in zip(left.split(","), args["tensors"], strict=True):
-        shared = [i for i, c in enumerate(subscripts) if c not in _batch_letters(left, right)]
-        walk.weight(tensor, *shared)
+        batch = _batch_letters(left, right)
+        summed = [i for i, c in enumerate(subscripts) if c not in right]
+        leaving = [i for i, c in enumerate(subscripts) if c in right and c not in batch]
+        walk.weight(tensor, *_letter_features(tensor, args["tensors"], (summed, leaving)))
     del node
     return tuple(letters[c] for c in right)
+
+
+def _letter_features(
+    value: fx.Node, tensors: Sequence[fx.Node], dims: tuple[list[int], list[int]]
+) -> list[int]:
+    """As for a product: an operand that is no weight makes both sides of a parameter features."""
+    if not all(map(is_weight, tensors)):
+        return [*dims[0], *dims[1]] if is_picked(value) else dims[0]
+    return dims[0] if all(map(is_picked, tensors)) else []
 
 
 def _batch_letters(left: str, right: str) -> set[str]:

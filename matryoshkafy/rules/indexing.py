@@ -28,13 +28,15 @@ def _index_terms(walk: Walk, x: Terms, indices: Any) -> tuple[list[int], list[An
     return dims, [i for i in indices if i is not None]
 
 
-@rule("index", "_unsafe_index", picks=True)
+@rule("index", "_unsafe_index", picks=True, lookup=True)
 def index(walk: Walk, node: fx.Node, args: Args) -> Any:
     """x[i, :, j]: the broadcast indices stand where the first of adjacent indexed dims stood."""
     x = walk.of(args["self"])
     dims, tensors = _index_terms(walk, x, args["indices"])
     for d in dims:
         walk.fix(x[d], "indexed")
+    if dims == [0] and len(x) == 2:  # rows of a table: its columns are features, as an embedding's
+        walk.weight(args["self"], 1)
     masks = any(str(tensor_info(t).dtype) == "torch.bool" for t in tensors)
     new = walk.shape(node)
     count = len(new) - (len(x) - len(dims))
@@ -78,11 +80,13 @@ def index_put(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return x
 
 
-@rule("index_select", picks=True)
+@rule("index_select", picks=True, lookup=True)
 def index_select(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Units of one dim by number."""
+    """Units of one dim by number; the columns of a table are features."""
     terms = list(walk.of(args["self"]))
     dim = args["dim"] % len(terms)
+    if dim == 0 and len(terms) == 2:
+        walk.weight(args["self"], 1)
     walk.fix(terms[dim], "indexed")
     terms[dim] = walk.fresh(walk.shape(node)[dim], "indexed")
     return tuple(terms)

@@ -31,6 +31,8 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
     per_layer = len(args["params"]) // layers
     output = walk.of(states[0])[-1]
     cell = walk.of(states[-1])[-1]
+    if per_layer == (4 if args["has_biases"] else 2):  # without a projection they are one width
+        output = cell = walk.unify(output, cell)
     x = walk.of(args["input"])
     entering = x[-1]
     for layer in range(layers):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, is_item, is_op, tensor_info
+from matryoshkafy.graph.nodes import bound_args, info_of, is_item, is_op, tensor_info
 from matryoshkafy.rules.table import op_of
 
 
@@ -16,27 +16,33 @@ def is_weight(node: fx.Node) -> bool:
     """Tell whether a value is a parameter, picked out of one (experts), or made of parameters
     alone.
     """
-    return _is_picked(node) or is_pure(node)
+    return is_picked(node) or is_pure(node)
 
 
-def _is_picked(node: fx.Node) -> bool:
+def is_picked(node: fx.Node) -> bool:
+    """Tell whether a value is a parameter, or part of one, as it stands."""
     while (op_of(node).picks or is_item(node)) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.op == "get_attr"
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Tell whether a value depends on no input."""
+    """Tell whether the values depend on no input; how often they are repeated may."""
     seen: set[fx.Node] = set()
     queue = [node]
     while queue:
         at = queue.pop()
         if at.op == "placeholder":
             return False
-        fresh = [n for n in at.all_input_nodes if n not in seen]
+        fresh = [n for n in at.all_input_nodes if n not in seen and _holds_values(n)]
         seen.update(fresh)
         queue.extend(fresh)
     return True
+
+
+def _holds_values(node: fx.Node) -> bool:
+    info = info_of(node)
+    return isinstance(info, tuple) or hasattr(info, "shape")
 
 
 @dataclass(frozen=True)

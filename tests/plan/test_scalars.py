@@ -73,6 +73,28 @@ def test_the_root_of_the_width_that_holds_the_heads(before: bool) -> None:
     assert_is_the_smaller_class(Heads(16, before=before), Heads(8, before=before), x)
 
 
+class OneHead(Heads):
+    """Attention of one head, scores divided by the root of the width that they were summed over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 3] -> [N, T, 5]"""
+        x = self.first(x)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        mean = x.sum(-1, keepdim=True) / x.shape[-1]
+        return self.head(self.out(scores.softmax(-1) @ v) - mean)
+
+
+def test_the_root_of_the_width_that_a_product_was_summed_over() -> None:
+    x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    model = OneHead(16, before=False)
+    doll = mk.convert(model, (x,), sizes=[8, 16], nesting="sliced")
+    assert [s.power for s in doll.plan.scalars] == [0.5, 1.0]
+    small, native = mk.slice(doll, 8), OneHead(8, before=False)
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(x), native(x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_constant_rounded_to_bfloat16_is_still_found() -> None:
     ids = torch.randint(0, 11, (2, 3))
     plan = mk.inspect(Scaled(40, 0.5, kind="bfloat16"), (ids,), nesting="sliced")

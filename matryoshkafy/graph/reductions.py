@@ -1,0 +1,81 @@
+"""keep_reduced(): a statistic that is unsqueezed at once keeps its dim, and a pair is two of them.
+
+x.mean(-1).unsqueeze(-1)            -> x.mean(-1, keepdim=True)
+v, m = torch.var_mean(x, -1, ...)   -> x.var(-1, ...), x.mean(-1, ...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from matryoshkafy.graph.nodes import (
+    TensorInfo,
+    bound_args,
+    info_of,
+    is_item,
+    op_key,
+    set_arg,
+    set_info,
+    tensor_info,
+)
+
+aten = torch.ops.aten
+
+ALONG = {"mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm", "norm"}
+PAIRS: dict[Any, Any] = {
+    aten.var_mean.correction: aten.var.correction,
+    aten.std_mean.correction: aten.std.correction,
+    aten.var_mean.dim: aten.var.dim,
+    aten.std_mean.dim: aten.std.dim,
+}
+
+
+def keep_reduced(graph: fx.Graph) -> None:
+    """Rewrite the graph in place so that a statistic is one op that keeps its dim where it can."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in PAIRS:
+            _split_pair(graph, node)
+    for node in list(graph.nodes):
+        if op_key(node) in ALONG and node.users:
+            _keep(graph, node)
+
+
+def _split_pair(graph: fx.Graph, node: fx.Node) -> None:
+    given = bound_args(node)
+    if not all(map(is_item, node.users)):
+        return
+    info: Any = info_of(node)
+    with graph.inserting_before(node):
+        spread = graph.call_function(PAIRS[node.target], node.args, dict(node.kwargs))
+        dims = list(given["dim"]) if given["dim"] else list(range(len(info[0].shape)))
+        mean = graph.call_function(aten.mean.dim, (node.args[0], dims, given["keepdim"]))
+    for new, described in zip((spread, mean), info, strict=True):
+        set_info(new, described)
+        new.meta["source"] = node.meta.get("source", "")
+    for user in list(node.users):
+        user.replace_all_uses_with((spread, mean)[user.args[1]])  # type: ignore[index]
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _keep(graph: fx.Graph, node: fx.Node) -> None:
+    given, source = bound_args(node), node.args[0]
+    dim, kept = given.get("dim"), given.get("keepdim")
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    if kept is not False or len(dims) != 1 or not isinstance(source, fx.Node):
+        return
+    old, new = tensor_info(source), tensor_info(node)
+    rank = len(old.shape)
+    at = dims[0] % rank
+    for user in node.users:
+        restored = op_key(user) == "unsqueeze" and user.args[1] % rank == at  # type: ignore[operator]
+        if not restored:
+            return
+    set_arg(node, "keepdim", True)
+    set_info(node, TensorInfo((*new.shape[:at], 1, *new.shape[at:]), new.dtype))
+    for user in list(node.users):
+        user.replace_all_uses_with(node)
+        graph.erase_node(user)

@@ -1,0 +1,105 @@
+"""Values made of parameters alone: which of them are weights, and what is held at full width.
+
+A table of items divided by its lengths, learned latents passed through a layer, features of a
+buffer spread over a graph: these are activations like any other, and every size computes its own
+from what it keeps of the parameters. So is everything in sliced nesting, where each size is a pass
+of its own. Two kinds of statistics are different:
+
+- g v / |v|, torch's weight normalisation, is a reparametrisation. A smaller size keeps the prefix
+  of the weight that it stands for, as if it had never been written so.
+- In masked nesting one weight serves all sizes: a row of it cannot be normalised over as many
+  inputs as each size has. Statistics of such a weight (standardisation, spectral normalisation) are
+  taken at full width, and the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.axes.terms import Term
+from matryoshkafy.graph.nodes import bound_args, is_op, op_key
+from matryoshkafy.plan.walk import Findings, flat_terms
+from matryoshkafy.rules import op_of
+from matryoshkafy.rules.weights import weight_places
+
+
+def nests(term: Term) -> bool:
+    """Tell whether a term shrinks."""
+    return any(leaf.fixed is None for leaf in axes.leaves(term))
+
+
+def is_reparametrised(node: fx.Node) -> bool:
+    """Tell whether a sub-model keeps g v / |v| as it is: v becomes the cut weight and g its norm.
+
+    Then the small model computes its weight as the user's class does, from the user's two names.
+    """
+    plain = op_key(node) == "_weight_norm"
+    return plain and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
+
+
+def weights_of(found: Findings) -> set[fx.Node]:
+    """Return the values made of parameters alone that are only read as weights which nest."""
+    weights: set[fx.Node] = set()
+    constant = _constant(found)
+    for node in reversed(list(found.terms)):
+        alone = node in found.pure and node in constant and bool(node.users)
+        if alone and all(u in weights or _reads_weight(node, u, found) for u in node.users):
+            weights.add(node)
+    return weights
+
+
+def held(found: Findings, *, masked: bool) -> list[fx.Node]:
+    """Return the statistics of weights that are taken at full width, then cut."""
+    weights = weights_of(found) if masked else set()
+    statistics: set[fx.Node] = set()
+    for node in found.terms:
+        over = (*found.mixed.get(node, ()), *found.contracted.get(node, ()))
+        weight = node in weights or (node in found.pure and is_reparametrised(node))
+        if node.op == "call_function" and weight and any(map(nests, over)):
+            statistics.add(node)
+    inner = _feeding(statistics)
+    return [n for n in found.terms if n in statistics and n not in inner]
+
+
+def _feeding(statistics: set[fx.Node]) -> set[fx.Node]:
+    """Return what only enters other statistics: it is part of them."""
+    inner: set[fx.Node] = set()
+    for node in reversed(list(next(iter(statistics)).graph.nodes) if statistics else []):
+        if node.users and all(user in statistics or user in inner for user in node.users):
+            inner.add(node)
+    return inner
+
+
+def _constant(found: Findings) -> set[fx.Node]:
+    """Return the nodes that no argument of a call can change, not even in how often they repeat."""
+    out: set[fx.Node] = set()
+    for node in found.terms:
+        if node.op != "placeholder" and all(n in out for n in node.all_input_nodes):
+            out.add(node)
+    return out
+
+
+def _reads_weight(node: fx.Node, user: fx.Node, found: Findings) -> bool:
+    """Tell whether an op reads a value as a weight whose outputs nest, or as a vector of a norm."""
+    if not is_op(user) or user in found.pure:
+        return False
+    places = weight_places(user)
+    if node in places:
+        terms = list(flat_terms(found.terms[node]))
+        return any(nests(terms[o]) for o in places[node].outs)
+    return set(_slots(node, user)) <= set(op_of(user).weight_arguments())
+
+
+def _slots(node: fx.Node, user: fx.Node) -> Iterator[str]:
+    """Yield the names of the arguments that are the node, or hold it."""
+    for name, value in bound_args(user).items():
+        if _holds(value, node):
+            yield name
+
+
+def _holds(value: Any, node: fx.Node) -> bool:
+    return value is node or (isinstance(value, (list, tuple)) and any(v is node for v in value))

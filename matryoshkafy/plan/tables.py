@@ -1,0 +1,131 @@
+"""hold_tables(): features that the model holds but does not learn stay whole.
+
+Text and picture features of items, a graph as a buffer, fixed filter banks: these are inputs that
+happen to live in the model. A *table* is a float buffer, or a parameter that does not train in a
+model that has others that do, whose rows are looked up or which meets a weight as an activation
+does. A frozen linear layer is no table: it is a weight like any other.
+
+What decides is who owns the axis. One that a layer's outputs or the columns of a trained embedding
+write, and a layer reads, is a width of the model, though a table may be added to it (sinusoids, the
+frozen word embeddings of an encoder that is fine-tuned). One that is only read is data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx, nn
+
+from matryoshkafy import axes
+from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.graph.nodes import is_op
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.walk import Findings, flat_terms
+from matryoshkafy.rules import op_of
+from matryoshkafy.rules.weights import Place, weight_places
+
+KIND = "frozen table"
+
+
+def hold_tables(trace: Trace, found: Findings) -> None:
+    """Fix the axes of tables that no layer both writes and reads."""
+    tables = _tables(trace, found)
+    owned = _Owners(trace, found, tables)
+    data = _made_of(found, tables)
+    for table in tables:
+        for leaf in _leaves(found, table):
+            if leaf not in owned.written:
+                axes.fix((leaf,), Reason(KIND, str(table.target)))
+    for node, terms in found.contracted.items():
+        table = next((n for n in node.all_input_nodes if n in data), None)
+        for leaf in (leaf for t in terms for leaf in axes.leaves(t)) if table else ():
+            if leaf not in owned.read and any(leaf in _leaves(found, t) for t in tables):
+                axes.fix((leaf,), Reason(KIND, node.name))
+
+
+class _Owners:
+    """The axes that layers write (outputs, embedding columns) and those that they read."""
+
+    def __init__(self, trace: Trace, found: Findings, tables: set[fx.Node]) -> None:
+        self.written: set[Axis] = set()
+        self.read: set[Axis] = set()
+        data = _made_of(found, tables)
+        for node in trace.graph.nodes:
+            if node.op != "call_function" or node not in found.terms:
+                continue
+            for weight, place in _layer(node, found).items():
+                if weight not in data:
+                    terms = list(flat_terms(found.terms[weight]))
+                    self.written.update(_axes(terms[o] for o in place.outs))
+                    self.read.update(_axes(terms[i] for i in place.into))
+
+
+def _layer(node: fx.Node, found: Findings) -> dict[fx.Node, Place]:
+    """Return the weights of a layer; a product of parameters with each other is none."""
+    if op_of(node).lookup:
+        sources = [n for n in node.all_input_nodes[:1] if len(found.terms[n]) == 2]
+        return {n: Place((1,), ()) for n in sources if n.op == "get_attr"}
+    places = weight_places(node) if is_op(node) else {}
+    alone = op_of(node).product and len(places) > 1
+    return {} if alone else places
+
+
+def _tables(trace: Trace, found: Findings) -> set[fx.Node]:
+    state = trace.state()
+    parameters = [t for t in state.values() if isinstance(t, nn.Parameter)]
+    trains = any(p.requires_grad for p in parameters)
+    out: set[fx.Node] = set()
+    for node in found.terms if parameters else ():
+        tensor = state.get(str(node.target)) if node.op == "get_attr" else None
+        if tensor is None or not _is_frozen(tensor, trains):
+            continue
+        if any(_table_reads(node, isinstance(tensor, nn.Parameter), found)):
+            out.add(node)
+    return out
+
+
+def _is_frozen(tensor: torch.Tensor, trains: bool) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    return not isinstance(tensor, nn.Parameter) or (trains and not tensor.requires_grad)
+
+
+def _table_reads(node: fx.Node, parameter: bool, found: Findings) -> Iterator[bool]:
+    """Follow what is made of a frozen tensor alone; True where it is read as a table."""
+    seen, queue = {node}, [node]
+    while queue:
+        value = queue.pop()
+        for user in (u for u in value.users if u.op == "call_function"):
+            if op_of(user).lookup:
+                yield user.all_input_nodes[0] is value
+            elif user in found.contracted:
+                yield not parameter or _as_data(value, user, found)
+            if user in found.pure and user not in seen:
+                seen.add(user)
+                queue.append(user)
+
+
+def _as_data(value: fx.Node, user: fx.Node, found: Findings) -> bool:
+    """Tell whether a layer reads a value where an activation stands, not as its weight."""
+    places = weight_places(user) if is_op(user) else {}
+    return value not in places or (user in found.pure and len(places) > 1)
+
+
+def _made_of(found: Findings, tables: set[fx.Node]) -> set[fx.Node]:
+    """Return the tables, and what is computed from tables and numbers alone."""
+    out: set[fx.Node] = set()
+    for node in found.terms:
+        inputs = [n for n in node.all_input_nodes if found.terms.get(n)]
+        made = node.op == "call_function" and bool(inputs) and all(n in out for n in inputs)
+        if node in tables or made:
+            out.add(node)
+    return out
+
+
+def _leaves(found: Findings, node: fx.Node) -> set[Axis]:
+    return _axes(flat_terms(found.terms[node]))
+
+
+def _axes(terms: Iterable[Term]) -> set[Axis]:
+    return {leaf for term in terms for leaf in axes.leaves(term)}

@@ -1,0 +1,140 @@
+"""Models of other people's structure: slices equal the natively small class, in both nestings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.plan.plan import Plan
+from tests.plan.models import CASES, FrozenText, LightGcn, UniSRec, bipartite, history, pairs
+
+WIDTH, SMALL = 8, 4
+# What a single head costs in masked nesting is told in test_single_head.py.
+ONE_HEAD = {"sasrec", "sasrec of torch", "slots"}
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_smallest_slice_is_the_native_class(name: str, nesting: str) -> None:
+    case = CASES[name]
+    if nesting == "masked" and name in ONE_HEAD:
+        pytest.skip("masked nesting gives a single head a structure of its own")
+    inputs = case.inputs()
+    doll = mk.convert(case.model(WIDTH), inputs, sizes=[SMALL, WIDTH], nesting=nesting)
+    small, native = mk.slice(doll, SMALL), case.model(SMALL)
+    if (name, nesting) == ("spectral", "masked"):  # held at full width: no class can compute that
+        assert any(r.startswith("held at full width: vdot") for r in doll.plan.remarks)
+        assert small.state_dict().keys() < native.state_dict().keys()
+        return
+    native.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(small(*inputs), native(*inputs), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_law_holds(name: str, nesting: str) -> None:
+    inputs = CASES[name].inputs()
+    doll = mk.convert(CASES[name].model(WIDTH), inputs, sizes=[SMALL, 6, WIDTH], nesting=nesting)
+    report = mk.verify(doll, inputs)
+    assert report.passed, report
+
+
+def reasons(plan: Plan) -> dict[str, str]:
+    return {w.axis: w.why for w in plan.whole}
+
+
+@pytest.mark.parametrize("kind", [UniSRec, FrozenText])
+def test_features_that_do_not_train_stay_whole_with_a_reason(kind: type[nn.Module]) -> None:
+    plan = mk.inspect(kind(WIDTH).double(), history(), nesting="sliced")
+    assert [w.size for w in plan.whole if w.why == "frozen table"] == [48]
+    assert plan.width == WIDTH
+
+
+def test_a_graph_in_a_buffer_does_not_make_items_nest() -> None:
+    doll = mk.convert(LightGcn(WIDTH).double(), pairs(), sizes=[SMALL, WIDTH], nesting="sliced")
+    state = mk.slice(doll, SMALL).state_dict()
+    assert state["adjacency"].shape == bipartite().shape
+    assert state["items.weight"].shape == (23, SMALL)
+
+
+class Adapted(nn.Module):
+    """A frozen backbone with one trained low-rank adapter, as in LoRA."""
+
+    def __init__(self, *, frozen: bool = True) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, WIDTH)
+        self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+        self.requires_grad_(not frozen)
+        self.down = nn.Parameter(torch.randn(WIDTH, 4))
+        self.up = nn.Parameter(torch.randn(4, WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, L] -> [N, 5]"""
+        x = self.words(ids)
+        x = x + F.gelu(self.layer(x) + x @ (self.down @ self.up))
+        return self.head(x.mean(1))
+
+
+def test_a_frozen_backbone_nests() -> None:
+    """Its layers are weights, and its word table belongs to the stream that they write."""
+    ids = torch.randint(0, 11, (2, 3))
+    adapted = mk.inspect(Adapted(), (ids,), nesting="sliced")
+    trained = mk.inspect(Adapted(frozen=False), (ids,), nesting="sliced")
+    assert [g.size for g in adapted.groups] == [g.size for g in trained.groups]
+    assert "frozen table" not in reasons(adapted).values()
+
+
+def test_a_wholly_frozen_model_nests() -> None:
+    model = FrozenText(WIDTH).requires_grad_(False)
+    assert mk.inspect(model.double(), history(), nesting="sliced").width >= WIDTH
+    small = mk.slice(
+        mk.convert(Adapted().requires_grad_(False), (torch.ones(2, 3, dtype=torch.long),),
+                   sizes=[SMALL, WIDTH], nesting="sliced"), SMALL
+    )  # fmt: skip
+    assert small.get_parameter("words.weight").shape == (11, SMALL)
+
+
+class Shuffled(nn.Module):
+    """Towers over a frozen table and over ids, written in an order of one's own."""
+
+    text: Tensor
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order = order
+        self.register_buffer("text", torch.randn(23, 12))
+        self.items = nn.Embedding(23, WIDTH)
+        self.project, self.gate = nn.Linear(12, WIDTH), nn.Linear(12, WIDTH)
+        self.first, self.second = nn.Linear(2 * WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, L] -> [N, 23]"""
+        values: dict[int, Tensor] = {}
+        made = {
+            0: lambda: self.items(ids),
+            1: lambda: self.project(self.text[ids]),
+            2: lambda: self.gate(self.text).sigmoid(),
+            3: lambda: F.normalize(self.items.weight, dim=-1),
+        }
+        for step in self.order:
+            values[step] = made[step]()
+        x = self.second(F.gelu(self.first(torch.cat([values[0], values[1]], -1)))).mean(1)
+        return x @ (values[3] * values[2]).t()
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_what_nests_does_not_depend_on_the_order_of_statements(nesting: str) -> None:
+    ids = torch.randint(0, 23, (2, 3))
+    seen = set()
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)):
+        plan = mk.inspect(Shuffled(order), (ids,), nesting=nesting)
+        shapes = {
+            name: tuple(tuple(map(str, dim)) for dim in dims)
+            for name, dims in sorted(plan.parameters.items())
+        }
+        seen.add(str((plan.width, plan.sizes, shapes)))
+    assert len(seen) == 1
