@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, tensor_info
+from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
 from matryoshkafy.plan.plan import Action, Many
 from matryoshkafy.rewrite.masks import masked_weights, node_masks
 from matryoshkafy.rewrite.resize import resize
