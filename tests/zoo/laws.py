@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
-from matryoshkafy.dolls.convert import _doll, _traced
+from matryoshkafy.dolls.calls import Call
+from matryoshkafy.dolls.convert import _plan, _refuse_specialised
 from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request
@@ -55,17 +57,18 @@ def measure(entry: Entry) -> list[Row]:
     """Return one row per nesting; the model is traced once."""
     model, args, kwargs = entry.build()
     try:
-        traced = _traced(model, args, kwargs)
+        found = traced(model, args, kwargs)
     except mk.MatryoshkafyError as error:
         text = str(error).splitlines()[0]
         return [Row(entry.name, entry.family, n, "refused", text) for n in ("sliced", "masked")]
-    return [_row(entry, (model, args, kwargs), traced, n) for n in ("sliced", "masked")]
+    return [_row(entry, (model, args, kwargs), found, n) for n in ("sliced", "masked")]
 
 
-def _row(entry: Entry, built: Any, traced: Trace, nesting: str) -> Row:
+def _row(entry: Entry, built: Any, found: Trace, nesting: str) -> Row:
     model, args, kwargs = built
     try:
-        doll = _doll(traced, Request(Options(nesting), list(RATIOS)), args, kwargs)
+        doll = Doll(found, _plan(found, Request(Options(nesting), list(RATIOS)), ()))
+        _refuse_specialised(doll, Call(model, tuple(args), dict(kwargs)))
     except mk.MatryoshkafyError as error:
         return Row(entry.name, entry.family, nesting, "refused", str(error).splitlines()[0])
     report = mk.verify(doll, args, kwargs)
