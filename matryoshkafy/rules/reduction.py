@@ -11,13 +11,23 @@ from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.contraction import group_count
 from matryoshkafy.rules.pieces import cut
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Facts, Terms, Walk, rule
-
-_NORM: Facts = {"statistic": "normalise", "sizes": "normalized_shape"}
+from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
-@rule("layer_norm", **_NORM, parameters=("weight", "bias"), nested="layer_norm")
-@rule("rms_norm", **_NORM, parameters=("weight",), nested="rms_norm")
+@rule(
+    "layer_norm",
+    statistic="normalise",
+    sizes="normalized_shape",
+    parameters=("weight", "bias"),
+    nested="layer_norm",
+)
+@rule(
+    "rms_norm",
+    statistic="normalise",
+    sizes="normalized_shape",
+    parameters=("weight",),
+    nested="rms_norm",
+)
 @rule("_fused_rms_norm", sizes="normalized_shape", parameters=("weight",))
 @rule("native_layer_norm", sizes="normalized_shape", parameters=("weight", "bias"))
 def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
