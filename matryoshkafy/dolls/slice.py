@@ -12,15 +12,15 @@ import torch
 from torch import fx, nn
 
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Dim, Segments, Widths
+from matryoshkafy.axes.dims import Segments, Widths
 from matryoshkafy.axes.dims import relative as relative
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.trace import Trace, attach
-from matryoshkafy.plan.plan import Plan
+from matryoshkafy.plan.held import is_reparametrised
+from matryoshkafy.plan.plan import Plan, Stored
+from matryoshkafy.plan.stored import statistics
 from matryoshkafy.rewrite.graphs import sub_graph
-from matryoshkafy.rewrite.masks import weight_masks
-from matryoshkafy.rewrite.writer import baked_name, is_reparametrised
 
 # What a tensor's name gets in front where a GraphModule has an attribute of that name.
 ESCAPE = "user_"
@@ -62,7 +62,7 @@ def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the f
     level = plan.level(size)
     full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
     state = state_of(model) | full
-    tensors = _cut_state(state, cuts_of(trace, plan, level))
+    tensors = _cut_state(state, cuts_of(plan, level))
     if level < plan.levels - 1:
         tensors |= reparametrised(trace, plan, state, level)
     return assemble(trace, plan.up_to(level), tensors, _kinds(state))
@@ -126,17 +126,15 @@ def _own_name(name: str) -> str:
 
 def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
     """Return the parameter-only statistics that a sub-model keeps as they are at full width."""
-    if not plan.full:
+    sources = statistics(plan)
+    if not sources:
         return {}
     state = trace.state()
-    wanted = [n for n in _full_nodes(trace, plan) if not is_reparametrised(n)]
-    kept = {baked_name(n): state[baked_name(n)] for n in wanted if baked_name(n) in state}
-    missing = [n for n in wanted if baked_name(n) not in state]
-    return kept | dict(zip(map(baked_name, missing), _evaluate(trace, missing), strict=True))
-
-
-def _full_nodes(trace: Trace, plan: Plan) -> list[fx.Node]:
-    return [n for n in trace.graph.nodes if n.name in plan.full]
+    kept = {name: state[name] for name in sources if name in state}
+    missing = [name for name in sources if name not in kept]
+    nodes = {n.name: n for n in trace.graph.nodes}
+    values = _evaluate(trace, [nodes[sources[name]] for name in missing])
+    return kept | dict(zip(missing, values, strict=True))
 
 
 def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
@@ -161,38 +159,25 @@ def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [n for n in graph.nodes if n in needed]
 
 
-def cuts_of(trace: Trace, plan: Plan, level: int) -> list[Cut]:
+def cuts_of(plan: Plan, level: int) -> list[Cut]:
     """Return what the sub-model of a level keeps of every tensor that its graph reads."""
     have, want = plan.ladder[-1], plan.ladder[level]
-    masks = {str(n.target): (m, plan.nodes[n.name]) for n, m in weight_masks(trace, plan).items()}
-    ladder = plan.ladder[: level + 1]
-    cuts = []
-    for name, shape in _shapes(trace, plan).items():
-        segments = tuple(relative(d, have, want) for d in shape)
-        mask = _mask_runs(masks.get(name), ladder)
-        cuts.append(Cut(name, segments, mask))
-    return cuts
+    return [
+        Cut(
+            name,
+            tuple(relative(d, have, want) for d in kept.dims),
+            _mask_runs(kept, plan.ladder[: level + 1]),
+        )
+        for name, kept in plan.stored.items()
+    ]
 
 
-def _shapes(trace: Trace, plan: Plan) -> dict[str, tuple[Dim, ...]]:
-    read = {str(n.target) for n in sub_graph(trace, plan, 0).nodes if n.op == "get_attr"}
-    state = trace.state()
-    objects = {id(state[name]) for name in read if name in state}
-    tied = {name for name in plan.parameters if name in state and id(state[name]) in objects}
-    shapes = {name: s for name, s in plan.parameters.items() if name in read | tied}
-    baked = {baked_name(n): plan.nodes[n.name] for n in trace.graph.nodes if n.name in plan.full}
-    return shapes | {name: s for name, s in baked.items() if name in read}
-
-
-def _mask_runs(mask: Any, ladder: tuple[Widths, ...]) -> MaskRuns | None:
-    if mask is None:
+def _mask_runs(kept: Stored, ladder: tuple[Widths, ...]) -> MaskRuns | None:
+    if kept.mask is None:
         return None
-    where, shape = mask
+    out, into = kept.mask.out, kept.mask.into
     return MaskRuns(
-        where.out,
-        where.into,
-        dims.runs(shape[where.out], ladder),
-        dims.runs(shape[where.into], ladder),
+        out, into, dims.runs(kept.dims[out], ladder), dims.runs(kept.dims[into], ladder)
     )
 
 
@@ -293,7 +278,7 @@ def assemble(
     root = nn.Module()
     root.training = trace.root.training
     objects: dict[int, torch.Tensor] = {}
-    hidden = trace.hidden | set(map(baked_name, _full_nodes(trace, plan)))
+    hidden = trace.hidden | set(statistics(plan))
     for name, tensor in tensors.items():
         kind = kinds[name]
         name, kept_name = free_name(name), name

@@ -54,6 +54,7 @@ from matryoshkafy.files.records import (
 from matryoshkafy.files.signature_json import signature_from_json, signature_to_json
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.plan import Plan, plan_to_dict
+from matryoshkafy.plan.stored import decided
 
 FORMAT = 1
 GRAPH = "graph.json"
@@ -167,7 +168,7 @@ class Checkpoint:
                 attach(root, name, tensor)
             root.training = self.training
             trace = replace(self.trace, root=root)
-            cuts = {cut.name: cut for cut in cuts_of(trace, self.plan, level)}
+            cuts = {cut.name: cut for cut in cuts_of(self.plan, level)}
             tensors = shared(
                 cuts,
                 lambda name: (store.owner(name), cuts[name].segments),
@@ -244,8 +245,17 @@ def _checked(held: Held, manifest: Mapping[str, Any], *, digests: bool) -> Check
         versions={k: str(v)[:80] for k, v in manifest["versions"].items()},
     )
     with Dense(held, records) as store:
-        check_fit(plan, found.trace.graph, store.outline(), held.path)
-    return found
+        outline = store.outline()
+        check_fit(plan, found.trace.graph, outline, held.path)
+        return found if plan.stored else replace(found, plan=_decided(found, outline))
+
+
+def _decided(found: Checkpoint, outline: Mapping[str, Tensor]) -> Plan:
+    """A plan of format 1 leaves masks and what is stored to the reader."""
+    root = nn.Module()
+    for name, tensor in outline.items():
+        attach(root, name, tensor)
+    return decided(replace(found.trace, root=root), found.plan)
 
 
 def _state(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:

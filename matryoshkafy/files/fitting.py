@@ -27,6 +27,7 @@ from matryoshkafy.files.records import CheckpointError
 from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, outputs_of
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.plan.stored import baked_name
 
 # What depends on values, or has no implementation for fake tensors, is unknown, and so is what
 # follows from it.
@@ -76,6 +77,7 @@ def check_fit(plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder
     """
     _check_plan(plan, folder)
     _check_parameters(plan, tensors, folder)
+    _check_stored(plan, folder)
     infos = {node.name: info_of(node) for node in graph.nodes}
     for name, planned in plan.nodes.items():
         _check_node(name, planned, infos.get(name), folder)
@@ -173,6 +175,19 @@ def _check_parameters(plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -
             raise CheckpointError(
                 f"{folder}: the plan expects {name} of shape {planned}, the file holds "
                 f"{shape}. The plan belongs to another model: save the model again."
+            )
+
+
+def _check_stored(plan: Plan, folder: Path) -> None:
+    """What sub-models store are tensors of the plan, or the statistics that it takes."""
+    for name, kept in plan.stored.items():
+        known = plan.parameters.get(name)
+        if kept.source in plan.full and name == baked_name(kept.source):
+            known = plan.nodes.get(kept.source)
+        if known != kept.dims:
+            raise CheckpointError(
+                f"{folder}: the plan stores {shown(name)} with other axes than it has. The plan is "
+                "damaged: save the model again."
             )
 
 

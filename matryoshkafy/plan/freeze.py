@@ -29,6 +29,7 @@ from matryoshkafy.plan.masking import Choice
 from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
 from matryoshkafy.plan.policies import heaviest, trainable
 from matryoshkafy.plan.scalars import find_scalars
+from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 from matryoshkafy.sizes import parse_sizes
@@ -80,7 +81,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
         remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
     )
     plan = plan.with_widths(request.overrides or {})
-    return find_scalars(trace, plan)
+    return decided(trace, find_scalars(trace, plan))
 
 
 def _action(choice: Choice, order: list[Axis]) -> Action:
@@ -258,7 +259,7 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     group = Group("output", width, ())
     notes = {str(i): (Nested(0, width),) for i, s in enumerate(shapes) if s and s[-1] == width}
     unit = {i: () for i in notes if is_unit_length(outputs[int(i)])}
-    return Plan(
+    plan = Plan(
         options=request.options,
         sizes=sizes,
         main=0,
@@ -270,6 +271,7 @@ def output_plan(trace: Trace, request: Request) -> Plan:
         parameters={name: tuple((n,) for n in t.shape) for name, t in trace.state().items()},
         remarks=trace.notes,
     )
+    return decided(trace, plan)
 
 
 GUARDED = ("clamp_min", "clamp", "expand", "expand_as")

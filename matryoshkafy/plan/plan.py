@@ -15,89 +15,19 @@ from typing import Any
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.errors import PlanError
+from matryoshkafy.plan.parts import Action as Action
+from matryoshkafy.plan.parts import Group as Group
+from matryoshkafy.plan.parts import Mask as Mask
+from matryoshkafy.plan.parts import Masks as Masks
+from matryoshkafy.plan.parts import Options as Options
+from matryoshkafy.plan.parts import Scalar as Scalar
+from matryoshkafy.plan.parts import Stored as Stored
+from matryoshkafy.plan.parts import Unknown as Unknown
+from matryoshkafy.plan.parts import Whole as Whole
 from matryoshkafy.sizes import SizesError, one_size, width_at
 
-PLAN_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Group:
-    """Axes that must shrink together: a name (where it was born), its units, the parameters in
-    it.
-    """
-
-    name: str
-    size: int
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """An axis that stays whole, and why: input, vocabulary, classes, indexed, unknown op, ..."""
-
-    axis: str
-    size: int
-    why: str
-    place: str = ""
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """An op without a rule: its axes stay whole."""
-
-    op: str
-    node: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """A constant of the graph that was derived from a width.
-
-    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
-    slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
-    """
-
-    node: str
-    argument: str
-    value: float
-    group: int
-    units: int
-    power: float
-    source: str = ""
-    form: str = "power"
-
-    def at(self, width: int) -> float:
-        """Return the constant where the group has `width` units."""
-        if self.form == "power":
-            return self.value * (width / self.units) ** self.power
-        return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
-
-    def __str__(self) -> str:
-        formula = (
-            f"{self.units} ** {self.power:g}"
-            if self.form == "power"
-            else f"2 ** (-8 / {self.units})"
-        )
-        return f"{self.value:.6g} = {formula}"
-
-
-@dataclass(frozen=True)
-class Action:
-    """What masked nesting does at a node (mask, norm, level, clamp, readout), over which groups."""
-
-    kind: str
-    groups: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for."""
-
-    nesting: str = "masked"
-    scope: str = "full"
-    norm: str = "block"
-    keep: tuple[str, ...] = ()
+PLAN_FORMAT = 2
+READS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -107,7 +37,9 @@ class Plan:
     `nodes` gives each node's dims (a tuple of Dims, or a tuple of those for several outputs);
     `notes` the extra dims of a node (groups of a convolution); `actions` what masked nesting does
     at a node; `tail` the nodes computed once per size; `full` the parameter-only statistics that
-    are taken at full width before they are cut.
+    are taken at full width before they are cut; `masks` {node: {weight's node: its masks}};
+    `stored` what a sub-model keeps under each name; `order` {group: the user's unit at each place},
+    where units were moved; `blocks` the nodes of blocks that may be left out, outermost first.
     """
 
     options: Options
@@ -126,6 +58,14 @@ class Plan:
     unknown: tuple[Unknown, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     remarks: tuple[str, ...] = ()
+    masks: Mapping[str, Mapping[str, Masks]] = field(default_factory=dict)
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    order: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    blocks: tuple[tuple[str, ...], ...] = ()
+
+    def masks_at(self, node: str) -> bool:
+        """Whether masked nesting masks weights of a node."""
+        return self.masked and node in self.actions and self.actions[node].kind == "mask"
 
     @property
     def width(self) -> int:
@@ -261,15 +201,25 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "unknown": [asdict(u) for u in plan.unknown],
         "scalars": [asdict(s) for s in plan.scalars],
         "remarks": list(plan.remarks),
+        "masks": {
+            node: {w: [[m.out, m.into] for m in masks] for w, masks in weights.items()}
+            for node, weights in plan.masks.items()
+        },
+        "stored": {name: s.to_json() for name, s in plan.stored.items()},
+        "order": {group: list(units) for group, units in plan.order.items()},
+        "blocks": [list(nodes) for nodes in plan.blocks],
     }
 
 
 def plan_from_dict(data: Mapping[str, Any]) -> Plan:
-    """Read a plan from JSON values; raises `PlanError` where they do not fit together."""
-    if data.get("format") != PLAN_FORMAT:
+    """Read a plan from JSON values; raises `PlanError` where they do not fit together.
+
+    Format 1 has neither masks nor what is stored: `decided` adds them where the graph is at hand.
+    """
+    if data.get("format") not in READS:
         raise PlanError(
-            f"the plan has format {data.get('format')!r}, this version reads {PLAN_FORMAT}; "
-            "upgrade matryoshkafy"
+            f"the plan has format {data.get('format')!r}, this version reads "
+            f"{' and '.join(map(str, READS))}; upgrade matryoshkafy"
         )
     plan = Plan(
         options=_options(data["options"]),
@@ -288,6 +238,13 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
         unknown=tuple(Unknown(**u) for u in data["unknown"]),
         scalars=tuple(Scalar(**s) for s in data["scalars"]),
         remarks=tuple(data["remarks"]),
+        masks={
+            node: {w: tuple(Mask(*m) for m in masks) for w, masks in weights.items()}
+            for node, weights in data.get("masks", {}).items()
+        },
+        stored={k: Stored.from_json(v) for k, v in data.get("stored", {}).items()},
+        order={k: tuple(v) for k, v in data.get("order", {}).items()},
+        blocks=tuple(map(tuple, data.get("blocks", ()))),
     )
     _check(plan)
     return plan
@@ -314,6 +271,30 @@ def _check(plan: Plan) -> None:
         for dim in axes:
             if any(g >= len(counts) for g in dims.groups_of(dim)):
                 raise PlanError(f"parameter {name!r} names a group that is missing")
+    _check_stored(plan, len(counts))
+    _check_order(plan)
+
+
+def _check_stored(plan: Plan, groups: int) -> None:
+    for name, kept in plan.stored.items():
+        if any(g >= groups for dim in kept.dims for g in dims.groups_of(dim)):
+            raise PlanError(f"what is stored as {name!r} names a group that is missing")
+        if kept.mask is not None and not _fits(kept.mask, len(kept.dims)):
+            raise PlanError(f"{name!r} is masked over dims that it has not; the file is damaged")
+
+
+def _fits(mask: Mask, rank: int) -> bool:
+    return all(type(d) is int and 0 <= d < rank for d in (mask.out, mask.into))
+
+
+def _check_order(plan: Plan) -> None:
+    sizes = {g.name: g.size for g in plan.groups}
+    for name, units in plan.order.items():
+        if sorted(units) != list(range(sizes.get(name, -1))):
+            raise PlanError(
+                f"the order of group {name!r} is no permutation of its {sizes.get(name, 0)} units; "
+                "the file is damaged"
+            )
 
 
 def table(plan: Plan) -> str:

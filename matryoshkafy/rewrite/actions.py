@@ -11,8 +11,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
-from matryoshkafy.plan.plan import Action, Many
-from matryoshkafy.rewrite.masks import masked_weights, node_masks
+from matryoshkafy.plan.plan import Action, Many, Plan
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rewrite.writer import Actions, Rewriter, nested
 from matryoshkafy.rules.table import op_of
@@ -58,8 +57,9 @@ def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     """A contraction with a parameter: fast nested operators where they exist, masked weights
     else.
     """
+    masked = writer.plan.masks.get(node.name, {})
     if writer.source.standalone and all(
-        m in writer.masks for m in masked_weights(node, writer.plan)
+        _has_zeros(n, writer.plan) for n in node.all_input_nodes if n.name in masked
     ):
         return writer.copy(node, level)
     fast = FAST.get(op_of(node).nested)
@@ -67,13 +67,19 @@ def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     return new if new is not None else _mask_weights(writer, node, level, action)
 
 
+def _has_zeros(weight: fx.Node, plan: Plan) -> bool:
+    """Tell whether a sub-model stores a weight with its zeros written out."""
+    kept = plan.stored.get(str(weight.target)) if weight.op == "get_attr" else None
+    return kept is not None and kept.mask is not None
+
+
 def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
-    masks = node_masks(node, writer.plan)
+    masks = writer.plan.masks.get(node.name, {})
 
     def masked(value: fx.Node) -> Any:
         new = writer.written[writer.key(value, level)]
         shape = writer.plan.nodes.get(value.name, ())
-        for mask in masks.get(value, ()):
+        for mask in masks.get(value.name, ()):
             runs = [writer.runs(shape[d], level) for d in (mask.out, mask.into)]
             new = writer.graph.call_function(nested.mask.default, (new, mask.out, mask.into, *runs))
         return new
@@ -116,8 +122,12 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     biased = "beta" in names
     x, weight = (a[n] for n in (names[1:3] if biased else names[:2]))
     shape = writer.plan.nodes[weight.name]
-    masks = node_masks(node, writer.plan)
-    if len(shape) != 2 or weight not in masks or (biased and (a["beta"], a["alpha"]) != (1, 1)):
+    masks = writer.plan.masks.get(node.name, {})
+    if (
+        len(shape) != 2
+        or weight.name not in masks
+        or (biased and (a["beta"], a["alpha"]) != (1, 1))
+    ):
         return None
     bias = a["self"] if biased else None
     if bias is not None and len(writer.plan.nodes[bias.name]) != 1:

@@ -17,10 +17,10 @@ from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.graph.nodes import is_item, output_node, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
-from matryoshkafy.plan.held import is_reparametrised as is_reparametrised
+from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Action, Many, Plan, Scalar
+from matryoshkafy.plan.stored import baked_name
 from matryoshkafy.rewrite.codegen import CallCodeGen
-from matryoshkafy.rewrite.masks import weight_masks
 from matryoshkafy.rewrite.resize import resize
 
 aten = torch.ops.aten
@@ -58,7 +58,6 @@ class Rewriter:
         self.graph = fx.Graph()
         self.graph.set_codegen(CallCodeGen(trace.signature))
         self.written: dict[Key, Any] = {}
-        self.masks = weight_masks(trace, plan)
         self.top = plan.levels - 1
         self.full = tuple(group.size for group in plan.groups)
 
@@ -155,7 +154,7 @@ class Rewriter:
             return self._input(node, level)
         if self._cut_from_full(node, level):
             if self.source.standalone:
-                return self._put(node, level, self.graph.get_attr(baked_name(node)))
+                return self._put(node, level, self.graph.get_attr(baked_name(node.name)))
             return self._cut_value(node, FULL_LEVEL, level)
         if self._trunk(node) and level not in (self.top, FULL_LEVEL):
             return self._cut_value(node, self.top, level)
@@ -268,11 +267,3 @@ def _needed(node: fx.Node, level: int, writer: Rewriter) -> list[Key]:
             stack.append((key, True))
             stack.extend((k, False) for k in reversed(writer.sources(*key)))
     return order
-
-
-def baked_name(node: fx.Node) -> str:
-    """Return the name under which a sub-model keeps a full-width statistic of its parameters."""
-    return f"baked_{node.name}"
-
-
-# --- masked actions ---------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.masks import weight_masks
 
 
 def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
@@ -22,13 +21,12 @@ def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
     """
     plan = doll.plan
     state, done, factors = dict(doll.named_parameters(remove_duplicate=False)), set[int](), {}
-    for node, mask in weight_masks(doll._trace, plan).items() if plan.masked else ():
-        name = str(node.target)
-        if node.op == "get_attr" and name in state and id(state[name]) not in done:
+    for name, kept in plan.stored.items():
+        if kept.mask is not None and name in state and id(state[name]) not in done:
             done.add(id(state[name]))
-            shape = plan.nodes[node.name]
-            factors[name] = level_factors(shape[mask.into], plan)  # type: ignore[arg-type]
-            scale_levels(state[name], (shape[mask.out], mask.out), factors[name], plan)  # type: ignore[arg-type]
+            out, into = kept.mask.out, kept.mask.into
+            factors[name] = level_factors(kept.dims[into], plan)
+            scale_levels(state[name], (kept.dims[out], out), factors[name], plan)
     return factors
 
 

@@ -106,6 +106,39 @@ def test_a_sub_model_is_a_checkpoint_too(dolls, name, nesting, tmp_path):
     assert_same_state(small, mk.load(tmp_path / "again"))
 
 
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_a_plan_of_format_1_is_read(dolls, nesting, tmp_path):
+    doll, inputs = dolls[next(iter(MODELS)), nesting]
+    mk.save(doll, tmp_path / "old")
+    manifest = tmp_path / "old" / "matryoshka.json"
+    saved = json.loads(manifest.read_text())
+    for field in ("masks", "stored", "order", "blocks"):
+        del saved["plan"][field]
+    saved["plan"]["format"] = 1
+    manifest.write_text(json.dumps(saved))
+    small = mk.load(tmp_path / "old", size=8)
+    assert_same_state(small, mk.slice(doll, 8))
+    assert_same_tensors(small(*inputs), mk.slice(doll, 8)(*inputs))
+    assert mk.load(tmp_path / "old").plan == doll.plan
+
+
+@pytest.mark.parametrize("change", [{"dims": [[1]]}, {"source": "add"}])
+def test_a_plan_that_stores_other_axes_is_refused(dolls, change, tmp_path):
+    doll, _ = dolls[next(iter(MODELS)), "masked"]
+    mk.save(doll, tmp_path / "bad")
+    manifest = tmp_path / "bad" / "matryoshka.json"
+    saved = json.loads(manifest.read_text())
+    name = next(iter(saved["plan"]["stored"]))
+    saved["plan"]["stored"][name] |= change
+    manifest.write_text(json.dumps(saved))
+    if "dims" in change:
+        with pytest.raises(MatryoshkafyError, match="with other axes than it has"):
+            mk.load(tmp_path / "bad")
+    else:
+        with pytest.raises(MatryoshkafyError):
+            mk.load(tmp_path / "bad", size=4)
+
+
 def test_a_tuned_sub_model_keeps_what_training_wrote_into_the_zeros(dolls, tmp_path):
     doll, _ = dolls["tied", "masked"]
     small = mk.slice(doll, 16)

@@ -169,6 +169,8 @@ def test_a_model_without_a_width_is_refused() -> None:
 @pytest.mark.parametrize("change", [
     {"format": 99}, {"sizes": []}, {"sizes": [8, 4, 16]}, {"main": 50}, {"ladder": [[0]]},
     {"groups": []},
+    {"stored": {"a": {"dims": [["g9:4"]]}}}, {"stored": {"a": {"dims": [[4]], "mask": [0, 1]}}},
+    {"order": {"items.weight:1": [0, 0]}}, {"order": {"strange": [0]}},
     {"parameters": {"a": [["g9:4"]]}}, {"parameters": 3}, {"nodes": None},
 ])  # fmt: skip
 def test_a_damaged_plan_is_refused(plan: Plan, change: dict[str, object]) -> None:

@@ -1,0 +1,126 @@
+"""The records that a plan is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matryoshkafy.axes import dims as axes
+from matryoshkafy.axes.dims import Dim
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that must shrink together: a name (where it was born), its units, the parameters in
+    it.
+    """
+
+    name: str
+    size: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An axis that stays whole, and why: input, vocabulary, classes, indexed, unknown op, ..."""
+
+    axis: str
+    size: int
+    why: str
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An op without a rule: its axes stay whole."""
+
+    op: str
+    node: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A constant of the graph that was derived from a width.
+
+    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
+    slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+    """
+
+    node: str
+    argument: str
+    value: float
+    group: int
+    units: int
+    power: float
+    source: str = ""
+    form: str = "power"
+
+    def at(self, width: int) -> float:
+        """Return the constant where the group has `width` units."""
+        if self.form == "power":
+            return self.value * (width / self.units) ** self.power
+        return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
+
+    def __str__(self) -> str:
+        formula = (
+            f"{self.units} ** {self.power:g}"
+            if self.form == "power"
+            else f"2 ** (-8 / {self.units})"
+        )
+        return f"{self.value:.6g} = {formula}"
+
+
+@dataclass(frozen=True)
+class Action:
+    """What masked nesting does at a node (mask, norm, level, clamp, readout), over which groups."""
+
+    kind: str
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A weight is zero where the level of its dim `out` is below that of its dim `into`."""
+
+    out: int
+    into: int
+
+
+Masks = tuple[Mask, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a sub-model keeps under one name.
+
+    `dims` are those of the tensor; `mask` says where its zeros are written out; `source` names the
+    node whose value it is, taken at full width before it is cut ("": the model's own tensor).
+    """
+
+    dims: tuple[Dim, ...]
+    mask: Mask | None = None
+    source: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        mask = {} if self.mask is None else {"mask": [self.mask.out, self.mask.into]}
+        source = {"source": self.source} if self.source else {}
+        return {"dims": [axes.to_json(d) for d in self.dims], **mask, **source}
+
+    @staticmethod
+    def from_json(saved: Mapping[str, Any]) -> Stored:
+        """Read what `to_json` wrote; anything else raises."""
+        mask = Mask(*saved["mask"]) if "mask" in saved else None
+        return Stored(tuple(map(axes.from_json, saved["dims"])), mask, saved.get("source", ""))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    nesting: str = "masked"
+    scope: str = "full"
+    norm: str = "block"
+    keep: tuple[str, ...] = ()

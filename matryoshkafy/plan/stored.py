@@ -1,0 +1,108 @@
+"""decided(): what follows from a solved plan and its graph, written into the plan once.
+
+Which weights are masked at which node, and what a sub-model stores of every tensor: the later
+stages read these and derive nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import fx
+
+from matryoshkafy.axes import dims
+from matryoshkafy.graph.nodes import output_node
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.held import is_reparametrised
+from matryoshkafy.plan.plan import Mask, Masks, Plan, Stored
+from matryoshkafy.rules.weights import weight_places
+
+
+def decided(trace: Trace, plan: Plan) -> Plan:
+    """Return the plan with the masks of its nodes and what its sub-models store."""
+    masked = [n for n in trace.graph.nodes if plan.masks_at(n.name)]
+    plan = replace(plan, masks={n.name: _masks(n, plan) for n in masked})
+    return replace(plan, stored=dict(_stored(trace, plan)))
+
+
+def baked_name(node: str) -> str:
+    """Return the name under which a sub-model keeps a full-width statistic of its parameters."""
+    return f"baked_{node}"
+
+
+def _masks(node: fx.Node, plan: Plan) -> dict[str, Masks]:
+    """Which weights of a masked contraction are zero where, over which of their dims."""
+    found = {}
+    for weight, place in weight_places(node).items():
+        shape = plan.nodes[weight.name]
+        into = [i for i in place.into if dims.is_nested(shape[i])]
+        masks = tuple(Mask(o, i) for i in into for o in place.outs)
+        # What a weight meets with no dim that nests going out is a table, no weight.
+        if masks and any(dims.is_nested(shape[o]) for o in place.outs):
+            found[weight.name] = masks
+    return found
+
+
+def _stored(trace: Trace, plan: Plan) -> Iterator[tuple[str, Stored]]:
+    """What the graphs of sub-models read; a second name of a tensor that is read is kept, too."""
+    read = _read_by_sub_models(trace.graph, plan)
+    state, masks = trace.state(), _stored_masks(trace, plan)
+    objects = {id(state[str(n.target)]) for n in read if str(n.target) in state}
+    names = {str(n.target) for n in read}
+    for name, shape in plan.parameters.items():
+        if name in names or (name in state and id(state[name]) in objects):
+            yield name, Stored(shape, masks.get(name))
+    for node in read:
+        if node.op == "call_function":
+            yield baked_name(node.name), Stored(plan.nodes[node.name], source=node.name)
+
+
+def _read_by_sub_models(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
+    """Tensors of the model, and statistics that are taken before the cut, behind the outputs."""
+    found: set[fx.Node] = set()
+    seen, queue = set[fx.Node](), [output_node(graph)]
+    while queue:
+        node = queue.pop()
+        statistic = node.name in plan.full and not is_reparametrised(node)
+        if statistic or node.op == "get_attr":
+            found.add(node)
+            continue
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return [n for n in graph.nodes if n in found]
+
+
+def _stored_masks(trace: Trace, plan: Plan) -> dict[str, Mask]:
+    """Return the weights that can be stored with their zeros written out.
+
+    Only where every reader of a tensor, under any of its names, masks it in the same way.
+    """
+    wanted: dict[str, set[Masks]] = {}
+    for node in trace.graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                masks = plan.masks.get(user.name, {}).get(node.name, ())
+                wanted.setdefault(str(node.target), set()).add(masks)
+    aliases = _second_names(trace)
+    return {
+        name: next(iter(masks))[0]
+        for name, masks in wanted.items()
+        if len(masks) == 1 and len(next(iter(masks))) == 1 and name not in aliases
+    }
+
+
+def _second_names(trace: Trace) -> set[str]:
+    """A tied tensor under a second name may be read without a mask."""
+    state = trace.state()
+    owners: dict[int, set[str]] = {}
+    for node in trace.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in state:
+            owners.setdefault(id(state[str(node.target)]), set()).add(str(node.target))
+    return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
+def statistics(plan: Plan) -> Mapping[str, str]:
+    """Return {stored name: node} of the statistics that are taken at full width."""
+    return {name: kept.source for name, kept in plan.stored.items() if kept.source}

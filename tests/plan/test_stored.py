@@ -1,0 +1,73 @@
+"""What the plan decides beyond axes: masks, what sub-models store, in which order units stand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.axes.dims import Nested
+from matryoshkafy.plan.plan import Mask, Plan, Stored, plan_from_dict, plan_to_dict
+from matryoshkafy.plan.stored import decided
+
+
+class Tower(nn.Module):
+    """A table that is also the head, one square layer, one that is read twice, a weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        self.square, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.relu(self.square(self.table(ids)))
+        x = torch.relu(self.twice(x)) @ self.twice.weight.mean(0).diag()
+        return x @ self.table.weight.t()
+
+
+def planned() -> tuple[mk.Doll, Plan]:
+    doll = mk.convert(Tower(), (torch.tensor([[1, 2]]),), sizes=[2, 4, 8])
+    return doll, doll.plan
+
+
+def test_masks_and_what_is_stored() -> None:
+    _, plan = planned()
+    width = (Nested(0, 8),)
+    assert plan.stored["square.weight"] == Stored((width, width), Mask(0, 1))
+    assert plan.stored["table.weight"] == Stored(((9,), width))
+    assert "unused.weight" not in plan.stored
+    (masks,) = (m for m in plan.masks.values() if "square_weight" in str(m))
+    assert list(masks.values()) == [(Mask(0, 1),)]
+    # One of its two readers does not mask it, so that its zeros cannot be written out.
+    assert plan.stored["twice.weight"].mask is None
+
+
+def test_the_plan_alone_says_what_a_slice_holds() -> None:
+    doll, plan = planned()
+    small = mk.slice(doll, 4)
+    assert list(small.state_dict()) == list(plan.stored)
+    square = doll.get_parameter("square.weight").detach()[:4, :4].clone()
+    square[:2, 2:] = 0
+    assert torch.equal(small.get_parameter("square.weight"), square)
+
+
+def test_format_1_is_completed_from_the_graph() -> None:
+    doll, plan = planned()
+    old = {k: v for k, v in plan_to_dict(plan).items() if k not in NEW} | {"format": 1}
+    read = plan_from_dict(json.loads(json.dumps(old)))
+    assert not read.stored and not read.masks
+    assert decided(doll._trace, read) == plan
+
+
+NEW = {"masks", "stored", "order", "blocks"}
+
+
+def test_format_2_round_trips_whole() -> None:
+    plan = planned()[1]
+    group = plan.groups[0].name
+    plan = replace(plan, order={group: tuple(range(7, -1, -1))}, blocks=(("relu",), ("linear",)))
+    assert Plan.from_json(plan.to_json()) == plan
