@@ -182,8 +182,9 @@ def _check_stored(plan: Plan, folder: Path) -> None:
     """What sub-models store are tensors of the plan, or the statistics that it takes."""
     for name, kept in plan.stored.items():
         known = plan.parameters.get(name)
-        if kept.source in plan.full and name == baked_name(kept.source):
-            known = plan.nodes.get(kept.source)
+        if kept.source:
+            own = kept.source in plan.full and name == baked_name(kept.source)
+            known = plan.nodes.get(kept.source) if own else None
         if known != kept.dims:
             raise CheckpointError(
                 f"{folder}: the plan stores {shown(name)} with other axes than it has. The plan is "

@@ -1,0 +1,187 @@
+"""check_sizes(): the plan is obeyed; each node of every rewritten graph has the size it says.
+
+The graphs run on fake tensors, which hold no memory: milliseconds instead of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim, Widths
+from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.nodes import TensorInfo, info_of, op_key
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.plan.stored import statistics
+from matryoshkafy.rewrite.graphs import outputs_graph, sub_graph
+
+REMEDY = (
+    "Say in its row which argument is a size (mk.rule(..., sizes=...)) and which dims pass; or "
+    "hold its axes whole with keep=[...]."
+)
+
+
+def check_sizes(trace: Trace, plan: Plan) -> None:
+    """Run every graph of a plan on fake tensors and compare each node's size with the plan's.
+
+    Raises:
+        PlanError: a node has another size than the plan says, or cannot be computed at a size;
+            it names the op, the user's line, what was found and expected, and what to do.
+    """
+    checker = _Checker(trace, plan)
+    top = plan.levels - 1
+    levels = list(range(plan.levels)) if plan.masked else [top]
+    checker.check(outputs_graph(trace, plan, levels), checker.whole, top)
+    # In sliced nesting the doll's own pass of a size has the nodes of its sub-model.
+    for level in range(top):
+        cut = {name: _sizes(kept.dims, plan.ladder[level]) for name, kept in plan.stored.items()}
+        checker.check(sub_graph(trace, plan, level), cut, level, standalone=True)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A node of the user's graph that a rewritten node computes, at a level."""
+
+    node: fx.Node
+    level: int
+
+
+class _Checker:
+    def __init__(self, trace: Trace, plan: Plan) -> None:
+        self.trace, self.plan = trace, plan
+        self.state = trace.state()
+        self.whole = {name: tuple(t.shape) for name, t in self.state.items()}
+        self.nodes = {n.name: n for n in trace.graph.nodes}
+        self.sources = statistics(plan)
+
+    def check(
+        self,
+        graph: fx.Graph,
+        shapes: Mapping[str, tuple[int, ...]],
+        level: int,
+        *,
+        standalone: bool = False,
+    ) -> None:
+        """Run one graph over tensors of these shapes; what fakes cannot follow is left alone."""
+        widths = self.plan.ladder[level if standalone else -1]
+        values: dict[fx.Node, Any] = {}
+        with FakeTensorMode(), torch.no_grad():
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    values[node] = self._input(node, widths)
+                elif node.op == "get_attr":
+                    values[node] = self._tensor(str(node.target), shapes)
+                elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+                    self._run(node, values)
+
+    def _input(self, node: fx.Node, widths: Widths) -> Tensor:
+        info = info_of(self.nodes[node.meta["origin"][0]])
+        assert isinstance(info, TensorInfo)
+        planned = self.plan.nodes.get(node.meta["origin"][0], ())
+        return torch.empty(_sizes(planned, widths) if planned else info.shape, dtype=info.dtype)
+
+    def _tensor(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        if name == "training":
+            return False
+        if name in self.state:
+            own = self.state[name]
+            fake = torch.empty(shapes.get(name, tuple(own.shape)), dtype=own.dtype)
+            return fake if own.layout == torch.strided else fake.to_sparse()
+        info = info_of(self.nodes[self.sources[name]])
+        assert isinstance(info, TensorInfo)
+        return torch.empty(shapes[name], dtype=info.dtype)
+
+    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        place, own = self._place(node), "origin" in node.meta
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        try:
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:  # noqa: BLE001  ops of any library run here
+            if place is not None and (not own or self._follows(place.node)):
+                raise PlanError(self._text(place, f"fails: {_first_line(error)}")) from error
+            return
+        if place is not None and own:
+            self._compare(place, values[node])
+
+    def _place(self, node: fx.Node) -> _Place | None:
+        """Return what a node computes; of a cut or a mask, what it is made for."""
+        while "origin" not in node.meta and node.users:
+            node = next(iter(node.users))
+        name, level = node.meta.get("origin", ("", -1))
+        known = self.nodes.get(name)
+        leveled = known is not None and known.op == "call_function" and level < self.plan.levels
+        return _Place(known, level) if known is not None and leveled and level >= 0 else None
+
+    def _compare(self, place: _Place, value: Any) -> None:
+        planned = self.plan.nodes.get(place.node.name, ())
+        shapes = planned if isinstance(planned, Many) else (planned,)
+        several = isinstance(value, (tuple, list))
+        for i, each in enumerate(value if several else (value,)):
+            shape = shapes[i] if i < len(shapes) else ()
+            if isinstance(each, Tensor) and (shape or not several):
+                expected = _sizes(shape, self.plan.ladder[place.level])
+                found = tuple(int(n) for n in each.shape)
+                if not _agree(found, expected, _whole(place.node, i)):
+                    said = f"has the shape {list(found)}, the plan says {list(expected)}"
+                    raise PlanError(self._text(place, said))
+
+    def _follows(self, node: fx.Node) -> bool:
+        """Tell whether fake tensors can compute a node at full size, as the user's graph has it."""
+
+        def fake(value: fx.Node) -> Any:
+            info = info_of(value)
+            return _faked(info) if info is not None else self._tensor(str(value.target), self.whole)
+
+        try:
+            with FakeTensorMode(), torch.no_grad():
+                args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
+                node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # noqa: BLE001  whatever an op raises, it cannot be followed
+            return False
+        return True
+
+    def _text(self, place: _Place, said: str) -> str:
+        node = place.node
+        at = node.meta.get("source") or "an unknown line"
+        return (
+            f"at size {self.plan.sizes[place.level]}, {op_key(node)} ({node.name}) at {at} {said}. "
+            + REMEDY
+        )
+
+
+def _faked(info: Any) -> Any:
+    if isinstance(info, TensorInfo):
+        if -1 in info.shape:
+            raise LookupError("a size that only the data decides")
+        return torch.empty(info.shape, dtype=info.dtype)
+    return tuple(map(_faked, info)) if isinstance(info, tuple) else info
+
+
+def _sizes(shape: tuple[Dim, ...], widths: Widths) -> tuple[int, ...]:
+    return tuple(dims.size_at(dim, widths) for dim in shape)
+
+
+def _whole(node: fx.Node, index: int) -> tuple[int, ...]:
+    """The sizes that the trace gave one output; -1 where only the data decides."""
+    info = info_of(node)
+    found = info[index] if isinstance(info, tuple) and index < len(info) else info
+    return found.shape if isinstance(found, TensorInfo) else ()
+
+
+def _agree(found: tuple[int, ...], expected: tuple[int, ...], traced: tuple[int, ...]) -> bool:
+    if len(found) != len(expected):
+        return not expected and len(traced) != len(found)
+    free = traced if len(traced) == len(found) else (0,) * len(found)
+    return all(n < 0 or a == b for a, b, n in zip(found, expected, free, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
