@@ -12,6 +12,7 @@ from torch import nn
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
 from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import verify
 from matryoshkafy.errors import PlanError, TraceError
@@ -20,6 +21,7 @@ from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request, output_plan
 from matryoshkafy.plan.plan import Options, Plan
 from matryoshkafy.plan.solve import solve
+from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import propagate
 
 CHOICES = {
@@ -128,6 +130,7 @@ def convert(  # noqa: PLR0913  the public signature
     plan = _plan(found, request, freed) if plan is None else _fit(plan, found)
     doll = Doll(found, plan, plain_attributes(model))
     if check:
+        check_sizes(found, plan)
         _refuse_specialised(doll, call)
     return doll
 
@@ -156,7 +159,7 @@ def _fit(plan: Plan, found: Trace) -> Plan:
             f"the plan does not fit this model: {what} is not as in the plan. Give the plan that "
             "inspect returned for this very model and these inputs."
         )
-    return plan
+    return plan if plan.stored else decided(found, plan)
 
 
 def _refuse_specialised(doll: Doll, call: Call) -> None:
