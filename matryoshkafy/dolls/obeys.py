@@ -120,7 +120,9 @@ class _Checker:
         return _Place(known, level) if known is not None and leveled and level >= 0 else None
 
     def _compare(self, place: _Place, value: Any) -> None:
-        planned = self.plan.nodes.get(place.node.name, ())
+        planned = self.plan.nodes.get(place.node.name)
+        if planned is None:  # scope "output" plans no node
+            return
         shapes = planned if isinstance(planned, Many) else (planned,)
         several = isinstance(value, (tuple, list))
         for i, each in enumerate(value if several else (value,)):
