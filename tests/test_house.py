@@ -33,7 +33,7 @@ KNOWN = {
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 12,
     "matryoshkafy/dolls/convert.py:convert parameters": 14,
     "matryoshkafy/dolls/convert.py:inspect parameters": 12,
-    "matryoshkafy/kernels/ops.py:norm parameters": 7,
+    "matryoshkafy/kernels/norm_ops.py:norm parameters": 7,
     "matryoshkafy/losses/fused.py:nested_cross_entropy parameters": 11,
     "matryoshkafy/losses/matryoshka.py:__init__ parameters": 9,
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,

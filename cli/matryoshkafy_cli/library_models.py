@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from matryoshkafy_cli.models import Loaded
+from matryoshkafy_cli.loaded import Loaded
 from matryoshkafy_cli.screen import CommandError
 
 BATCH = 2

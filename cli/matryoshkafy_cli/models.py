@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matryoshkafy_cli.loaded import Loaded
 from matryoshkafy_cli.screen import CommandError
 
 FORMS = (
     "expected model.py, model.py:build, package.module:factory, a folder with config.json "
     "(transformers), timm:NAME or open_clip:NAME"
 )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model and inputs that fit its forward."""
-
-    model: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(spec: str, weights: Path | None = None) -> Loaded:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from matryoshkafy_cli.models import Loaded
+from matryoshkafy_cli.loaded import Loaded
 from matryoshkafy_cli.screen import CommandError
 
 HERE = str(Path(__file__).parent)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from matryoshkafy_cli.models import Loaded
+from matryoshkafy_cli.loaded import Loaded
 from matryoshkafy_cli.screen import CommandError
 
 LENGTH = 8

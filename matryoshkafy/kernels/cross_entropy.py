@@ -16,12 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from matryoshkafy.kernels.dispatch import DoubleBackward
 from matryoshkafy.kernels.norms import accumulation_dtype
 from matryoshkafy.kernels.tiling import Range, span_of
 
@@ -381,84 +379,3 @@ def row_scale(target: Tensor, ignore_index: int, *, mean: bool) -> float:
         return 1.0
     real = int((target != ignore_index).sum())
     return 1 / real if real else float("nan")
-
-
-class NestedCrossEntropy(torch.autograd.Function):
-    """The sum (or the mean over real rows) of the weighted losses, and the losses [sizes, N].
-
-    The losses carry no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, options: Options, mean: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        scale = row_scale(problem.target, options.ignore_index, mean=mean)
-        needs = ctx.needs_input_grad[3:]
-        losses, grads = evaluate(problem, options, scale=scale, needs=needs)
-        ctx.save_for_backward(grads.hidden, grads.table, grads.bias, grads.scales)
-        ctx.mark_non_differentiable(losses)
-        return weighted(losses, options).sum() * scale, losses
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
-        if torch.is_grad_enabled():
-            raise DoubleBackward("nested_cross_entropy")
-        spend = not keeps_graph()
-        grads = [times(grad, slope, spend=spend) for grad in ctx.saved_tensors]
-        return None, None, None, *grads
-
-
-def keeps_graph() -> bool:
-    """Whether the running backward may be followed by another over the same graph."""
-    autograd = getattr(torch._C, "_autograd", None)
-    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
-
-
-def times(grad: Tensor | None, slope: Tensor, *, spend: bool) -> Tensor | None:
-    """grad * slope, in place where no later backward needs the stored gradient."""
-    if grad is None:
-        return None
-    slope = slope.to(grad.dtype)
-    return grad.mul_(slope) if spend else grad * slope
-
-
-class RowCrossEntropy(torch.autograd.Function):
-    """The weighted loss of each row [N], and the losses [sizes, N], which carry no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: Problem, options: Options, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        losses, _ = evaluate(problem, options)
-        ctx.options = options
-        ctx.save_for_backward(problem.target, *tensors)
-        ctx.mark_non_differentiable(losses)
-        return weighted(losses, options), losses
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
-        if torch.is_grad_enabled():
-            raise DoubleBackward("nested_cross_entropy")
-        target, hidden, table, bias, _ = ctx.saved_tensors
-        problem = Problem(hidden, table, bias, target)
-        needs = ctx.needs_input_grad[2:]
-        _, grads = evaluate(problem, ctx.options, scale=slope, needs=needs)
-        return None, None, grads.hidden, grads.table, grads.bias, grads.scales
-
-
-def apply(
-    problem: Problem, options: Options, *, reduction: str, scales: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The reduced weighted loss and the losses [sizes, N], for eager mode.
-
-    scales [sizes], in the order of the widths, are those of the options.
-    """
-    tensors = (problem.hidden, problem.table, problem.bias, scales)
-    if not torch.is_grad_enabled():
-        # needs_input_grad does not look at the grad mode
-        tensors = tuple(None if t is None else t.detach() for t in tensors)
-    if reduction == "none":
-        return RowCrossEntropy.apply(problem, options, *tensors)
-    return NestedCrossEntropy.apply(problem, options, reduction == "mean", *tensors)

@@ -20,14 +20,32 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels import convolution, cross_entropy, norms, reductions
+from matryoshkafy.kernels import convolution
 from matryoshkafy.kernels import linear as triangular
 from matryoshkafy.kernels.convolution import Geometry
-from matryoshkafy.kernels.cross_entropy import Gradients, Options, Problem
+from matryoshkafy.kernels.cross_entropy_ops import (
+    nested_cross_entropy,
+    nested_cross_entropy_backward,
+    nested_cross_entropy_grads,
+    nested_cross_entropy_grads_shape,
+    nested_cross_entropy_setup,
+    nested_cross_entropy_shape,
+)
 from matryoshkafy.kernels.dispatch import DoubleBackward, is_plain
-from matryoshkafy.kernels.levels import bands_of, check_runs, kept
+from matryoshkafy.kernels.levels import check_runs, kept
 from matryoshkafy.kernels.linear import rows
-from matryoshkafy.kernels.norms import Norm, Saved
+from matryoshkafy.kernels.norm_ops import (
+    group_norm,
+    layer_norm,
+    level_reduce,
+    norm,
+    norm_autograd,
+    norm_backward,
+    norm_backward_shape,
+    norm_setup,
+    norm_shape,
+    rms_norm,
+)
 
 NAMESPACE = "matryoshkafy"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -265,175 +283,6 @@ def mask_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def mask_backward(ctx: Any, dy: Tensor) -> tuple:
     return torch.ops.matryoshkafy.mask(dy, *ctx.args), None, None, None, None
-
-
-def channels(x: Tensor) -> Tensor:
-    """x [N, C, *spatial] as [N, C, S]."""
-    return x.reshape(x.shape[0], x.shape[1], -1)
-
-
-def norm(  # noqa: PLR0913 - the operator's schema
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    runs: list[int],
-    prefix: bool,
-    centred: bool,
-) -> norms.Triple:
-    check_runs(runs, x.shape[1], "the normalised dim")
-    return norms.forward(x, weight, bias, Norm(bands_of(tuple(runs)), eps, prefix, centred))
-
-
-def norm_shape(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *args: Any
-) -> norms.Triple:
-    runs, *_ = args
-    check_runs(runs, x.shape[1], "the normalised dim")
-    total = len(bands_of(tuple(runs)).pairs())
-    stats = x.new_empty(x.shape[0], total, dtype=norms.accumulation_dtype(x.dtype))
-    return x.new_empty(x.shape), stats, torch.empty_like(stats)
-
-
-def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
-) -> norms.Triple:
-    runs, prefix, centred = args
-    saved = Saved(x, weight, mean, rstd)
-    return norms.backward(dy, saved, Norm(bands_of(tuple(runs)), 0.0, prefix, centred))
-
-
-def norm_backward_shape(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
-) -> norms.Triple:
-    one = mean.new_empty(x.shape[1])
-    return x.new_empty(x.shape), one, torch.empty_like(one)
-
-
-def norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, _, ctx.runs, ctx.prefix, ctx.centred = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(x, weight, output[1], output[2])
-
-
-def norm_autograd(ctx: Any, dy: Tensor, *_: Any) -> tuple:
-    x, weight, mean, rstd = ctx.saved_tensors
-    dx, dw, db = torch.ops.matryoshkafy.norm_backward(
-        dy, x, weight, mean, rstd, ctx.runs, ctx.prefix, ctx.centred
-    )
-    dw = None if weight is None else dw.to(weight.dtype)
-    db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-    return dx, dw, db, None, None, None, None
-
-
-def last_dim_norm(x: Tensor, *args: Any) -> Tensor:
-    """The norm over the last dim of x [..., C]."""
-    flat = x.reshape(-1, x.shape[-1], 1)
-    return torch.ops.matryoshkafy.norm(flat, *args)[0].view(x.shape)
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
-    return last_dim_norm(x, weight, bias, *args, True)
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
-    return last_dim_norm(x, weight, None, *args, False)
-
-
-def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
-    y = torch.ops.matryoshkafy.norm(channels(x), weight, bias, *args, True)[0]
-    return y.view(x.shape)
-
-
-def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, empty where not needed: an operator returns tensors only."""
-    none = like.new_empty(0)
-    hidden, table, bias = grads.hidden, grads.table, grads.bias
-    return (
-        none if hidden is None else hidden,
-        none.clone() if table is None else table,
-        none.clone() if bias is None else bias,
-    )
-
-
-def options_of(widths, weights, ignore_index: int, smoothing: float) -> Options:
-    return Options(tuple(widths), tuple(weights), ignore_index, smoothing)
-
-
-def nested_cross_entropy(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    *settings, reduction, needs = args
-    options, problem = options_of(*settings), Problem(hidden, table, bias, target)
-    scale = cross_entropy.row_scale(target, options.ignore_index, mean=reduction == "mean")
-    losses, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
-    total = cross_entropy.weighted(losses, options)
-    total = total if reduction == "none" else total.sum() * scale
-    return total, losses, *optional(grads, hidden)
-
-
-def nested_cross_entropy_shape(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    widths, _, _, _, reduction, needs = args
-    dtype = norms.accumulation_dtype(hidden.dtype)
-    total = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    losses = hidden.new_empty(len(widths), target.shape[0], dtype=dtype)
-    return total, losses, *grads_shape(hidden, table, bias, needs)
-
-
-def grads_shape(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(t) if need and t is not None else hidden.new_empty(0)
-        for t, need in zip((hidden, table, bias), needs, strict=True)
-    )
-
-
-def nested_cross_entropy_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, table, bias, target, *settings, ctx.reduction, ctx.needs = inputs
-    ctx.settings = settings
-    ctx.mark_non_differentiable(*output[1:])
-    later = (hidden, table, bias, target) if ctx.reduction == "none" else output[2:]
-    ctx.save_for_backward(*later)
-
-
-def nested_cross_entropy_backward(ctx: Any, slope: Tensor, *_: Any) -> tuple:
-    grads, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    if ctx.reduction == "none":
-        op = torch.ops.matryoshkafy.nested_cross_entropy_grads
-        grads = op(*grads, *ctx.settings, slope, list(needs))
-    else:
-        grads = [grad * slope.to(grad.dtype) for grad in grads]
-    shown = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return *shown, None, None, None, None, None, None, None
-
-
-def nested_cross_entropy_grads(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    *settings, scale, needs = args
-    problem, options = Problem(hidden, table, bias, target), options_of(*settings)
-    _, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
-    return optional(grads, hidden)
-
-
-def nested_cross_entropy_grads_shape(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    return grads_shape(hidden, table, bias, args[-1])
-
-
-def level_reduce(  # noqa: PLR0913 - the operator's schema
-    x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
-) -> Tensor:
-    check_runs(runs, x.shape[dim], f"dim {dim}")
-    reduce, dims = reductions.reduction(kind), [d % x.ndim for d in dims]
-    return reductions.level_reduce(
-        x, lambda part: reduce(part, dims), dim % x.ndim, tuple(runs), prefix=prefix
-    )
 
 
 for schema in SCHEMAS:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels import cross_entropy
+from matryoshkafy.kernels import cross_entropy_grads
 from matryoshkafy.kernels.cross_entropy import Options, Problem
 from matryoshkafy.kernels.dispatch import is_plain
 
@@ -123,7 +123,7 @@ def run(
     if is_plain(problem.hidden):
         values = None if scales is None else tuple(scales.tolist())
         options = replace(options, scales=values)
-        return cross_entropy.apply(problem, options, reduction=reduction, scales=scales)
+        return cross_entropy_grads.apply(problem, options, reduction=reduction, scales=scales)
     if scales is not None:
         return size_by_size(problem, options, reduction, scales)
     tensors = (problem.hidden, problem.table, problem.bias)

@@ -1,0 +1,92 @@
+"""The nested cross entropy as an operator: what runs, which shapes come out, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshkafy.kernels import cross_entropy, norms
+from matryoshkafy.kernels.cross_entropy import Gradients, Options, Problem
+
+
+def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, empty where not needed: an operator returns tensors only."""
+    none = like.new_empty(0)
+    hidden, table, bias = grads.hidden, grads.table, grads.bias
+    return (
+        none if hidden is None else hidden,
+        none.clone() if table is None else table,
+        none.clone() if bias is None else bias,
+    )
+
+
+def options_of(widths, weights, ignore_index: int, smoothing: float) -> Options:
+    return Options(tuple(widths), tuple(weights), ignore_index, smoothing)
+
+
+def nested_cross_entropy(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *settings, reduction, needs = args
+    options, problem = options_of(*settings), Problem(hidden, table, bias, target)
+    scale = cross_entropy.row_scale(target, options.ignore_index, mean=reduction == "mean")
+    losses, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
+    total = cross_entropy.weighted(losses, options)
+    total = total if reduction == "none" else total.sum() * scale
+    return total, losses, *optional(grads, hidden)
+
+
+def nested_cross_entropy_shape(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    widths, _, _, _, reduction, needs = args
+    dtype = norms.accumulation_dtype(hidden.dtype)
+    total = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    losses = hidden.new_empty(len(widths), target.shape[0], dtype=dtype)
+    return total, losses, *grads_shape(hidden, table, bias, needs)
+
+
+def grads_shape(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t) if need and t is not None else hidden.new_empty(0)
+        for t, need in zip((hidden, table, bias), needs, strict=True)
+    )
+
+
+def nested_cross_entropy_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, table, bias, target, *settings, ctx.reduction, ctx.needs = inputs
+    ctx.settings = settings
+    ctx.mark_non_differentiable(*output[1:])
+    later = (hidden, table, bias, target) if ctx.reduction == "none" else output[2:]
+    ctx.save_for_backward(*later)
+
+
+def nested_cross_entropy_backward(ctx: Any, slope: Tensor, *_: Any) -> tuple:
+    grads, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    if ctx.reduction == "none":
+        op = torch.ops.matryoshkafy.nested_cross_entropy_grads
+        grads = op(*grads, *ctx.settings, slope, list(needs))
+    else:
+        grads = [grad * slope.to(grad.dtype) for grad in grads]
+    shown = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return *shown, None, None, None, None, None, None, None
+
+
+def nested_cross_entropy_grads(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *settings, scale, needs = args
+    problem, options = Problem(hidden, table, bias, target), options_of(*settings)
+    _, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
+    return optional(grads, hidden)
+
+
+def nested_cross_entropy_grads_shape(
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return grads_shape(hidden, table, bias, args[-1])

@@ -1,0 +1,101 @@
+"""Norms and reductions per level as operators: what runs, which shapes come out, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshkafy.kernels import norms, reductions
+from matryoshkafy.kernels.levels import bands_of, check_runs
+from matryoshkafy.kernels.norms import Norm, Saved
+
+
+def channels(x: Tensor) -> Tensor:
+    """x [N, C, *spatial] as [N, C, S]."""
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def norm(  # noqa: PLR0913 - the operator's schema
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    runs: list[int],
+    prefix: bool,
+    centred: bool,
+) -> norms.Triple:
+    check_runs(runs, x.shape[1], "the normalised dim")
+    return norms.forward(x, weight, bias, Norm(bands_of(tuple(runs)), eps, prefix, centred))
+
+
+def norm_shape(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *args: Any
+) -> norms.Triple:
+    runs, *_ = args
+    check_runs(runs, x.shape[1], "the normalised dim")
+    total = len(bands_of(tuple(runs)).pairs())
+    stats = x.new_empty(x.shape[0], total, dtype=norms.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), stats, torch.empty_like(stats)
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
+) -> norms.Triple:
+    runs, prefix, centred = args
+    saved = Saved(x, weight, mean, rstd)
+    return norms.backward(dy, saved, Norm(bands_of(tuple(runs)), 0.0, prefix, centred))
+
+
+def norm_backward_shape(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
+) -> norms.Triple:
+    one = mean.new_empty(x.shape[1])
+    return x.new_empty(x.shape), one, torch.empty_like(one)
+
+
+def norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, _, ctx.runs, ctx.prefix, ctx.centred = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(x, weight, output[1], output[2])
+
+
+def norm_autograd(ctx: Any, dy: Tensor, *_: Any) -> tuple:
+    x, weight, mean, rstd = ctx.saved_tensors
+    dx, dw, db = torch.ops.matryoshkafy.norm_backward(
+        dy, x, weight, mean, rstd, ctx.runs, ctx.prefix, ctx.centred
+    )
+    dw = None if weight is None else dw.to(weight.dtype)
+    db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+    return dx, dw, db, None, None, None, None
+
+
+def last_dim_norm(x: Tensor, *args: Any) -> Tensor:
+    """The norm over the last dim of x [..., C]."""
+    flat = x.reshape(-1, x.shape[-1], 1)
+    return torch.ops.matryoshkafy.norm(flat, *args)[0].view(x.shape)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
+    return last_dim_norm(x, weight, bias, *args, True)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
+    return last_dim_norm(x, weight, None, *args, False)
+
+
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
+    y = torch.ops.matryoshkafy.norm(channels(x), weight, bias, *args, True)[0]
+    return y.view(x.shape)
+
+
+def level_reduce(  # noqa: PLR0913 - the operator's schema
+    x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
+) -> Tensor:
+    check_runs(runs, x.shape[dim], f"dim {dim}")
+    reduce, dims = reductions.reduction(kind), [d % x.ndim for d in dims]
+    return reductions.level_reduce(
+        x, lambda part: reduce(part, dims), dim % x.ndim, tuple(runs), prefix=prefix
+    )
