@@ -1,19 +1,23 @@
 """Random eager models out of the blocks, traced for real and judged from outside in float64.
 
-    python -m tests.fuzz.eager --count 500 --seed 1
+    python -m tests.fuzz.eager --count 500 --seed 1     # case i of a seed is always the same model
+    python -m tests.fuzz.eager write_narrow gradients   # blocks, or kinds of blocks, each alone
 
-Case i of a seed is always the same model. Prints every case that is wrong or crashes, and counts.
+Prints every case that is wrong or crashes, check by check, and counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +92,33 @@ def run_case(seed: int, number: int) -> Verdict:
     return judge(entry_of(recipe), nesting)
 
 
+def alone(name: str, nesting: str) -> Verdict:
+    """Judge one block before a feed-forward net."""
+    return judge(entry_of(Recipe("ids", (name, "FeedForward"), "classes")), nesting)
+
+
+def show(verdict: Verdict, label: str) -> None:
+    """Print a case that is wrong or crashes, and which checks say so."""
+    if verdict.status in ("wrong", "crash"):
+        print(f"{label} {verdict.nesting} {verdict.status}: {verdict.name}")
+        for check, outcome in verdict.checks.items():
+            if outcome.partition(":")[0] in ("wrong", "crash"):
+                print(f"    {check}: {outcome}")
+        sys.stdout.flush()
+
+
+def _cases(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Verdict]]]:
+    chosen = [b for k, names in KINDS.items() for b in names if {k, b} & set(given.blocks)]
+    for name, nesting in itertools.product(chosen, NESTINGS):
+        yield name, partial(alone, name, nesting)
+    for number in range(given.first, given.first + given.count) if not given.blocks else ():
+        yield f"case {number}", partial(run_case, given.seed, number)
+
+
 def main() -> int:
     """Run the cases and print the counts; exit code 1 where one is wrong or crashes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("blocks", nargs="*", help="blocks or kinds to judge alone")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
@@ -99,15 +127,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     start, counts = time.monotonic(), Counter[str]()
-    for number in range(given.first, given.first + given.count):
-        verdict = run_case(given.seed, number)
+    for label, case in _cases(given):
+        verdict = case()
         counts[verdict.status] += 1
-        if verdict.status in ("wrong", "crash"):
-            print(f"case {number} {verdict.nesting} {verdict.status}: {verdict.name}")
-            for check, outcome in verdict.checks.items():
-                if outcome.partition(":")[0] in ("wrong", "crash"):
-                    print(f"    {check}: {outcome}")
-            sys.stdout.flush()
+        show(verdict, label)
         if time.monotonic() - start > 60 * given.minutes:
             break
     seconds = time.monotonic() - start

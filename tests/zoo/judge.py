@@ -330,7 +330,8 @@ def _trained_alike(case: Case) -> str | None:
     except Exception:  # noqa: BLE001  models that need targets to train
         return "none: the model does not run in training mode"
     grads = gradients(case.model, wanted)
-    after = {n: t.clone() for n, t in case.model.named_buffers()}
+    kept = case.model.state_dict()  # caches that are not part of the state are the model's own
+    after = {n: t.clone() for n, t in case.model.named_buffers() if n in kept}
     _restore(case.model, before)
     try:
         given = run(case.doll.train(), case.call)
@@ -432,6 +433,30 @@ def _same_rows(given: Any, wanted: Any, case: Case) -> None:
 
 def _shapes(call: Call) -> list[torch.Size]:
     return [t.shape for t in leaves(call)]
+
+
+def other_values(case: Case) -> str | None:
+    """The same shapes with other values: rows in another order, floats moved."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_sparse or not value.dim():
+            return value
+        turned = value.flip(0)
+        return 0.9 * turned + 0.1 if value.is_floating_point() else turned
+
+    call = pytree.tree_map(moved, case.call)
+    if "random" in case.entry.tags:
+        return "none: draws random numbers"
+    with torch.no_grad():
+        try:
+            wanted = run(case.model, call)
+        except Exception:  # noqa: BLE001  the model itself refuses
+            return "none: the model itself takes no other"
+        if not case.doll.plan.masked:
+            close(run(case.doll, call), wanted, "the answer to other values")
+        alone = run(mk.slice(case.doll, case.small), call)
+        close(at_size(case, call), alone, "the small answer to other values")
+    return None
 
 
 def other_batch(case: Case) -> str | None:
@@ -597,6 +622,7 @@ SLICED: dict[str, Callable[[Case], str | None]] = {
     "slice": slices,
     "native": native,
     "beyond": beyond,
+    "values": other_values,
     "batch": other_batch,
     "length": other_length,
     "training": training_step,
@@ -606,6 +632,7 @@ SLICED: dict[str, Callable[[Case], str | None]] = {
 MASKED: dict[str, Callable[[Case], str | None]] = {
     "slice": slices,
     "beyond": beyond,
+    "values": other_values,
     "batch": other_batch,
     "length": other_length,
     "step": all_sizes_step,

@@ -32,7 +32,7 @@ def vit(s: Scale) -> Built:
     )
 
 
-@wide("vit-pytorch", rebuilds=True)
+@wide("vit-pytorch")  # its sinusoids are made from the width
 def simple_vit(s: Scale) -> Built:
     from vit_pytorch import SimpleViT
 
