@@ -174,23 +174,23 @@ def write_diagonal(x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(square, y) * 0.1
 
 
-def write_unbind(x: Tensor, y: Tensor) -> Tensor:
+def write_rows_one_by_one(x: Tensor, y: Tensor) -> Tensor:
     out = x.clone()
-    for i, row in enumerate(out.unbind(1)):
-        row.mul_(0.5 + i % 2)
+    for i in range(out.shape[1]):
+        out[:, i].mul_(0.5 + i % 2)
     return out + y
 
 
-def write_split(x: Tensor, y: Tensor) -> Tensor:
-    out = x.clone()
-    first, _ = out.split([1, out.shape[1] - 1], 1)
-    first.copy_(y[:, :1])
-    return out
+def write_expanded(x: Tensor, y: Tensor) -> Tensor:
+    out = x.mean(1, keepdim=True).clone()
+    wide = out.expand_as(x)
+    out += 1.0
+    return wide * y
 
 
-def write_chunk(x: Tensor, y: Tensor) -> Tensor:
-    out = x.clone()
-    out.chunk(2, -1)[0].add_(y.chunk(2, -1)[1])
+def write_half_of_units(x: Tensor, y: Tensor) -> Tensor:
+    out, half = x.clone(), x.shape[-1] // 2
+    out[..., :half].add_(y[..., half:])
     return out
 
 
@@ -277,8 +277,7 @@ def write_index_add(x: Tensor, y: Tensor) -> Tensor:
 
 
 for _function in (
-    write_movedim, write_unflatten, write_transposed, write_swapaxes, write_diagonal, write_unbind,
-    write_split, write_chunk, write_narrow, write_select, write_slice, write_rows,
+    write_movedim, write_unflatten, write_transposed, write_swapaxes, write_diagonal, X write_narrow, write_select, write_slice, write_rows,
     write_view_of_view, write_masked, write_twice, write_flat, write_squeezed, write_complex,
     write_operand, write_index_put, write_index_add,
 ):  # fmt: skip
