@@ -277,7 +277,9 @@ def write_index_add(x: Tensor, y: Tensor) -> Tensor:
 
 
 for _function in (
-    write_movedim, write_unflatten, write_transposed, write_swapaxes, write_diagonal, X write_narrow, write_select, write_slice, write_rows,
+    write_movedim, write_unflatten, write_transposed, write_swapaxes, write_diagonal,
+    write_rows_one_by_one, write_expanded, write_half_of_units, write_narrow, write_select,
+    write_slice, write_rows,
     write_view_of_view, write_masked, write_twice, write_flat, write_squeezed, write_complex,
     write_operand, write_index_put, write_index_add,
 ):  # fmt: skip
