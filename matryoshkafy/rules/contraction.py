@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy.axes import dims
+from matryoshkafy.graph.nodes import tensor_info
 from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import Args, Resizer, Sizes, Terms, Walk, Weight, rule
 from matryoshkafy.rules.weights import is_picked, is_weight
@@ -91,6 +92,45 @@ def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
         if mine and theirs:
             walk.unify(mine, theirs)
     return out
+
+
+@rule("addbmm", weights={"batch1": LEFT, "batch2": RIGHT}, product=True)
+def addbmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Products summed over the batch, plus a broadcast bias."""
+    del node
+    batch, rows, cols = product(walk, args["batch1"], args["batch2"])
+    walk.contract(batch)
+    for mine, theirs in zip(walk.of(args["self"])[::-1], (cols, rows), strict=False):
+        if mine and theirs:
+            walk.unify(mine, theirs)
+    return (rows, cols)
+
+
+def _tensordot_weights(args: Args) -> dict[fx.Node, Weight]:
+    """What is not summed over is an output."""
+    found = {}
+    for name in ("self", "other"):
+        rank = len(tensor_info(args[name]).shape)
+        into = tuple(d % rank for d in args[f"dims_{name}"])
+        found[args[name]] = Weight(tuple(d for d in range(rank) if d not in into), into)
+    return found
+
+
+@rule("tensordot", weights=_tensordot_weights, product=True)
+def tensordot(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Pairs of dims are summed over; the rest of the one, then of the other, leaves."""
+    del node
+    rest: list[Any] = []
+    summed = []
+    for name in ("self", "other"):
+        terms = walk.of(args[name])
+        into = [d % len(terms) for d in args[f"dims_{name}"]]
+        summed.append([terms[d] for d in into])
+        rest += [t for d, t in enumerate(terms) if d not in into]
+        walk.weight(args[name], *range(len(terms)))
+    for mine, theirs in zip(*summed, strict=True):
+        walk.contract(walk.unify(mine, theirs))
+    return tuple(rest)
 
 
 @rule("outer", "ger")

@@ -148,7 +148,7 @@ def _meet(walk: Walk, x: Terms, other: Terms, place: tuple[int, bool]) -> None:
             walk.unify(mine, theirs)
 
 
-@rule("isin", "masked_select", "take")
+@rule("isin", "masked_select", "take", "as_strided")
 def looked_up(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Everything that is looked at stays whole."""
     for value in args.values():

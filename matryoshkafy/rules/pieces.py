@@ -89,7 +89,10 @@ END = 2**63 - 1
 def _bounds(sizes: Sizes) -> None:
     a, source = sizes.args, sizes.source
     dim = a["dim"] % len(source)
-    if not dims.is_nested(source[dim]) or a.get("step", 1) != 1:
+    bounds = [a.get(name) for name in ("start", "end", "length", "step")]
+    plain = all(v is None or isinstance(v, int) for v in bounds)
+    # A bound that only the call knows keeps all of the dim (else its rule holds it whole).
+    if not dims.is_nested(source[dim]) or not plain or a.get("step", 1) != 1:
         return
     start, end = _given_bounds(a, dims.size(source[dim]))
     first, last = (sizes.kept_before(source[dim], i) for i in (start, end))
@@ -114,10 +117,10 @@ def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """A piece of one dim; every second unit of an axis halves it."""
     terms, old, new = list(walk.of(args["self"])), walk.shape(args["self"]), walk.shape(node)
     dim = (args["dim"] or 0) % len(terms)
-    step, start = args.get("step", 1), args.get("start") or 0
+    step, start, end = args.get("step", 1), args.get("start") or 0, args.get("end")
     if old[dim] == new[dim]:
         return tuple(terms)
-    if not isinstance(start, int) or not isinstance(step, int):
+    if any(isinstance(v, fx.Node) for v in (start, step, end, args.get("length"))):
         walk.fix(terms[dim], "indexed")
         terms[dim] = walk.fresh(new[dim], "indexed")
         return tuple(terms)
@@ -175,6 +178,16 @@ def flip(walk: Walk, node: fx.Node, args: Args) -> Terms:
     terms = walk.of(args["self"])
     for dim in args["dims"]:
         walk.fix(terms[dim], "indexed")
+    return terms
+
+
+@rule("fft_fftshift", "fft_ifftshift")
+def shift(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Shifted dims stay whole."""
+    del node
+    terms, given = walk.of(args["self"]), args.get("dim")
+    for d in range(len(terms)) if given is None else dims_of(given, len(terms)):
+        walk.fix(terms[d], "frequency")
     return terms
 
 
@@ -260,6 +273,22 @@ def unfold(walk: Walk, node: fx.Node, args: Args) -> Terms:
     walk.fix(terms[dim], "space")
     terms[dim] = walk.fresh(new[dim], "space")
     return (*terms, walk.fresh(new[-1], "space"))
+
+
+@rule("col2im")
+def col2im(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """[N, C kh kw, L] -> [N, C, H, W]"""
+    terms, new = walk.of(args["self"]), walk.shape(node)
+    if len(terms) != 3:
+        return None
+    size = walk.shape(args["self"])[1]
+    pieces = axes.regroup(terms[1], [new[1], size // new[1]])
+    if pieces is None:
+        walk.fix(terms[1], "indexed")
+        pieces = [walk.fresh(new[1], "indexed"), ()]
+    for term in (pieces[1], terms[2]):
+        walk.fix(term, "space")
+    return (terms[0], pieces[0], *(walk.fresh(n, "space") for n in new[2:]))
 
 
 @rule("im2col")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy.graph.nodes import info_of, is_tensor, op_key
-from matryoshkafy.rules.table import Args, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Terms, Walk, op_of, rule
 
 ACTIVATIONS = """
     tanh relu gelu silu elu mish leaky_relu hardswish relu6 selu
@@ -19,7 +19,8 @@ UNARY = """
     logit celu hardsigmoid hardtanh softplus
     softsign hardshrink softshrink threshold log_sigmoid tanhshrink rrelu
     clamp clamp_min clamp_max clip nan_to_num isnan isinf isfinite logical_not bitwise_not
-    alias detach positive dropout alpha_dropout bernoulli
+    alias detach positive dropout alpha_dropout bernoulli poisson
+    uniform exponential geometric cauchy log_normal normal_functional random
     zeros_like ones_like rand_like randn_like zero
     conj resolve_conj _conj resolve_neg conj_physical real imag angle deg2rad rad2deg lgamma digamma
     requires_grad_ lift_fresh lift_fresh_copy polygamma i0 sinc heaviside float
@@ -56,7 +57,7 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 @rule(*UNARY, *NARY, elementwise=True)
 @rule(*ACTIVATIONS, elementwise=True, nonlinear=True)
 @rule("mul", "div", "true_divide", "multiply", "divide", elementwise=True, scaling=True)
-@rule("to", "_to_copy", "type_as", elementwise=True, casts=True, picks=True)
+@rule("to", "_to_copy", elementwise=True, casts=True, picks=True)
 @rule("contiguous", "clone", elementwise=True, picks=True)
 @rule("where", "masked_fill", "fill", "full_like", elementwise=True, fills=True)
 @rule("_prelu_kernel", elementwise=True, parameters=("weight",))
@@ -66,6 +67,30 @@ def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
     if isinstance(info_of(node), tuple):  # where(condition): as many rows as it holds
         return None
     return broadcast(walk, _tensors(node))
+
+
+@rule("type_as", elementwise=True, casts=True, picks=True)
+def type_as(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """The other tensor gives its type alone."""
+    del node
+    return walk.of(args["self"])
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """Every tensor gets the dims of all."""
+    del node
+    return (broadcast(walk, list(args["tensors"])),) * len(args["tensors"])
+
+
+@rule("meshgrid")
+def meshgrid(walk: Walk, node: fx.Node, args: Args) -> Any:
+    """A dim for each vector; in "xy" the first two change places."""
+    del node
+    terms = [walk.of(t)[0] if walk.of(t) else () for t in args["tensors"]]
+    if args.get("indexing") == "xy":
+        terms[:2] = terms[1::-1]
+    return (tuple(terms),) * len(terms)
 
 
 @rule("expand_as", elementwise=True)
@@ -123,13 +148,23 @@ def triangle(walk: Walk, node: fx.Node, args: Args) -> Any:
     return terms
 
 
+def _constant_along(walk: Walk, mask: Any) -> bool:
+    """Tell whether a mask is one value along its last dim: it was expanded from size 1."""
+    while walk.shape(mask)[-1:] != (1,):
+        row = op_of(mask)
+        if not (row.casts or op_key(mask) in ("expand", "expand_as", "broadcast_to", "contiguous")):
+            return False
+        mask = mask.args[0]
+    return True
+
+
 @rule("masked_scatter")
 def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Rows of the source replace masked rows of x: a mask that is constant over the last dim."""
     del node
     x, source = walk.of(args["self"]), walk.of(args["source"])
     mask = args["mask"]
-    constant = isinstance(mask, fx.Node) and op_key(mask).startswith("expand")
+    constant = _constant_along(walk, mask)
     broadcast(walk, [args["self"], mask])
     if constant and walk.shape(args["source"])[-1:] == walk.shape(args["self"])[-1:]:
         walk.unify(x[-1], source[-1])

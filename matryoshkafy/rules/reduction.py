@@ -187,6 +187,17 @@ def sorting(walk: Walk, node: fx.Node, args: Args) -> Any:
     return _each(node, tuple(terms))
 
 
+@rule("renorm")
+def renorm(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Each slice along one dim is scaled to a length, a statistic over the other dims."""
+    del node
+    terms = walk.of(args["self"])
+    for d, term in enumerate(terms):
+        if d != args["dim"] % len(terms):
+            walk.mix(term)
+    return terms
+
+
 @rule("glu")
 def glu(walk: Walk, node: fx.Node, args: Args) -> Any:
     """The first half times the sigmoid of the second: two copies of one axis."""

@@ -171,7 +171,9 @@ def _repeated(walk: Walk, term: Any, n: int, *, inner: bool) -> Any:
 
 def _times(sizes: Sizes) -> None:
     a, source, (out, *_) = sizes.args, sizes.source, sizes.outputs
-    dim = a["dim"] % len(out)
+    dim = (a["dim"] or 0) % len(out)
+    if a["dim"] is None:
+        source = (tuple(factor for each in source for factor in each),)
     if dims.is_nested(out[dim]) and dims.size(source[dim]) == 1:
         sizes.set("repeats", sizes.scaled(a["repeats"], out[dim]))
     if a.get("output_size") is not None:
@@ -181,9 +183,12 @@ def _times(sizes: Sizes) -> None:
 @rule("repeat_interleave", sizes=_times)
 def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Any:
     """Each unit n times in a row: axis.copies(n)."""
-    if not isinstance(args.get("repeats"), int) or args.get("dim") is None:
+    if not isinstance(args.get("repeats"), int):
         return None
     terms, new = list(walk.of(args["self"])), walk.shape(node)
+    if args.get("dim") is None:
+        flat = tuple(factor for term in terms for factor in term)
+        return (_repeated(walk, flat, new[0], inner=True),)
     dim = args["dim"] % len(terms)
     terms[dim] = _repeated(walk, terms[dim], new[dim], inner=True)
     return tuple(terms)

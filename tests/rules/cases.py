@@ -137,6 +137,26 @@ add(
     ),
 )
 
+add(
+    "masked_scatter",
+    lambda b, op, x: op(x, truth(b, second(b, x)), second(b, x)),
+    holds=True,
+)
+add("type_as", lambda b, op, x: op(x, integers(b, b.param(x.width + 1))))
+add("broadcast_tensors", lambda b, op, x: _gate(b, op([x, b.param(x.width)])))
+add(
+    "meshgrid",
+    lambda b, op, x: b(
+        aten.add.Tensor,
+        x,
+        b(aten.slice.Tensor, op([b.param(6), b.param(x.width)])[1], 0, 0, 1),
+    ),
+)
+add("poisson", lambda b, op, x: op(positive(b, x)), noise=True)
+add("uniform exponential normal_functional cauchy log_normal", lambda b, op, x: op(x), noise=True)
+add("geometric", lambda b, op, x: op(x, 0.5), noise=True)
+add("random", lambda b, op, x: op(x), noise=True)
+
 # --- contractions -----------------------------------------------------------------------------
 
 add("linear", lambda b, op, x: op(x, b.param(6, x.width), b.param(6)))
@@ -162,6 +182,14 @@ add("baddbmm", lambda b, op, x: op(b.param(2, 6, 6), x, b.param(2, x.width, 6)))
 add(
     "addmv",
     lambda b, op, x: op(b.param(6), b.param(6, x.width), b(aten.select.int, row(b, x), 0, 0)),
+)
+add("addbmm", lambda b, op, x: op(b.param(6, 6), x, b.param(2, x.width, 6)))
+add("tensordot", lambda b, op, x: op(x, b.param(6, x.width), [2], [1]))
+add(
+    "tensordot",
+    lambda b, op, x: op(
+        b(aten.reshape.default, x, [2, 3, 2, x.width]), b.param(2, x.width, 5), [2, 3], [0, 1]
+    ),
 )
 add("outer ger", lambda b, op, x: op(b.param(3), b(aten.select.int, row(b, x), 0, 0)))
 add(
@@ -339,6 +367,7 @@ add(
 )
 add("repeat tile", lambda b, op, x: op(x, [1, 2, 3]))
 add("repeat_interleave", lambda b, op, x: op(x, 3, 2))
+add("repeat_interleave", lambda b, op, x: b(aten.reshape.default, op(x, 2), [2, 6, x.width * 2]))
 add(
     "cat concat concatenate",
     lambda b, op, x: op([x, b(aten.linear.default, x, b.param(5, x.width))], -1),
@@ -375,6 +404,10 @@ add("select_scatter", lambda b, op, x: op(x, b(aten.select.int, second(b, x), 1,
 add("flip", lambda b, op, x: op(x, [1]))
 add("flip", lambda b, op, x: op(x, [-1]), holds=True)
 add("roll", lambda b, op, x: op(x, [1], [1]))
+add("fft_fftshift fft_ifftshift", lambda b, op, x: op(x, [1]))
+add("fft_fftshift fft_ifftshift", lambda b, op, x: op(x, [-1]), holds=True)
+add("renorm", lambda b, op, x: op(x, 2.0, 2, 0.5))
+add("renorm", lambda b, op, x: op(x, 2.0, 1, 0.5))
 add("roll", lambda b, op, x: op(x, [1], [2]), holds=True)
 add("pad", lambda b, op, x: op(x, [1, 2]))
 add("constant_pad_nd", lambda b, op, x: op(x, [2, 1, 1, 0]))
@@ -394,6 +427,23 @@ add("pixel_unshuffle", lambda b, op, x: op(x, 2), "image")
 add("channel_shuffle native_channel_shuffle", lambda b, op, x: op(x, 2), "image", holds=True)
 add("unfold", lambda b, op, x: b(aten.sum.dim_IntList, op(x, 1, 3, 1), [-1]))
 add("im2col", lambda b, op, x: op(x, [2, 2], [1, 1], [0, 0], [2, 2]), "image")
+add(
+    "col2im",
+    lambda b, op, x: op(
+        b(aten.im2col.default, x, [2, 2], [1, 1], [0, 0], [2, 2]),
+        [4, 4],
+        [2, 2],
+        [1, 1],
+        [0, 0],
+        [2, 2],
+    ),
+    "image",
+)
+add(
+    "as_strided",
+    lambda b, op, x: op(b(aten.clone.default, x), list(x.shape), [6 * x.width, x.width, 1]),
+    holds=True,
+)
 add("diagonal", lambda b, op, x: b(aten.transpose.int, op(x, 0, 0, 1), 0, 1))
 
 # --- indices ----------------------------------------------------------------------------------

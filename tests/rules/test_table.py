@@ -58,7 +58,8 @@ def test_sizes_follow_the_width() -> None:
             assert row.sizes is not None or row.key in SIZELESS, row.key
 
 
-SIZELESS = {"unfold"}  # the size of its windows, along a dim that stays whole
+# Sizes of windows along a dim that stays whole; what is read by strides stays whole.
+SIZELESS = {"unfold", "as_strided"}
 
 
 @pytest.mark.parametrize("key", [k for k in ROWS if OPS[k].scaling])
@@ -107,7 +108,10 @@ def test_what_fills_may_give_infinity() -> None:
 def test_counts_and_lookups() -> None:
     assert {k for k in ROWS if OPS[k].counts} == {"arange"}
     assert torch.equal(torch.arange(3), torch.arange(7)[:3])
-    assert {k for k in ROWS if OPS[k].lookup} == {"embedding", "embedding_bag", "_embedding_bag"}
+    embeddings = {"embedding", "embedding_bag", "_embedding_bag"}
+    assert {k for k in ROWS if OPS[k].lookup} == embeddings | {
+        "index", "_unsafe_index", "index_select",
+    }  # fmt: skip
 
 
 def test_products_have_two_tensors_without_a_place_for_parameters() -> None:
