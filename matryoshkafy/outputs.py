@@ -120,6 +120,10 @@ class Outputs(MutableMapping[int, Any]):
 
     __hash__ = None  # type: ignore[assignment]  as in every mutable mapping
 
+    def __reduce__(self) -> Any:
+        # What is late is computed now: the call that it belongs to does not travel.
+        return Outputs, (dict(self.items()),)
+
     def __repr__(self) -> str:
         return f"Outputs({dict(self.items())!r})"
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
+from matryoshkafy.dolls.pickling import reduced
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
 from matryoshkafy.plan.plan import Plan
@@ -78,6 +79,9 @@ class Doll(nn.Module):
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("_attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
+
+    def __reduce__(self) -> Any:
+        return reduced(self)
 
     def train(self, mode: bool = True) -> Doll:
         """Switch dropout and batch norm, as in any module."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Segments, Widths
 from matryoshkafy.axes.dims import relative as relative
 from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.pickling import reduced
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.held import is_reparametrised
@@ -271,6 +273,17 @@ def _own_attributes() -> frozenset[str]:
     return frozenset(vars(fx.GraphModule(nn.Module(), graph)))
 
 
+class SubModel(fx.GraphModule):
+    """A standalone sub-model; pickled and copied by its tensors and its plan, not by its code."""
+
+    def __reduce__(self) -> Any:
+        return reduced(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        make, parts = reduced(self)
+        return make(*copy.deepcopy(parts, memo))
+
+
 def assemble(
     trace: Trace, plan: Plan, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]
 ) -> fx.GraphModule:
@@ -290,7 +303,7 @@ def assemble(
         if node.op == "get_attr":
             node.target = free_name(str(node.target))
     _mention(graph, [free_name(name) for name in tensors])
-    module = fx.GraphModule(root, graph, class_name="SubModel")
+    module = SubModel(root, graph, class_name="SubModel")
     module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
     module.train(root.training)
     return module
