@@ -13,6 +13,7 @@ from matryoshkafy_cli.options import (
     Json,
     Keep,
     ModelSpec,
+    Nesting,
     Output,
     Quiet,
     Scope,
@@ -28,13 +29,7 @@ def convert(  # noqa: PLR0913  an option is a parameter
         typer.Option("--sizes", help='"64..1024", "64..768:64", "64,128,1024" or "0.25,0.5,1".'),
     ],
     output: Output,
-    nesting: Annotated[
-        str,
-        typer.Option(
-            "--nesting",
-            help="masked: one pass holds every size, to train. sliced: keeps a trained function.",
-        ),
-    ] = "masked",
+    nesting: Nesting = None,
     norm: Annotated[
         str, typer.Option("--norm", help="Statistics of masked norms: block or prefix.")
     ] = "block",
@@ -51,7 +46,6 @@ def convert(  # noqa: PLR0913  an option is a parameter
     A Python file or module that you name is RUN.
     """
     screen = Screen(quiet, json)
-    options = {"nesting": nesting, "norm": norm, "scope": scope, "keep": tuple(keep or ())}
     with screen.step(f"loading {model}"):
         import matryoshkafy
         from matryoshkafy.files.checkpoint import CheckpointWarning
@@ -61,18 +55,20 @@ def convert(  # noqa: PLR0913  an option is a parameter
         check_target(output, force=force)
         loaded = load_model(model, weights)
     with screen.step("tracing and planning"):
+        chosen = loaded.nesting(nesting, scope)
+        options = {"nesting": chosen, "norm": norm, "scope": scope, "keep": tuple(keep or ())}
         doll = matryoshkafy.convert(
             loaded.model, loaded.args, loaded.kwargs, sizes=sizes, **options
         )
     heed(CheckpointWarning)
     with screen.step(f"writing {output}"):
         matryoshkafy.save(doll, output, force=force)
-    summary = _summary(doll, output)
+    summary = _summary(doll, output, loaded.weights)
     screen.result(summary, lambda: _text(summary))
     screen.note(f"next: matryoshkafy verify {output}")
 
 
-def _summary(doll: Any, output: Path) -> dict[str, Any]:
+def _summary(doll: Any, output: Path, weights: str) -> dict[str, Any]:
     from matryoshkafy.deploy.profile import size_of
 
     parameters, held = size_of(doll)
@@ -81,6 +77,7 @@ def _summary(doll: Any, output: Path) -> dict[str, Any]:
         "width": doll.plan.width,
         "sizes": doll.sizes,
         "nesting": doll.plan.options.nesting,
+        "weights": weights,
         "groups": len(doll.plan.groups),
         "parameters": parameters,
         "bytes": held,
@@ -94,6 +91,7 @@ def _text(summary: dict[str, Any]) -> str:
         f"{', '.join(map(str, summary['sizes']))}",
         f"{human_count(summary['parameters'])} parameters, {human_bytes(summary['bytes'])}, "
         f"{summary['groups']} groups, {summary['nesting']} nesting",
+        *(f"weights: {summary['weights']}" for _ in range(bool(summary["weights"]))),
         *(f"remark: {remark}" for remark in summary["remarks"]),
     ]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from matryoshkafy_cli.options import Debug, Json, Keep, ModelSpec, Quiet, Scope, Weights
+from matryoshkafy_cli.options import Debug, Json, Keep, ModelSpec, Nesting, Quiet, Scope, Weights
 from matryoshkafy_cli.screen import Screen
 
 
@@ -15,7 +15,7 @@ def inspect(  # noqa: PLR0913  an option is a parameter
     sizes: Annotated[
         str | None, typer.Option("--sizes", help="Default: a quarter, a half, all.")
     ] = None,
-    nesting: Annotated[str | None, typer.Option("--nesting", help="masked or sliced.")] = None,
+    nesting: Nesting = None,
     scope: Scope = "full",
     keep: Keep = None,
     weights: Weights = None,
@@ -41,6 +41,6 @@ def inspect(  # noqa: PLR0913  an option is a parameter
             sizes=sizes,
             scope=scope,
             keep=tuple(keep or ()),
-            nesting=nesting,
+            nesting=loaded.nesting(nesting, scope),
         )
     print(plan.to_json() if json else plan)

@@ -1,4 +1,7 @@
-"""timm:NAME and open_clip:NAME: random weights, inputs of the shapes that the library states."""
+"""timm:NAME and open_clip:NAME have random weights; a tag behind the name loads trained ones.
+
+timm:NAME:pretrained and open_clip:NAME:TAG ask the library, which may download them.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,34 @@ import importlib
 import importlib.util
 from typing import Any
 
-from matryoshkafy_cli.loaded import Loaded
+from matryoshkafy_cli.loaded import RANDOM, Loaded
 from matryoshkafy_cli.screen import CommandError
 
 BATCH = 2
 
 
 def from_timm(name: str) -> Loaded:
-    """Return a timm model with random weights and a batch of images."""
+    """Return a timm model and a batch of images."""
     timm = _library("timm", "timm")
+    name, _, tag = name.partition(":")
     _check_name("timm", name, timm.list_models())
-    model = _made("timm", name, lambda: timm.create_model(name, pretrained=False))
-    return Loaded(model, (_normal(BATCH, *model.pretrained_cfg.get("input_size", (3, 224, 224))),))
+    _check_tag(f"timm:{name}", tag, ["pretrained"])
+    model = _made("timm", name, lambda: timm.create_model(name, pretrained=bool(tag)))
+    images = _normal(BATCH, *model.pretrained_cfg.get("input_size", (3, 224, 224)))
+    return Loaded(model, (images,), weights=tag or RANDOM)
 
 
 def from_open_clip(name: str) -> Loaded:
-    """Return an open_clip model with both towers, random weights, images and token ids."""
+    """Return an open_clip model with both towers, images and token ids."""
     open_clip = _library("open_clip", "open_clip_torch")
+    name, _, tag = name.partition(":")
     _check_name("open_clip", name, open_clip.list_models())
-    model = _made("open_clip", name, lambda: open_clip.create_model(name, pretrained=None))
+    _check_tag(f"open_clip:{name}", tag, open_clip.list_pretrained_tags_by_model(name))
+    model = _made("open_clip", name, lambda: open_clip.create_model(name, pretrained=tag or None))
     text = open_clip.get_model_config(name).get("text_cfg", {})
     size = model.visual.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return Loaded(model, (_normal(BATCH, 3, height, width), _tokens(text)))
+    return Loaded(model, (_normal(BATCH, 3, height, width), _tokens(text)), weights=tag or RANDOM)
 
 
 def _tokens(text: dict[str, Any]) -> Any:
@@ -61,6 +69,14 @@ def _check_name(library: str, name: str, known: list[str]) -> None:
         raise CommandError(
             f"{library}:{name} was given, but {library} knows no such model; expected one of its "
             f"{len(known)} names. Close to it: {', '.join(near)}."
+        )
+
+
+def _check_tag(name: str, tag: str, known: list[str]) -> None:
+    if tag and tag not in known:
+        raise CommandError(
+            f"{name}:{tag} was given; expected no tag (random weights), or one of "
+            f"{', '.join(known) or 'none: this model has no trained weights'}."
         )
 
 

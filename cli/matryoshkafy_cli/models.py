@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matryoshkafy_cli.screen import CommandError
 
 FORMS = (
     "expected model.py, model.py:build, package.module:factory, a folder with config.json "
-    "(transformers), timm:NAME or open_clip:NAME"
+    "(transformers) or modules.json (sentence-transformers), timm:NAME or open_clip:NAME"
 )
 
 
@@ -24,6 +25,7 @@ def load_model(spec: str, weights: Path | None = None) -> Loaded:
     loaded = _reader(spec)(spec)
     if weights is not None:
         _load_weights(loaded.model, weights)
+        loaded = replace(loaded, weights=str(weights))
     loaded.model.eval()
     _try(loaded, spec)
     return loaded
@@ -65,6 +67,12 @@ def _transformers(spec: str) -> Loaded:
     return from_folder(Path(spec))
 
 
+def _sentences(spec: str) -> Loaded:
+    from matryoshkafy_cli.transformers_models import from_sentence_folder
+
+    return from_sentence_folder(Path(spec))
+
+
 def _timm(spec: str) -> Loaded:
     from matryoshkafy_cli.library_models import from_timm
 
@@ -81,6 +89,7 @@ READERS: tuple[tuple[Callable[[str], Any], Callable[[str], Loaded]], ...] = (
     (lambda spec: spec.startswith("timm:"), _timm),
     (lambda spec: spec.startswith("open_clip:"), _open_clip),
     (re.compile(r".+\.py(:\w+)?").fullmatch, _file),
+    (lambda spec: (Path(spec) / "modules.json").is_file(), _sentences),
     (lambda spec: (Path(spec) / "config.json").is_file(), _transformers),
     (re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*").fullmatch, _factory),
 )

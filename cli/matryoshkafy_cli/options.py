@@ -11,8 +11,10 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="model.py, model.py:build, package.module:factory, a transformers folder, timm:NAME "
-        "or open_clip:NAME. The code of a Python file or module is run.",
+        help="model.py, model.py:build, package.module:factory, a folder of transformers or "
+        "sentence-transformers, timm:NAME[:pretrained] or open_clip:NAME[:TAG]. The code of a "
+        "Python file or module is run; it defines the model, and example_inputs: a tensor, a tuple "
+        "(positional), a dictionary (by name), or a function that returns one of them.",
         show_default=False,
     ),
 ]
@@ -26,6 +28,15 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.", 
 Weights = Annotated[
     Path | None,
     typer.Option("--weights", help="safetensors: a file, a sharded index or a folder of them."),
+]
+Nesting = Annotated[
+    str | None,
+    typer.Option(
+        "--nesting",
+        help="masked: one pass holds every size, to train. sliced: keeps a trained function. "
+        "Default: sliced where trained weights were loaded and for scope ffn, else masked.",
+        show_default=False,
+    ),
 ]
 Scope = Annotated[str, typer.Option("--scope", help="Which axes nest: full, ffn or output.")]
 Keep = Annotated[

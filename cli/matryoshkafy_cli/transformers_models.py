@@ -1,35 +1,44 @@
-"""A local transformers folder: config.json and safetensors, never remote code, never pickle."""
+"""A local folder of transformers or sentence-transformers: never remote code, never pickle."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import json
 from pathlib import Path
 from typing import Any
 
-from matryoshkafy_cli.loaded import Loaded
+from matryoshkafy_cli.loaded import RANDOM, Loaded
 from matryoshkafy_cli.screen import CommandError
-
-LENGTH = 8
-BATCH = 2
 
 
 def from_folder(folder: Path) -> Loaded:
     """Return the model of a folder, in the class that its config names, and inputs for it."""
-    if importlib.util.find_spec("transformers") is None:
-        raise CommandError(
-            f"{folder} is a transformers folder, but transformers is not installed: "
-            "pip install 'matryoshkafy[hf]'"
-        )
+    _require("transformers", folder, "transformers")
     try:
         model = _build(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except READING as error:
+        raise _unreadable(folder, "transformers", error) from error
+    weights = str(folder) if any(folder.glob("*.safetensors")) else RANDOM
+    return Loaded(model, *_made(model, folder), weights=weights)
+
+
+READING = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+def _require(module: str, folder: Path, library: str) -> None:
+    if importlib.util.find_spec(module) is None:
         raise CommandError(
-            f"{folder} cannot be loaded by transformers: {str(error).strip()[:400]}\nExpected a "
-            "config.json of a known architecture and its weights as safetensors. Save the model "
-            "again with save_pretrained."
-        ) from error
-    return Loaded(model, (), dict(_inputs(model)))
+            f"{folder} is a {library} folder, but {library} is not installed: "
+            "pip install 'matryoshkafy[hf]'"
+        )
+
+
+def _unreadable(folder: Path, library: str, error: Exception) -> CommandError:
+    return CommandError(
+        f"{folder} cannot be loaded by {library}: {str(error).strip()[:400]}\nExpected a "
+        "config.json of a known architecture and its weights as safetensors. Save the model "
+        "again with save_pretrained."
+    )
 
 
 def _build(folder: Path) -> Any:
@@ -46,87 +55,45 @@ def _build(folder: Path) -> Any:
     else:
         _refuse_pickle(folder)
         model = maker.from_config(config) if name == "" else maker(config)
-    _forget_caches(model)
     return model
 
 
-def _forget_caches(model: Any) -> None:
-    """A cache among the outputs cannot be traced; every part has a config of its own."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
-
-
 def _refuse_pickle(folder: Path) -> None:
-    pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
+    pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.rglob(s))
     if pickles:
         raise ValueError(f"{pickles[0]} is a pickle, which is not read")
 
 
-def _inputs(model: Any) -> Iterator[tuple[str, Any]]:
-    import inspect
+def from_sentence_folder(folder: Path) -> Loaded:
+    """Return the SentenceTransformer of a folder, pooling and normalisation among it."""
+    _require("sentence_transformers", folder, "sentence-transformers")
+    try:
+        _refuse_pickle(folder)
+        _refuse_foreign(folder)
+        import sentence_transformers as st
 
-    known = inspect.signature(model.forward).parameters
-    for name in _wanted(model):
-        if name in known:
-            yield name, MAKERS[name](model.config)
-
-
-def _wanted(model: Any) -> list[str]:
-    """The main input, its mask where it is text, and what the other tower or the decoder reads."""
-    wanted = [model.main_input_name]
-    if hasattr(model.config, "text_config") and hasattr(model.config, "vision_config"):
-        wanted += ["input_ids", "pixel_values"]
-    if "input_ids" in wanted:
-        wanted.append("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):
-        wanted.append("decoder_input_ids")
-    return [name for name in dict.fromkeys(wanted) if name in MAKERS]
+        model = st.SentenceTransformer(
+            str(folder), device="cpu", local_files_only=True, trust_remote_code=False
+        )
+    except READING as error:
+        raise _unreadable(folder, "sentence-transformers", error) from error
+    return Loaded(model, *_made(model, folder), weights=str(folder))
 
 
-def _ids(config: Any) -> Any:
-    import torch
-
-    words = getattr(config.get_text_config(), "vocab_size", 100)
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(min(3, words - 1), words, (BATCH, LENGTH), generator=draw)
-
-
-def _mask(config: Any) -> Any:
-    import torch
-
-    return torch.ones(BATCH, LENGTH, dtype=torch.long)
+def _refuse_foreign(folder: Path) -> None:
+    """A folder names the classes of its modules; only those of the library itself are built."""
+    for row in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        if not str(row["type"]).startswith("sentence_transformers."):
+            raise ValueError(
+                f"modules.json names the class {row['type']}, which is not of sentence_transformers"
+            )
 
 
-def _pixels(config: Any) -> Any:
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return _normal(BATCH, getattr(vision, "num_channels", 3), height, width)
+def _made(model: Any, folder: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from matryoshkafy.dolls.libraries import made_inputs
+    from matryoshkafy.errors import TraceError
 
-
-def _wave(config: Any) -> Any:
-    bins = getattr(config, "num_mel_bins", None)
-    return _normal(BATCH, config.max_length, bins) if bins else _normal(BATCH, 4000)
-
-
-def _features(config: Any) -> Any:
-    length = 2 * getattr(config, "max_source_positions", 100)
-    return _normal(BATCH, getattr(config, "num_mel_bins", 80), length)
-
-
-def _normal(*shape: int) -> Any:
-    import torch
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    "input_ids": _ids,
-    "attention_mask": _mask,
-    "decoder_input_ids": _ids,
-    "pixel_values": _pixels,
-    "input_values": _wave,
-    "input_features": _features,
-}
+    try:
+        return made_inputs(model)
+    except TraceError as error:
+        raise CommandError(f"{folder}: {error}") from error

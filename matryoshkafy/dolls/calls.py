@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.libraries import made_inputs
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.signature import as_inputs
 
@@ -33,7 +34,7 @@ def call_of(
 
     Args:
         model: the user's module.
-        args: a tensor, a sequence, or a mapping of keyword inputs.
+        args: a tensor, a sequence, or a mapping of keyword inputs; None where they can be made.
         kwargs: keyword inputs.
         method: which of the model's methods is its forward.
 
@@ -47,6 +48,8 @@ def call_of(
         )
     if method != "forward":
         model = Method(model, method)
+    if args is None and kwargs is None:
+        return Call(model, *made_inputs(model))
     names = inspect.signature(model.forward).parameters
     return Call(model, *as_inputs(args, kwargs, names))
 

@@ -12,7 +12,10 @@ from torch import nn
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
 from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.obeys import check_sizes
+from matryoshkafy.dolls.optional import with_defaults
+from matryoshkafy.dolls.pretrained import nesting_of, remarked, say_how_far_off
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import verify
 from matryoshkafy.errors import PlanError, TraceError
@@ -50,13 +53,15 @@ def inspect(  # noqa: PLR0913  the public signature
     Args:
         model: any module that `torch.export` traces.
         args: example inputs: a tensor, a sequence of positional ones, or a mapping by name, such
-            as a tokenizer returns.
+            as a tokenizer returns. They are made where the model is of transformers,
+            sentence-transformers or timm and none are given.
         kwargs: further example inputs by name.
         sizes: a ladder such as "64..1024", [64, 256] or [0.25, 1.0]; by default a quarter, a half
             and all of the model's width.
         nesting: "masked" (one full pass holds every size; for training from scratch or
             fine-tuning) or "sliced" (the full model keeps its function; one pass per size).
-            By default masked, except for scope "ffn".
+            By default masked; sliced for scope "ffn" and where a library loaded trained
+            weights, which the plan says.
         scope: "full", "ffn" or "output".
         norm: "block" or "prefix", the statistics of norms in masked nesting.
         keep: patterns of parameter or module names that stay whole, or "scalar:NODE" for a
@@ -75,8 +80,9 @@ def inspect(  # noqa: PLR0913  the public signature
         SizesError: the ladder does not end at the model's width.
     """
     call = call_of(model, args, kwargs, method)
-    request = _request(scope, nesting, norm, keep, sizes=sizes, overrides=overrides)
-    return _plan(traced(call.model, call.args, call.kwargs), request, _freed(free, overrides))
+    chosen, why = nesting_of(nesting, scope, model)
+    request = _request(scope, chosen, norm, keep, sizes=sizes, overrides=overrides)
+    return remarked(_plan(_traced(call, check=True), request, _freed(free, overrides)), why)
 
 
 def convert(  # noqa: PLR0913  the public signature
@@ -124,14 +130,15 @@ def convert(  # noqa: PLR0913  the public signature
     call = call_of(model, args, kwargs, method)
     if plan is not None:
         _alone(sizes, nesting, (scope, norm), keep, (free, overrides))
-    request = _request(scope, nesting, norm, keep, sizes=sizes, overrides=overrides)
-    found = traced(call.model, call.args, call.kwargs, check=check)
-    freed = _freed(free, overrides)
-    plan = _plan(found, request, freed) if plan is None else _fit(plan, found)
+    chosen, why = nesting_of(nesting, scope, model)
+    request = _request(scope, chosen, norm, keep, sizes=sizes, overrides=overrides)
+    found, freed = _traced(call, check=check), _freed(free, overrides)
+    plan = remarked(_plan(found, request, freed), why) if plan is None else _fit(plan, found)
     doll = Doll(found, plan, plain_attributes(model))
     if check:
         check_sizes(found, plan)
         _refuse_specialised(doll, call)
+    say_how_far_off(doll, call)
     return doll
 
 
@@ -162,6 +169,12 @@ def _fit(plan: Plan, found: Trace) -> Plan:
     return plan if plan.stored else decided(found, plan)
 
 
+def _traced(call: Call, *, check: bool) -> Trace:
+    with caches_off(call.model):
+        found = traced(call.model, call.args, call.kwargs, check=check)
+        return with_defaults(found, call.model, call.kwargs)
+
+
 def _refuse_specialised(doll: Doll, call: Call) -> None:
     """One path of a branching forward must keep the laws on its example."""
     note = next((n for n in doll._trace.notes if n.startswith("specialised")), None)
@@ -188,14 +201,13 @@ def _failure(doll: Doll, args: Any, kwargs: Any) -> str | None:
 
 def _request(
     scope: str,
-    nesting: str | None,
+    nesting: str,
     norm: str,
     keep: Sequence[str],
     *,
     sizes: Any,
     overrides: Mapping[str, Any] | None,
 ) -> Request:
-    nesting = nesting or ("sliced" if scope == "ffn" else "masked")
     for name, value in (("nesting", nesting), ("scope", scope), ("norm", norm)):
         if value not in CHOICES[name]:
             raise PlanError(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from matryoshkafy.files.json_text import JsonError, shown
 from matryoshkafy.files.tree_json import spec_from_json, spec_to_json
 from matryoshkafy.files.values_json import MAX_TEXT, Values
 from matryoshkafy.graph.guards import Guards
-from matryoshkafy.graph.signature import Input, Signature
+from matryoshkafy.graph.signature import Filled, Input, Signature
 
 PLACE = "the call signature"
+FILLED_TYPES = {str(t): t for t in (torch.int64, torch.int32, torch.bool, torch.float32)}
 
 
 def signature_to_json(signature: Signature) -> dict[str, Any]:
@@ -20,6 +23,7 @@ def signature_to_json(signature: Signature) -> dict[str, Any]:
         "inputs": [_input_to_json(item) for item in signature.inputs],
         "output": spec_to_json(signature.out_spec),
         "guards": signature.guards.to_dict(),
+        "filled": [[f.name, f.like, f.value, str(f.dtype)] for f in signature.filled],
     }
 
 
@@ -33,7 +37,15 @@ def signature_from_json(saved: object) -> Signature:
     inputs = tuple(_input_from_json(item) for item in saved["inputs"])
     # Files of format 1 that were written before there were guards say nothing of them.
     guards = Guards.from_dict(saved["guards"]) if "guards" in saved else Guards()
-    return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")), guards)
+    filled = tuple(map(_filled_from_json, saved.get("filled", [])))
+    return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")), guards, filled)
+
+
+def _filled_from_json(saved: Any) -> Filled:
+    sound = isinstance(saved, list) and len(saved) == 4 and all(map(_is_text, saved[:2]))
+    if not sound or type(saved[2]) is not int or saved[3] not in FILLED_TYPES:
+        raise JsonError(f"{PLACE} fills an input by {shown(saved)}; the file is damaged.")
+    return Filled(saved[0], saved[1], saved[2], FILLED_TYPES[saved[3]])
 
 
 def _input_to_json(item: Input) -> dict[str, Any]:

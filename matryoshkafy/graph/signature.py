@@ -66,16 +66,32 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """An input that a call may leave out: then it is full of `value`, of the shape of `like`."""
+
+    name: str
+    like: str
+    value: int
+    dtype: torch.dtype
+
+    def made(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the default for a call whose `like` this is."""
+        return torch.full_like(like, self.value, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
 class Signature:
     """How the user's call becomes the flat inputs of the graph, and its flat outputs the result.
 
-    `guards` say for which sizes and kinds of inputs the graph is right.
+    `guards` say for which sizes and kinds of inputs the graph is right; `filled` which inputs may
+    be left out.
     """
 
     positional: tuple[str, ...]
     inputs: tuple[Input, ...]
     out_spec: pytree.TreeSpec
     guards: Guards = Guards()
+    filled: tuple[Filled, ...] = ()
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the flat tensors of a call.
@@ -90,9 +106,10 @@ class Signature:
                 f"{len(self.positional)}: {', '.join(self.positional)}"
             )
         flat: list[Any] = []
+        known = {item.name for item in self.inputs}
+        given = self._completed(given, known)
         for item in self.inputs:
             flat.extend(_leaves_of(item, given))
-        known = {item.name for item in self.inputs}
         for name, value in given.items():
             if name not in known and value is not None:
                 raise TraceError(
@@ -101,6 +118,19 @@ class Signature:
                 )
         self.guards.check(flat)
         return flat
+
+    def _completed(self, given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+        """Fill in what is missing, and leave out a default that the trace does without."""
+        for default in self.filled:
+            value, like = given.get(default.name), given.get(default.like)
+            if not isinstance(like, torch.Tensor):
+                continue
+            if default.name in known and value is None:
+                given = {**given, default.name: default.made(like)}
+            spare = default.name not in known and isinstance(value, torch.Tensor)
+            if spare and bool((value == default.value).all()):
+                given = {**given, default.name: None}
+        return given
 
     def call(self, flat: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the (args, kwargs) that `flatten` takes apart into these tensors."""

@@ -237,3 +237,22 @@ def test_python_m_runs_the_same_program_and_its_help_needs_no_torch():
         "assert not {'torch', 'numpy'} & set(sys.modules)\n"
     )
     assert "convert" in printed_by(code)
+
+
+@pytest.mark.parametrize(("weights", "nesting"), [("bert", "sliced"), ("random", "masked")])
+def test_a_folder_with_weights_keeps_its_function(
+    tmp_path: Path, weights: str, nesting: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=30, intermediate_size=24, **sizes)
+    made = transformers.BertModel(config) if weights == "bert" else config
+    made.save_pretrained(tmp_path / weights)
+    words = (tmp_path / weights, "--sizes", "8,16", "-o", tmp_path / "doll", "--json")
+    found = json.loads(run("convert", *words).stdout)
+    assert found["nesting"] == nesting
+    assert found["weights"] == (weights if weights == "random" else str(tmp_path / weights))
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version").stdout == f"matryoshkafy {mk.__version__}\n"

@@ -1,0 +1,159 @@
+"""What is known of models of other libraries: fitting inputs, caches, whether they are trained.
+
+Nothing is imported: a model says what it is by its attributes and by the module of its class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from matryoshkafy.errors import TraceError
+
+BATCH, LENGTH = 2, 8
+TEXTS = ("A text.", "Another text, which is somewhat longer than the first one.")
+LIBRARIES = ("transformers", "sentence_transformers", "timm", "torchvision", "open_clip")
+
+
+def made_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return random (args, kwargs) for a model of transformers, sentence-transformers or timm.
+
+    Raises:
+        TraceError: the model is of another kind and its forward needs inputs.
+    """
+    if is_sentence_transformer(model):
+        read: Any = getattr(model, "preprocess", None) or model.tokenize
+        return (dict(read(list(TEXTS))),), {}
+    if hasattr(model, "main_input_name") and hasattr(model, "config"):
+        return (), dict(_tokens(model.config, _wanted(model)))
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and "input_size" in cfg:
+        return (_normal(BATCH, *cfg["input_size"]),), {}
+    needed = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if needed:
+        raise TraceError(
+            f"no example inputs were given, and for a {type(model).__name__} none can be made; "
+            f"its forward needs {', '.join(needed)}. Give a tensor, a tuple, or a mapping by name."
+        )
+    return (), {}
+
+
+def is_sentence_transformer(model: nn.Module) -> bool:
+    """Whether a model reads texts and returns embeddings, with a tokenizer of its own."""
+    known = type(model).__module__.partition(".")[0] == "sentence_transformers"
+    return known and hasattr(model, "tokenize")
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of the transformers models inside, outermost first."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in found if hasattr(c, "model_type")}.values())
+
+
+def _wanted(model: Any) -> list[str]:
+    """The main input, what a tokenizer gives beside it, and what the other tower or the decoder
+    reads, as far as the forward takes them.
+    """
+    wanted = [model.main_input_name]
+    if hasattr(model.config, "text_config") and hasattr(model.config, "vision_config"):
+        wanted += ["input_ids", "pixel_values"]
+    if "input_ids" in wanted:
+        wanted += ["attention_mask", "token_type_ids"]
+    if getattr(model.config, "is_encoder_decoder", False):
+        wanted.append("decoder_input_ids")
+    known = inspect.signature(model.forward).parameters
+    return [name for name in dict.fromkeys(wanted) if name in known]
+
+
+def _tokens(config: Any, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        if name not in MAKERS:
+            raise TraceError(
+                f"no example inputs were given, and none can be made for {name!r}, the input of "
+                f"a {config.model_type} model; give them: convert(model, {{{name!r}: ...}})"
+            )
+        yield name, MAKERS[name](config)
+
+
+def _ids(config: Any) -> Tensor:
+    words = getattr(config.get_text_config(), "vocab_size", 100)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(min(3, words - 1), words, (BATCH, LENGTH), generator=draw)
+
+
+def _pixels(config: Any) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return _normal(BATCH, getattr(vision, "num_channels", 3), height, width)
+
+
+def _wave(config: Any) -> Tensor:
+    bins = getattr(config, "num_mel_bins", None)
+    return _normal(BATCH, config.max_length, bins) if bins else _normal(BATCH, 4000)
+
+
+def _features(config: Any) -> Tensor:
+    length = 2 * getattr(config, "max_source_positions", 100)
+    return _normal(BATCH, getattr(config, "num_mel_bins", 80), length)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+MAKERS: dict[str, Callable[[Any], Tensor]] = {
+    "input_ids": _ids,
+    "attention_mask": lambda _: torch.ones(BATCH, LENGTH, dtype=torch.long),
+    "token_type_ids": lambda _: torch.zeros(BATCH, LENGTH, dtype=torch.long),
+    "decoder_input_ids": _ids,
+    "pixel_values": _pixels,
+    "input_values": _wave,
+    "input_features": _features,
+}
+
+
+@contextlib.contextmanager
+def caches_off(model: nn.Module) -> Iterator[None]:
+    """A cache among the outputs cannot be traced: transformers leaves it out, then goes on."""
+    configs = [c for c in _configs(model) if getattr(c, "use_cache", False)]
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+def loaded_by(model: nn.Module) -> str | None:
+    """Return how one knows that a library loaded trained weights into a model, else None."""
+    # transformers marks what it read from a checkpoint, and nothing that it initialised.
+    if any(getattr(p, "_is_hf_initialized", False) for p in model.parameters()):
+        return "its weights were loaded by from_pretrained"
+    library = type(model).__module__.partition(".")[0]
+    gain = trained_norm(model) if library in LIBRARIES else None
+    return None if gain is None else f"it is a model of {library} whose norms are trained ({gain})"
+
+
+def trained_norm(model: nn.Module) -> str | None:
+    """Return the name of a norm's gain that training has moved: fresh ones are all alike."""
+    for name, module in model.named_modules():
+        gain = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and isinstance(gain, Tensor) and _moved(gain):
+            return f"{name}.weight"
+    return None
+
+
+def _moved(gain: Tensor) -> bool:
+    known = gain.ndim == 1 and gain.numel() > 1 and not gain.is_meta
+    return known and bool((gain != gain[0]).any())
