@@ -16,7 +16,8 @@ from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.assumptions import assumed, example_only
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.guards import Guard, Size
-from matryoshkafy.graph.nodes import TORCH_FOLDER, outputs_of
+from matryoshkafy.graph.mutations import PIECES
+from matryoshkafy.graph.nodes import TORCH_FOLDER, is_item, op_key, outputs_of
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.signature import named_args
 
@@ -220,7 +221,11 @@ def _lifted(
 def _mark_storage(graph: fx.Graph) -> None:
     """Say which nodes share memory: what a recorded value was a view of is not kept with it."""
     for node in graph.nodes:
-        node.meta["storage"] = node.args[0].meta["storage"] if _is_view(node) else id(node)
+        source: Any = node.args[0] if node.args else None
+        if is_item(node) and op_key(source) in PIECES:
+            node.meta["storage"] = source.args[0].meta["storage"]
+        else:
+            node.meta["storage"] = source.meta["storage"] if _is_view(node) else id(node)
 
 
 def _is_view(node: fx.Node) -> bool:

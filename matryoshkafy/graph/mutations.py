@@ -1,49 +1,179 @@
-"""make_functional(): in-place ops become pure ones; later readers of an alias see the new value."""
+"""make_functional(): in-place ops become pure ones; later readers of an alias see the new value.
+
+A write through a view is written back into what it is a view of, view by view, until the memory's
+first value: `y.mT[:, 0] = 1` becomes a select_scatter into y.mT, turned back into y. Views that
+were taken before and are read later are taken again.
+
+torch's own functionalisation (`ExportedProgram.run_decompositions`) was tried first: on its way it
+decides dropout and batch norm for evaluation mode, and leaves `aten.copy`, which has no derivative.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
+from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.nodes import (
+    bound_args,
+    info_of,
+    is_item,
+    is_op,
+    is_tensor,
+    op_key,
+    set_info,
+    source_of,
+    tensor_info,
+)
 
 aten = torch.ops.aten
 
 
-def make_functional(graph: fx.Graph) -> None:
-    """Replace every in-place op by its pure form; later readers of any alias see the new value."""
-    mutations = [n for n in graph.nodes if n.op == "call_function" and _mutates(n)]
-    for node in mutations:
-        _replace_mutation(graph, node)
+def make_functional(graph: fx.Graph) -> list[str]:
+    """Replace every in-place op by its pure form; return remarks on writes that the doll does not
+    keep.
+
+    Raises `TraceError` for a write whose aliases are not understood.
+    """
+    remarks = []
+    for node in [n for n in graph.nodes if is_op(n) and n.target._schema.is_mutable]:
+        target = _written(node)
+        owner = _owner(graph, node, target)
+        if owner.op != "call_function" and op_key(node) not in TURNING and not _is_constant(owner):
+            whose = "the input" if owner.op == "placeholder" else "its own"
+            remarks.append(
+                f"the forward writes into {whose} {str(owner.target)!r} at {source_of(node)}: a "
+                "doll computes with the new value, and does not keep it"
+            )
+        _replace(graph, node, target, owner)
+    return remarks
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not schema.arguments:
-        return False
-    info = schema.arguments[0].alias_info
-    return info is not None and info.is_write
+def _is_constant(owner: fx.Node) -> bool:
+    """Tell whether a value is a number that the user wrote down, which export holds as a tensor."""
+    return owner.op == "get_attr" and "tensor" in str(owner.target).rpartition(".")[2]
 
 
-def _pure(target: Any) -> Callable[..., Any]:
-    namespace, _, name = target._schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    pure = getattr(packet, target._overloadname, None) if packet is not None else None
-    return pure if pure is not None else target
+def _written(node: fx.Node) -> fx.Node:
+    """Return the one tensor that an op writes into."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    values = [bound_args(node).get(name) for name in names]
+    if len(values) == 1 and is_tensor(values[0]):
+        return values[0]  # type: ignore[return-value]
+    raise _refusal(node, "it writes into several tensors")
 
 
-def _replace_mutation(graph: fx.Graph, node: fx.Node) -> None:
-    target = node.args[0]
+def _refusal(node: fx.Node, why: str) -> TraceError:
+    return TraceError(
+        f"{op_key(node)} at {source_of(node)} writes in place, and {why}, so what it changes is "
+        "not known. Write that line without changing a tensor in place (y = y * 2; torch.where; "
+        "torch.cat), or clone() the tensor before the view is taken."
+    )
+
+
+def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
+    """Return the first value of the memory that is written; every alias must be understood."""
+    owner = target
+    while (base := _viewed(owner)) is not None:
+        owner = base
+    owner = owner.meta.get("written", owner)
+    for other in graph.nodes:
+        shared = is_tensor(other) and other.meta.get("storage") == owner.meta.get("storage")
+        known = other is owner or "written" in other.meta or _viewed(other) is not None
+        if shared and "storage" in other.meta and not known and not _writes(other):
+            name = op_key(other) or str(other.target)
+            raise _refusal(node, f"{name} shares that memory in a way that is not known")
+    return owner
+
+
+def _writes(node: fx.Node) -> bool:
+    return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+# --- the pure form ------------------------------------------------------------------------------
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) -> None:
     later = _nodes_after(node)
     with graph.inserting_before(node):
-        value = graph.call_function(_pure(node.target), node.args, dict(node.kwargs))
-        value.meta = dict(node.meta)
+        value = _pure(graph, node, target)
+    value.meta = dict(node.meta)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
-    _publish(graph, target, value, later)
+    if op_key(node) in TURNING:  # the memory stays as it is, under another shape
+        _redirect(target, value, later)
+    else:
+        value.meta |= {"storage": target.meta.get("storage"), "written": owner}
+        set_info(value, tensor_info(target))
+        _publish(graph, target, value, later)
+
+
+TURNING = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+DRAWS = {
+    "normal_": aten.normal_functional.default,
+    "bernoulli_": aten.bernoulli.p,
+    "uniform_": aten.uniform.default,
+    "exponential_": aten.exponential.default,
+}
+
+
+def _pure(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
+    """Return the node that computes what an op writes."""
+    key, args, kwargs = op_key(node), node.args, dict(node.kwargs)
+    if key == "copy_":
+        return _copy(graph, target, args[1])
+    if key in DRAWS and node.target._overloadname != "Tensor":  # type: ignore[union-attr]
+        # What was there before matters for its shape alone.
+        shape = graph.call_function(aten.detach.default, (target,))
+        set_info(shape, tensor_info(target))
+        return graph.call_function(DRAWS[key], (shape, *args[1:]), kwargs)
+    pure = _without_writing(node.target)
+    if pure is None:
+        raise _refusal(node, "torch has no op that computes the same without writing")
+    if "out" in kwargs:
+        kwargs.pop("out")
+    return graph.call_function(pure, args, kwargs)
+
+
+def _copy(graph: fx.Graph, target: fx.Node, source: Any) -> fx.Node:
+    """aten.copy has no derivative: the source in the target's type and shape."""
+    have, want = tensor_info(source), tensor_info(target)
+    if have.dtype != want.dtype:
+        source = graph.call_function(aten.to.dtype, (source, want.dtype))
+        set_info(source, type(want)(have.shape, want.dtype))
+    if have.shape != want.shape:
+        return graph.call_function(aten.expand_as.default, (source, target))
+    return graph.call_function(aten.alias.default, (source,))
+
+
+def _without_writing(target: Any) -> Callable[..., Any] | None:
+    """Return the overload that takes the same arguments and writes into none.
+
+    Names mislead: pow_.Scalar has a scalar exponent, pow.Scalar a scalar base.
+    """
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    wanted = [_plain(a) for a in target._schema.arguments if not a.is_out]
+    for overload in packet.overloads():
+        found = getattr(packet, overload)
+        schema = found._schema
+        if not schema.is_mutable and [_plain(a) for a in schema.arguments] == wanted:
+            return found
+    return None
+
+
+def _plain(argument: Any) -> tuple[str, str]:
+    return argument.name, str(argument.type)
+
+
+# --- aliases ------------------------------------------------------------------------------------
 
 
 def _nodes_after(node: fx.Node) -> set[fx.Node]:
@@ -59,9 +189,9 @@ def _publish(graph: fx.Graph, old: Any, new: fx.Node, later: set[fx.Node]) -> No
     _redirect(old, new, later)
     before, after = old, new
     while (base := _viewed(before)) is not None:
-        with graph.inserting_after(after):
-            updated = SCATTERS[op_key(before)](graph, before, base, after)
-        updated.meta = dict(base.meta)
+        with graph.inserting_before(after.next):
+            updated = _written_back(graph, before, base, after)
+        updated.meta = base.meta | {"written": new.meta["written"]}
         _redirect(base, updated, later)
         before, after = base, updated
     _refresh_views(graph, before, after, later, {old})
@@ -69,7 +199,7 @@ def _publish(graph: fx.Graph, old: Any, new: fx.Node, later: set[fx.Node]) -> No
 
 def _redirect(old: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
     for user in list(old.users):
-        if user in later:
+        if user in later and user is not new:
             user.replace_input_with(old, new)
 
 
@@ -77,28 +207,43 @@ def _refresh_views(
     graph: fx.Graph, base: fx.Node, new: fx.Node, later: set[fx.Node], done: set[fx.Node]
 ) -> None:
     """Views taken before the mutation and read after it are taken again from the new value."""
-    for view in list(base.users):
-        if view is new or view in later or view in done or _viewed(view) is not base:
-            continue
-        if not any(u in later for u in _all_users(view)):
-            continue
-        with graph.inserting_after(new):
-            target: Any = view.target
-            again = graph.call_function(target, (new, *view.args[1:]), dict(view.kwargs))
-        again.meta = dict(view.meta)
-        _redirect(view, again, later)
-        _refresh_views(graph, view, again, later, done)
+    for view in list(_views_of(base)):
+        stale = view is not new and view not in later and view not in done
+        if stale and _is_read(view, later):
+            again = _taken_again(graph, view, new)
+            _redirect(view, again, later)
+            _refresh_views(graph, view, again, later, done)
 
 
-def _all_users(node: fx.Node) -> set[fx.Node]:
-    found, queue = set(), [node]
-    while queue:
-        for user in queue.pop().users:
-            if user not in found:
-                found.add(user)
-                if _viewed(user) is not None:
-                    queue.append(user)
-    return found
+def _taken_again(graph: fx.Graph, view: fx.Node, base: fx.Node) -> fx.Node:
+    """Return a view's like of another value."""
+    with graph.inserting_before(base.next):
+        if not is_item(view):
+            return _again(graph, view, base)
+        pieces: Any = view.args[0]
+        return _again(graph, view, _again(graph, pieces, base))
+
+
+def _again(graph: fx.Graph, node: fx.Node, first: fx.Node) -> fx.Node:
+    target: Any = node.target
+    again = graph.call_function(target, (first, *node.args[1:]), dict(node.kwargs))
+    again.meta = dict(node.meta)
+    return again
+
+
+def _is_read(view: fx.Node, later: set[fx.Node]) -> bool:
+    """Tell whether a view, or a view of it, is read later."""
+    if any(user in later for user in view.users):
+        return True
+    return any(_is_read(inner, later) for inner in _views_of(view))
+
+
+def _views_of(base: fx.Node) -> Iterator[fx.Node]:
+    for user in base.users:
+        if op_key(user) in PIECES:
+            yield from (item for item in user.users if _viewed(item) is base)
+        elif _viewed(user) is base:
+            yield user
 
 
 def _viewed(node: Any) -> fx.Node | None:
@@ -106,62 +251,140 @@ def _viewed(node: Any) -> fx.Node | None:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if "storage" not in node.meta or node.meta["storage"] != source.meta.get("storage"):
+    if is_item(node):
+        if op_key(source) not in PIECES or not isinstance(source.args[0], fx.Node):
+            return None
+        source = source.args[0]
+    elif op_key(node) not in INVERSES and not _is_same(node, source):
         return None
-    return source if op_key(node) in SCATTERS else None
+    shared = "storage" in node.meta and node.meta["storage"] == source.meta.get("storage")
+    return source if shared else None
+
+
+def _is_same(node: fx.Node, source: fx.Node) -> bool:
+    """Tell whether an op that shares memory returned its argument: dropout that drops nothing."""
+    same = is_tensor(node) and is_tensor(source) and tensor_info(node) == tensor_info(source)
+    return same and op_key(node) not in OPAQUE and not _writes(node)
+
+
+# --- writing back -------------------------------------------------------------------------------
+
+
+def _written_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    """Return the base with a new value where the view is."""
+    if is_item(view):
+        pieces: Any = view.args[0]
+        return PIECES[op_key(pieces)](graph, pieces, base, value, view.args[1])
+    return INVERSES.get(op_key(view), _same)(graph, view, base, value)
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return graph.call_function(target, args)
 
 
-def _scatter_slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+def _slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     a = bound_args(view)
-    return _call(
-        graph, aten.slice_scatter.default, base, value, a["dim"], a["start"], a["end"], a["step"]
-    )
+    run = (a["dim"], a["start"], a["end"], a["step"])
+    return _call(graph, aten.slice_scatter.default, base, value, *run)
 
 
-def _scatter_select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+def _select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     a = bound_args(view)
     return _call(graph, aten.select_scatter.default, base, value, a["dim"], a["index"])
 
 
-def _scatter_shape(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+def _diagonal(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    return _call(graph, aten.diagonal_scatter.default, base, value, *view.args[1:])
+
+
+def _reshaped(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del view
-    return _call(graph, aten.reshape.default, value, list(tensor_info(base).shape))
+    return _call(graph, aten.reshape_as.default, value, base)
 
 
-def _scatter_transpose(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+def _turned(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    """Ops that undo themselves."""
     del base
     return _call(graph, view.target, value, *view.args[1:])
 
 
-def _scatter_permute(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+def _permuted(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del base
     dims = [d % len(view.args[1]) for d in view.args[1]]  # type: ignore[arg-type]
     return _call(graph, aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
 
 
-def _scatter_same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+def _moved(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del base
+    return _call(graph, view.target, value, view.args[2], view.args[1])
+
+
+def _same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del view, base
     return _call(graph, aten.alias.default, value)
 
 
-SCATTERS: dict[str, Callable[..., fx.Node]] = {
-    "slice": _scatter_slice,
-    "select": _scatter_select,
-    "view": _scatter_shape,
-    "reshape": _scatter_shape,
-    "unsqueeze": _scatter_shape,
-    "squeeze": _scatter_shape,
-    "flatten": _scatter_shape,
-    "transpose": _scatter_transpose,
-    "t": _scatter_transpose,
-    "permute": _scatter_permute,
-    "alias": _scatter_same,
-    "detach": _scatter_same,
-    "to": _scatter_same,
-    "contiguous": _scatter_same,
-    "narrow": _scatter_slice,
+def _as_complex(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del view, base
+    return _call(graph, aten.view_as_complex.default, value)
+
+
+def _as_real(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del view, base
+    return _call(graph, aten.view_as_real.default, value)
+
+
+OPAQUE = ("as_strided", "unfold")
+RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as",
+            "reshape_as", "expand", "expand_as")  # fmt: skip
+SELF_INVERSE = ("transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T", "adjoint")
+Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
+INVERSES: dict[str, Inverse] = {
+    "slice": _slice,
+    "select": _select,
+    "diagonal": _diagonal,
+    "permute": _permuted,
+    "movedim": _moved,
+    "moveaxis": _moved,
+    "view_as_real": _as_complex,
+    "view_as_complex": _as_real,
+    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys(SELF_INVERSE, _turned),
+    **dict.fromkeys(("alias", "detach", "to", "contiguous", "lift_fresh"), _same),
+}
+
+
+def _piece_unbound(
+    graph: fx.Graph, pieces: fx.Node, base: fx.Node, value: fx.Node, at: Any
+) -> fx.Node:
+    return _call(graph, aten.select_scatter.default, base, value, bound_args(pieces)["dim"], at)
+
+
+def _piece_split(
+    graph: fx.Graph, pieces: fx.Node, base: fx.Node, value: fx.Node, at: Any
+) -> fx.Node:
+    a = bound_args(pieces)
+    sizes = a.get("split_sizes", a.get("split_size"))
+    if not isinstance(sizes, (list, tuple)):
+        sizes = [sizes] * (at + 1)
+    start: Any = 0
+    for size in sizes[:at]:
+        start = _sum(graph, start, size)
+    run = (a["dim"], start, _sum(graph, start, sizes[at]))
+    return _call(graph, aten.slice_scatter.default, base, value, *run)
+
+
+def _sum(graph: fx.Graph, a: Any, b: Any) -> Any:
+    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+        return a + b
+    total = graph.call_function(operator.add, (a, b))
+    known: Any = [info_of(n) if isinstance(n, fx.Node) else n for n in (a, b)]
+    set_info(total, sum(known))
+    return total
+
+
+PIECES: dict[str, Callable[[fx.Graph, fx.Node, fx.Node, fx.Node, Any], fx.Node]] = {
+    "unbind": _piece_unbound,
+    "split": _piece_split,
+    "split_with_sizes": _piece_split,
 }

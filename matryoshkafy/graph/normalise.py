@@ -47,11 +47,11 @@ ASSERTIONS = {
 IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
 
 
-def clean(graph: fx.Graph, root: nn.Module) -> None:
-    """Rewrite the graph in place into the vocabulary of the rules."""
+def clean(graph: fx.Graph, root: nn.Module) -> list[str]:
+    """Rewrite the graph in place into the vocabulary of the rules; return remarks."""
     _drop_assertions(graph)
     _drop_detached(graph)
-    make_functional(graph)
+    remarks = make_functional(graph)
     _fill_empty(graph)
     _relax_views(graph)
     _slice_constants(graph, root)
@@ -65,6 +65,8 @@ def clean(graph: fx.Graph, root: nn.Module) -> None:
     graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta.pop("storage", None)
+        node.meta.pop("written", None)
+    return remarks
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -260,6 +262,3 @@ def _convert_mask(graph: fx.Graph, mask: fx.Node, readers: list[fx.Node]) -> Non
         new.meta["source"] = readers[0].meta.get("source", "")
     for node in readers:
         set_arg(node, "attn_mask", filled)
-
-
-# --- in-place ops -----------------------------------------------------------------------------

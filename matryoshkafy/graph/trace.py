@@ -67,11 +67,11 @@ def trace(
     root = _root_of(model, captured)
     graph = _unlifted(captured, root)
     signature = _signature(model, args, kwargs, captured)
-    clean(graph, root)
+    written = clean(graph, root)
     graph.lint()
     shown = set(root.state_dict(keep_vars=True))
     hidden = {n for n, _ in root.named_buffers(remove_duplicate=False) if n not in shown}
-    notes = (*captured.notes, *_fixed_sizes(signature.guards, captured.asked))
+    notes = (*captured.notes, *_fixed_sizes(signature.guards, captured.asked), *written)
     return Trace(graph, signature, root, notes, frozenset(hidden))
 
 

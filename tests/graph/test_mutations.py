@@ -1,0 +1,252 @@
+"""Writes in place, through every kind of view: values, gradients and other sizes are the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.trace import trace
+
+Body = Callable[[Tensor], Tensor]
+
+
+class Around(nn.Module):
+    """A layer, a body that writes, a layer; with `record` torch.export gives up on it."""
+
+    def __init__(self, body: Body, *, record: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 8).double(), nn.Linear(8, 5).double()
+        self.body, self.record = body, record
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, 3] -> [N, L, 5]"""
+        if self.record and x.sum() > 1e6:
+            return x
+        return self.last(torch.tanh(self.body(self.first(x))))
+
+
+def moved(x: Tensor) -> Tensor:
+    y = x + 0
+    y.movedim(2, 0)[1:3].mul_(2)
+    y.movedim((0, 1), (1, 0))[0] += 1
+    return y
+
+
+def unflattened(x: Tensor) -> Tensor:
+    y = x + 0
+    y.unflatten(-1, (2, 4))[..., 1, :].mul_(3)
+    return y
+
+
+def turned(x: Tensor) -> Tensor:
+    y = x + 0
+    y.mT[:, 2].add_(1)
+    y.swapaxes(0, 1)[1].mul_(2)
+    y.swapdims(1, 2)[:, 3] = 0.5
+    return y
+
+
+def flat(x: Tensor) -> Tensor:
+    y = x + 0
+    y.view(-1, 8)[1:].mul_(2)
+    y.view(y.shape[0], -1)[:, 8:].add_(1)
+    y.flatten(1)[:, ::2].mul_(0.5)
+    return y
+
+
+def expanded(x: Tensor) -> Tensor:
+    y = x + 0
+    y.expand(1, *y.shape)[0, :, 1:] *= 2
+    return y
+
+
+def squeezed(x: Tensor) -> Tensor:
+    y = x.unsqueeze(1) + 0
+    y.squeeze(1)[:, 1] *= 2
+    y.squeeze(1).unsqueeze(-1).add_(1)
+    return y.squeeze(1)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    y = x + 0
+    y.narrow(1, 1, 2).mul_(2)
+    y[..., -3:].add_(1)
+    y[:, ::2, 1].fill_(3)
+    return y
+
+
+def on_the_diagonal(x: Tensor) -> Tensor:
+    y = x @ x.mT
+    y.diagonal(0, 1, 2).mul_(2)
+    return y @ x
+
+
+def views_of_views(x: Tensor) -> Tensor:
+    """As in mamba: a part of a turned and reshaped projection."""
+    y = x + 0
+    z = y.view(y.shape[0], y.shape[1], 2, 4).permute(2, 0, 3, 1)
+    z[0].transpose(1, 2)[:, 1:].mul_(2)
+    return y + z[1].mean()
+
+
+def pieces(x: Tensor) -> Tensor:
+    y = x + 0
+    with torch.no_grad():
+        y.detach().unbind(1)[1].mul_(2)
+        y.detach().split(3, -1)[1].mul_(2)
+        y.detach().split([2, 6], -1)[1].add_(1)
+        y.detach().chunk(4, -1)[2].zero_()
+    return y
+
+
+def stale_pieces(x: Tensor) -> Tensor:
+    """Pieces that were taken before a write and are read after it."""
+    y = x + 0
+    a, b = y.split([3, 5], -1)
+    c = y.unbind(1)[0]
+    with torch.no_grad():
+        y.detach().mul_(2)
+    return torch.cat([b, a], -1) + c[:, None]
+
+
+def as_real(x: Tensor) -> Tensor:
+    y = torch.view_as_complex(x.reshape(*x.shape[:-1], 4, 2) + 0)
+    torch.view_as_real(y)[..., 0].mul_(2)
+    y[..., 1:3] = y[..., :2] * 1j
+    y.imag.add_(1)
+    return torch.view_as_real(y).flatten(-2)
+
+
+def assigned(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 1:] = x[:, :-1]
+    y[:, 0] = x.mean(1)
+    y[..., 2:4] = 1
+    y[:, :, 5:] = x[:, :1, 5:]
+    y[0] = x[0].float()
+    return y
+
+
+def through_masks(x: Tensor) -> Tensor:
+    y = x + 0
+    y[:, [0, 2]] = y[:, [2, 0]] * 2
+    y[y > 1] = 0.25
+    return y
+
+
+def scalar_power(x: Tensor) -> Tensor:
+    y = x.abs() + 1
+    y.pow_(-0.5)
+    return y.mul_(x).clamp_(-1, 1)
+
+
+def into_out(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = torch.zeros(x.shape, dtype=x.dtype)
+        torch.mul(x.detach(), 2, out=y)
+        y.mT[:, 0] += 1
+    return x + y
+
+
+def dropped(x: Tensor) -> Tensor:
+    """Dropout that drops nothing returns its argument."""
+    h = nn.functional.dropout(x, 0.1, False)
+    h += 1
+    return h + x
+
+
+def reshaped_in_place(x: Tensor) -> Tensor:
+    y = x + 0
+    y.unsqueeze_(1)
+    y[:, 0, 1] = 2
+    y.squeeze_(1)
+    y.transpose_(1, 2)
+    y[:, 0].mul_(2)
+    return y.transpose(1, 2)
+
+
+def redrawn(x: Tensor) -> Tensor:
+    y = x + 0
+    y[:, 0].normal_().mul_(0)
+    y[:, 1].uniform_().mul_(0)
+    return y
+
+
+BODIES = (moved, unflattened, turned, flat, expanded, squeezed, narrowed, on_the_diagonal, pieces,
+          views_of_views, stale_pieces, as_real, assigned, through_masks, scalar_power, into_out,
+          dropped, reshaped_in_place, redrawn)  # fmt: skip
+each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
+either_way = pytest.mark.parametrize("record", [False, True], ids=["exported", "recorded"])
+
+
+def example(batch: int = 2, length: int = 4) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(batch, length, 3, generator=draw, dtype=torch.float64)
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    found = torch.autograd.grad(model(x).square().sum(), [*model.parameters(), x])
+    return list(found)
+
+
+@each_body
+@either_way
+def test_values_and_gradients_are_the_models(body: Body, record: bool) -> None:
+    model, x = Around(body, record=record).eval(), example()
+    doll = mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced")
+    torch.testing.assert_close(doll(x), model(x), rtol=1e-12, atol=1e-12)
+    for found, expected in zip(gradients(doll, x), gradients(model, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert mk.verify(doll, (x,)).passed
+
+
+@each_body
+def test_no_view_keeps_the_sizes_of_the_example(body: Body) -> None:
+    model = Around(body).eval()
+    doll = mk.convert(model, (example(),), sizes=[0.5, 1.0], nesting="sliced")
+    for shape in ((3, 4), (2, 7), (1, 4), (5, 5)):
+        torch.testing.assert_close(doll(example(*shape)), model(example(*shape)))
+
+
+@each_body
+@either_way
+def test_nothing_writes_any_more(body: Body, record: bool) -> None:
+    for node in trace(Around(body, record=record).eval(), (example(),)).graph.nodes:
+        if node.op == "call_function" and hasattr(node.target, "_schema"):
+            assert not node.target._schema.is_mutable, node
+
+
+def test_an_alias_that_is_not_understood_is_refused() -> None:
+    def body(x: Tensor) -> Tensor:
+        y = x + 0
+        y.as_strided((2, 8), (32, 1)).mul_(2)
+        return y
+
+    with pytest.raises(TraceError, match=r"as_strided|in a way that is not known") as caught:
+        mk.convert(Around(body).eval(), (example(),), sizes=[0.5, 1.0])
+    assert "test_mutations.py:" in str(caught.value)
+
+
+def test_a_write_into_the_models_own_is_said() -> None:
+    class Counting(Around):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(torch.tanh)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    model = Counting().eval()
+    plan = mk.inspect(model, (example(),))
+    assert any("writes into its own 'calls'" in r and "test_mutations" in r for r in plan.remarks)
+    assert model.calls == 0
