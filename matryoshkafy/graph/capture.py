@@ -17,7 +17,15 @@ from matryoshkafy.graph.assumptions import assumed, example_only
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.guards import Guard, Size
 from matryoshkafy.graph.mutations import PIECES
-from matryoshkafy.graph.nodes import TORCH_FOLDER, is_item, op_key, outputs_of
+from matryoshkafy.graph.nodes import (
+    TORCH_FOLDER,
+    bound_args,
+    is_item,
+    is_op,
+    is_tensor,
+    op_key,
+    outputs_of,
+)
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.signature import named_args
 
@@ -221,25 +229,26 @@ def _lifted(
 def _mark_storage(graph: fx.Graph) -> None:
     """Say which nodes share memory: what a recorded value was a view of is not kept with it."""
     for node in graph.nodes:
-        source: Any = node.args[0] if node.args else None
-        if is_item(node) and op_key(source) in PIECES:
-            node.meta["storage"] = source.args[0].meta["storage"]
-        else:
-            node.meta["storage"] = source.meta["storage"] if _is_view(node) else id(node)
+        source = _viewed(node)
+        node.meta["storage"] = id(node) if source is None else source.meta["storage"]
 
 
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
-        return False
-    source: Any = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return False
-    old, new = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
-        return False
-    copies = COPIES_IF.get(schema.name.partition("::")[2])
-    return copies is None or not copies(old, new)
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """Return the argument whose memory a node returns."""
+    if is_item(node) and op_key(node.args[0]) in PIECES:
+        node = node.args[0]  # type: ignore[assignment]
+    elif not is_op(node) or not is_tensor(node):
+        return None
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = bound_args(node)
+    for argument in schema.arguments:
+        aliased = schema.returns[0].alias_info and argument.alias_info
+        source = given.get(argument.name)
+        if aliased and isinstance(source, fx.Node):
+            copies = COPIES_IF.get(op_key(node))
+            new = copies is not None and copies(source.meta["val"], node.meta["val"])
+            return None if new else source
+    return None
 
 
 def _reshape_copies(old: torch.Tensor, new: torch.Tensor) -> bool:

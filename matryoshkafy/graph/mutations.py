@@ -19,6 +19,7 @@ from torch import fx
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.nodes import (
+    TensorInfo,
     bound_args,
     info_of,
     is_item,
@@ -103,14 +104,15 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
     with graph.inserting_before(node):
         value = _pure(graph, node, target)
     value.meta = dict(node.meta)
-    node.replace_all_uses_with(value)
+    turning = op_key(node) in TURNING  # the memory stays as it is, under another shape
+    node.replace_all_uses_with(value if turning else target)
     graph.erase_node(node)
-    if op_key(node) in TURNING:  # the memory stays as it is, under another shape
+    if turning:
         _redirect(target, value, later)
-    else:
-        value.meta |= {"storage": target.meta.get("storage"), "written": owner}
-        set_info(value, tensor_info(target))
-        _publish(graph, target, value, later)
+        return
+    value.meta |= {"storage": target.meta.get("storage"), "written": owner}
+    set_info(value, tensor_info(target))
+    _publish(graph, target, value, later)
 
 
 TURNING = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
@@ -184,17 +186,16 @@ def _nodes_after(node: fx.Node) -> set[fx.Node]:
     return out
 
 
-def _publish(graph: fx.Graph, old: Any, new: fx.Node, later: set[fx.Node]) -> None:
-    """Readers after the mutation see `new` for `old`, and what `old` was a view of, likewise."""
-    _redirect(old, new, later)
+def _publish(graph: fx.Graph, old: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
+    """Write a new value back into what it is a view of, for all who read that memory later."""
     before, after = old, new
     while (base := _viewed(before)) is not None:
         with graph.inserting_before(after.next):
             updated = _written_back(graph, before, base, after)
         updated.meta = base.meta | {"written": new.meta["written"]}
-        _redirect(base, updated, later)
         before, after = base, updated
-    _refresh_views(graph, before, after, later, {old})
+    _redirect(before, after, later)
+    _refresh_views(graph, before, after, later)
 
 
 def _redirect(old: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
@@ -203,21 +204,22 @@ def _redirect(old: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
             user.replace_input_with(old, new)
 
 
-def _refresh_views(
-    graph: fx.Graph, base: fx.Node, new: fx.Node, later: set[fx.Node], done: set[fx.Node]
-) -> None:
+def _refresh_views(graph: fx.Graph, base: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
     """Views taken before the mutation and read after it are taken again from the new value."""
     for view in list(_views_of(base)):
-        stale = view is not new and view not in later and view not in done
-        if stale and _is_read(view, later):
+        if view not in later and _is_read(view, later):
             again = _taken_again(graph, view, new)
             _redirect(view, again, later)
-            _refresh_views(graph, view, again, later, done)
+            _refresh_views(graph, view, again, later)
 
 
 def _taken_again(graph: fx.Graph, view: fx.Node, base: fx.Node) -> fx.Node:
     """Return a view's like of another value."""
     with graph.inserting_before(base.next):
+        if not is_item(view) and op_key(view) not in INVERSES:
+            again = _call(graph, aten.alias.default, base)
+            again.meta = dict(view.meta)
+            return again
         if not is_item(view):
             return _again(graph, view, base)
         pieces: Any = view.args[0]
@@ -248,9 +250,10 @@ def _views_of(base: fx.Node) -> Iterator[fx.Node]:
 
 def _viewed(node: Any) -> fx.Node | None:
     """Return the node that this one is a view of, if it shares memory with it."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+    first = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(first, fx.Node) or "written" in node.meta:
         return None
-    source = node.args[0]
+    source = first
     if is_item(node):
         if op_key(source) not in PIECES or not isinstance(source.args[0], fx.Node):
             return None
@@ -282,19 +285,61 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return graph.call_function(target, args)
 
 
+def _scattered(
+    graph: fx.Graph, target: Any, base: fx.Node, value: fx.Node, where: tuple[Any, ...]
+) -> fx.Node:
+    """Call a scatter along a dim, the first of `where`; torch differentiates them for real numbers
+    alone.
+    """
+    dim, *rest = where
+    if not tensor_info(base).dtype.is_complex:
+        return _call(graph, target, base, value, dim, *rest)
+    dim %= len(tensor_info(base).shape)
+    parts = [_call(graph, aten.view_as_real.default, part) for part in (base, value)]
+    for part, whole in zip(parts, (base, value), strict=True):
+        set_info(part, _real_info(tensor_info(whole)))
+    real = _call(graph, target, *parts, dim, *rest)
+    set_info(real, info_of(parts[0]))
+    return _call(graph, aten.view_as_complex.default, real)
+
+
+def _real_info(info: TensorInfo) -> TensorInfo:
+    return TensorInfo((*info.shape, 2), info.dtype.to_real())
+
+
 def _slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     a = bound_args(view)
     run = (a["dim"], a["start"], a["end"], a["step"])
-    return _call(graph, aten.slice_scatter.default, base, value, *run)
+    return _scattered(graph, aten.slice_scatter.default, base, value, run)
+
+
+def _narrowed(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    a = bound_args(view)
+    run = (a["dim"], a["start"], _sum(graph, a["start"], a["length"]))
+    return _scattered(graph, aten.slice_scatter.default, base, value, run)
 
 
 def _select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     a = bound_args(view)
-    return _call(graph, aten.select_scatter.default, base, value, a["dim"], a["index"])
+    return _scattered(graph, aten.select_scatter.default, base, value, (a["dim"], a["index"]))
 
 
 def _diagonal(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     return _call(graph, aten.diagonal_scatter.default, base, value, *view.args[1:])
+
+
+def _real(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del view
+    other = _call(graph, aten.imag.default, base)
+    set_info(other, tensor_info(value))
+    return _call(graph, aten.complex.default, value, other)
+
+
+def _imag(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+    del view
+    other = _call(graph, aten.real.default, base)
+    set_info(other, tensor_info(value))
+    return _call(graph, aten.complex.default, other, value)
 
 
 def _reshaped(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
@@ -342,6 +387,9 @@ Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
 INVERSES: dict[str, Inverse] = {
     "slice": _slice,
     "select": _select,
+    "narrow": _narrowed,
+    "real": _real,
+    "imag": _imag,
     "diagonal": _diagonal,
     "permute": _permuted,
     "movedim": _moved,
@@ -357,7 +405,8 @@ INVERSES: dict[str, Inverse] = {
 def _piece_unbound(
     graph: fx.Graph, pieces: fx.Node, base: fx.Node, value: fx.Node, at: Any
 ) -> fx.Node:
-    return _call(graph, aten.select_scatter.default, base, value, bound_args(pieces)["dim"], at)
+    where = (bound_args(pieces)["dim"], at)
+    return _scattered(graph, aten.select_scatter.default, base, value, where)
 
 
 def _piece_split(
@@ -365,13 +414,15 @@ def _piece_split(
 ) -> fx.Node:
     a = bound_args(pieces)
     sizes = a.get("split_sizes", a.get("split_size"))
-    if not isinstance(sizes, (list, tuple)):
+    if sizes is None:  # chunk, tensor_split: the sizes of the example
+        sizes = [piece.shape[a["dim"]] for piece in info_of(pieces)]  # type: ignore[union-attr]
+    elif not isinstance(sizes, (list, tuple)):
         sizes = [sizes] * (at + 1)
     start: Any = 0
     for size in sizes[:at]:
         start = _sum(graph, start, size)
     run = (a["dim"], start, _sum(graph, start, sizes[at]))
-    return _call(graph, aten.slice_scatter.default, base, value, *run)
+    return _scattered(graph, aten.slice_scatter.default, base, value, run)
 
 
 def _sum(graph: fx.Graph, a: Any, b: Any) -> Any:
@@ -387,4 +438,6 @@ PIECES: dict[str, Callable[[fx.Graph, fx.Node, fx.Node, fx.Node, Any], fx.Node]]
     "unbind": _piece_unbound,
     "split": _piece_split,
     "split_with_sizes": _piece_split,
+    "chunk": _piece_split,
+    "tensor_split": _piece_split,
 }

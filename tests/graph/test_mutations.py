@@ -1,4 +1,4 @@
-"""Writes in place, through every kind of view: values, gradients and other sizes are the model's."""
+"""Writes in place, through every kind of view: values, gradients, other sizes are the model's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Around(nn.Module):
     def __init__(self, body: Body, *, record: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last = nn.Linear(3, 8).double(), nn.Linear(8, 5).double()
+        self.first = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 8)).double()
+        self.last = nn.Linear(8, 5).double()
         self.body, self.record = body, record
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,14 +106,16 @@ def pieces(x: Tensor) -> Tensor:
     return y
 
 
-def stale_pieces(x: Tensor) -> Tensor:
-    """Pieces that were taken before a write and are read after it."""
+def stale_views(x: Tensor) -> Tensor:
+    """Views that were taken before a write and are read after it; one is written twice."""
     y = x + 0
-    a, b = y.split([3, 5], -1)
-    c = y.unbind(1)[0]
-    with torch.no_grad():
-        y.detach().mul_(2)
-    return torch.cat([b, a], -1) + c[:, None]
+    a, b = y[..., :3], y.mT[:, 3:]
+    c = a[:, 1:]
+    y.mul_(2)
+    b.add_(1)
+    b.mul_(3)
+    c[:, 0] = 1
+    return torch.cat([b.mT, a], -1) + y.sum(1, keepdim=True)
 
 
 def as_real(x: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ def redrawn(x: Tensor) -> Tensor:
 
 
 BODIES = (moved, unflattened, turned, flat, expanded, squeezed, narrowed, on_the_diagonal, pieces,
-          views_of_views, stale_pieces, as_real, assigned, through_masks, scalar_power, into_out,
+          views_of_views, stale_views, as_real, assigned, through_masks, scalar_power, into_out,
           dropped, reshaped_in_place, redrawn)  # fmt: skip
 each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 either_way = pytest.mark.parametrize("record", [False, True], ids=["exported", "recorded"])
