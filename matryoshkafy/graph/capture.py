@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
@@ -269,6 +270,21 @@ COPIES_IF: Mapping[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
 }
 
 
+class _TracedData(TorchFunctionMode):
+    """x.data is x.detach(), which a trace sees."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        if func == GET_DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def _prepared(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
@@ -282,7 +298,7 @@ def _prepared(model: nn.Module) -> Iterator[nn.Module]:
             for config, _ in experts:
                 config._experts_implementation = "batched_mm"
             twin.eval()
-            with torch.enable_grad():
+            with torch.enable_grad(), _TracedData():
                 yield twin
         finally:
             for config, before in experts:

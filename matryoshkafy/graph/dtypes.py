@@ -29,7 +29,7 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
     if reference is None:
         return
     dtype = tensor_info(reference).dtype
-    ours = _model_values(graph, root)
+    ours = model_values(graph, root)
     with graph.inserting_after(reference):
         model_dtype = graph.call_function(getattr, (reference, "dtype"))
     set_info(model_dtype, None)
@@ -59,7 +59,8 @@ def _is_float(node: fx.Node) -> bool:
     return getattr(info_of(node), "dtype", None) in FLOATS
 
 
-def _model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
+def model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
+    """Return what depends on parameters or on floating inputs."""
     parameters = {n for n, _ in root.named_parameters(remove_duplicate=False)}
     ours: set[fx.Node] = set()
     for node in graph.nodes:

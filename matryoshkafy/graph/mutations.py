@@ -112,10 +112,12 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
         return
     value.meta |= {"storage": target.meta.get("storage"), "written": owner}
     set_info(value, tensor_info(target))
+    if value.meta.pop("no_grad", False):
+        value = _keeping_gradient(graph, target, value)
     _publish(graph, target, value, later)
 
 
-TURNING = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+TURNING = {"detach_", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 DRAWS = {
     "normal_": aten.normal_functional.default,
     "bernoulli_": aten.bernoulli.p,
@@ -273,11 +275,29 @@ def _is_same(node: fx.Node, source: fx.Node) -> bool:
 # --- writing back -------------------------------------------------------------------------------
 
 
+def _keeping_gradient(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
+    """Return the value with the gradient of the base: what x.data or no_grad wrote, autograd did
+    not see. base - base.detach() is exactly zero.
+    """
+    if not tensor_info(base).dtype.is_floating_point:
+        return value
+    with graph.inserting_before(value.next):
+        still, seen = (_call(graph, aten.detach.default, node) for node in (base, value))
+        zero = _call(graph, aten.sub.Tensor, base, still)
+        result = _call(graph, aten.add.Tensor, seen, zero)
+    for node in (still, seen, zero, result):
+        node.meta = dict(value.meta)
+        set_info(node, tensor_info(base))
+    return result
+
+
 def _written_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     """Return the base with a new value where the view is."""
     if is_item(view):
         pieces: Any = view.args[0]
         return PIECES[op_key(pieces)](graph, pieces, base, value, view.args[1])
+    if op_key(view) == "detach":
+        return _keeping_gradient(graph, base, value)
     return INVERSES.get(op_key(view), _same)(graph, view, base, value)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from matryoshkafy.graph.dtypes import follow_dtype
+from matryoshkafy.graph.dtypes import follow_dtype, model_values
 from matryoshkafy.graph.mutations import make_functional
 from matryoshkafy.graph.nodes import (
     TensorInfo,
@@ -44,16 +44,16 @@ ASSERTIONS = {
     "torch::_check",
     "item",
 }
-IDENTITIES = {"alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
+IDENTITIES = {"alias", "lift_fresh", "lift_fresh_copy", "positive", "lift", "alias_copy"}
 
 
 def clean(graph: fx.Graph, root: nn.Module) -> list[str]:
     """Rewrite the graph in place into the vocabulary of the rules; return remarks."""
     _drop_assertions(graph)
-    _drop_detached(graph)
     remarks = make_functional(graph)
     _fill_empty(graph)
     _relax_views(graph)
+    _drop_needless_detaches(graph, root)
     _slice_constants(graph, root)
     _drop_identities(graph)
     _follow_training(graph)
@@ -91,12 +91,15 @@ def _is_identity(node: fx.Node) -> bool:
     return name in ("to", "_to_copy", "type_as", "dropout_identity") and "copy" not in name
 
 
-def _drop_detached(graph: fx.Graph) -> None:
-    """x.detach_() writes nothing: the graph of a doll has gradients wherever the user trains it."""
+def _drop_needless_detaches(graph: fx.Graph, root: nn.Module) -> None:
+    """x.detach() of what no gradient reaches anyway is x; every other one is the model's."""
+    ours = model_values(graph, root)
     for node in list(graph.nodes):
-        if node.op == "call_function" and op_key(node) == "detach_":
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        if op_key(node) == "detach":
+            source: Any = node.args[0]
+            if source not in ours or op_key(source) == "detach":
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
 
 
 def _slice_constants(graph: fx.Graph, root: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import Captured, capture
 from matryoshkafy.graph.guards import Guards, Size, kind_of
-from matryoshkafy.graph.nodes import info_of, set_info, source_of
+from matryoshkafy.graph.nodes import info_of, is_op, is_tensor, set_info, source_of, tensor_info
 from matryoshkafy.graph.normalise import clean
 from matryoshkafy.graph.signature import (
     Signature,
@@ -134,6 +134,7 @@ class _Copier:
     def __init__(self, graph: fx.Graph, owner: nn.Module, root: nn.Module) -> None:
         self.graph, self.owner, self.root = graph, owner, root
         self.env: dict[fx.Node, Any] = {}
+        self.grad = True
 
     def placeholder(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -168,6 +169,9 @@ class _Copier:
         if name.startswith("wrap_with"):
             self._inline(node)
             return
+        if node.target is torch._C._set_grad_enabled:
+            self.grad = bool(node.args[0])
+            return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise TraceError(
                 f"no support for the control flow {name!r} at {source_of(node)}; "
@@ -180,13 +184,25 @@ class _Copier:
             return
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
         self.env[node] = self._described(new, node)
+        if not self.grad:
+            self._without_gradient(node, new)
+
+    def _without_gradient(self, node: fx.Node, new: fx.Node) -> None:
+        """What is made under no_grad is detached; a write under no_grad is marked."""
+        if is_op(new) and new.target._schema.is_mutable:  # type: ignore[union-attr]
+            new.meta["no_grad"] = True
+        elif is_tensor(new) and tensor_info(new).dtype.is_floating_point:
+            self.env[node] = self._described(
+                self.graph.call_function(torch.ops.aten.detach.default, (new,)), node
+            )
 
     def _inline(self, node: fx.Node) -> None:
-        """with no_grad / autocast: the body runs in line; the user's own context stays theirs."""
+        """with no_grad / autocast: the body runs in line; the user's autocast stays theirs."""
         at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
         name = str(node.args[at].target)  # type: ignore[union-attr]
         module = getattr(self.owner, name)
         inner = _Copier(self.graph, module, self.root)
+        inner.grad = bool(node.args[0]) if "grad" in str(node.target) else self.grad
         holes = [n for n in module.graph.nodes if n.op == "placeholder"]
         for hole, value in zip(holes, node.args[at + 1 :], strict=True):
             inner.env[hole] = fx.map_arg(value, lambda n: self.env[n])

@@ -99,7 +99,7 @@ def views_of_views(x: Tensor) -> Tensor:
 def pieces(x: Tensor) -> Tensor:
     y = x + 0
     with torch.no_grad():
-        y.detach().unbind(1)[1].mul_(2)
+        y.detach().unbind(-1)[1].mul_(2)
         y.detach().split(3, -1)[1].mul_(2)
         y.detach().split([2, 6], -1)[1].add_(1)
         y.detach().chunk(4, -1)[2].zero_()
@@ -174,6 +174,17 @@ def reshaped_in_place(x: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
+def unseen(x: Tensor) -> Tensor:
+    """What no_grad and .data write, autograd does not see: the gradient is that of x + 0."""
+    y = x + 0
+    y.data[:, 0] = 3
+    with torch.no_grad():
+        y.mul_(2)
+        y[..., 1] = 0
+        z = y * 3
+    return y + z
+
+
 def redrawn(x: Tensor) -> Tensor:
     y = x + 0
     y[:, 0].normal_().mul_(0)
@@ -183,7 +194,7 @@ def redrawn(x: Tensor) -> Tensor:
 
 BODIES = (moved, unflattened, turned, flat, expanded, squeezed, narrowed, on_the_diagonal, pieces,
           views_of_views, stale_views, as_real, assigned, through_masks, scalar_power, into_out,
-          dropped, reshaped_in_place, redrawn)  # fmt: skip
+          dropped, reshaped_in_place, redrawn, unseen)  # fmt: skip
 each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 either_way = pytest.mark.parametrize("record", [False, True], ids=["exported", "recorded"])
 
