@@ -16,22 +16,12 @@ QUICK = ("identity", "slice", "native", "beyond", "step")
 NESTINGS = ("sliced", "masked")
 
 # What is still wrong, by model and nesting; a mark that is no longer true fails the suite.
-BAKED = "a cosine over a table of parameters is taken at full width and baked"
-FEATURES = "frozen features are cut"
 COPY = "an assignment to a slice has no derivative"
+SCALAR = "heads that are held get narrower, but keep the root of the wide head"
 WRONG: dict[tuple[str, str], str] = {
-    ("published_unisrec", "sliced"): f"{FEATURES}; {BAKED}",
-    ("published_unisrec", "masked"): f"{FEATURES}; {BAKED}",
-    ("published_unisrec_ids", "sliced"): f"{FEATURES}; {BAKED}",
-    ("published_unisrec_ids", "masked"): f"{FEATURES}; {BAKED}",
-    ("published_vq_rec", "sliced"): BAKED,
-    ("published_vq_rec", "masked"): BAKED,
-    ("published_recformer", "sliced"): f"{COPY}; the slice is not the native small class",
+    ("published_recformer", "sliced"): f"{COPY}; {SCALAR}",
     ("published_recformer", "masked"): COPY,
-    ("published_mmssl", "sliced"): FEATURES,
-    ("published_mmssl", "masked"): "what is made of parameters and graphs alone is cut short",
     ("published_vip5", "sliced"): "masked_scatter holds the whole stream",
-    ("published_fmrlrec", "sliced"): FEATURES,
 }
 # The authors' names, one or two of each: their checkpoints load.
 NAMES = {
@@ -62,8 +52,6 @@ ALSO_WRONG = {
     ("published_lru_rec", "masked"): LENGTH,
     ("published_fmrlrec", "sliced"): LENGTH,
     ("published_fmrlrec", "masked"): LENGTH,
-    ("published_unisrec", "masked"): BAKED,
-    ("published_unisrec_ids", "masked"): BAKED,
     ("published_recformer", "sliced"): COPY,
 }
 
@@ -127,3 +115,18 @@ def test_parameters_carry_the_authors_names(name: str) -> None:
     (entry,) = entries([name])
     state = entry.build()[0].state_dict()
     assert set(NAMES[name].split()) <= set(state)
+
+
+@pytest.mark.xfail(strict=True, reason="each of the model's own blocks is cut, none is kept whole")
+def test_a_recommender_that_is_nested_already_keeps_its_own_sizes() -> None:
+    (entry,) = entries(["published_fmrlrec"])
+    model, args, kwargs = entry.build()
+    doll = mk.convert(model, args, kwargs, sizes=[8, 16, 32], nesting="sliced")
+    state = mk.slice(doll, 16).state_dict()
+    layer = "model.lru_blocks.0.feed_forward.w_1.mrl_linear_"
+    assert {n: tuple(t.shape) for n, t in state.items() if n.startswith(layer)} == {
+        f"{layer}0.weight": (8, 8),
+        f"{layer}0.bias": (8,),
+        f"{layer}1.weight": (8, 16),
+        f"{layer}1.bias": (8,),
+    }
