@@ -1,0 +1,81 @@
+"""The model card of a native size: what it is, its table of sizes, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from matryoshkafy.natives.tree import named
+from matryoshkafy.plan.plan import Plan
+
+LOADING: Mapping[str, str] = {
+    "hf": "import transformers\n\nmodel = transformers.{kind}.from_pretrained(FOLDER)",
+    "st": "from sentence_transformers import SentenceTransformer\n\n"
+    "model = SentenceTransformer(FOLDER)",
+    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:" + FOLDER, pretrained=True)',
+    "open_clip": 'import open_clip\n\nmodel = open_clip.create_model("local-dir:" + FOLDER)',
+    "class": "from matryoshkafy.natives.loading import load_native\n\n"
+    "model = load_native(FOLDER, build=YOUR_CLASS)",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says: library, class, plan up to this size, parameters by size, error."""
+
+    library: str
+    kind: str
+    plan: Plan
+    full: int
+    parameters: Mapping[int, int]
+    changes: Mapping[str, tuple[object, object]]
+    error: float
+    notes: tuple[str, ...] = ()
+
+
+def card(facts: Facts, original: str | None) -> str:
+    """Return the README.md of a native size; the original's licence stays."""
+    size = facts.plan.sizes[-1]
+    rows = [f"| {s} | {n:,} |" for s, n in facts.parameters.items()]
+    fields = [f"| `{name}` | {old} | {new} |" for name, (old, new) in facts.changes.items()]
+    return "\n".join(
+        [
+            *_front(original, facts),
+            f"# Size {size} of {facts.full}",
+            "",
+            f"The first {size} of the {facts.full} units of a model that was converted with "
+            "[matryoshkafy](https://pypi.org/project/matryoshkafy/), as a plain "
+            f"`{facts.kind}`. On fresh inputs it differs from the slice by at most "
+            f"{facts.error:.0e} (relative, float32).",
+            "",
+            "```python",
+            LOADING[facts.library].format(kind=facts.kind),
+            "```",
+            "",
+            "| size | parameters |",
+            "|---:|---:|",
+            *rows,
+            "",
+            *(["| field | original | here |", "|---|---|---|", *fields, ""] if fields else []),
+            *(f"{note}\n" for note in facts.notes),
+        ]
+    )
+
+
+def _front(original: str | None, facts: Facts) -> list[str]:
+    found = re.match(r"---\n(.*?)\n---\n", original or "", re.DOTALL)
+    lines = found.group(1).splitlines() if found else []
+    kept = [
+        line for line in lines if re.match(r"(license|license_name|license_link|language):", line)
+    ]
+    libraries = {"hf": "transformers", "st": "sentence-transformers", "timm": "timm"}
+    name = libraries.get(facts.library, facts.library)
+    return ["---", *kept, f"library_name: {name}", "tags: [matryoshka]", "---", ""]
+
+
+def changes_of(changes: Mapping[tuple[object, ...], object], tree: object) -> dict[str, object]:
+    """Return {field as text: (value before, value now)}."""
+    from matryoshkafy.natives.tree import value_at
+
+    return {named(field): (value_at(tree, field), value) for field, value in changes.items()}
