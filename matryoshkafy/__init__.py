@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matryoshkafy.dolls.verify import verify as verify
     from matryoshkafy.errors import MatryoshkafyError as MatryoshkafyError
     from matryoshkafy.files.checkpoint import load as load
-    from matryoshkafy.files.checkpoint import save as save
     from matryoshkafy.losses.matryoshka import MatryoshkaLoss as MatryoshkaLoss
     from matryoshkafy.natives.native import native as native
+    from matryoshkafy.natives.saving import save as save
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
 _HOMES = {
     "load": "files.checkpoint",
-    "save": "files.checkpoint",
+    "save": "natives.saving",
     "verify": "dolls.verify",
     "convert": "dolls.convert",
     "inspect": "dolls.convert",

@@ -50,7 +50,7 @@ def convert(  # noqa: PLR0913  an option is a parameter
         import matryoshkafy
         from matryoshkafy.files.checkpoint import CheckpointWarning
         from matryoshkafy.files.folders import check_target
-        from matryoshkafy_cli.models import load_model
+        from matryoshkafy_cli.models import load_model, source_of_spec
 
         check_target(output, force=force)
         loaded = load_model(model, weights)
@@ -62,7 +62,7 @@ def convert(  # noqa: PLR0913  an option is a parameter
         )
     heed(CheckpointWarning)
     with screen.step(f"writing {output}"):
-        matryoshkafy.save(doll, output, force=force)
+        matryoshkafy.save(doll, output, source=source_of_spec(model), force=force)
     summary = _summary(doll, output, loaded.weights)
     screen.result(summary, lambda: _text(summary))
     screen.note(f"next: matryoshkafy verify {output}")

@@ -95,6 +95,18 @@ READERS: tuple[tuple[Callable[[str], Any], Callable[[str], Loaded]], ...] = (
 )
 
 
+def source_of_spec(spec: str) -> Any:
+    """Return what a checkpoint keeps of a spec: a folder's configuration and side files, a name."""
+    from matryoshkafy.natives.source import Source, source_of
+
+    library, _, name = spec.partition(":")
+    if library in ("timm", "open_clip") and name:
+        return Source(library, name, {})
+    if (Path(spec) / "config.json").is_file():
+        return source_of(spec)
+    return Source("class", spec, {})
+
+
 def _load_weights(model: Any, path: Path) -> None:
     import torch
 

@@ -59,12 +59,19 @@ class CheckpointWarning(UserWarning):
     """A model was saved that is probably not what the user wants."""
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    side: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write a doll or a sub-model as a checkpoint folder, whole or not at all; return its path.
 
-    force: replace a folder that is not empty. Warns of weights that are NaN. Raises FolderError
-    where the folder is taken or cannot be written, JsonError or CheckpointError for a model with
-    parts that cannot be saved (both name the part).
+    force: replace a folder that is not empty; side: further files that the checkpoint keeps and
+    checks by their digests. Warns of weights that are NaN. Raises FolderError where the folder is
+    taken or cannot be written, JsonError or CheckpointError for a model with parts that cannot be
+    saved (both name the part).
     """
     trace, plan = parts_of(model)
     state = tensors_of(model, trace, plan)
@@ -76,9 +83,15 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = Fals
     graph = graph_to_json(trace.graph, callables(described["namespaces"]))
     writers: dict[str, Writer] = dense_files(state, records)
     writers[GRAPH] = lambda path: path.write_text(json.dumps(graph, allow_nan=False))
+    for name, content in (side or {}).items():
+        writers[name] = partial(_write_bytes, content)
     writers[MANIFEST] = partial(_write_manifest, described, tuple(writers))
     # What load would refuse is refused now, while the user still has the model.
     return write_folder(folder, writers, force=force, check=_check_written)
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _check_written(path: Path) -> None:

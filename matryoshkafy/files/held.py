@@ -68,6 +68,11 @@ class Held:
             self._stamps[name] = _stamp(self._files[name])
         return self._files[name]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files that are open."""
+        return tuple(self._files)
+
     def hold(self, names: object) -> None:
         """Open the files of these names now, so that all of them are of one folder."""
         for name in names if isinstance(names, dict) else ():

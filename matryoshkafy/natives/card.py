@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from matryoshkafy.natives.tree import named
+from matryoshkafy.natives.tree import Changes, named, value_at
 from matryoshkafy.plan.plan import Plan
 
 LOADING: Mapping[str, str] = {
@@ -74,8 +75,6 @@ def _front(original: str | None, facts: Facts) -> list[str]:
     return ["---", *kept, f"library_name: {name}", "tags: [matryoshka]", "---", ""]
 
 
-def changes_of(changes: Mapping[tuple[object, ...], object], tree: object) -> dict[str, object]:
+def changes_of(changes: Changes, tree: Any) -> dict[str, tuple[Any, Any]]:
     """Return {field as text: (value before, value now)}."""
-    from matryoshkafy.natives.tree import value_at
-
     return {named(field): (value_at(tree, field), value) for field, value in changes.items()}

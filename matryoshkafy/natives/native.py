@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +68,21 @@ def native(small: nn.Module, *, like: Any) -> nn.Module:
     """
     found = find(small, like)
     if found.unread:
-        warnings.warn(_unchecked(found.unread), NativeWarning, stacklevel=2)
+        warnings.warn(unchecked(found.unread), NativeWarning, stacklevel=2)
     return found.module
 
 
-def find(small: nn.Module, like: Any, *, tables: bool = False) -> Native:
+def find(
+    small: nn.Module,
+    like: Any,
+    *,
+    tables: bool = False,
+    spare: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Native:
     """Return the native model of a slice with all that is known of it; see `native`.
 
-    tables: take hidden tables that the class makes from its width out of the slice.
+    tables: take hidden tables that the class makes from its width out of the slice; spare: gives
+    the full model's tensors, for those that the traced path does not read.
     """
     _, plan = parts_of(small)
     recipe = recipe_of(like)
@@ -88,7 +95,7 @@ def find(small: nn.Module, like: Any, *, tables: bool = False) -> Native:
         )
     with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check = Check(_as_float32(small), tables)
+        check = Check(_as_float32(small), tables, spare or _tensors_behind(recipe))
         found, reason = _first(space, check)
     if found is None:
         raise NativeError(_refusal(space, plan, reason))
@@ -104,10 +111,11 @@ def _wanted(small: nn.Module, plan: Plan) -> Wanted:
 
 @dataclass(frozen=True)
 class Check:
-    """A slice in float32 and the question whether a module computes the same."""
+    """A slice in float32 and the question whether a module computes the same; see `find`."""
 
     small: nn.Module
-    tables: bool = False
+    tables: bool
+    spare: Callable[[], Mapping[str, Tensor]]
 
     def error(self, module: nn.Module) -> float:
         """Return the worst relative difference over fresh inputs; inf where a call fails."""
@@ -120,6 +128,10 @@ class Check:
             if not worst <= TOLERANCE:
                 return worst
         return worst
+
+
+def _tensors_behind(recipe: Recipe) -> Callable[[], Mapping[str, Tensor]]:
+    return lambda: {} if recipe.source is None else tensors_of(recipe.source)
 
 
 def _as_float32(small: nn.Module) -> nn.Module:
@@ -168,7 +180,7 @@ def _made(space: Space, changes: Mapping[Field, Any], check: Check) -> Native | 
         module = space.recipe.build(changes)
     except Exception:  # noqa: BLE001  a constructor may raise anything
         return None
-    unread = load_slice(module, state_of(check.small), space.recipe.source)
+    unread = load_slice(module, state_of(check.small), check.spare)
     made = Native(module, space.recipe, changes, check.error(module), (), unread)
     if made.error <= TOLERANCE or not check.tables:
         return made
@@ -187,13 +199,14 @@ def _leanest(space: Space, check: Check, made: Native) -> Native:
 
 
 def load_slice(
-    module: nn.Module, state: Mapping[str, Tensor], source: nn.Module | None
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    spare: Callable[[], Mapping[str, Tensor]],
 ) -> tuple[str, ...]:
     """Put a slice's tensors into a native module; return the parameters that it has no value for.
 
-    Those are cut from the source's: the traced path does not read them.
+    Those are cut from the full model's: the traced path does not read them.
     """
-    full = {} if source is None else tensors_of(source)
     hidden = tensors_of(module).keys() - module.state_dict().keys()
     filled: set[int] = set()
     left: dict[str, Tensor] = {}
@@ -205,6 +218,7 @@ def load_slice(
         elif isinstance(tensor, nn.Parameter):
             left[name] = tensor
     left = {name: t for name, t in left.items() if id(t) not in filled}
+    full = spare() if left else {}
     for name, tensor in left.items():
         if name in full and full[name].dim() == tensor.dim():
             _put(tensor, full[name][tuple(slice(n) for n in tensor.shape)])
@@ -232,7 +246,8 @@ def take_tables(module: nn.Module, small: nn.Module) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _unchecked(names: tuple[str, ...]) -> str:
+def unchecked(names: tuple[str, ...]) -> str:
+    """Return what a person must know of parameters that no comparison covers."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"{', '.join(names[:3])}{more}: the traced path does not read these parameters, so they "

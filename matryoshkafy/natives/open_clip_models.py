@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
@@ -35,3 +36,20 @@ def made(config: Mapping[str, Any]) -> nn.Module:
     if not own_text:
         return CLIP(**values)
     return CoCa(**values) if "multimodal_cfg" in values else CustomTextCLIP(**values)
+
+
+def config_of(module: nn.Module, tree: Any) -> dict[str, Any]:
+    """Return arguments of a class of open_clip as its factory reads them from a file.
+
+    The factory takes the class from which keys are there, so what is None is left out.
+    """
+    kind = type(module).__name__
+    return {**_present(tree), **({"custom_text": True} if kind != "CLIP" else {})}
+
+
+def _present(tree: Any) -> Any:
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = dataclasses.asdict(tree)
+    if isinstance(tree, Mapping):
+        return {key: _present(value) for key, value in tree.items() if value is not None}
+    return tree

@@ -102,9 +102,9 @@ def _side_files(root: Path) -> Iterator[Path]:
         name = path.relative_to(root).as_posix()
         plain = all(PART.fullmatch(part) for part in name.split("/")) and name.count("/") < 3
         named = path.suffix in KEPT or path.stem.upper() in ("LICENSE", "LICENCE", "NOTICE")
-        if plain and named and not LEFT.fullmatch(path.name) and path.is_file():
-            if path.stat().st_size <= LARGEST:
-                yield path
+        wanted = plain and named and not LEFT.fullmatch(path.name)
+        if wanted and path.is_file() and path.stat().st_size <= LARGEST:
+            yield path
 
 
 def _packed(content: bytes) -> Any:

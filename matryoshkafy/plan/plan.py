@@ -117,6 +117,10 @@ class Plan:
                 ladder[level][index] = int(value)
         return replace(self, ladder=tuple(map(tuple, ladder)))
 
+    def shape_at(self, name: str, level: int) -> tuple[int, ...]:
+        """Return the shape of a parameter at a level."""
+        return tuple(dims.size_at(dim, self.ladder[level]) for dim in self.parameters[name])
+
     def up_to(self, level: int) -> Plan:
         """Return the plan of the sub-model at a level: the same ladder, ending there."""
         return replace(self, sizes=self.sizes[: level + 1], ladder=self.ladder[: level + 1])

@@ -1,0 +1,267 @@
+"""Native sizes as folders: written, loaded again by their own library, and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from matryoshkafy.natives import card, huggingface, open_clip_models, sentences
+from matryoshkafy.natives.native import TOLERANCE, Native
+from matryoshkafy.natives.plain import as_json, from_json
+from matryoshkafy.natives.recipe import NativeError, tensors_of
+from matryoshkafy.natives.source import Source
+from matryoshkafy.natives.tree import changed
+from matryoshkafy.natives.trees import MARK
+from matryoshkafy.plan.plan import Plan
+
+FORMAT = 1
+TABLES = "tables.safetensors"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A native size with all that its folder tells: the plan up to it, its source, its sizes."""
+
+    native: Native
+    plan: Plan
+    source: Source | None
+    parameters: Mapping[int, int]
+
+    @property
+    def kind(self) -> str:
+        """The class by its own name."""
+        return type(self.native.module).__name__
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The width of the full model, and of this one."""
+        return self.plan.width, self.plan.sizes[-1]
+
+
+def write(package: Package, folder: Path, to: str) -> None:
+    """Write a native size into an empty folder and compare what its library loads from it.
+
+    Raises NativeError where the library cannot write it, or loads something else.
+    """
+    native = package.native
+    original = package.source.files.get("README.md", b"").decode() if package.source else None
+    WRITERS[to](package, folder)
+    described = _described(package, to)
+    (folder / MARK).write_text(json.dumps(described, indent=1))
+    if native.tables:
+        _write_tables(native, folder)
+    (folder / "README.md").write_text(card.card(_facts(package, to), original))
+    _compare(native.module, load(folder, build=native.recipe.make))
+
+
+def _described(package: Package, to: str) -> dict[str, Any]:
+    native = package.native
+    full, size = package.widths
+    return {
+        "format": FORMAT,
+        "library": to,
+        "class": f"{type(native.module).__module__}:{package.kind}",
+        "size": size,
+        "of": full,
+        "changes": {k: list(v) for k, v in _changes(native).items()},
+        "error": native.error,
+        "tables": list(native.tables),
+        "unread": list(native.unread),
+        "versions": _versions(),
+        **({"arguments": _arguments(native)} if to == "class" else {}),
+    }
+
+
+def _changes(native: Native) -> Mapping[str, tuple[Any, Any]]:
+    return card.changes_of(native.changes, native.recipe.tree)
+
+
+def _versions() -> dict[str, str]:
+    names = ("matryoshkafy", "torch", "transformers", "sentence-transformers", "timm")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _facts(package: Package, to: str) -> card.Facts:
+    native, notes = package.native, []
+    if native.tables:
+        notes.append(
+            f"The class makes {', '.join(native.tables)} from its own width; the values of the "
+            f"full model are in `{TABLES}`. `matryoshkafy.natives.loading.load_native` puts them "
+            "in place; the library's own loader does not."
+        )
+    if native.unread:
+        notes.append(
+            f"Not covered by the comparison: {', '.join(native.unread[:5])}"
+            f"{' ...' if len(native.unread) > 5 else ''}."
+        )
+    full, _ = package.widths
+    return card.Facts(
+        to,
+        package.kind,
+        package.plan,
+        full,
+        package.parameters,
+        _changes(native),
+        native.error,
+        tuple(notes),
+    )
+
+
+def _write_hf(package: Package, folder: Path) -> None:
+    huggingface.write(package.native.module, folder, package.source, package.native.recipe.source)
+
+
+def _write_st(package: Package, folder: Path) -> None:
+    source = package.source
+    if source is None or "modules.json" not in source.files:
+        raise NativeError(
+            "to='st' was given, but no folder of sentence-transformers is known; expected one "
+            "with modules.json. Give source=FOLDER when saving the doll, or like=FOLDER, or save "
+            "with to='hf'."
+        )
+    sentences.check(source)
+    _write_hf(package, folder)
+    sentences.resize(folder, package.widths)
+
+
+def _write_timm(package: Package, folder: Path) -> None:
+    from timm.models import save_for_hf
+
+    native = package.native
+    given = getattr(native.recipe.source, "_model_args", {})
+    tree = native.recipe.tree
+    new = changed(tree, native.changes)
+    arguments = {**given, **{key: new[key] for key in new if new[key] is not tree[key]}}
+    save_for_hf(native.module, str(folder), model_args=arguments, safe_serialization=True)
+
+
+def _write_open_clip(package: Package, folder: Path) -> None:
+    from open_clip.transform import PreprocessCfg
+    from safetensors.torch import save_model
+
+    native = package.native
+    config = open_clip_models.config_of(native.module, changed(native.recipe.tree, native.changes))
+    save_model(native.module, str(folder / "open_clip_model.safetensors"))
+    given = getattr(native.recipe.source, "visual", None)
+    pictures = getattr(given, "preprocess_cfg", None) or dataclasses.asdict(PreprocessCfg())
+    held = {"model_cfg": config, "preprocess_cfg": pictures}
+    (folder / "open_clip_config.json").write_text(json.dumps(held, indent=2))
+
+
+def _write_class(package: Package, folder: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(package.native.module, str(folder / WEIGHTS))
+
+
+def _arguments(native: Native) -> Any:
+    return as_json(changed(native.recipe.tree, native.changes))
+
+
+WRITERS: Mapping[str, Callable[[Package, Path], None]] = {
+    "hf": _write_hf,
+    "st": _write_st,
+    "timm": _write_timm,
+    "open_clip": _write_open_clip,
+    "class": _write_class,
+}
+
+
+def _write_tables(native: Native, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    held = tensors_of(native.module)
+    save_file({name: held[name].contiguous() for name in native.tables}, str(folder / TABLES))
+
+
+def load(folder: str | Path, *, build: Callable[[Any], nn.Module] | None = None) -> Any:
+    """Return the model of a folder, by its own library, tables in place.
+
+    build: for "class", the function that makes the module from its dictionary of arguments.
+    """
+    path = Path(folder)
+    described = json.loads((path / MARK).read_text())
+    model = _READERS[described["library"]](path, described, build)
+    if described["tables"]:
+        _read_tables(encoder_of(model), path)
+    return model.eval()
+
+
+def _load_timm(path: Path) -> Any:
+    import timm
+
+    return timm.create_model(f"local-dir:{path}", pretrained=True)
+
+
+def _load_open_clip(path: Path) -> Any:
+    import open_clip
+
+    return open_clip.create_model(f"local-dir:{path}")
+
+
+def _load_class(path: Path, described: Mapping[str, Any], build: Any) -> nn.Module:
+    from safetensors.torch import load_model
+
+    if build is None:
+        raise NativeError(
+            f"{path} holds a {described['class']}, which no library makes; expected build, the "
+            "class or function that makes it from its arguments. Give build=YOUR_CLASS."
+        )
+    model = build(from_json(described["arguments"]))
+    load_model(model, str(path / WEIGHTS))
+    return model
+
+
+_READERS: Mapping[str, Callable[[Path, Mapping[str, Any], Any], Any]] = {
+    "hf": lambda path, told, _: huggingface.load(path, told["class"].rpartition(":")[2]),
+    "st": lambda path, *_: sentences.load(path),
+    "timm": lambda path, *_: _load_timm(path),
+    "open_clip": lambda path, *_: _load_open_clip(path),
+    "class": _load_class,
+}
+
+
+def _read_tables(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    held = tensors_of(model)
+    for name, table in load_file(str(path / TABLES)).items():
+        held[name].data.copy_(table)
+
+
+def encoder_of(model: Any) -> nn.Module:
+    """Return the model that was sliced: of a SentenceTransformer, the encoder in it."""
+    first = getattr(model, "_first_module", None)
+    if first is None:
+        return model
+    held = first()
+    return getattr(held, "auto_model", None) or held.model
+
+
+def _compare(written: nn.Module, loaded: Any) -> None:
+    """Refuse a folder from which the library does not load these very values."""
+    import torch
+
+    ours, theirs = tensors_of(written), tensors_of(encoder_of(loaded))
+    off = [n for n in ours if n not in theirs or not torch.equal(ours[n], theirs[n])]
+    if off or type(encoder_of(loaded)) is not type(written):
+        raise NativeError(
+            f"{type(written).__name__} was written, but what its library loads again differs: "
+            f"{', '.join(off[:3])}. Expected the same values (relative error {TOLERANCE:g}). "
+            "Where a table is made from the width, save with tables=True; else keep the slice as "
+            "a graph."
+        )
