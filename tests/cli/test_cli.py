@@ -45,7 +45,7 @@ FLAGS = {
     "inspect": "--debug --json --keep --nesting --quiet --scope --sizes --weights -q",
     "convert": "--debug --force --json --keep --nesting --norm --output --quiet --scope --sizes "
     "--weights -o -q",
-    "slice": "--all --debug --force --import --json --output --quiet --size -o -q",
+    "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
     "verify": "--debug --device --import --json --quiet -q",
     "info": "--debug --device --import --json --quiet --runs -q",
     "export": "--debug --force --import --json --output --quiet --size --to -o -q",
