@@ -30,6 +30,7 @@ KNOWN = {
     "cli/matryoshkafy_cli/reporting.py:report parameters": 8,
     "cli/matryoshkafy_cli/slicing.py:slice_ parameters": 11,
     "cli/matryoshkafy_cli/cascading.py:cascade parameters": 8,
+    "cli/matryoshkafy_cli/family.py:family parameters": 11,
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 12,
     "matryoshkafy/dolls/convert.py:convert parameters": 14,
     "matryoshkafy/dolls/convert.py:inspect parameters": 12,

@@ -11,6 +11,7 @@ from matryoshkafy_cli.cascading import cascade
 from matryoshkafy_cli.converting import convert
 from matryoshkafy_cli.describing import info
 from matryoshkafy_cli.exporting import export
+from matryoshkafy_cli.family import family
 from matryoshkafy_cli.inspecting import inspect
 from matryoshkafy_cli.reporting import report
 from matryoshkafy_cli.retrieving import retrieve
@@ -28,6 +29,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "report": report,
     "retrieve": retrieve,
     "cascade": cascade,
+    "family": family,
 }
 HELP = (
     "Make any PyTorch model a matryoshka doll: train once, deploy any size.\n\n"

@@ -51,6 +51,8 @@ FLAGS = {
     "export": "--debug --force --import --json --output --quiet --size --to -o -q",
     "retrieve": "--budget --debug --encoder --json --k --query --quiet --stages --text --tune "
     "--vectors -q",
+    "family": "--column --data --debug --json --length --output --quiet --seed --sizes --steps -o "
+    "-q",
     "cascade": "--costs --debug --floor --json --quiet --shared --test -q",
 }
 

@@ -1,0 +1,112 @@
+"""matryoshkafy family: a tiny text encoder becomes folders of its own class; a rerun resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matryoshkafy_cli.main import app
+from typer.testing import CliRunner
+
+transformers = pytest.importorskip("transformers")
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sentence-transformers with a BERT of width 32."""
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    )
+    vocabulary = {w: i for i, w in enumerate((folder / "vocab.txt").read_text().split("\n"))}
+    tokenizer = transformers.BertTokenizerFast(vocab=vocabulary)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=65,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        max_position_embeddings=32,
+        initializer_range=0.4,  # attention that is not uniform, so that heads can be told apart
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    parts = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(parts)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    draw = torch.Generator().manual_seed(1)
+    lines = [
+        " ".join(WORDS[i] for i in torch.randint(0, 60, (6,), generator=draw)) for _ in range(150)
+    ]
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(*words: object) -> object:
+    return CliRunner().invoke(app(), [str(word) for word in words])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_family_is_made_and_a_rerun_takes_up_what_is_there(
+    encoder: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["family", encoder, "--sizes", "8,16,32", "--data", texts, "-o", out, "--json"]
+    first = run(*words, "--steps", 3)
+    assert first.exit_code == 0, first.output
+    rows = json.loads(first.stdout)["sizes"]
+    assert [row["size"] for row in rows] == [8, 16, 32]
+    assert rows[-1]["spearman"] > 0.9 and rows[0]["parameters"] < rows[1]["parameters"]
+    small = transformers.AutoModel.from_pretrained(out / "size-8")
+    assert small.config.hidden_size == 8 and small.config.num_attention_heads == 1
+    assert json.loads((out / "size-8/1_Pooling/config.json").read_text()) == {
+        "word_embedding_dimension": 8,
+        "pooling_mode_mean_tokens": True,
+    }
+    made = (out / "start" / "matryoshka.json").stat().st_mtime_ns
+    again = run(*words, "--steps", 3)
+    assert again.exit_code == 0, again.output
+    kept = [{k: v for k, v in row.items() if k != "rate"} for row in rows]
+    found = json.loads(again.stdout)["sizes"]
+    assert [{k: v for k, v in row.items() if k != "rate"} for row in found] == kept
+    assert (out / "start" / "matryoshka.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--data": "missing.txt"}, "no such file"),
+        ({"--data": __file__}, "expected .txt"),
+        ({"model": "/nowhere"}, "config.json"),
+    ],
+)
+def test_refusals_say_what_to_do(
+    encoder: Path, texts: Path, tmp_path: Path, change: dict, message: str
+) -> None:
+    given = {"model": encoder, "--data": texts, "--sizes": "8,32", "-o": tmp_path / "out"} | change
+    model = given.pop("model")
+    found = run("family", model, *[word for pair in given.items() for word in pair])
+    assert found.exit_code == 2 and message in found.output
+
+
+def test_too_few_texts_are_refused(encoder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "few.txt"
+    path.write_text("one\ntwo\n")
+    found = run("family", encoder, "--sizes", "8,32", "--data", path, "-o", tmp_path / "out")
+    assert found.exit_code == 2 and "at least 100" in found.output
