@@ -1,0 +1,121 @@
+"""refuse_broken(): convert returns only dolls that keep their laws on the example."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from matryoshkafy.dolls.calls import Call
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.measure import (
+    TOLERANCE,
+    doubled,
+    evaluated,
+    prefix_inputs,
+    prefixes,
+    relative_error,
+    run,
+    tolerance_of,
+    values_of,
+)
+from matryoshkafy.dolls.slice import slice
+from matryoshkafy.errors import MatryoshkafyError, PlanError
+from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.graph.quiet import silent
+from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
+
+Failed = (RuntimeError, IndexError, TypeError, AttributeError, ValueError)
+EXECUTING = re.compile(r"While executing %(\w+)")
+REMEDY = (
+    "Hold that part whole with keep=[...], try the other nesting, or give check=False to convert "
+    "it all the same."
+)
+
+
+def refuse_broken(doll: Doll, call: Call) -> None:
+    """Compute every size of a doll on the example, beside its slice.
+
+    Raises:
+        PlanError: a size cannot be computed, or is not what its slice computes; it names the size,
+            the first value that differs, the user's line, and what to do.
+    """
+    flat = doll._trace.signature.flatten(call.args, dict(call.kwargs))
+    state = (*doll._trace.state().values(), *flat)
+    if any(isinstance(t, torch.Tensor) and t.is_meta for t in state):
+        return
+    with silent(), evaluated(doll):
+        for level in reversed(range(doll.plan.levels)):
+            failure = _failure(doll, level, flat)
+            if failure:
+                raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {REMEDY}")
+
+
+def _failure(doll: Doll, level: int, flat: list[Any]) -> str:
+    """Return what is wrong with a size on the example, "" if nothing is."""
+    try:
+        error = _error(doll, level, flat)
+    except MatryoshkafyError as error:
+        return f"cannot be computed on the example: {error}"
+    except Failed as error:
+        return f"cannot be computed on the example: {_told(doll, error)}"
+    if error <= tolerance_of(doll) or _is_rounding(doll, level, flat):
+        return ""
+    return f"is not what its slice computes on the example: {_where(doll, level, flat, error)}"
+
+
+def _error(doll: Doll, level: int, flat: list[Any]) -> float:
+    plan = doll.plan
+    own = run(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
+    if level == plan.levels - 1:
+        return 0.0
+    small = slice(doll, plan.sizes[level])
+    return relative_error(own, run(small.graph, small, prefix_inputs(doll, (plan, level), flat)))
+
+
+def _is_rounding(doll: Doll, level: int, flat: list[Any]) -> bool:
+    """In float64 two ways of computing one thing agree, whatever they round to in float32."""
+    try:
+        return _error(*_wide(doll, level, flat)) <= TOLERANCE[torch.float64]
+    except Failed:
+        return False
+
+
+def _wide(doll: Doll, level: int, flat: list[Any]) -> tuple[Doll, int, list[Any]]:
+    copied, inputs = doubled(doll, flat)
+    return copied, level, inputs
+
+
+def _told(doll: Doll, error: Exception) -> str:
+    """Return the first line of an error with the user's line that it came from."""
+    text = str(error)
+    found = EXECUTING.search(text)
+    return f"{text.splitlines()[0]}{_line(doll, found.group(1)) if found else ''}"
+
+
+def _where(doll: Doll, level: int, flat: list[Any], error: float) -> str:
+    """Name the first value of the trunk that differs, or the output."""
+    first = next(_differing(doll, level, flat), "")
+    what = f"the value {first!r}{_line(doll, first)}" if first else "the output"
+    return f"{what} is off by {error:.1e} (at most {tolerance_of(doll):g} expected)"
+
+
+def _differing(doll: Doll, level: int, flat: list[Any]) -> Iterator[str]:
+    plan = doll.plan
+    if not plan.masked:
+        return
+    small = slice(doll, plan.sizes[level])
+    full = values_of(full_graph(doll._trace, plan), doll.__dict__["_root"], flat)
+    mine = values_of(small.graph, small, prefix_inputs(doll, (plan, level), flat))
+    for name, a, b in prefixes(plan, level, full, mine):
+        if relative_error(a, b) > tolerance_of(doll):
+            yield name
+
+
+def _line(doll: Doll, name: str) -> str:
+    node = next((n for n in doll._trace.graph.nodes if n.name == name), None)
+    if node is None:
+        return ""
+    return f" ({op_key(node)} at {node.meta.get('source') or 'an unknown line'})"

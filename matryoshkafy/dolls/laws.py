@@ -1,0 +1,200 @@
+"""The laws as rows: what of a doll is compared with what, beside the values of its sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.measure import relative_error, run, tolerance_of
+from matryoshkafy.dolls.slice import parts_of, slice, state_of
+from matryoshkafy.errors import MatryoshkafyError, PlanError
+from matryoshkafy.graph.guards import Guards
+from matryoshkafy.graph.trials import other_shapes, resized
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.graphs import full_graph
+
+# Sums of gradients run over every position of a batch, so they round more than an output does.
+GRADIENT_ROUNDING = 10.0
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law on one model: whether it holds (None: not measured), how far off, and on what."""
+
+    number: int
+    name: str
+    holds: bool | None
+    error: float = 0.0
+    detail: str = ""
+
+    def __str__(self) -> str:
+        verdict = {True: "holds", False: "FAILS", None: "not measured"}[self.holds]
+        return f"law {self.number:>2}  {self.name:<34}  {verdict:<12}  {self.detail}".rstrip()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A doll, a call of it, and the model (or {size: the native model}) that it is held against."""
+
+    doll: Doll
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    against: nn.Module | Mapping[int, nn.Module] | None = None
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The user's model, where it is at hand."""
+        return self.against if isinstance(self.against, nn.Module) else None
+
+    @property
+    def flat(self) -> list[Any]:
+        """The flat inputs of the doll's graphs."""
+        return self.doll._trace.signature.flatten(self.args, dict(self.kwargs))
+
+
+def rows(asked: Question) -> Iterator[Law]:
+    """Yield the laws that are no matter of a single size."""
+    yield _identity(asked)
+    yield _plan_returns(asked.doll)
+    yield _names(asked.doll)
+    yield _reported(asked.doll.plan)
+    yield _gradients(asked)
+    yield _guards(asked)
+    yield _natives(asked)
+
+
+def _identity(asked: Question) -> Law:
+    """At full width a sliced doll is the user's model; a masked one computes something else."""
+    name = "full width is identity"
+    if asked.original is None:
+        return Law(1, name, None, detail="give against=model")
+    error = relative_error(_call(asked.doll, asked), _call(asked.original, asked))
+    if asked.doll.plan.masked:
+        return Law(1, name, None, error, f"masked nesting is another function, {error:.1e} away")
+    return Law(1, name, error <= tolerance_of(asked.doll), error, f"{error:.1e}")
+
+
+def _call(model: nn.Module, asked: Question) -> Any:
+    torch.manual_seed(0)
+    training = model.training
+    model.eval()
+    try:
+        return model(*asked.args, **asked.kwargs)
+    finally:
+        model.train(training)
+
+
+def _plan_returns(doll: Doll) -> Law:
+    """The part of loading that needs no file: the plan comes back from its text."""
+    same = Plan.from_json(doll.plan.to_json()) == doll.plan
+    return Law(4, "the plan survives its file", same)
+
+
+def _names(doll: Doll) -> Law:
+    """Every tensor of a slice has the user's name, and what was one tensor is one."""
+    own = state_of(doll)
+    small = state_of(slice(doll, doll.sizes[0]))
+    shown = slice(doll, doll.sizes[0]).state_dict().keys()
+    strange = sorted(n for n in small if n not in own and n in shown)
+    ties = {(a, b) for a in small for b in small if a in own and b in own and own[a] is own[b]}
+    loose = sorted(a for a, b in ties if small[a] is not small[b])
+    wrong = [*strange, *loose]
+    return Law(6, "names and ties survive", not wrong, detail=", ".join(wrong[:3]))
+
+
+def _reported(plan: Plan) -> Law:
+    unknown = ", ".join(sorted({u.op for u in plan.unknown})[:5])
+    return Law(
+        7, "never silently wrong", True, detail=f"ops without a rule: {unknown}" if unknown else ""
+    )
+
+
+def _gradients(asked: Question) -> Law:
+    name = "gradients are the model's"
+    if asked.original is None or asked.doll.plan.masked:
+        why = "give against=model" if asked.original is None else "masked: another function"
+        return Law(8, name, None, detail=why)
+    ours, theirs = (_gradients_of(m, asked) for m in (asked.doll, asked.original))
+    scale = max((g.abs().max().item() for g in theirs.values()), default=0.0)
+    errors = {
+        n: ((ours[n] if n in ours else torch.zeros_like(g)) - g).abs().max().item()
+        for n, g in theirs.items()
+    }
+    worst = max(errors, key=lambda n: errors[n], default="")
+    error = errors.get(worst, 0.0) / max(scale, 1e-30)
+    holds = error <= GRADIENT_ROUNDING * tolerance_of(asked.doll)
+    return Law(8, name, holds, error, f"{error:.1e}" + ("" if holds else f" at {worst}"))
+
+
+def _gradients_of(model: nn.Module, asked: Question) -> dict[str, torch.Tensor]:
+    """Return the gradients of a fixed random sum of the outputs, by parameter."""
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        leaves = pytree.tree_leaves(_call(model, asked))
+        floats = [v for v in leaves if isinstance(v, torch.Tensor) and v.requires_grad]
+        generator = torch.Generator().manual_seed(1)
+        sums = [(v * torch.randn(v.shape, generator=generator).to(v)).sum() for v in floats]
+        if not sums:
+            return {}
+        found = torch.autograd.grad(sum(sums), list(weights.values()), allow_unused=True)  # type: ignore[arg-type]
+    return {n: g for n, g in zip(weights, found, strict=True) if g is not None}
+
+
+def _guards(asked: Question) -> Law:
+    """A size that the trace fixed is refused at any other; inside the guards the doll runs."""
+    name = "inside its guards or not at all"
+    guards, flat = asked.doll._trace.signature.guards, asked.flat
+    root = asked.doll.__dict__["_root"]
+    for inputs in other_shapes(guards, flat):
+        try:
+            guards.check(inputs)
+            run(full_graph(asked.doll._trace, asked.doll.plan), root, inputs)
+        except (RuntimeError, IndexError, MatryoshkafyError) as error:
+            return Law(9, name, False, detail=str(error).splitlines()[0])
+    passing = _unguarded(guards, flat)
+    detail = f"not refused: {passing}" if passing else f"{len(guards.conditions)} guards"
+    return Law(9, name, not passing, detail=detail)
+
+
+def _unguarded(guards: Guards, flat: list[Any]) -> str:
+    """Return a fixed size that may be changed without a word, "" where there is none."""
+    for guard in (g for g in guards.conditions if g.fixes):
+        size = guard.sizes[0]
+        now = flat[size.leaf].shape[size.dim]
+        try:
+            guards.check(resized(flat, {size: now + 1}))
+        except MatryoshkafyError:
+            continue
+        return guards.text(guard)
+    return ""
+
+
+def _natives(asked: Question) -> Law:
+    """Where a native class at the smaller size is at hand, the slice equals it."""
+    name = "truth from outside"
+    if asked.against is None or isinstance(asked.against, nn.Module):
+        return Law(11, name, None, detail="give against={size: native model}")
+    errors = {size: _native_error(asked, size, m) for size, m in asked.against.items()}
+    worst = max(errors, key=lambda s: errors[s])
+    holds = errors[worst] <= tolerance_of(asked.doll)
+    return Law(11, name, holds, errors[worst], f"{errors[worst]:.1e} at size {worst}")
+
+
+def _native_error(asked: Question, size: int, native: nn.Module) -> float:
+    """Give a copy of the native model the slice's own tensors, and compare their outputs."""
+    _, plan = parts_of(asked.doll)
+    if size not in plan.sizes:
+        raise PlanError(f"against has the size {size}; this model has {list(plan.sizes)}")
+    small, native = slice(asked.doll, size), copy.deepcopy(native)
+    try:
+        native.load_state_dict(small.state_dict(), strict=False)
+    except RuntimeError:
+        return float("inf")
+    return relative_error(_call(small, asked), _call(native, asked))

@@ -1,0 +1,178 @@
+"""What the laws are measured with: values of graphs, prefixes, noise past a prefix, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.axes import dims
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.slice import relative, state_of, take
+from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.rewrite.writer import FULL_LEVEL
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def tolerance_of(doll: nn.Module) -> float:
+    """Return what rounding may cost in the type of the doll's parameters."""
+    floats = (t.dtype for t in doll.parameters() if t.is_floating_point())
+    return TOLERANCE.get(next(floats, torch.float32), 1e-5)
+
+
+@contextlib.contextmanager
+def evaluated(doll: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and random numbers that leave the caller's alone."""
+    training = doll.training
+    doll.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        doll.train(training)
+
+
+def doubled(doll: Doll, flat: Sequence[Any]) -> tuple[Doll, list[Any]]:
+    """Return a copy of the doll and of its inputs in float64."""
+    wide = [
+        t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in flat
+    ]
+    return copy.deepcopy(doll).double(), wide
+
+
+def prefix_inputs(doll: Doll, place: tuple[Plan, int], flat: list[Any]) -> list[Any]:
+    """A sub-model takes the prefix of an input whose axis was freed."""
+    plan, level = place
+    holes = [n.name for n in doll._trace.graph.nodes if n.op == "placeholder"]
+    widths = (plan.ladder[-1], plan.ladder[level])
+    return [
+        prefix(value, plan.nodes.get(name, ()), widths)
+        for name, value in zip(holes, flat, strict=True)
+    ]
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps what each of the user's nodes computed."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        super().__init__(root, graph=graph, garbage_collect_values=False)
+        self.kept: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and n.meta.get("origin", ("", FULL_LEVEL))[1] != FULL_LEVEL:
+            self.kept[n.meta["origin"][0]] = value
+        return value
+
+
+def values_of(graph: fx.Graph, root: nn.Module, flat: list[Any]) -> dict[str, Any]:
+    """Return what every one of the user's nodes computed, and the flat "output"."""
+    recorder = Recorder(graph, root)
+    torch.manual_seed(0)  # a forward that draws random numbers draws the same ones at every size
+    out = recorder.run(*flat, enable_io_processing=False)
+    return recorder.kept | {"output": out}
+
+
+def run(graph: fx.Graph, root: nn.Module, flat: list[Any]) -> Any:
+    """Return the flat outputs of a graph over the state of a module."""
+    torch.manual_seed(0)
+    return fx.Interpreter(root, graph=graph).run(*flat, enable_io_processing=False)
+
+
+def prefixes(
+    plan: Plan, level: int, full: dict[str, Any], small: dict[str, Any]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield every trunk value by name: its prefix in the full model, and the sub-model's."""
+    for name, value in small.items():
+        shape = plan.nodes.get(name)
+        known = name in full and name not in plan.tail and shape is not None
+        if known and isinstance(value, torch.Tensor) and not isinstance(shape, Many):
+            widths = (plan.ladder[-1], plan.ladder[level])
+            yield name, prefix(full[name], shape, widths), value
+
+
+def prefix(
+    value: torch.Tensor, shape: Any, widths: tuple[dims.Widths, dims.Widths]
+) -> torch.Tensor:
+    """Return the part of a value of the first widths that is kept at the second."""
+    return take(value, tuple(relative(axis, *widths) for axis in shape))
+
+
+def disturb(doll: Doll, plan: Plan, level: int, generator: torch.Generator) -> None:
+    """Replace everything past the prefix of a size by noise, in place."""
+    state = state_of(doll)
+    fed = _feeding(doll, plan)
+    done = set()
+    for name, shape in plan.parameters.items():
+        tensor = state.get(name)
+        if tensor is None or name in fed or id(tensor) in done or not _is_plain(tensor):
+            continue
+        done.add(id(tensor))
+        if any(map(dims.is_nested, shape)):
+            tensor.data.copy_(
+                _disturbed(tensor, shape, (plan.ladder[-1], plan.ladder[level]), generator)
+            )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided
+
+
+def _disturbed(
+    tensor: torch.Tensor, shape: Any, widths: tuple[Any, Any], generator: torch.Generator
+) -> torch.Tensor:
+    noise = _noise_like(tensor, generator)
+    keep = torch.ones((), dtype=torch.bool, device=tensor.device)
+    for dim, axis in enumerate(shape):
+        mine = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+        for a, b in relative(axis, *widths) or ((0, tensor.shape[dim]),):
+            mine[a:b] = True
+        keep = keep & mine.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+    return torch.where(keep, tensor, noise)
+
+
+def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise of the tensor's own scale: larger values overflow in deep models, and 0 * inf is
+    NaN.
+    """
+    scale = tensor.detach().abs().mean().clamp_min(1e-3)
+    noise = scale * torch.randn(tensor.shape, generator=generator).to(tensor)
+    return noise.abs() + scale / 2 if bool((tensor >= 0).all()) else noise
+
+
+def _feeding(doll: Doll, plan: Plan) -> set[str]:
+    """Parameters whose full-width statistics are part of every size (weight normalisation)."""
+    names, queue = set(), [n for n in doll._trace.graph.nodes if n.name in plan.full]
+    while queue:
+        node = queue.pop()
+        if node.op == "get_attr":
+            names.add(str(node.target))
+        queue.extend(node.all_input_nodes)
+    return names
+
+
+def relative_error(a: Any, b: Any) -> float:
+    """Return the largest difference of two results, relative to the largest finite value of each
+    tensor.
+    """
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return max((_tensor_error(x, y) for x, y in pairs if isinstance(y, torch.Tensor)), default=0.0)
+
+
+def _tensor_error(x: torch.Tensor, y: torch.Tensor) -> float:
+    if x.shape != y.shape:
+        return float("inf")
+    if not (y.is_floating_point() or y.is_complex()):
+        return 0.0 if torch.equal(x, y) else float("inf")
+    same = (x == y) | (x.isnan() & y.isnan())
+    if bool(same.all()):
+        return 0.0
+    scale = y[y.isfinite()].abs().max().item() if bool(y.isfinite().any()) else 0.0
+    worst = (x - y).abs()[~same].max().item()
+    return worst / max(scale, 1e-30) if worst == worst else float("inf")
