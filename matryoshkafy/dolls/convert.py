@@ -11,6 +11,7 @@ from torch import nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
+from matryoshkafy.dolls.check import refuse_broken
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.obeys import check_sizes
@@ -138,6 +139,7 @@ def convert(  # noqa: PLR0913  the public signature
     if check:
         check_sizes(found, plan)
         _refuse_specialised(doll, call)
+        refuse_broken(doll, call)
     say_how_far_off(doll, call)
     return doll
 

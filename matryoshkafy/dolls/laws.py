@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.measure import relative_error, run, tolerance_of
+from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.slice import parts_of, slice, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.guards import Guards
@@ -67,6 +68,7 @@ def rows(asked: Question) -> Iterator[Law]:
     yield _reported(asked.doll.plan)
     yield _gradients(asked)
     yield _guards(asked)
+    yield _obeyed(asked.doll)
     yield _natives(asked)
 
 
@@ -174,6 +176,15 @@ def _unguarded(guards: Guards, flat: list[Any]) -> str:
             continue
         return guards.text(guard)
     return ""
+
+
+def _obeyed(doll: Doll) -> Law:
+    name = "the plan is obeyed"
+    try:
+        check_sizes(doll._trace, doll.plan)
+    except PlanError as error:
+        return Law(10, name, False, detail=str(error).splitlines()[0])
+    return Law(10, name, True)
 
 
 def _natives(asked: Question) -> Law:
