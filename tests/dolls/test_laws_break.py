@@ -210,7 +210,7 @@ def test_rounding_is_told_from_a_wrong_size() -> None:
             self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(60))
             self.head = nn.Linear(64, 5)
             for layer in self.layers:
-                layer.weight.data.mul_(3.0)
+                layer.get_parameter("weight").data.mul_(3.0)
 
         def forward(self, x: Tensor) -> Tensor:
             """x [N, 3] -> [N, 5]"""
