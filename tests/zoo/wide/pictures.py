@@ -203,14 +203,14 @@ def efficientnet(s: Scale) -> Built:
     return _picture(EfficientNet.from_name("efficientnet-b0", num_classes=5, image_size=64), 64)
 
 
-@wide("resnest", "settle")
+@wide("resnest", "settle", "large")
 def resnest(s: Scale) -> Built:
     from resnest.torch import resnest50
 
     return _picture(resnest50(pretrained=False, num_classes=5), 64)
 
 
-@wide("pretrainedmodels", "settle")
+@wide("pretrainedmodels", "settle", "large")
 def se_resnet(s: Scale) -> Built:
     import pretrainedmodels
 
@@ -241,7 +241,7 @@ def smp_fpn(s: Scale) -> Built:
     return _picture(smp.FPN("resnet18", encoder_weights=None, classes=2), 64)
 
 
-@wide("segmentation-models-pytorch", "settle")
+@wide("segmentation-models-pytorch", "settle", "large")
 def smp_deeplab(s: Scale) -> Built:
     import segmentation_models_pytorch as smp
 
@@ -306,7 +306,7 @@ def unetr(s: Scale) -> Built:
     )
 
 
-@wide("monai")
+@wide("monai", "large")
 def swin_unetr(s: Scale) -> Built:
     from monai.networks.nets import SwinUNETR
 
@@ -517,7 +517,7 @@ def yolo(s: Scale) -> Built:
     return _picture(DetectionModel("yolov8n.yaml", nc=4, verbose=False), 64)
 
 
-@wide("ultralytics", "settle")
+@wide("ultralytics", "settle", "large")
 def yolo11(s: Scale) -> Built:
     from ultralytics.nn.tasks import DetectionModel
 
@@ -569,7 +569,7 @@ def sam_decoder(s: Scale) -> Built:
     return model, (normal(2, s(32), 4, 4), normal(2, s(32), 4, 4), normal(2, 5, s(32))), {}
 
 
-@wide("pytorchvideo", "settle")
+@wide("pytorchvideo", "settle", "large")
 def slow_r50(s: Scale) -> Built:
     from pytorchvideo.models import create_resnet
 
@@ -584,7 +584,7 @@ def slow_r50(s: Scale) -> Built:
     return model, (normal(1, 3, 4, 32, 32).repeat(2, 1, 1, 1, 1),), {}
 
 
-@wide("pytorchvideo", "settle")
+@wide("pytorchvideo", "settle", "large")
 def mvit(s: Scale) -> Built:
     from pytorchvideo.models.vision_transformers import create_multiscale_vision_transformers
 

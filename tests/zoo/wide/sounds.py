@@ -36,14 +36,14 @@ def audio_conv_tasnet(s: Scale) -> Built:
     return model, (normal(2, 1, 64),), {}
 
 
-@wide("torchaudio", "settle")
+@wide("torchaudio", "settle", "large")
 def deep_speech(s: Scale) -> Built:
     from torchaudio.models import DeepSpeech
 
     return DeepSpeech(n_feature=12, n_hidden=s(32), n_class=5), (normal(2, 1, 7, 12),), {}
 
 
-@wide("torchaudio", "settle")
+@wide("torchaudio", "settle", "large")
 def wav2letter(s: Scale) -> Built:
     from torchaudio.models import Wav2Letter
 
