@@ -587,11 +587,13 @@ def all_sizes_step(case: Case) -> None:
     try:
         sizes = case.doll.sizes
         outputs = run(lambda *a, **k: dict(case.doll.outputs(*a, **k).items()), case.call)
-        loss = sum(loss_of(outputs[s]) for s in sizes)
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            named = [p for p in case.doll.parameters() if p.requires_grad]
-            found = torch.autograd.grad(loss, named, allow_unused=True)
-            if not any(g is not None and bool((g != 0).any()) for g in found):
+        loss = torch.stack([loss_of(outputs[s]) for s in sizes]).sum()
+        named = [p for p in case.doll.parameters() if p.requires_grad]
+        if named and loss_of(run(case.model, case.call)).requires_grad:
+            given = (
+                torch.autograd.grad(loss, named, allow_unused=True) if loss.requires_grad else ()
+            )
+            if not any(g is not None and bool((g != 0).any()) for g in given):
                 raise Wrong("a step over all sizes has no gradient")
     finally:
         case.doll.eval()
