@@ -6,3 +6,4 @@ from matryoshkafy.losses.fused import nested_cross_entropy as nested_cross_entro
 from matryoshkafy.losses.matryoshka import MatryoshkaLoss as MatryoshkaLoss
 from matryoshkafy.losses.sampled import nested_sampled_softmax as nested_sampled_softmax
 from matryoshkafy.outputs import Readout as Readout
+from matryoshkafy.outputs import scores_of as scores_of

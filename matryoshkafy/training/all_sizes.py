@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshkafy.dolls.doll import Doll
@@ -13,6 +14,7 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses import MatryoshkaLoss
 from matryoshkafy.training.blaming import NonFiniteLoss, explain
 
+IGNORED = -100
 TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -40,12 +42,22 @@ class AllSizes(nn.Module):
     Give it to DistributedDataParallel, fully_shard, accelerate or Trainer in place of the model. It
     holds the doll's own parameters under the user's own names, without a prefix.
 
-    loss(outputs, *targets) is a MatryoshkaLoss over what `doll.outputs` returns. `labels` is a
-    target or a tuple of them; it goes into the model instead where the doll was traced with an
-    argument `labels`: then the losses that the model itself returns are summed over the sizes.
-    check: a loss that is not finite raises NonFiniteLoss with the place of its origin; reading the
-    loss waits for the device. fully_shard this module as a whole: those inside are only names.
-    Raises AllSizesError for a loss with parameters of its own, or none where one is needed.
+    loss(outputs, *targets) is a MatryoshkaLoss over what `doll.outputs` returns; parameters of its
+    own (learned scales) train along, under names that begin with `loss.`. `labels` is a target or a
+    tuple of them; it goes into the model instead where the doll was traced with an argument
+    `labels`: then the losses that the model itself returns are summed over the sizes.
+    fully_shard this module as a whole: those inside are only names.
+
+    Args:
+        doll: what is trained.
+        loss: None where the doll computes its own.
+        check: a loss that is not finite raises NonFiniteLoss with the place of its origin; reading
+            the loss waits for the device.
+        shift_labels: labels [B, T] of a causal language model are its input ids: position t learns
+            label t + 1. True shifts them; None refuses labels that are the input ids.
+
+    Raises:
+        AllSizesError: no loss where one is needed, or labels that a copy of the input predicts.
     """
 
     doll: Doll
@@ -54,16 +66,23 @@ class AllSizes(nn.Module):
     accepts_loss_kwargs = False
 
     def __init__(
-        self, doll: Doll, loss: Callable[..., Any] | None = None, *, check: bool = True
+        self,
+        doll: Doll,
+        loss: Callable[..., Any] | None = None,
+        *,
+        check: bool = True,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__()
         self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
         inside = "labels" in input_names(doll)
         check_loss(loss, inside)
+        if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
+            self.__dict__["_modules"] = beside(doll, loss)
         # Past nn.Module's __setattr__, which would register both under names of ours.
         self.__dict__["doll"] = doll
         self.__dict__["loss"] = MatryoshkaLoss(own_loss) if loss is None else loss
-        self.labels_inside, self.check = inside, check
+        self.labels_inside, self.check, self.shift_labels = inside, check, shift_labels
         self.training = doll.training
 
     @property
@@ -73,7 +92,10 @@ class AllSizes(nn.Module):
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> StepLoss:
         """The doll's own arguments, and labels -> the loss and {size: loss}."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
         targets, kwargs = self.targets(labels, kwargs)
+        if self.shift_labels or (self.shift_labels is None and not self.labels_inside):
+            targets = tuple(self.shifted(target, ids) for target in targets)
         outputs = self.doll.outputs(*args, **kwargs)
         found = self.evaluated(outputs, targets)
         if self.check and not torch.compiler.is_compiling() and not is_finite(found.loss):
@@ -87,6 +109,18 @@ class AllSizes(nn.Module):
         if self.labels_inside:
             return (), {**kwargs, "labels": labels}
         return (labels if isinstance(labels, tuple) else (labels,)), kwargs
+
+    def shifted(self, target: Any, ids: Any) -> Any:
+        """What each position learns: the label of the next one, where labels are to be shifted."""
+        if self.shift_labels:
+            return F.pad(target[:, 1:], (0, 1), value=IGNORED)
+        if are_inputs(target, ids):
+            raise AllSizesError(
+                "the labels are the input ids, position by position: a model that copies its input "
+                "would have learned them. For a causal language model, whose position t predicts "
+                "token t + 1, give shift_labels=True; else shift_labels=False"
+            )
+        return target
 
     def evaluated(self, outputs: Mapping[int, Any], targets: tuple) -> StepLoss:
         """The loss, per size where it is a MatryoshkaLoss."""
@@ -103,7 +137,7 @@ class AllSizes(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AllSizes:
         """Class weights and the like follow the model to its device."""
         super()._apply(fn, recurse)
-        if isinstance(self.loss, nn.Module):
+        if isinstance(self.loss, nn.Module) and self.loss not in self._modules.values():
             self.loss._apply(fn, recurse)
         return self
 
@@ -120,12 +154,25 @@ def check_loss(loss: Callable[..., Any] | None, inside: bool) -> None:
             "no loss was given, and the doll was not traced with labels; give one, e.g. "
             "AllSizes(doll, MatryoshkaLoss(nn.CrossEntropyLoss()))"
         )
-    own = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
-    if own:
+
+
+def beside(doll: Doll, loss: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules of a doll, and the loss under a name of its own."""
+    if "loss" in doll._modules:
         raise AllSizesError(
-            f"the loss has parameters of its own ({', '.join(own)}), which would need names in the "
-            "model's state_dict; make them part of the model before convert"
+            "the loss has parameters of its own, which would be called loss.*, but the model has "
+            "a part of that name; make the parameters part of the model before convert"
         )
+    return {**doll._modules, "loss": loss}
+
+
+def are_inputs(labels: Any, ids: Any) -> bool:
+    """Whether labels are the input ids wherever they count, in more than one position."""
+    both = isinstance(labels, Tensor) and isinstance(ids, Tensor)
+    if not both or labels.shape != ids.shape or ids.ndim != 2 or ids.is_floating_point():
+        return False
+    real = labels != IGNORED
+    return ids.shape[1] > 1 and bool(real.any()) and bool((labels == ids)[real].all())
 
 
 def is_finite(loss: Tensor) -> bool:

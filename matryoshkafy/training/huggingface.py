@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.training.all_sizes import AllSizes, input_names
+from matryoshkafy.files.checkpoint import save
+from matryoshkafy.losses import scores_of
+from matryoshkafy.training.all_sizes import AllSizes, are_inputs, input_names
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 
@@ -18,9 +21,16 @@ Metrics = Callable[[EvalPrediction], dict[str, float]]
 class NestedTrainer(Trainer):
     """Trainer(model=doll, loss=MatryoshkaLoss(...)): trains every size, evaluates every size.
 
-    model: a doll (or an AllSizes); loss: as for AllSizes. compute_metrics gets the predictions of
-    one size at a time; its metrics come back as `eval_<size>_<name>`. Logs hold `loss_<size>`.
-    Checkpoints hold the weights under the user's own names.
+    compute_metrics gets the predictions of one size at a time; its metrics come back as
+    `eval_<size>_<name>`, beside `eval_<size>_loss`. Logs hold `loss_<size>`. Checkpoints hold the
+    weights under the user's own names, and in their folder `doll` what `mk.load` reads.
+
+    Args:
+        model: a doll (or an AllSizes).
+        loss: as for AllSizes.
+        compute_metrics: as for Trainer, of one size.
+        shift_labels: as for AllSizes, but None shifts labels that are the input ids, as a collator
+            for causal language models makes them.
     """
 
     def __init__(
@@ -29,11 +39,14 @@ class NestedTrainer(Trainer):
         *args: Any,
         loss: Callable[..., Any] | None = None,
         compute_metrics: Metrics | None = None,
+        shift_labels: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        everything = model if isinstance(model, AllSizes) else AllSizes(model, loss)
+        made = isinstance(model, AllSizes)
+        everything = model if made else AllSizes(model, loss, shift_labels=shift_labels)
         metrics = None if compute_metrics is None else per_size(compute_metrics, everything.sizes)
         self._everything, self._seen = everything, dict[int, list[Tensor]]()
+        self._judged = dict[int, list[Tensor]]()
         super().__init__(everything, *args, compute_metrics=metrics, **kwargs)
         self._columns = input_names(everything.doll)
         self._signature_columns = [*self._columns, "label", "label_ids", "labels"]
@@ -42,10 +55,13 @@ class NestedTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The loss of all sizes; what each size lost is kept for the log."""
+        whole = self._everything
+        if whole.shift_labels is None and not whole.labels_inside:
+            whole.shift_labels = are_inputs(inputs.get("labels"), inputs.get("input_ids"))
         found = model(**inputs)
-        if model.training:
-            for size, value in found.per_size.items():
-                self._seen.setdefault(size, []).append(value.detach())
+        seen = self._seen if model.training else self._judged
+        for size, value in found.per_size.items():
+            seen.setdefault(size, []).append(value.detach())
         return (found.loss, found) if return_outputs else found.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -55,6 +71,23 @@ class NestedTrainer(Trainer):
             logs |= {f"loss_{size}": mean for size, mean in means.items()}
             self._seen = {}
         super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the mean loss of each size over the batches."""
+        self._judged = {}
+        found: Any = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for size, values in self._judged.items():
+            mean: Any = self.accelerator.reduce(torch.stack(values).mean(), "mean")
+            found.metrics[f"{prefix}_{size}_loss"] = mean.item()
+        return found
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write a checkpoint of the doll beside what Trainer reads, unless it is sharded."""
+        super()._save(output_dir, state_dict=state_dict)
+        doll, folder = self._everything.doll, output_dir or self.args.output_dir
+        if folder is not None and all(type(p) is nn.Parameter for p in doll.parameters()):
+            save(doll, Path(folder) / "doll", force=True)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -73,8 +106,7 @@ class NestedTrainer(Trainer):
 
 def scores(output: Any) -> Tensor:
     """The logits of a model's output."""
-    logits = getattr(output, "logits", output)
-    return (logits if isinstance(logits, Tensor) else logits[0]).detach()
+    return scores_of(output).detach()
 
 
 def per_size(metrics: Metrics, sizes: list[int]) -> Metrics:

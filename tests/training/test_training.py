@@ -115,11 +115,59 @@ def test_a_model_with_a_loss_of_its_own_keeps_it() -> None:
     assert loss.item() == pytest.approx(sum(slices), rel=1e-5)
 
 
-def test_a_missing_loss_or_one_with_parameters_is_refused() -> None:
+def test_a_missing_loss_is_refused() -> None:
     with pytest.raises(AllSizesError, match="no loss was given.*MatryoshkaLoss"):
         AllSizes(small_doll())
-    with pytest.raises(AllSizesError, match=r"parameters of its own \(criterion.weight"):
-        AllSizes(small_doll(), MatryoshkaLoss(nn.Linear(5, 5)))
+
+
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_learned_scales_train_along(nesting: str) -> None:
+    doll, (x, y) = small_doll(nesting=nesting), examples()
+    loss = MatryoshkaLoss(nn.CrossEntropyLoss(), sizes=doll.sizes, learn_scales=True)
+    everything = AllSizes(doll, loss)
+    names = [name for name, _ in everything.named_parameters()]
+    assert names == [*(name for name, _ in doll.named_parameters()), "loss.log_scales"]
+    assert "loss" not in doll._modules and loss.log_scales is not None
+    optimizer = torch.optim.SGD(everything.parameters(), lr=0.1)
+    everything(x, labels=y).loss.backward()
+    (expected,) = torch.autograd.grad(loss(doll.outputs(x), y), [loss.log_scales])
+    torch.testing.assert_close(loss.log_scales.grad, expected)
+    optimizer.step()
+    assert (loss.log_scales != 0).all()
+    twin = copy.deepcopy(everything).double()
+    assert twin.state_dict()["loss.log_scales"].dtype == torch.float64
+    assert loss.log_scales.dtype == torch.float32
+
+
+class Causal(nn.Module):
+    """A language model [B, T] -> [B, T, V] that sees its own position, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mid, self.head = nn.Embedding(7, 16), nn.Linear(16, 16), nn.Linear(16, 7)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """The scores of the next token."""
+        return self.head(torch.relu(self.mid(self.table(input_ids))))
+
+
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_labels_that_are_the_inputs_are_shifted_or_refused(nesting: str) -> None:
+    ids, loss = torch.randint(7, (3, 5)), MatryoshkaLoss(nn.CrossEntropyLoss())
+    doll = mk.convert(Causal(), ids, sizes=[4, 16], nesting=nesting)
+    with pytest.raises(AllSizesError, match="the labels are the input ids.*shift_labels=True"):
+        AllSizes(doll, loss)(input_ids=ids, labels=ids)
+    labels = ids.clone()
+    labels[0, :2] = -100
+    with pytest.raises(AllSizesError, match="the labels are the input ids"):
+        AllSizes(doll, loss)(ids, labels=labels)
+    found = AllSizes(doll, loss, shift_labels=True)(ids, labels=labels).loss
+    logits = [mk.slice(doll, size)(ids)[:, :-1].flatten(0, 1) for size in doll.sizes]
+    expected = sum(F.cross_entropy(out, labels[:, 1:].flatten()) for out in logits)
+    torch.testing.assert_close(found, expected)
+    as_they_are = AllSizes(doll, loss, shift_labels=False)(ids, labels=labels).loss
+    assert not torch.allclose(as_they_are, found)
+    AllSizes(doll, loss)(ids, labels=(labels + 1) % 7)
 
 
 @pytest.mark.parametrize("nesting", ["masked", "sliced"])
@@ -409,6 +457,9 @@ def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:
 
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert sorted(saved) == sorted(small_doll().state_dict())
+    x, _ = examples()
+    small = mk.load(tmp_path / "saved" / "doll", size=8)
+    assert torch.equal(small(x), mk.slice(run.model.doll, 8)(x))
 
 
 def test_trainer_evaluates_every_size(tmp_path: Path) -> None:
@@ -421,4 +472,23 @@ def test_trainer_evaluates_every_size(tmp_path: Path) -> None:
         logits = mk.slice(run.model.doll, size)(x)
         expected = (logits.argmax(-1) == y).double().mean().item()
         assert metrics[f"eval_{size}_accuracy"] == pytest.approx(expected)
+        loss = F.cross_entropy(logits, y).item()
+        assert metrics[f"eval_{size}_loss"] == pytest.approx(loss, rel=1e-4)
     assert "eval_loss" in metrics
+
+
+def test_trainer_shifts_the_labels_of_a_causal_collator(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    from matryoshkafy.training.huggingface import NestedTrainer
+
+    ids = torch.randint(7, (4, 5))
+    doll = mk.convert(Causal(), ids, sizes=[4, 16])
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    loss = MatryoshkaLoss(nn.CrossEntropyLoss())
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    metrics = NestedTrainer(doll, arguments, loss=loss, eval_dataset=rows).evaluate()
+    for size in doll.sizes:
+        logits = mk.slice(doll, size)(ids)[:, :-1].flatten(0, 1)
+        expected = F.cross_entropy(logits, ids[:, 1:].flatten()).item()
+        assert metrics[f"eval_{size}_loss"] == pytest.approx(expected, rel=1e-4)
