@@ -17,7 +17,7 @@ from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.plan.plan import Many
 from matryoshkafy.rewrite.graphs import outputs_graph
 from matryoshkafy.units import scores as scoring
-from matryoshkafy.units.permute import OrderError, Orders, inverse, permute, put_back
+from matryoshkafy.units.permute import OrderError, Orders, inverse, noted, permute, put_back
 from matryoshkafy.units.report import OrderReport, cka, group_orders
 from matryoshkafy.units.scores import SCORES, Loss
 from matryoshkafy.units.sites import measure
@@ -152,6 +152,7 @@ def _ordered(
     probe = flat_inputs(doll, batches[0])
     before = _agreements(doll, probe)
     orders, error, differing = _applied(doll, wanted, probe)
+    doll._plan = noted(plan, orders)
     kept |= differing
     after = _agreements(doll, probe)
     return OrderReport(

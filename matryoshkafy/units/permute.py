@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Cat, Dim, Factor, Nested
@@ -103,6 +105,28 @@ def carriers(state: Mapping[str, Tensor], plan: Plan, orders: Orders) -> dict[st
             )
         found.setdefault(id(tensor), (name, tensor))
     return dict(found.values())
+
+
+def noted(plan: Plan, orders: Orders, turned: Collection[int] = ()) -> Plan:
+    """Return the plan that says where the user's units stand now: after what it said before.
+
+    Groups that were `turned` into another basis hold no unit of the user's: they are left out.
+    """
+    known = {g.name: plan.order.get(g.name, tuple(range(g.size))) for g in plan.groups}
+    found = dict(plan.order)
+    for group, order in orders.items():
+        name = plan.groups[group].name
+        found[name] = tuple(known[name][int(unit)] for unit in order)
+    out = {plan.groups[group].name for group in turned}
+    return replace(plan, order={n: units for n, units in found.items() if n not in out})
+
+
+def users_order(doll: Doll, output: Any) -> Any:
+    """Return a full-size output of an ordered doll, or a loaded one, in the user's own order."""
+    index = {g.name: i for i, g in enumerate(doll.plan.groups)}
+    orders = {index[name]: torch.tensor(units) for name, units in doll.plan.order.items()}
+    flat, spec = pytree.tree_flatten(output)
+    return pytree.tree_unflatten(put_back(doll, orders, flat), spec)
 
 
 def put_back(doll: Doll, orders: Orders, outputs: list[Any]) -> list[Any]:

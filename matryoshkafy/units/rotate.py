@@ -18,6 +18,7 @@ from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.units.bases import mean_kept, principal, turn, turned
 from matryoshkafy.units.order import checked, order
+from matryoshkafy.units.permute import noted
 from matryoshkafy.units.report import OrderReport
 from matryoshkafy.units.sites import Measured, Site, measure
 from matryoshkafy.units.survey import Survey, survey
@@ -117,7 +118,7 @@ def rotate(
         error = relative_error(_turned_back(doll, bases, now), reference)
     finally:
         doll.train(training)
-    plan = doll.plan
+    plan = doll._plan = noted(doll.plan, {}, bases)
     texts = tuple((plan.groups[g].name, why) for g, why in obstacles.items() if _stream(plan, g))
     return RotateReport(plan.sizes, rotated, bases, texts, ordered, error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,15 @@ from matryoshkafy.axes.dims import kept as kept_indices
 from matryoshkafy.axes.dims import size as size_of
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.units.order import order
-from matryoshkafy.units.permute import OrderError, inverse, moved, owners, permute, positions
+from matryoshkafy.units.permute import (
+    OrderError,
+    inverse,
+    moved,
+    owners,
+    permute,
+    positions,
+    users_order,
+)
 from matryoshkafy.units.report import cka
 from matryoshkafy.units.scores import _removal
 from tests.units.laws import measure, orders_of
@@ -178,6 +188,33 @@ def test_embeddings_are_put_back() -> None:
     units = report.units(doll, 4)
     assert len(units) == 4 and half.shape[-1] == 4
     assert list(units) == orders_of(report)[doll.plan.main][:4].tolist()
+
+
+def test_the_plan_says_where_the_units_stand(tmp_path: Path) -> None:
+    """Ordered twice, saved and loaded: outputs come back in the user's own order."""
+
+    class Encoder(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.table(x)
+            return h + self.down(torch.relu(self.up(self.norm(h))))
+
+    doll = made(Encoder())
+    before, names = doll(tokens()).detach(), {g.name for g in doll.plan.groups}
+    assert not doll.plan.order
+    order(doll, [tokens(1)])
+    order(doll, [tokens(2)], by="outgoing")
+    assert set(doll.plan.order) == names
+    mk.save(doll, tmp_path / "doll")
+    loaded = mk.load(tmp_path / "doll")
+    assert loaded.plan.order == doll.plan.order
+    for one in (doll, loaded):
+        found = users_order(one, one(tokens()).detach())
+        torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
+    assert mk.slice(doll, 4).meta["matryoshka"][1].order == doll.plan.order
 
 
 def test_unread_parameters_are_refused_or_left_and_said() -> None:

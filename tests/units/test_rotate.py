@@ -214,6 +214,7 @@ def test_turned_is_a_product_on_every_axis() -> None:
     torch.testing.assert_close(turned(w, shape, {0: q}), (q @ w.double() @ q.t()).float())
 
 
+@pytest.mark.filterwarnings("ignore")  # of trained weights in masked nesting
 def test_a_masked_doll_is_refused() -> None:
     doll = mk.convert(PreNorm(), tokens(), sizes=[8, 16])
     with pytest.raises(OrderError, match="masked"):
