@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from matryoshkafy.dolls.convert import inspect as inspect
     from matryoshkafy.dolls.doll import Doll as Doll
     from matryoshkafy.dolls.example_inputs import example_inputs as example_inputs
+    from matryoshkafy.dolls.shared import slices as slices
     from matryoshkafy.dolls.slice import slice as slice
     from matryoshkafy.dolls.verify import verify as verify
     from matryoshkafy.errors import MatryoshkafyError as MatryoshkafyError
     from matryoshkafy.files.checkpoint import load as load
+    from matryoshkafy.files.packing import pack as pack
+    from matryoshkafy.files.packing import upgrade as upgrade
     from matryoshkafy.losses.matryoshka import MatryoshkaLoss as MatryoshkaLoss
     from matryoshkafy.natives.native import native as native
     from matryoshkafy.natives.saving import save as save
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "files.checkpoint",
     "save": "natives.saving",
+    "pack": "files.packing",
+    "upgrade": "files.packing",
+    "slices": "dolls.shared",
     "verify": "dolls.verify",
     "convert": "dolls.convert",
     "inspect": "dolls.convert",

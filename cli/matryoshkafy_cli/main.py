@@ -13,6 +13,7 @@ from matryoshkafy_cli.describing import info
 from matryoshkafy_cli.exporting import export
 from matryoshkafy_cli.family import family
 from matryoshkafy_cli.inspecting import inspect
+from matryoshkafy_cli.packing import pack
 from matryoshkafy_cli.reporting import report
 from matryoshkafy_cli.retrieving import retrieve
 from matryoshkafy_cli.screen import readable
@@ -23,6 +24,7 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "inspect": inspect,
     "convert": convert,
     "slice": slice_,
+    "pack": pack,
     "verify": verify,
     "info": info,
     "export": export,

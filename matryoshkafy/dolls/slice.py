@@ -67,7 +67,7 @@ def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the f
     tensors = _cut_state(state, cuts_of(plan, level))
     if level < plan.levels - 1:
         tensors |= reparametrised(trace, plan, state, level)
-    return assemble(trace, plan.up_to(level), tensors, _kinds(state))
+    return assemble(trace, plan.up_to(level), tensors, kinds_of(state))
 
 
 def reparametrised(
@@ -235,7 +235,8 @@ class Kind:
     requires_grad: bool
 
 
-def _kinds(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
+def kinds_of(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
+    """Return how each tensor stands in the model."""
     return {n: Kind(isinstance(t, nn.Parameter), t.requires_grad) for n, t in state.items()}
 
 

@@ -1,5 +1,7 @@
 """save() and load(): a model as a folder of safetensors and JSON, whole or at one of its sizes.
 
+pack() writes the progressive layout instead of the first two files: a file per level (levels.py).
+
     model.safetensors      the tensors that state_dict shows, under the user's names
     constants.safetensors  the others that the graph reads (only where there are any)
     graph.json             the traced graph
@@ -13,8 +15,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,22 +39,27 @@ from matryoshkafy.files.description import (
 from matryoshkafy.files.fitting import check_fit
 from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
 from matryoshkafy.files.graph_json import callables, graph_to_json
-from matryoshkafy.files.held import Held, open_folder
+from matryoshkafy.files.held import LEVEL_FILE, Held, open_folder
 from matryoshkafy.files.json_text import parse_json
+from matryoshkafy.files.levels import Layout, Levels, layout_from_json, outline_of
 from matryoshkafy.files.records import (
     CheckpointError,
+    Record,
     files_of,
     nan_names,
-    record_from_json,
     record_of,
     shared,
 )
+from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.stored import decided
 
-FORMAT = 1
+# The layout by levels came with format 2; all else is as in format 1.
+FORMAT, DENSE_FORMAT = 2, 1
+PACKED = "levels"
 GRAPH = "graph.json"
 MAX_GRAPH = 32 * 2**20
+MAX_SIDE = 2**28
 
 
 class CheckpointWarning(UserWarning):
@@ -78,16 +85,41 @@ def save(
     own = set(state_of(model))
     kinds = {name: kind_of(name, tensor, trace, own) for name, tensor in state.items()}
     records = [record_of(name, tensor, kinds[name]) for name, tensor in state.items()]
-    _warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
-    described = {"format": FORMAT, **description_to_json(model, trace, plan, records)}
-    graph = graph_to_json(trace.graph, callables(described["namespaces"]))
-    writers: dict[str, Writer] = dense_files(state, records)
-    writers[GRAPH] = lambda path: path.write_text(json.dumps(graph, allow_nan=False))
-    for name, content in (side or {}).items():
-        writers[name] = partial(_write_bytes, content)
-    writers[MANIFEST] = partial(_write_manifest, described, tuple(writers))
+    warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
+    writers = {**dense_files(state, records), **side_writers(side or {})}
+    return write_checkpoint(folder, (model, trace, plan, records), writers, force=force)
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    parts: tuple[nn.Module, Trace, Plan, list[Record]],
+    writers: Mapping[str, Writer],
+    layout: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+) -> Path:
+    """Write a checkpoint folder whole or not at all, and read it back before it stands.
+
+    Args:
+        folder: where.
+        parts: the model, its trace, its plan, and how its tensors stand in it.
+        writers: how the tensor files are written.
+        layout: what the layout by levels says; None for whole tensors.
+        force: replace an earlier checkpoint.
+    """
+    described = description_to_json(*parts)
+    version = {"format": DENSE_FORMAT} if layout is None else {"format": FORMAT, PACKED: layout}
+    graph = graph_to_json(parts[1].graph, callables(described["namespaces"]))
+    every: dict[str, Writer] = dict(writers)
+    every[GRAPH] = lambda path: path.write_text(json.dumps(graph, allow_nan=False))
+    every[MANIFEST] = partial(_write_manifest, {**version, **described}, tuple(every))
     # What load would refuse is refused now, while the user still has the model.
-    return write_folder(folder, writers, force=force, check=_check_written)
+    return write_folder(folder, every, force=force, check=_check_written)
+
+
+def side_writers(side: Mapping[str, bytes]) -> dict[str, Writer]:
+    """Return how further files are written, by name."""
+    return {name: partial(_write_bytes, content) for name, content in side.items()}
 
 
 def _write_bytes(content: bytes, path: Path) -> None:
@@ -107,7 +139,7 @@ def load(folder: str | os.PathLike[str], size: float | None = None) -> Doll | fx
     FolderError (no checkpoint, a newer format, a damaged file), PlanError (no such size: it lists
     them), and the errors of the parts.
     """
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder, size=size) as checkpoint:
         return checkpoint.whole() if size is None else checkpoint.sub_model(size)
 
 
@@ -121,6 +153,7 @@ class Checkpoint:
 
     held: Held
     described: Description
+    layout: Layout | None = None
 
     @property
     def folder(self) -> Path:
@@ -139,14 +172,24 @@ class Checkpoint:
 
     @property
     def sizes(self) -> list[int]:
-        """The sizes that `sub_model` makes, ascending."""
-        return list(self.plan.sizes)
+        """The sizes that `sub_model` makes, ascending: of a packed one, those whose files are
+        here.
+        """
+        files = [] if self.layout is None else self.layout.files
+        missing = [level for level, name in enumerate(files) if not self.held.has(name)]
+        return list(self.plan.sizes[: missing[0]] if missing else self.plan.sizes)
+
+    def side(self) -> dict[str, bytes]:
+        """Return the further files that the checkpoint keeps, by name."""
+        own = {GRAPH, MANIFEST, *files_of(self.described.records)}
+        names = [n for n in self.held.names if n not in own and not LEVEL_FILE.fullmatch(n)]
+        return {name: self.held.read(name, MAX_SIDE) for name in names}
 
     def whole(self) -> Doll | fx.GraphModule:
         """Return the doll, or the sub-model as it was saved."""
         if self.kind == "submodel":
             return self._cut(self.plan.levels - 1, zeros=False)
-        with self._reading() as store:
+        with self._reading(self.plan.levels - 1) as store:
             names = [r.name for r in self.described.records if r.kind != "statistic"]
             return self.described.model(shared(names, store.owner, store.whole))
 
@@ -154,8 +197,19 @@ class Checkpoint:
         """Return the sub-model of a size; raises PlanError that lists the sizes."""
         return self._cut(self.plan.level(size), zeros=True)
 
-    def _cut(self, level: int, *, zeros: bool) -> fx.GraphModule:
-        with self._reading() as store:
+    def larger(self, level: int, first: int, base: Mapping[str, Tensor]) -> fx.GraphModule:
+        """Return the sub-model of a level out of the tensors of level first - 1."""
+        return self._cut(level, first=first, base=base)
+
+    def _cut(
+        self,
+        level: int,
+        *,
+        zeros: bool = True,
+        first: int = 0,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> fx.GraphModule:
+        with self._reading(level, first, base) as store:
             trace = self.described.over(store.outline())
             cuts = {cut.name: cut for cut in cuts_of(self.plan, level)}
             tensors = shared(
@@ -170,9 +224,16 @@ class Checkpoint:
             return assemble(trace, self.plan.up_to(level), tensors, kinds)
 
     @contextmanager
-    def _reading(self) -> Iterator[Dense]:
-        with fitting(self.folder), Dense(self.held, self.described.records) as store:
-            yield store
+    def _reading(
+        self, level: int, first: int = 0, base: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Dense | Levels]:
+        records = self.described.records
+        with fitting(self.folder), ExitStack() as stack:
+            if self.layout is None:
+                store = Dense(self.held, records)
+            else:
+                store = Levels(self.held, records, self.layout, range(first, level + 1), base)
+            yield stack.enter_context(store)
             self.held.check_unchanged()
 
     def close(self) -> None:
@@ -203,49 +264,83 @@ class OnDemand(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def open_checkpoint(folder: str | os.PathLike[str], *, digests: bool = True) -> Checkpoint:
-    """Return a checkpoint after checking all of its files; no weights are held.
+def open_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    size: float | None = None,
+    first: int = 0,
+    digests: bool = True,
+) -> Checkpoint:
+    """Return a checkpoint after checking its files; no weights are held.
 
-    digests: whether to compare the SHA-256 of every file, which reads all of it once.
+    Args:
+        folder: where.
+        size: the only size that is wanted; of a packed checkpoint no later file is looked at.
+        first: the first level that is wanted of a packed checkpoint.
+        digests: whether to compare the SHA-256 of the files, which reads each of them once.
+
+    Raises:
+        FolderError, CheckpointError, JsonError, PlanError: as `load` does.
     """
     held, manifest = open_folder(folder, FORMAT)
     try:
         with fitting(held.path):
-            return _checked(held, manifest, digests=digests)
+            recorded = manifest.get("digests")
+            if digests and isinstance(recorded, dict):
+                held.check(recorded, [n for n in recorded if not LEVEL_FILE.fullmatch(n)])
+            found = _checked(held, manifest)
+            if digests:
+                held.check(recorded, _levels(found, size, first))
+            return found
     except BaseException:
         held.close()
         raise
 
 
-def _checked(held: Held, manifest: Mapping[str, Any], *, digests: bool) -> Checkpoint:
+def _levels(found: Checkpoint, size: float | None, first: int) -> list[str]:
+    """The files of the levels that are wanted, of a packed checkpoint."""
+    if found.layout is None:
+        return []
+    last = len(found.sizes) - 1 if size is None else found.plan.level(size)
+    return found.layout.files[first : last + 1]
+
+
+def _checked(held: Held, manifest: Mapping[str, Any]) -> Checkpoint:
     check_fields(manifest, held.path)
-    _check_digested(manifest, held.path)
-    if digests:
-        held.check(manifest["digests"])
     saved = parse_json(held.read(GRAPH, MAX_GRAPH), str(held.path / GRAPH))
     described = description_from_json(manifest, saved, held.path)
-    with Dense(held, described.records) as store:
-        outline = store.outline()
+    layout = None
+    if PACKED in manifest:
+        layout = layout_from_json(manifest[PACKED], described.plan, described.records)
+    _check_digested(manifest, files_of(described.records) if layout is None else layout.files, held)
+    outline = _outline(held, described, layout)
     check_fit(described.plan, described.trace.graph, outline, held.path)
     if not described.plan.stored:
         # A plan of format 1 leaves masks and what is stored to the reader.
         plan = decided(described.over(outline), described.plan)
         described = replace(described, plan=plan)
-    return Checkpoint(held, described)
+    return Checkpoint(held, described, layout)
 
 
-def _check_digested(manifest: Mapping[str, Any], folder: Path) -> None:
-    records = map(record_from_json, manifest["tensors"])
+def _outline(held: Held, described: Description, layout: Layout | None) -> dict[str, Tensor]:
+    if layout is not None:
+        return outline_of(layout, described.records)
+    with Dense(held, described.records) as store:
+        return store.outline()
+
+
+def _check_digested(manifest: Mapping[str, Any], files: Sequence[str], held: Held) -> None:
     digests = manifest.get("digests")
     known = digests.keys() if isinstance(digests, dict) else set()
-    unlisted = {GRAPH, *files_of(records)} - known
+    unlisted = {GRAPH, *files} - known
     if unlisted:
         raise CheckpointError(
-            f"{folder / MANIFEST} has no digest of {', '.join(sorted(unlisted))}; it is damaged."
+            f"{held.path / MANIFEST} has no digest of {', '.join(sorted(unlisted))}; it is damaged."
         )
 
 
-def _warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
+def warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
+    """Warn of weights that are NaN, by name."""
     names = nan_names(tensors)
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -253,7 +348,7 @@ def _warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
             f"weights that are NaN are saved: {', '.join(names[:5])}{more}. Expected finite "
             "weights; every size that reads them is broken. Check the training run.",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

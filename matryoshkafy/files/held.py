@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from matryoshkafy.files.folders import (
 from matryoshkafy.files.json_text import parse_json, shown
 
 MAX_FILES = 512
+# The files of the progressive layout.
+LEVEL_FILE = re.compile(r"level-\d{1,4}\.safetensors", re.ASCII)
 CHUNK = 2**20
 RELATIVE = os.open in os.supports_dir_fd
 # A fifo would make open() wait for a writer; on systems without these flags there are none.
@@ -74,9 +77,17 @@ class Held:
         return tuple(self._files)
 
     def hold(self, names: object) -> None:
-        """Open the files of these names now, so that all of them are of one folder."""
+        """Open the files of these names now, so that all of them are of one folder.
+
+        Files of levels may be missing: a device holds those that it needs.
+        """
         for name in names if isinstance(names, dict) else ():
-            self.file(name)
+            if self.has(name) or not LEVEL_FILE.fullmatch(name):
+                self.file(name)
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a file of this name."""
+        return os.path.lexists(self.path / check_file_name(name, f"a file of {self.path}"))
 
     def read(self, name: str, limit: int) -> bytes:
         """Return the bytes of a small file; raises FolderError where it has more than the limit."""

@@ -149,16 +149,36 @@ def contents_of(records: Iterable[Record], tensors: Mapping[str, Tensor], file: 
 def _entries(record: Record, tensor: Tensor) -> list[Entry]:
     if not record.sparse:
         return [entry_of(record.name, tensor)]
+    return [entry_of(name, part) for name, part in sparse_parts(record, tensor)]
+
+
+def sparse_parts(record: Record, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the dense parts of a sparse tensor by their names in the file."""
     methods = SPARSE[record.sparse][1]
     parts = [getattr(tensor, method)() for method in methods]
-    return [entry_of(name, part) for name, part in zip(record.parts, parts, strict=True)]
+    return list(zip(record.parts, parts, strict=True))
+
+
+def owners_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return {name: first name of the same tensor}."""
+    owners: dict[int, str] = {}
+    return {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+
+
+def info_of_tensor(tensor: Tensor) -> TensorInfo:
+    """Return the shape and dtype of a tensor."""
+    return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
 
 def read_whole(record: Record, file: TensorFile) -> Tensor:
     """Return a saved tensor, in memory of its own."""
     if not record.sparse:
         return file.read(record.name)
-    parts = [file.read(name) for name in record.parts]
+    return sparse_from(record, [file.read(name) for name in record.parts])
+
+
+def sparse_from(record: Record, parts: list[Tensor]) -> Tensor:
+    """Return a sparse tensor of its parts; raises CheckpointError where they are none."""
     try:
         return _assembled(record, parts)
     except (RuntimeError, TypeError) as error:
