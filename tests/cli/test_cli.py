@@ -46,6 +46,7 @@ FLAGS = {
     "convert": "--debug --force --json --keep --nesting --norm --output --quiet --scope --sizes "
     "--weights -o -q",
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
+    "pack": "--debug --force --import --json --output --quiet -o -q",
     "verify": "--debug --device --import --json --quiet -q",
     "info": "--debug --device --import --json --quiet --runs -q",
     "export": "--debug --force --import --json --output --quiet --size --to -o -q",
@@ -258,3 +259,16 @@ def test_a_folder_with_weights_keeps_its_function(
 
 def test_the_version_is_told() -> None:
     assert run("--version").stdout == f"matryoshkafy {mk.__version__}\n"
+
+
+def test_pack(place, tmp_path):
+    """A file per level; the files of the small sizes are enough for them."""
+    target = tmp_path / "packed"
+    rows = json.loads(said("pack", place / "ckpt", "-o", target, "--json"))["levels"]
+    assert [row["size"] for row in rows] == [8, 16, 32]
+    assert [row["bytes"] for row in rows] == [(target / r["file"]).stat().st_size for r in rows]
+    (target / "level-2.safetensors").unlink()
+    said("slice", target, "--size", "16", "-o", tmp_path / "16")
+    assert [s["size"] for s in json.loads(said("info", target, "--json"))["sizes"]] == [8, 16]
+    assert "level-2" in run("slice", target, "--size", "32", "-o", tmp_path / "32").stderr
+    assert "with those before" in said("pack", place / "ckpt", "-o", tmp_path / "again")
