@@ -23,7 +23,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Signatures that are fixed, as public API or as options of a command; then what is left to mend.
 KNOWN = {
-    "cli/matryoshkafy_cli/converting.py:convert parameters": 12,
+    "cli/matryoshkafy_cli/converting.py:convert parameters": 13,
     "cli/matryoshkafy_cli/describing.py:info parameters": 7,
     "cli/matryoshkafy_cli/exporting.py:export parameters": 9,
     "cli/matryoshkafy_cli/inspecting.py:inspect parameters": 9,
@@ -33,8 +33,8 @@ KNOWN = {
     "cli/matryoshkafy_cli/cascading.py:cascade parameters": 8,
     "cli/matryoshkafy_cli/family.py:family parameters": 11,
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 12,
-    "matryoshkafy/dolls/convert.py:convert parameters": 14,
-    "matryoshkafy/dolls/convert.py:inspect parameters": 12,
+    "matryoshkafy/dolls/convert.py:convert parameters": 15,
+    "matryoshkafy/dolls/convert.py:inspect parameters": 13,
     "matryoshkafy/kernels/norm_ops.py:norm parameters": 7,
     "matryoshkafy/losses/fused.py:nested_cross_entropy parameters": 11,
     "matryoshkafy/losses/matryoshka.py:__init__ parameters": 9,

@@ -34,6 +34,9 @@ def convert(  # noqa: PLR0913  an option is a parameter
         str, typer.Option("--norm", help="Statistics of masked norms: block or prefix.")
     ] = "block",
     scope: Scope = "full",
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", help="Round every width up to a multiple: 64, a head.")
+    ] = 1,
     keep: Keep = None,
     weights: Weights = None,
     force: Force = False,
@@ -57,6 +60,7 @@ def convert(  # noqa: PLR0913  an option is a parameter
     with screen.step("tracing and planning"):
         chosen = loaded.nesting(nesting, scope)
         options = {"nesting": chosen, "norm": norm, "scope": scope, "keep": tuple(keep or ())}
+        options["multiple_of"] = multiple_of
         doll = matryoshkafy.convert(
             loaded.model, loaded.args, loaded.kwargs, sizes=sizes, **options
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -41,6 +42,7 @@ def inspect(  # noqa: PLR0913  the public signature
     kwargs: Mapping[str, Any] | None = None,
     *,
     sizes: Any = None,
+    multiple_of: int = 1,
     nesting: str | None = None,
     scope: str = "full",
     norm: str = "block",
@@ -59,6 +61,8 @@ def inspect(  # noqa: PLR0913  the public signature
         kwargs: further example inputs by name.
         sizes: a ladder such as "64..1024", [64, 256] or [0.25, 1.0]; by default a quarter, a half
             and all of the model's width.
+        multiple_of: every width is rounded up to a multiple of it (64 for hardware, the size of a
+            head for configurations); a remark says which sizes moved.
         nesting: "masked" (one full pass holds every size; for training from scratch or
             fine-tuning) or "sliced" (the full model keeps its function; one pass per size).
             By default masked; sliced for scope "ffn" and where a library loaded trained
@@ -83,6 +87,7 @@ def inspect(  # noqa: PLR0913  the public signature
     call = call_of(model, args, kwargs, method)
     chosen, why = nesting_of(nesting, scope, model)
     request = _request(scope, chosen, norm, keep, sizes=sizes, overrides=overrides)
+    request = replace(request, multiple_of=multiple_of)
     return remarked(_plan(_traced(call, check=True), request, _freed(free, overrides)), why)
 
 
@@ -92,6 +97,7 @@ def convert(  # noqa: PLR0913  the public signature
     kwargs: Mapping[str, Any] | None = None,
     *,
     sizes: Any = None,
+    multiple_of: int = 1,
     nesting: str | None = None,
     scope: str = "full",
     norm: str = "block",
@@ -109,6 +115,7 @@ def convert(  # noqa: PLR0913  the public signature
         args: example inputs, as for `inspect`; so are the options up to `method`.
         kwargs: further example inputs by name.
         sizes: the ladder.
+        multiple_of: every width is rounded up to a multiple of it, whole heads kept whole.
         nesting: "masked" or "sliced".
         scope: "full", "ffn" or "output".
         norm: "block" or "prefix".
@@ -133,6 +140,7 @@ def convert(  # noqa: PLR0913  the public signature
         _alone(sizes, nesting, (scope, norm), keep, (free, overrides))
     chosen, why = nesting_of(nesting, scope, model)
     request = _request(scope, chosen, norm, keep, sizes=sizes, overrides=overrides)
+    request = replace(request, multiple_of=multiple_of)
     found, freed = _traced(call, check=check), _freed(free, overrides)
     plan = remarked(_plan(found, request, freed), why) if plan is None else _fit(plan, found)
     doll = Doll(found, plan, plain_attributes(model))

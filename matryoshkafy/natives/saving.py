@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.files import checkpoint
 from matryoshkafy.files.folders import MANIFEST
+from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives import huggingface
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.native import Native, NativeWarning, find, unchecked
@@ -89,7 +90,9 @@ def save_native(  # noqa: PLR0913  the public signature
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
     package = Package(native, plan, source, _parameters(plan, native))
-    return write_tree(target, lambda path: write(package, path, to), force=force)
+    with silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return write_tree(target, lambda path: write(package, path, to), force=force)
 
 
 def _source(given: Any) -> Source | None:

@@ -29,6 +29,7 @@ from matryoshkafy.plan.masking import Choice
 from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
 from matryoshkafy.plan.policies import heaviest, trainable
 from matryoshkafy.plan.scalars import find_scalars
+from matryoshkafy.plan.snapping import snapped
 from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
@@ -44,6 +45,7 @@ class Request:
     options: Options
     sizes: Any = None
     overrides: Mapping[str, Any] | None = None
+    multiple_of: int = 1
 
 
 def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan:
@@ -80,7 +82,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
         scalars=(),
         remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
     )
-    plan = plan.with_widths(request.overrides or {})
+    plan = snapped(plan, request.multiple_of).with_widths(request.overrides or {})
     return decided(trace, find_scalars(trace, plan))
 
 

@@ -43,8 +43,8 @@ example_inputs = torch.randn(2, 6)
 """
 FLAGS = {
     "inspect": "--debug --json --keep --nesting --quiet --scope --sizes --weights -q",
-    "convert": "--debug --force --json --keep --nesting --norm --output --quiet --scope --sizes "
-    "--weights -o -q",
+    "convert": "--debug --force --json --keep --multiple-of --nesting --norm --output --quiet "
+    "--scope --sizes --weights -o -q",
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
     "pack": "--debug --force --import --json --output --quiet -o -q",
     "verify": "--debug --device --import --json --quiet -q",

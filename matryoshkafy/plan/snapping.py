@@ -1,0 +1,78 @@
+"""snapped(): a plan whose widths are multiples of a number, so that hardware and configs fit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Nested
+from matryoshkafy.errors import PlanError
+from matryoshkafy.plan.plan import Plan
+
+
+def snapped(plan: Plan, multiple: int) -> Plan:
+    """Return the plan with every width rounded up to a multiple, at most to the full width.
+
+    A group counts in what its units span: with 12 heads of 64, multiples of 128 are pairs of heads.
+    Sizes follow the main group; what becomes equal to the size below it is left out. A remark says
+    which sizes moved.
+
+    Args:
+        plan: as solved for the sizes that were asked for.
+        multiple: at least 1; 1 changes nothing.
+
+    Raises:
+        PlanError: the multiple is no positive integer.
+    """
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise PlanError(
+            f"multiple_of={multiple!r} was given; expected a positive integer such as 8 or 64"
+        )
+    if multiple == 1:
+        return plan
+    steps = [multiple // math.gcd(multiple, span) for span in _spans(plan)]
+    ladder = [
+        tuple(
+            min(g.size, -(-w // s) * s) for g, w, s in zip(plan.groups, widths, steps, strict=True)
+        )
+        for widths in plan.ladder
+    ]
+    sizes = [widths[plan.main] * plan.unit for widths in ladder]
+    kept = [i for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+    kept = kept[:-1] + [len(sizes) - 1] if sizes[kept[-1]] == sizes[-1] else kept
+    moved = {old: new for old, new in zip(plan.sizes, sizes, strict=True) if old != new}
+    return replace(
+        plan,
+        sizes=tuple(sizes[i] for i in kept),
+        ladder=tuple(ladder[i] for i in kept),
+        remarks=(*plan.remarks, *_remarks(moved, multiple)),
+    )
+
+
+def _spans(plan: Plan) -> list[int]:
+    """Return what one unit of each group spans where it mostly stands: 1, or head_dim."""
+    counts = [Counter({1: 0}) for _ in plan.groups]
+    for shape in plan.parameters.values():
+        for dim in shape:
+            for group, span in _nested(dim):
+                counts[group][span] += 1
+    return [count.most_common(1)[0][0] for count in counts]
+
+
+def _nested(dim: dims.Dim) -> Iterator[tuple[int, int]]:
+    for i, factor in enumerate(dim):
+        if isinstance(factor, Nested):
+            yield factor.group, dims.size(dim[i + 1 :])
+        elif isinstance(factor, dims.Cat):
+            inner = dims.size(dim[i + 1 :])
+            for part in factor.parts:
+                yield from ((group, span * inner) for group, span in _nested(part))
+
+
+def _remarks(moved: dict[int, int], multiple: int) -> Iterator[str]:
+    if moved:
+        pairs = ", ".join(f"{old} became {new}" for old, new in moved.items())
+        yield f"sizes are multiples of {multiple}: {pairs}"
