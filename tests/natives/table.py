@@ -113,7 +113,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             "Half of every architecture of the zoo that has a smaller configuration, in its own",
             "class: which fields shrink is found by building, no line is written per model.",
-            f"Made by `python -m tests.natives.table`, torch {torch.__version__.split('+')[0]}, float32.",
+            "Made by `python -m tests.natives.table`, "
+            f"torch {torch.__version__.split('+')[0]}, float32.",
             f"{len(rows)} architectures were measured.",
             "",
             "| library | measured | equal to 1e-5 | with a table of the slice | refused | "
@@ -122,8 +123,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             *_summary(rows),
             "",
             "`equal`: the stock class at the smaller configuration computes what the slice does,",
-            "on fresh inputs of two shapes. `table`: only after a hidden table that the class makes",
-            "from its width was taken from the slice. `unread`: parameters that the traced path",
+            "on fresh inputs of two shapes. `table`: only after a hidden table that the class",
+            "makes from its width was taken from the slice. `unread`: parameters that the traced path",
             "does not read and no comparison covers. `folder`: the library whose own loader gave",
             "the same values from the written folder.",
             "",
