@@ -13,7 +13,8 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
 from matryoshkafy.dolls.pickling import reduced
-from matryoshkafy.graph.trace import Trace
+from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
 from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.codegen import CallCodeGen
@@ -54,7 +55,7 @@ class Doll(nn.Module):
         self._trace, self._plan = trace, plan
         self._functions: dict[Any, Any] = {}
         self._forward = compiled(full_graph(trace, plan))
-        self.train(root.training)
+        self.train(root.training and not self._cannot_train())
 
     @property
     def sizes(self) -> list[int]:
@@ -84,10 +85,22 @@ class Doll(nn.Module):
         return reduced(self)
 
     def train(self, mode: bool = True) -> Doll:
-        """Switch dropout and batch norm, as in any module."""
+        """Switch dropout and batch norm, as in any module.
+
+        Raises `TraceError` where the graph does not train as the user's model does.
+        """
+        if mode and (reason := self._cannot_train()):
+            raise TraceError(
+                f"this doll cannot be trained; {reason}. Train the model that it was converted "
+                "from, and convert the result; or rewrite that part with torch operations."
+            )
         super().train(mode)
         self.__dict__["_root"].training = mode
         return self
+
+    def _cannot_train(self) -> str:
+        reasons = (NO_GRADIENTS, NO_TRAINING)
+        return next((note for note in self._plan.remarks if note.startswith(reasons)), "")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from matryoshkafy.dolls.gradients import follow_gradients
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.copies import chance_kept, copied_inputs, spare
@@ -27,7 +28,8 @@ def traced(
     """Trace the model, and refuse a graph that computes something else on the example.
 
     With `check`, graph and model also run at another batch and length, and at 1; sizes at which
-    they differ are fixed. Raises `TraceError`.
+    they differ are fixed. Their gradients are compared, and their training modes: where these
+    differ, the doll is for inference only, and says so. Raises `TraceError`.
     """
     found = trace(model, args, kwargs)
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
@@ -38,7 +40,10 @@ def traced(
         beside = Beside(found, model)
         _refuse(beside.error(flat), beside.tolerance)
         found = follow_training(found, model, args, dict(kwargs or {}))
-        return _settled(found, flat, beside) if check else found
+        if not check:
+            return found
+        found = _settled(found, flat, beside)
+        return follow_gradients(found, model, flat, beside.tolerance)
 
 
 def _refuse(error: float, tolerance: float) -> None:

@@ -205,12 +205,12 @@ TRAINING_FLAGS: dict[str, str] = {
 
 def _follow_training(graph: fx.Graph) -> None:
     affected = [n for n in graph.nodes if n.op == "call_function" and op_key(n) in TRAINING_FLAGS]
-    affected = [n for n in affected if _has_statistics(n)]
+    affected = [n for n in affected if has_statistics(n)]
     for node in affected:
         set_arg(node, TRAINING_FLAGS[op_key(node)], training_flag(graph))
 
 
-def _has_statistics(node: fx.Node) -> bool:
+def has_statistics(node: fx.Node) -> bool:
     """Batch norm without running statistics uses the batch's own in both modes."""
     return op_key(node) != "batch_norm" or bound_args(node)["running_mean"] is not None
 

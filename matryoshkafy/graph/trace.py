@@ -29,6 +29,10 @@ from matryoshkafy.graph.signature import (
     tensor_names,
 )
 
+# How remarks begin that say in what a graph is not its model.
+NO_GRADIENTS = "inference only: "
+NO_TRAINING = "no training mode: "
+
 
 @dataclass(frozen=True)
 class Trace:

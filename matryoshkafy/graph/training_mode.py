@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_key, set_arg, set_info
-from matryoshkafy.graph.normalise import training_flag
+from matryoshkafy.graph.normalise import TRAINING_FLAGS, has_statistics, training_flag
 from matryoshkafy.graph.trace import Trace
 
 SDPA = F.scaled_dot_product_attention
@@ -53,10 +53,13 @@ RANDOM = {
 
 @dataclass
 class _Watch(TorchFunctionMode):
-    """Notes the dropout of every fused attention, in order, and where else chance is asked."""
+    """Notes the dropout of every fused attention, in order, and where else chance is asked; and
+    the `training` of every dropout and batch norm.
+    """
 
     attention: list[float] = field(default_factory=list)
     chances: dict[str, list[str]] = field(default_factory=dict)
+    flags: dict[str, list[bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -71,8 +74,13 @@ class _Watch(TorchFunctionMode):
             self._multi_head(_given(func, args, kwargs))
         elif func in DROPOUTS:
             given = _given(func, args, kwargs)
+            self.flags.setdefault(DROPOUTS[func], []).append(bool(given["training"]))
             if given["training"] and given["p"]:
                 self._chance(DROPOUTS[func])
+        elif func is F.batch_norm:
+            given = _given(func, args, kwargs)
+            if given["running_mean"] is not None:
+                self.flags.setdefault("batch_norm", []).append(bool(given["training"]))
         elif func in RANDOM:
             self._chance(RANDOM[func])
         return func(*args, **kwargs)
@@ -108,13 +116,15 @@ def _user_line() -> str:
 def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> Trace:
     """Return the trace with attention dropout in training mode, and remarks on what it lacks.
 
-    A spare of the model runs once more on the example, in training mode.
+    A spare of the model runs once more on the example, in training mode. What stays in evaluation
+    mode there (a frozen batch norm: a `train` of the user's, `training=False`, or `eval()` on a
+    part of a model in training mode) does so in the doll.
     """
     watch = _Watch()
     try:
         with spare(model) as twin, torch.no_grad(), watch:
             own_args, own_kwargs = copied_inputs(args, kwargs)
-            twin.train()(*own_args, **own_kwargs)
+            (twin if model.training else twin.train())(*own_args, **own_kwargs)
     except Exception as error:  # noqa: BLE001  the user's forward may raise anything
         text = str(error).strip().splitlines()
         return _noted(
@@ -123,8 +133,18 @@ def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> 
             f"({type(error).__name__}: {text[0][:120] if text else ''}), so what it does there "
             "alone was not looked at; dropout and batch norm follow train()",
         )
+    _keep_frozen(traced, watch.flags)
     notes = [_set_attention(traced, watch.attention), *_unseen(traced, watch.chances)]
     return _noted(traced, *(note for note in notes if note))
+
+
+def _keep_frozen(traced: Trace, flags: dict[str, list[bool]]) -> None:
+    """What does not train in training mode follows no flag."""
+    for key, training in flags.items():
+        nodes = [n for n in traced.graph.nodes if op_key(n) == key and has_statistics(n)]
+        if len(nodes) == len(training):
+            for node in (n for n, flag in zip(nodes, training, strict=True) if not flag):
+                set_arg(node, TRAINING_FLAGS[key], False)
 
 
 def _set_attention(traced: Trace, rates: list[float]) -> str | None:

@@ -1,0 +1,249 @@
+"""gradients_agree(): a traced graph trains as its model does, or it is said that it cannot.
+
+Gradients are compared on the example, in evaluation and in training mode: parameters and floating
+inputs, against a fixed random direction of every output. What a trace cannot hold (the backward of
+a custom autograd Function, a hook, a branch on `self.training`) shows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
+from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
+from matryoshkafy.graph.training_mode import DROPOUTS, SDPA
+
+# Relative to the largest gradient of all: some gradients are zero but for rounding (the bias of
+# keys in attention).
+FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model or graph gave: outputs, gradients by name, and what it holds afterwards.
+
+    `functions` are the names of the autograd Functions of the user's own.
+    """
+
+    outputs: tuple[Any, ...]
+    gradients: dict[str, Tensor]
+    state: dict[str, Tensor]
+    functions: tuple[str, ...] = ()
+
+
+def gradients_agree(
+    trace: Trace, model: nn.Module, flat: Sequence[Any], *, training: bool, tolerance: float
+) -> str:
+    """Return "" where outputs and gradients of graph and model agree, else what differs.
+
+    Args:
+        trace: the traced model; its graph is what a sliced doll computes at full width.
+        model: the user's.
+        flat: the flat tensors of a call.
+        training: the mode of both. Dropout drops nothing.
+        tolerance: relative error of an output; gradients get ten times as much.
+    """
+    expected = _of_model(trace, model, flat, training=training)
+    if expected is None:
+        return ""
+    try:
+        found = _of_graph(trace, flat, training=training)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return f"the graph fails where the model does not ({str(error).splitlines()[0][:150]})"
+    return _difference(found, expected, tolerance)
+
+
+def follow_gradients(
+    trace: Trace, model: nn.Module, flat: Sequence[Any], tolerance: float
+) -> Trace:
+    """Return the trace, with a remark where it does not train as the model does.
+
+    Where gradients differ the outputs carry none; where training mode differs a doll refuses it.
+    """
+    why = gradients_agree(trace, model, flat, training=False, tolerance=tolerance)
+    if why:
+        _detach_outputs(trace.graph)
+        note = f"{NO_GRADIENTS}{why}; the outputs carry no gradient, and train() is refused"
+        return replace(trace, notes=(*trace.notes, note))
+    if any("training mode" in note for note in trace.notes):
+        return trace
+    why = gradients_agree(trace, model, flat, training=True, tolerance=tolerance)
+    note = f"{NO_TRAINING}{why}, as of a branch on self.training; train() is refused"
+    return replace(trace, notes=(*trace.notes, note)) if why else trace
+
+
+def _of_model(
+    trace: Trace, model: nn.Module, flat: Sequence[Any], *, training: bool
+) -> Answer | None:
+    """None where the model itself cannot be trained on the example."""
+    mine, leaves = _fresh(flat)
+    args, kwargs = trace.signature.call(mine)
+    try:
+        with spare(model) as twin, torch.enable_grad(), _NoDropout():
+            if training:
+                twin = twin if model.training else twin.train()
+            else:
+                twin.eval()
+            torch.manual_seed(0)
+            return _answer(twin(*args, **kwargs), twin, leaves)
+    except Exception:  # noqa: BLE001  the user's forward may raise anything
+        return None
+
+
+def _of_graph(trace: Trace, flat: Sequence[Any], *, training: bool) -> Answer:
+    mine, leaves = _fresh(flat)
+    with spare(trace.root) as root, torch.enable_grad():
+        root.training = training
+        torch.manual_seed(0)
+        result = _WithoutDropout(root, graph=trace.graph).run(*mine)
+        return _answer(trace.signature.unflatten(result), root, leaves)
+
+
+def _fresh(flat: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Return inputs of a call's own; what may have a gradient stands beside them by number.
+
+    A leaf may not be written in place, so the call gets copies.
+    """
+    args, _ = copied_inputs(flat, {})
+    leaves = {f"input {i}": t.requires_grad_() for i, t in enumerate(args) if t.is_floating_point()}
+    return [t.clone() for t in args], leaves
+
+
+def _answer(result: Any, model: nn.Module, leaves: dict[str, Tensor]) -> Answer:
+    outputs = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+    smooth = [v for v in outputs if v.requires_grad]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = parameters | dict(model.named_buffers(remove_duplicate=False))
+    state = {n: t.detach() for n, t in state.items() if t.layout == torch.strided}
+    wanted = {name: t for name, t in (parameters | leaves).items() if t.requires_grad}
+    kept = tuple(v.detach() for v in outputs)
+    if not smooth or not wanted:
+        return Answer(kept, {}, state)
+    draw = torch.Generator().manual_seed(0)
+    directions = [torch.randn(v.shape, generator=draw, dtype=torch.float64).to(v) for v in smooth]
+    found = torch.autograd.grad(smooth, list(wanted.values()), directions, allow_unused=True)
+    gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
+    return Answer(kept, gradients, state, tuple(_functions(smooth)))
+
+
+def _functions(outputs: Sequence[Tensor]) -> Iterator[str]:
+    """Yield the names of the user's own autograd Functions behind the outputs."""
+    queue: list[Any] = [v.grad_fn for v in outputs]
+    seen: set[Any] = set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        queue.extend(parent for parent, _ in node.next_functions)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            yield type(node).__name__.removesuffix("Backward")
+
+
+def _difference(found: Answer, expected: Answer, tolerance: float) -> str:
+    shapes = [[tuple(v.shape) for v in answer.outputs] for answer in (found, expected)]
+    if shapes[0] != shapes[1]:
+        return f"the outputs have the shapes {shapes[0]}, the model's {shapes[1]}"
+    error = max(map(_error, found.outputs, expected.outputs), default=0.0)
+    if not error <= tolerance:
+        return f"the outputs are off by {error:.1e}"
+    return _other_state(found, expected) or _other_gradient(found, expected, 10 * tolerance)
+
+
+def _other_state(found: Answer, expected: Answer) -> str:
+    """Tell what the forward writes that the graph does not; batch norm's are written by both."""
+    for name, mine in found.state.items():
+        theirs = expected.state.get(name)
+        counts = name.endswith("num_batches_tracked")
+        if theirs is not None and not counts and _error(mine, theirs) > FLOOR:
+            return f"the forward writes into {name!r}, which the graph leaves as it is"
+    return ""
+
+
+def _other_gradient(found: Answer, expected: Answer, tolerance: float) -> str:
+    scale = max((float(g.abs().max()) for g in expected.gradients.values() if g.numel()), default=0)
+    if scale != scale or scale == float("inf"):
+        return ""
+    for name in found.gradients.keys() | expected.gradients.keys():
+        pair = [answer.gradients.get(name) for answer in (found, expected)]
+        mine, theirs = (g if g is not None else torch.zeros_like(_other(pair)) for g in pair)
+        error = _error(mine, theirs, max(FLOOR * scale, 1e-30))
+        if not error <= tolerance:
+            own = ", ".join(dict.fromkeys(expected.functions))
+            by = f" (the model has backward functions of its own: {own})" if own else ""
+            return f"the gradient of {name!r} is off by {error:.1e}{by}"
+    return ""
+
+
+def _other(pair: Sequence[Tensor | None]) -> Tensor:
+    return next(g for g in pair if g is not None)
+
+
+def _error(x: Tensor, y: Tensor, floor: float = 1e-30) -> float:
+    """Return the largest difference, relative to the largest value; equal infinities are equal."""
+    if x.shape != y.shape or not (y.is_floating_point() or y.is_complex()):
+        return 0.0 if torch.equal(x, y) else float("inf")
+    same = (x == y) | (x.isnan() & y.isnan())
+    if bool(same.all()):
+        return 0.0
+    finite = y[y.isfinite()]
+    scale = max(float(finite.abs().max()) if finite.numel() else 0.0, floor)
+    worst = float((x - y).abs()[~same].max())
+    return worst / scale if worst == worst else float("inf")
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout that drops nothing, so that a graph and a model of other random numbers compare."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        kwargs = dict(kwargs or {})
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is SDPA:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **_after(args)}
+        if func is F.multi_head_attention_forward:
+            names = func.__code__.co_varnames[: len(args)]
+            kwargs = dict(zip(names, args, strict=True)) | kwargs | {"dropout_p": 0.0}
+            args = ()
+        return func(*args, **kwargs)
+
+
+def _after(args: Any) -> dict[str, Any]:
+    return {"is_causal": args[5]} if len(args) > 5 else {}
+
+
+class _WithoutDropout(fx.Interpreter):
+    """Runs a graph in which dropout drops nothing."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Compute a node."""
+        key = op_key(target)
+        if key in DROPOUTS.values():
+            return args[0]
+        if key == SDPA.__name__:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **_after(args)}
+        return super().call_function(target, args, kwargs)
+
+
+def _detach_outputs(graph: fx.Graph) -> None:
+    end = output_node(graph)
+    for value in dict.fromkeys(end.all_input_nodes):
+        if not hasattr(value.meta.get("info"), "dtype"):
+            continue
+        with graph.inserting_before(end):
+            still = graph.call_function(torch.ops.aten.detach.default, (value,))
+        still.meta = dict(value.meta)
+        set_info(still, tensor_info(value))
+        end.replace_input_with(value, still)
