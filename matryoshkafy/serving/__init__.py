@@ -3,6 +3,8 @@
 from matryoshkafy.serving.cascade import Cascade as Cascade
 from matryoshkafy.serving.cascade import Routed as Routed
 from matryoshkafy.serving.cascade import fit_cascade as fit_cascade
+from matryoshkafy.serving.decoding import Decoder as Decoder
+from matryoshkafy.serving.decoding import Generated as Generated
 from matryoshkafy.serving.funnel import Ranking as Ranking
 from matryoshkafy.serving.funnel import exact as exact
 from matryoshkafy.serving.funnel import funnel as funnel

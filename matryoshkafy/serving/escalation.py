@@ -21,7 +21,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments, Widths
-from matryoshkafy.graph.nodes import op_key, output_node
+from matryoshkafy.graph.nodes import is_tensor, op_key, outputs_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Many, Plan
 from matryoshkafy.rewrite.resize import resize
@@ -40,8 +40,8 @@ class Step:
 
     Args:
         graph: the graph.
-        reads: names of nodes whose values it takes, behind the inputs.
-        returns: names of nodes whose values it gives (empty for an answer).
+        reads: what it takes behind the inputs: `cache_NODE`, the value of a node.
+        returns: what it gives, named likewise (empty for an answer).
     """
 
     graph: fx.Graph
@@ -49,21 +49,22 @@ class Step:
     returns: tuple[str, ...]
 
 
-def answer(trace: Trace, plan: Plan, level: int) -> Step:
+def answer(writer: Writer) -> Step:
     """Return the graph of the outputs of a level, from cached values of its trunk."""
-    writer = Writer(trace, plan, (level, level))
-    values = output_node(trace.graph).args[0]
-    return writer.finish([v for v in values], ())  # type: ignore[union-attr]
+    return writer.finish(outputs_of(writer.trace.graph), ())
 
 
-def grow(trace: Trace, plan: Plan, level: int, names: Iterable[str]) -> Step:
-    """Return the graph that computes values of a level, from cached ones of the level below."""
-    writer = Writer(trace, plan, (level - 1, level))
-    by_name = {node.name: node for node in trace.graph.nodes}
-    nodes = [by_name[name] for name in sorted(names)]
-    if level > 0:
+def grow(writer: Writer, names: Iterable[str]) -> Step:
+    """Return the graph that computes values of a level, from cached ones of the level below.
+
+    Args:
+        names: what later steps read, `cache_NODE`; other names are passed over.
+    """
+    by_name = {CACHE + node.name: node for node in writer.trace.graph.nodes}
+    nodes = [by_name[name] for name in sorted(names) if name in by_name]
+    if writer.old >= 0:
         nodes = [node for node in nodes if writer.grows(node)]
-    return writer.finish(nodes, tuple(node.name for node in nodes))
+    return writer.finish(nodes, tuple(CACHE + node.name for node in nodes))
 
 
 class Writer:
@@ -83,7 +84,8 @@ class Writer:
         self.delta: Widths = tuple(w - b for w, b in zip(self.widths, self.before, strict=True))
         self.graph = fx.Graph()
         self.written: dict[Key, Any] = {}
-        self.cached: dict[str, fx.Node] = {}
+        self.holes: dict[str, fx.Node] = {}
+        self.extra: dict[str, fx.Node] = {}
 
     def finish(self, values: Sequence[Any], returns: tuple[str, ...]) -> Step:
         """Write the values whole and return the step."""
@@ -91,10 +93,11 @@ class Writer:
         for node in inputs:
             self.written[node, WHOLE] = self.graph.placeholder(str(node.target))
         self.last = self.written[inputs[-1], WHOLE] if inputs else None
-        self.graph.output([self.at(v, WHOLE) if isinstance(v, fx.Node) else v for v in values])
+        given = [self.at(v, WHOLE) if isinstance(v, fx.Node) else v for v in values]
+        self.graph.output([*given, *self.extra.values()])
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        return Step(self.graph, tuple(self.cached), returns)
+        return Step(self.graph, tuple(self.holes), (*returns, *self.extra))
 
     # What a node is.
 
@@ -121,9 +124,9 @@ class Writer:
         action = self.plan.actions.get(node.name)
         return action.kind if action else ""
 
-    def _known(self, node: fx.Node) -> bool:
+    def known(self, node: fx.Node) -> bool:
         """Tell whether a value of the trunk is the cached one: it does not grow."""
-        trunk = node.op == "call_function" and node.name not in self.plan.tail
+        trunk = is_tensor(node) and node.op == "call_function" and node.name not in self.plan.tail
         return trunk and self.old >= 0 and not self.grows(node) and bool(node.all_input_nodes)
 
     # The walk, inputs first, without recursion.
@@ -132,7 +135,7 @@ class Writer:
         """Return a value, writing whatever it needs."""
         for key in self._needed((node, how)):
             if key not in self.written:
-                self.written[key] = self._write(*key)
+                self.written[key] = self.write(*key)
         return self.written[node, how]
 
     def _needed(self, wanted: Key) -> Iterator[Key]:
@@ -145,10 +148,10 @@ class Writer:
             elif key not in seen and key not in self.written:
                 seen.add(key)
                 stack.append((key, True))
-                stack.extend((k, False) for k in self._sources(*key))
+                stack.extend((k, False) for k in self.sources(*key))
 
-    def _sources(self, node: fx.Node, how: str) -> list[Key]:
-        if node.op != "call_function" or self._known(node):
+    def sources(self, node: fx.Node, how: str) -> list[Key]:
+        if node.op != "call_function" or self.known(node):
             return []
         if how == WHOLE and self._merges(node):
             return [(node, PART)]
@@ -156,14 +159,14 @@ class Writer:
             return [(n, WHOLE) for n in node.all_input_nodes]
         if not self._by_parts(node):
             return [(node, WHOLE)]
-        return [(n, self._role(node, n)) for n in node.all_input_nodes]
+        return [(n, self.role(node, n)) for n in node.all_input_nodes]
 
     def _merges(self, node: fx.Node) -> bool:
         """Tell whether a whole value is the cached units and the new ones; several are not one."""
         one = len(self.shapes(node)) == 1
         return one and self._by_parts(node) and node.name not in self.plan.tail
 
-    def _role(self, node: fx.Node, value: fx.Node) -> str:
+    def role(self, node: fx.Node, value: fx.Node) -> str:
         """Return how a node that is written as a part reads one of its inputs."""
         if not any(map(dims.is_nested, (d for s in self.shapes(value) for d in s))):
             return WHOLE
@@ -177,28 +180,32 @@ class Writer:
 
     # Values.
 
-    def _write(self, node: fx.Node, how: str) -> Any:
+    def write(self, node: fx.Node, how: str) -> Any:
         if node.op == "get_attr":
             return self._state(node, how)
-        if self._known(node):
+        if self.known(node):
             return self._cache(node)
         if how == WHOLE and self._merges(node):
             return self._merged(node)
         if how == PART and not self._by_parts(node):
-            return self._new_units(self.written[node, WHOLE], self.shapes(node)[0])
+            return self.new_units(self.written[node, WHOLE], self.shapes(node)[0])
         if node.name in self.plan.full:
             raise ServingError(
                 f"{_place(node)}: a statistic of parameters that is held at full width cannot be "
                 "extended from size to size; compute each size by outputs() instead"
             )
-        return self._call(node, how)
+        return self.call(node, how)
 
     def _cache(self, node: fx.Node) -> fx.Node:
-        if node.name not in self.cached:
+        return self.hole(CACHE + node.name)
+
+    def hole(self, name: str) -> fx.Node:
+        """Return the placeholder of something that the step takes."""
+        if name not in self.holes:
             with self.graph.inserting_after(self.last):
-                self.last = self.graph.placeholder(CACHE + node.name)
-            self.cached[node.name] = self.last
-        return self.cached[node.name]
+                self.last = self.graph.placeholder(name)
+            self.holes[name] = self.last
+        return self.holes[name]
 
     def _state(self, node: fx.Node, how: str) -> Any:
         with warnings.catch_warnings():
@@ -206,13 +213,13 @@ class Writer:
             value = self.graph.get_attr(str(node.target))
         shape = self.plan.parameters.get(str(node.target), ())
         for i, dim in enumerate(shape):
-            value = self._kept(value, i, dims.relative(dim, self.full, self.widths))
-        return self._new_units(value, shape) if how == PART else value
+            value = self.kept(value, i, dims.relative(dim, self.full, self.widths))
+        return self.new_units(value, shape) if how == PART else value
 
-    def _new_units(self, value: Any, shape: tuple[Dim, ...]) -> Any:
+    def new_units(self, value: Any, shape: tuple[Dim, ...]) -> Any:
         """Return the units of a whole value that the level below lacks."""
         for i, dim in enumerate(shape):
-            value = self._kept(value, i, self._new(dim))
+            value = self.kept(value, i, self._new(dim))
         return value
 
     def _new(self, dim: Dim) -> Segments | None:
@@ -221,7 +228,7 @@ class Writer:
         old = dims.relative(dim, self.widths, self.before) if any(self.before) else ()
         return _complement(old, dims.size_at(dim, self.widths))
 
-    def _kept(self, value: fx.Node, dim: int, segments: Segments | None) -> fx.Node:
+    def kept(self, value: fx.Node, dim: int, segments: Segments | None) -> fx.Node:
         if segments is None:
             return value
         call = self.graph.call_function
@@ -249,10 +256,10 @@ class Writer:
 
     # Nodes.
 
-    def _call(self, node: fx.Node, how: str) -> Any:
+    def call(self, node: fx.Node, how: str) -> Any:
         self._check(node, how)
         parts = how == PART
-        roles = {n: self._role(node, n) if parts else WHOLE for n in node.all_input_nodes}
+        roles = {n: self.role(node, n) if parts else WHOLE for n in node.all_input_nodes}
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda n: self._operand(node, n, roles[n], how)
         )
@@ -262,7 +269,7 @@ class Writer:
             whole = not parts or (prefix and self._kind(node) == "norm")
             resize(self.plan, self.widths if whole else self.delta, node, new)
         if prefix and self._kind(node) == "norm":
-            return self._new_units(new, self.shapes(node)[0])
+            return self.new_units(new, self.shapes(node)[0])
         if self._kind(node) == "level":
             return self._widened(node, new, self.delta if parts else self.widths)
         return new
@@ -274,7 +281,7 @@ class Writer:
             return operand
         (shape,) = self.shapes(value)
         for out in weight.outs:
-            operand = self._kept(operand, out, self._new(shape[out]))
+            operand = self.kept(operand, out, self._new(shape[out]))
         return operand
 
     def _widened(self, node: fx.Node, value: fx.Node, widths: Widths) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of
-from matryoshkafy.serving.escalation import Step, answer, grow
+from matryoshkafy.serving.escalation import Step, Writer, answer, grow
 from matryoshkafy.serving.vectors import ServingError
 
 
@@ -44,7 +45,9 @@ class Session:
                 "larger one. Slice it, and call each size"
             )
         self._doll, self._trace, self._plan = doll, trace, plan
-        self._answers = [self._module(answer(trace, plan, i)) for i in range(plan.levels)]
+        self._answers = [
+            self._module(answer(Writer(trace, plan, (i, i)))) for i in range(plan.levels)
+        ]
         self._steps = [self._module(step) for step in self._grown()]
         self._inputs: list[Any] = []
         self._cache: dict[str, Tensor] = {}
@@ -111,13 +114,18 @@ class Session:
 
     def _grown(self) -> list[Step]:
         """Return the steps; each gives what the answers and all later steps read."""
-        trace, plan = self._trace, self._plan
-        wanted: set[str] = set()
-        for step, _ in self._answers:
-            wanted.update(step.reads)
-        while True:
-            steps = [grow(trace, plan, level, wanted) for level in range(plan.levels)]
-            more = {name for step in steps for name in step.reads} - wanted
-            if not more:
-                return steps
-            wanted |= more
+        reads = {name for step, _ in self._answers for name in step.reads}
+        return grown(
+            lambda i: Writer(self._trace, self._plan, (i - 1, i)), self._plan.levels, reads
+        )
+
+
+def grown(writer_of: Callable[[int], Writer], levels: int, reads: Iterable[str]) -> list[Step]:
+    """Return a step for each level that gives what is read of it, and what later steps read."""
+    wanted = set(reads)
+    while True:
+        steps = [grow(writer_of(level), wanted) for level in range(levels)]
+        more = {name for step in steps for name in step.reads} - wanted
+        if not more:
+            return steps
+        wanted |= more
