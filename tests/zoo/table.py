@@ -87,6 +87,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         "width in a way of its own: the slice is the prefix of the big model, as `laws` says, and",
         "not that class. Architectures in bold are measured on every change by the test suite.",
         "",
+        "## By library",
+        "",
+        *_by_library(rows),
+        "",
+        "## Every architecture",
+        "",
         "| architecture | library | nesting | status | identity | laws | native | half | tail |",
         "|---|---|---|---|---|---|---|---|---|",
         *(
@@ -106,6 +112,30 @@ def _summary(rows: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{sum(map(test, mine))} of {len(mine)}")
         out.append(f"| {title} | {' | '.join(cells)} |")
     return out
+
+
+def _by_library(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a row per library: how many keep the laws, and how near they come to their class."""
+    head = "| library | architectures | laws, sliced | laws, masked | equal native | median half |"
+    out = [head, "|---|---:|---:|---:|---:|---:|"]
+    for family in sorted({r["family"] for r in rows}):
+        mine = [r for r in rows if r["family"] == family]
+        sliced, masked = ([r for r in mine if r["nesting"] == n] for n in ("sliced", "masked"))
+        known = [r for r in sliced if r["native"] is not None]
+        halves = sorted(r["half"] for r in mine if r["status"] == "ok")
+        cells = (
+            len(sliced),
+            _share([r["status"] == "ok" for r in sliced]),
+            _share([r["status"] == "ok" for r in masked]),
+            _share([r["native"] <= 1e-5 for r in known]),
+            f"{halves[len(halves) // 2]:.2f}" if halves else "",
+        )
+        out.append(f"| {family} | {' | '.join(map(str, cells))} |")
+    return out
+
+
+def _share(held: list[bool]) -> str:
+    return f"{sum(held)} of {len(held)}" if held else ""
 
 
 COUNTS = (
