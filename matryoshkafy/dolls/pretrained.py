@@ -12,7 +12,7 @@ from matryoshkafy.dolls.calls import Call
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.libraries import caches_off, loaded_by, trained_norm
 from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.copies import chance_kept, copied_inputs, spare
 from matryoshkafy.graph.quiet import modes_kept
 from matryoshkafy.plan.plan import Plan
 
@@ -74,6 +74,8 @@ def distance(doll: Doll, call: Call) -> float:
     """
     args, kwargs = copied_inputs(call.args, call.kwargs)
     with torch.no_grad(), caches_off(call.model), spare(call.model) as twin:
+        torch.manual_seed(0)
         expected = twin.eval()(*args, **kwargs)
-    with torch.no_grad(), modes_kept(doll, doll.__dict__["_root"]):
+    with torch.no_grad(), chance_kept(), modes_kept(doll, doll.__dict__["_root"]):
+        torch.manual_seed(0)
         return relative_error(doll.eval()(*call.args, **dict(call.kwargs)), expected)

@@ -7,12 +7,14 @@ everything else runs dense with the structural zeros written out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.kernels.levels import Runs, kept, zero
+from matryoshkafy.kernels.overflow import by_level, overflowed
 from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, conv_tiling, span_of
 
 
@@ -98,10 +100,25 @@ def output_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """x [N, C, *spatial] -> [N, O, *spatial]."""
+    y = cut_forward(x, weight, bias, geometry)
+    runs = (geometry.out_runs, geometry.in_runs)
+    if not overflowed(y, runs[0] * geometry.groups):
+        return y
+    dense = partial(dense_forward, weight=weight, bias=bias, geometry=geometry)
+    return by_level(dense, x, runs, dim=1, groups=geometry.groups)
+
+
+def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The convolution over the whole weight, with its structural zeros written out."""
+    return torch.convolution(x, masked(weight, geometry), bias, *geometry.arguments)
+
+
+def cut_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The same by tiles."""
     shape = output_shape(x, weight, geometry) if geometry.plain else None
     cut = plan(weight, shape[0] * prod(shape[2:]), geometry) if shape else None
     if cut is None or shape is None:
-        return torch.convolution(x, masked(weight, geometry), bias, *geometry.arguments)
+        return dense_forward(x, weight, bias, geometry)
     y = x.new_empty(shape)
     for strip in cut.strips:
         part = span_of(y, 1, strip.rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from matryoshkafy.kernels.dispatch import DoubleBackward
 from matryoshkafy.kernels.levels import Runs, kept, zero
+from matryoshkafy.kernels.overflow import by_level, overflowed
 from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, span_of, tiling
 
 Pair = tuple[Runs, Runs]
@@ -57,7 +58,16 @@ def forward(
         for tile in strip.tiles:
             product(part, span_of(x, 1, tile.columns), block(weight, tile, *runs).t(), start)
             start = part
+        if strip.masked and overflowed(part, out_runs, start=strip.rows[0]):
+            exact = by_level(lambda seen: dense(seen, weight, bias, runs), x, runs, dim=1)
+            part.copy_(span_of(exact, 1, strip.rows))
     return y
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair) -> Tensor:
+    """The product over the whole weight, with its structural zeros written out."""
+    keep = kept(*runs, weight.device)
+    return F.linear(x, weight.where(keep, zero(weight.dtype, weight.device)), bias)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
@@ -119,7 +129,10 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_run
     """x [..., I] -> [..., O], differentiable once."""
     flat = rows(x)
     if plan(flat, out_runs, in_runs).dense:
-        keep = kept(out_runs, in_runs, weight.device)
-        return F.linear(x, weight.where(keep, zero(weight.dtype, weight.device)), bias)
+        runs = (out_runs, in_runs)
+        y = dense(x, weight, bias, runs)
+        if not overflowed(y, out_runs, dim=x.ndim - 1):
+            return y
+        return by_level(lambda seen: dense(seen, weight, bias, runs), x, runs, dim=x.ndim - 1)
     y = Triangular.apply(flat, weight, bias, (out_runs, in_runs))
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
