@@ -190,6 +190,7 @@ def _kept_positions(mask: Tensor | None, value: Tensor, position: int) -> Tensor
     fits = (
         mask is not None
         and mask.dim() == 2
+        and not mask.is_floating_point()  # one that is added to scores holds no zeros and ones
         and value.dim() >= 3
         and position >= 2
         and value.shape[:2] == mask.shape

@@ -144,6 +144,33 @@ def test_activation_is_minitrons_formula() -> None:
     assert report.orders[at] == tuple(score.argsort(descending=True, stable=True).tolist())
 
 
+def test_padding_does_not_count() -> None:
+    """Scores of padded rows with their mask are those of the rows without padding."""
+
+    class Masked(Block):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(input_ids) * attention_mask[..., None]
+
+    ids = tokens(1)
+    mask = torch.ones_like(ids)
+    padded = torch.cat([ids, torch.full((6, 3), 10)], 1)
+    both = {"input_ids": padded, "attention_mask": torch.cat([mask, torch.zeros(6, 3).long()], 1)}
+    found = []
+    for batch in ({"input_ids": ids, "attention_mask": mask}, both):
+        torch.manual_seed(0)
+        doll = mk.convert(Masked(), (), batch, sizes=[2, 4, 8], nesting="sliced")
+        found.append(order(doll, [batch]).orders)
+    assert found[0] == found[1]
+
+
+def test_hidden_layers_alone_are_ordered() -> None:
+    doll = made(scope="ffn", sizes=[0.25, 0.5, 1.0])
+    before = doll(tokens(3)).detach()
+    report = order(doll, [tokens(1)])
+    assert [g.units for g in report.groups] == [16] and not report.groups[0].kept
+    torch.testing.assert_close(doll(tokens(3)).detach(), before, rtol=1e-5, atol=1e-5)
+
+
 def test_removal_is_the_greedy_search() -> None:
     """Against a search that tries every unit in every round."""
     torch.manual_seed(0)
