@@ -17,7 +17,7 @@ from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.slice import parts_of, slice, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.guards import Guards
-from matryoshkafy.graph.trials import other_shapes, resized
+from matryoshkafy.graph.trials import candidates, classes, resized
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import full_graph
 
@@ -150,19 +150,26 @@ def _gradients_of(model: nn.Module, asked: Question) -> dict[str, torch.Tensor]:
 
 
 def _guards(asked: Question) -> Law:
-    """A size that the trace fixed is refused at any other; inside the guards the doll runs."""
+    """A size that the trace fixed is refused at any other; one that it left free can change."""
     name = "inside its guards or not at all"
     guards, flat = asked.doll._trace.signature.guards, asked.flat
-    root = asked.doll.__dict__["_root"]
-    for inputs in other_shapes(guards, flat):
-        try:
-            guards.check(inputs)
-            run(full_graph(asked.doll._trace, asked.doll.plan), root, inputs)
-        except (RuntimeError, IndexError, MatryoshkafyError) as error:
-            return Law(9, name, False, detail=str(error).splitlines()[0])
+    for group in classes(guards):
+        tried = candidates(guards, [tuple(t.shape) for t in flat], group)
+        failures = [_failure(asked.doll, resized(flat, sizes)) for sizes in tried]
+        if failures and all(failures):
+            return Law(9, name, False, detail=failures[0])
     passing = _unguarded(guards, flat)
     detail = f"not refused: {passing}" if passing else f"{len(guards.conditions)} guards"
     return Law(9, name, not passing, detail=detail)
+
+
+def _failure(doll: Doll, inputs: list[Any]) -> str:
+    """Return what stops the doll at other sizes, "" if nothing does."""
+    try:
+        run(full_graph(doll._trace, doll.plan), doll.__dict__["_root"], inputs)
+    except (RuntimeError, IndexError, MatryoshkafyError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _unguarded(guards: Guards, flat: list[Any]) -> str:

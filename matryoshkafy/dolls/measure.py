@@ -91,7 +91,9 @@ def prefixes(
     """Yield every trunk value by name: its prefix in the full model, and the sub-model's."""
     for name, value in small.items():
         shape = plan.nodes.get(name)
-        known = name in full and name not in plan.tail and shape is not None
+        action = plan.actions.get(name)
+        once = name not in plan.tail and (action is None or action.kind != "inner")
+        known = name in full and once and shape is not None
         if known and isinstance(value, torch.Tensor) and not isinstance(shape, Many):
             widths = (plan.ladder[-1], plan.ladder[level])
             yield name, prefix(full[name], shape, widths), value

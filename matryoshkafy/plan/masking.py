@@ -4,7 +4,9 @@ mask      a contraction with a parameter: outputs of a level read inputs of leve
 norm      a norm over a nested axis: statistics of each unit's own level (or prefix)
 level     another statistic over a nested axis, kept at full length, one value per level
 readout   a contraction into a whole axis that ends in outputs: the tail, once per size
-clamp     a contraction into a whole axis inside the trunk: reads the smallest size only
+inner     a contraction into a whole axis inside the trunk, and what follows: once per size, until
+blocks    it meets a width again: the units of each level meet what that level has
+clamp     where it meets none in that way: reads the smallest size only
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from matryoshkafy.axes.terms import Axis, Reason, Term
 from matryoshkafy.graph.nodes import bound_args, info_of, op_key, output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import nests, weights_of
+from matryoshkafy.plan.regions import region
 from matryoshkafy.plan.walk import Findings, flat_terms
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
@@ -27,6 +30,7 @@ from matryoshkafy.rules.weights import weight_places
 # How much of the graph may be computed once per size: with layers in it, and without any.
 TAIL_SHARE = 0.1
 LIGHT_SHARE = 0.3
+PER_SIZE = ("inner", "blocks")
 CLAMP_SHARE = 0.2
 
 
@@ -156,14 +160,33 @@ class _Planner:
         """Tell whether what follows is nested again: the tail would be a model of its own."""
         return any(nests(t) for n in self.after[node] for t in flat_terms(self.found.terms[n]))
 
+    def _computed_per_size(self, node: fx.Node, place: str) -> bool:
+        """Compute what follows once per size, until it meets a width again."""
+        found = region(node, self.found, lambda n: self._kind(n) not in ("", *PER_SIZE))
+        if found is None or found.inner & self.tail:
+            return False
+        for inner in found.inner:
+            self.choices[inner.name] = Choice("inner", self._summed(inner))
+        for meeting in found.meetings:
+            self.choices[meeting.name] = Choice("blocks", self._summed(meeting))
+        self.remarks.append(
+            f"per size: {op_key(node)} at {place} turns a width into a whole axis inside the "
+            "trunk; every size computes its own, as a head of its own would"
+        )
+        return True
+
     def _close(self, node: fx.Node) -> bool:
-        """A width ends here in a whole axis: the tail, or clamped, or demoted."""
+        """A width ends here in a whole axis: the tail, or once per size, or clamped, or demoted."""
+        if self._kind(node) in PER_SIZE:
+            return True
         after = self.after[node] | {node}
         summed = self._summed(node)
         place = node.meta.get("source") or node.name
         if not self._reenters(node) or self._is_light(after):
             self.choices[node.name] = Choice("readout", summed)
             self.tail |= after
+            return True
+        if self._computed_per_size(node, place):
             return True
         if self._weighty(summed) and op_of(node).clampable:
             self.choices[node.name] = Choice("clamp", summed)

@@ -12,6 +12,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
 from matryoshkafy.plan.plan import Action, Many, Plan
+from matryoshkafy.rewrite.blocks import write_blocks
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rewrite.writer import Actions, Rewriter, nested
 from matryoshkafy.rules.table import op_of
@@ -236,4 +237,6 @@ ACTIONS: Actions = {
     "level": _level,
     "clamp": _clamp,
     "readout": _plain,
+    "inner": _plain,
+    "blocks": write_blocks,
 }

@@ -19,7 +19,7 @@ from matryoshkafy.rewrite.writer import Live, Rewriter, Standalone
 def sub_graph(trace: Trace, plan: Plan, level: int) -> fx.Graph:
     """Return the standalone graph of a level: parameters are already cut (and masked)."""
     narrow = replace(trace, signature=_narrow_signature(trace, plan, level))
-    writer = Rewriter(narrow, plan, Standalone(), ACTIONS)
+    writer = Rewriter(narrow, plan, Standalone(), ACTIONS, top=level)
     return writer.finish([level])
 
 

@@ -49,16 +49,24 @@ Actions = Mapping[str, Write]
 
 
 class Rewriter:
-    """Writes nodes of the user's graph at levels into a new graph; each (node, level) once."""
+    """Writes nodes of the user's graph at levels into a new graph; each (node, level) once.
+
+    `top` is the level at which the trunk is computed: the largest, or that of a sub-model.
+    """
 
     def __init__(
-        self, trace: Trace, plan: Plan, source: Live | Standalone, actions: Actions
+        self,
+        trace: Trace,
+        plan: Plan,
+        source: Live | Standalone,
+        actions: Actions,
+        top: int | None = None,
     ) -> None:
         self.trace, self.plan, self.source, self.actions = trace, plan, source, actions
         self.graph = fx.Graph()
         self.graph.set_codegen(CallCodeGen(trace.signature))
         self.written: dict[Key, Any] = {}
-        self.top = plan.levels - 1
+        self.top = plan.levels - 1 if top is None else top
         self.full = tuple(group.size for group in plan.groups)
 
     def finish(self, levels: list[int]) -> fx.Graph:
@@ -124,13 +132,18 @@ class Rewriter:
         return node, (level if freed and level != FULL_LEVEL else -1)
 
     def _trunk(self, node: fx.Node) -> bool:
-        """A trunk value of a masked doll is computed once, at full width, and read by prefix."""
+        """A trunk value of a masked doll is computed once, at the top, and read by prefix."""
         return (
             self.plan.masked
-            and not self.source.standalone
             and node.op == "call_function"
             and node.name not in self.plan.tail
+            and self.kind(node) != "inner"
         )
+
+    def kind(self, node: fx.Node) -> str:
+        """Return what masked nesting does at a node, "" where it is nothing."""
+        action = self.plan.actions.get(node.name) if self.plan.masked else None
+        return action.kind if action else ""
 
     def sources(self, node: fx.Node, level: int) -> list[Key]:
         """Return what must be written before (node, level)."""
@@ -140,7 +153,8 @@ class Rewriter:
             return [] if self.source.standalone else [(node, FULL_LEVEL)]
         elif self._trunk(node) and level != self.top:
             return [(node, self.top)]
-        return [self.key(n, level) for n in node.all_input_nodes]
+        below = range(level) if level != FULL_LEVEL and self.kind(node) == "blocks" else ()
+        return [self.key(n, at) for at in (*below, level) for n in node.all_input_nodes]
 
     def _cut_from_full(self, node: fx.Node, level: int) -> bool:
         if self.source.standalone and is_reparametrised(node):
@@ -162,7 +176,7 @@ class Rewriter:
 
     def _input(self, node: fx.Node, level: int) -> Any:
         """An input whose axis the user freed: a sub-model takes its prefix, a doll cuts it."""
-        if self.source.standalone or level == self.top:
+        if level == self.top:
             return self.written[node, -1]
         return self._cut_value(node, -1, level)
 
@@ -183,7 +197,7 @@ class Rewriter:
     def cut(self, value: fx.Node, shape: tuple[Dim, ...], widths: Widths) -> fx.Node:
         """Return the part of a value that is kept at the given widths."""
         for i, dim in enumerate(shape):
-            segments = dims.relative(dim, self.plan.ladder[-1], widths)
+            segments = dims.relative(dim, self.plan.ladder[self.top], widths)
             if segments is not None:
                 value = self.cut_dim(value, i, segments)
         return value
@@ -197,7 +211,7 @@ class Rewriter:
         known = self.written.get((node, FULL_LEVEL))
         if known is None:
             known = self._attribute(node)
-        if self.source.standalone or level == FULL_LEVEL:
+        if level in (FULL_LEVEL, self.top if self.source.standalone else FULL_LEVEL):
             return known
         widths = self.plan.ladder[level]
         return self.cut(known, self.plan.parameters.get(str(node.target), ()), widths)

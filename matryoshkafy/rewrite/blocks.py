@@ -1,0 +1,76 @@
+"""What is computed once per size inside the trunk, and how its sizes meet a width again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from matryoshkafy.axes import dims
+from matryoshkafy.graph.nodes import bound_args, is_op
+from matryoshkafy.plan.plan import Action
+from matryoshkafy.rewrite.writer import Rewriter
+from matryoshkafy.rules import op_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Block:
+    """Units start to stop along a dim of the node, which belong to a level."""
+
+    dim: int
+    start: int
+    stop: int
+    level: int
+
+
+def write_blocks(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
+    """Compute each level's units from what that level has, and lay them one after the other."""
+    del action
+    shape = writer.plan.nodes[node.name]
+    dim = next(d for d, axis in enumerate(shape) if dims.is_nested(axis))
+    parts = [_block(writer, node, level, b) for b in _blocks(writer, shape[dim], level, dim)]
+    if len(parts) == 1:
+        return parts[0]
+    return writer.graph.call_function(aten.cat.default, (parts, dim))
+
+
+def _blocks(writer: Rewriter, axis: dims.Dim, level: int, dim: int) -> Iterator[Block]:
+    runs = writer.runs(axis, level)
+    start = 0
+    for length, owner in zip(runs[::2], runs[1::2], strict=True):
+        yield Block(dim, start, start + length, owner)
+        start += length
+
+
+def _block(writer: Rewriter, node: fx.Node, level: int, block: Block) -> fx.Node:
+    rank = len(writer.plan.nodes[node.name])
+
+    def narrowed(value: fx.Node) -> Any:
+        at = _aligned(node, value, block.dim - rank)
+        shape = writer.plan.nodes.get(value.name, ())
+        if at is None or len(shape) < -at or not dims.is_nested(shape[at]):
+            return writer.written[writer.key(value, block.level)]
+        new = writer.written[writer.key(value, level)]
+        whole = block.stop - block.start == dims.size_at(shape[at], writer.plan.ladder[level])
+        segments = ((block.start, block.stop),)
+        return new if whole else writer.cut_dim(new, len(shape) + at, segments)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), narrowed)
+    return writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+
+
+def _aligned(node: fx.Node, value: fx.Node, dim: int) -> int | None:
+    """Return which dim of an operand (from the right) is a dim of the output; None: none is."""
+    given = bound_args(node) if is_op(node) else {}
+    if "query" in given:
+        return dim if value is given["value"] else None
+    if not op_of(node).product:
+        return dim
+    left, right = [v for v in given.values() if isinstance(v, fx.Node)][-2:]
+    mine = value is (right if dim == -1 else left)
+    return dim if mine or value not in (left, right) else None
