@@ -33,7 +33,6 @@ from torch.profiler import ProfilerActivity, profile
 import matryoshkafy as mk
 import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
 from matryoshkafy.kernels import reference
-from matryoshkafy.kernels.packed import PackedLinear
 from matryoshkafy.losses import MatryoshkaLoss, nested_cross_entropy
 from matryoshkafy.losses.heads import MRLEHead, MRLHead
 
@@ -94,7 +93,7 @@ def step_of(module: Callable[[Tensor], Tensor], leaves: list[Tensor], slope: Ten
     return step
 
 
-def linear(width: int, dtype: torch.dtype, reach: float | None, *, rows: int, packed: bool) -> Pair:
+def linear(width: int, dtype: torch.dtype, reach: float | None, *, rows: int) -> Pair:
     """Forward and backward of a nested and a dense linear on [rows, width]."""
     runs = BERT if width == 768 else doubling(width)
     dense = nn.Linear(width, width, dtype=dtype)
@@ -107,11 +106,7 @@ def linear(width: int, dtype: torch.dtype, reach: float | None, *, rows: int, pa
         out_runs=runs,
         in_runs=runs,
     )
-    theirs = step_of(dense, leaves, slope)
-    if not packed:
-        return Pair(step_of(nested, leaves, slope), theirs, reach)
-    layer = PackedLinear.from_linear(dense, runs, runs)
-    return Pair(step_of(layer, [x, *layer.parameters()], slope), theirs, reach)
+    return Pair(step_of(nested, leaves, slope), step_of(dense, leaves, slope), reach)
 
 
 def norm(prefix: bool) -> Pair:
@@ -243,11 +238,10 @@ def linear_rows(rows: int) -> dict[str, tuple[str, Callable[[], Pair]]]:
         torch.bfloat16: {256: 1.05, 512: 1.05, 768: 1.05, 1024: 0.76, 2048: 0.76},
     }
     return {
-        f"{'packed' if packed else 'linear'} {str(dtype)[6:]} {width}": (
+        f"linear {str(dtype)[6:]} {width}": (
             f"nn.Linear, {rows} rows",
-            partial(linear, width, dtype, limit, rows=rows, packed=packed),
+            partial(linear, width, dtype, limit, rows=rows),
         )
-        for packed in (False, True)
         for dtype, limits in reach.items()
         for width, limit in limits.items()
     }
