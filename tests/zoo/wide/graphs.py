@@ -59,17 +59,18 @@ def gin(s: Scale) -> Built:
 def light_gcn(s: Scale) -> Built:
     from torch_geometric.nn import LightGCN
 
-    class Everyone(nn.Module):
-        """Vectors of all nodes after the propagation."""
+    class Pairs(nn.Module):
+        """The score of pairs of nodes after the propagation."""
 
         def __init__(self) -> None:
             super().__init__()
             self.inner = LightGCN(6, s(16), 2)
 
-        def forward(self, edges: torch.Tensor) -> torch.Tensor:
-            return self.inner.get_embedding(edges)
+        def forward(self, edges: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+            vectors = self.inner.get_embedding(edges)
+            return (vectors[pairs[:, 0]] * vectors[pairs[:, 1]]).sum(-1)
 
-    return Everyone(), (EDGES,), {}
+    return Pairs(), (EDGES, torch.tensor([[0, 3], [1, 4], [5, 2]])), {}
 
 
 @wide("torch-geometric")
