@@ -152,7 +152,7 @@ def write_movedim(x: Tensor, y: Tensor) -> Tensor:
 
 def write_unflatten(x: Tensor, y: Tensor) -> Tensor:
     out = x.clone()
-    out.unflatten(-1, (-1, 2))[..., 0, :].add_(1.0)
+    out.unflatten(-1, (-1, 2))[..., 0].add_(1.0)
     return out * y
 
 

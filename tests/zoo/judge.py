@@ -616,11 +616,11 @@ def saved(case: Case) -> None:
     """A checkpoint is the doll, and its small size the slice, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "doll"
-        mk.save(case.doll, path)
         try:
+            mk.save(case.doll, path)
             loaded, small = mk.load(path), mk.load(path, size=case.small)
         except mk.MatryoshkafyError as error:
-            raise Wrong(f"what was saved is not loaded: {error}") from error
+            raise Wrong(f"a doll that convert returned is not saved and loaded: {error}") from error
     ours, theirs = case.doll.state_dict(), loaded.state_dict()
     if ours.keys() != theirs.keys() or not all(_identical(ours[k], theirs[k]) for k in ours):
         raise Wrong("the loaded doll has another state")
