@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,10 @@ def check_fit(plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder
     _check_stored(plan, folder)
     infos = {node.name: info_of(node) for node in graph.nodes}
     for name, planned in plan.nodes.items():
-        _check_node(name, planned, infos.get(name), folder)
+        info = infos.get(name)
+        if plan.masked:
+            info = _spread(info, planned)
+        _check_node(name, planned, info, folder)
     _check_inputs(graph, folder)
     _check_graph(graph, folder)
     _check_statistics(plan, graph, tensors, folder)
@@ -203,6 +206,18 @@ def _check_node(name: str, planned: Any, info: Info, folder: Path) -> None:
                 f"{folder}: the plan gives {name} the shape {sizes}, the graph {known}. They "
                 "belong to different models: save the model again."
             )
+
+
+def _spread(info: Info, planned: Any) -> Info:
+    """Return what the graph knows of a node, a number for all units taken as one at every unit.
+
+    That is what masked nesting makes of a statistic over a nested axis, and of what follows it.
+    """
+    if not isinstance(info, TensorInfo) or len(info.shape) != len(planned):
+        return info
+    pairs = zip(planned, info.shape, strict=True)
+    sizes = (dims.size(d) if n == 1 and dims.is_nested(d) else n for d, n in pairs)
+    return replace(info, shape=tuple(sizes))
 
 
 def _agree(planned: tuple[int, ...], known: tuple[int, ...]) -> bool:

@@ -144,6 +144,25 @@ def test_a_tuned_sub_model_keeps_what_training_wrote_into_the_zeros(dolls, tmp_p
     assert_same_state(small, mk.load(tmp_path / "tuned"))
 
 
+def test_a_masked_doll_with_a_norm_written_by_hand_is_saved(tmp_path):
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(9, 16), nn.Linear(16, 5)
+
+        def forward(self, x):
+            h = self.up(x)
+            h = (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1e-6)
+            return self.down(h * h.amax(-1, keepdim=True))
+
+    x = torch.randn(3, 7, 9)
+    doll = mk.convert(ByHand(), (x,), sizes=[0.5, 1.0], nesting="masked")
+    mk.save(doll, tmp_path / "c")
+    assert torch.equal(mk.load(tmp_path / "c")(x), doll(x))
+    small = mk.slice(doll, doll.sizes[0])
+    assert torch.equal(mk.load(tmp_path / "c", size=doll.sizes[0])(x), small(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
 def test_the_dtype_survives(tmp_path, dtype):
     model, inputs = build("tied")

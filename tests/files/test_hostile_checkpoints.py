@@ -157,7 +157,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bomb of objects": (replaces(GRAPH, lambda d: deep('{"a":')), "nested too deeply|no sound"),
     "newer format": (
         edits(MANIFEST, lambda m: m.update(format=99)),
-        "has checkpoint format 99, .* reads up to 1.*Upgrade matryoshkafy",
+        "has checkpoint format 99, .* reads up to 2.*Upgrade matryoshkafy",
     ),
     "no format": (edits(MANIFEST, lambda m: m.pop("format")), "is no checkpoint"),
     "format of text": (edits(MANIFEST, lambda m: m.update(format="1")), "is no checkpoint"),
