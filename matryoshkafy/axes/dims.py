@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from matryoshkafy.errors import MatryoshkafyError
 
@@ -90,7 +90,8 @@ def _factor_kept(factor: Factor, widths: Widths) -> Segments:
         return ((0, factor),)
     if isinstance(factor, Nested):
         return ((0, widths[factor.group]),)
-    out, offset = [], 0
+    out: list[tuple[int, int]] = []
+    offset = 0
     for part in factor.parts:
         out.extend((a + offset, b + offset) for a, b in kept(part, widths))
         offset += size(part)
@@ -188,16 +189,17 @@ def to_json(dim: Dim) -> list[Any]:
     return out
 
 
-def from_json(value: Any, depth: int = 0) -> Dim:
+def from_json(value: object, depth: int = 0) -> Dim:
     """Read what `to_json` wrote; anything else raises."""
     if not isinstance(value, list) or depth > 16:
-        raise MatryoshkafyError(f"{str(value)[:60]!r} is no axis of a plan; the file is damaged")
-    return tuple(_factor_from(v, depth) for v in value)
+        text = str(cast(object, value))
+        raise MatryoshkafyError(f"{text[:60]!r} is no axis of a plan; the file is damaged")
+    return tuple(_factor_from(v, depth) for v in cast("list[object]", value))
 
 
-def _factor_from(value: Any, depth: int) -> Factor:
+def _factor_from(value: object, depth: int) -> Factor:
     if isinstance(value, list):
-        return Cat(tuple(from_json(v, depth + 1) for v in value))
+        return Cat(tuple(from_json(v, depth + 1) for v in cast(list[object], value)))
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     group, _, units = str(value).removeprefix("g").partition(":")

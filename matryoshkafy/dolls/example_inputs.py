@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshkafy.dolls.slice import parts_of
-from matryoshkafy.graph.nodes import TensorInfo, info_of
+from matryoshkafy.graph.nodes import TensorInfo, tensor_info
 from matryoshkafy.graph.signature import Signature
 
 Bounds = tuple[float, float] | None
@@ -25,7 +25,7 @@ def example_inputs(
     known are normal, integers and booleans one.
     """
     trace, _ = parts_of(model)
-    infos = [info_of(n) for n in trace.graph.nodes if n.op == "placeholder"]
+    infos = [tensor_info(n) for n in trace.graph.nodes if n.op == "placeholder"]
     draw = torch.Generator().manual_seed(seed)
     tensors = (
         _tensor(info, bounds, draw).to(device)

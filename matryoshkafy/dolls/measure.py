@@ -15,7 +15,6 @@ from matryoshkafy.axes import dims
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import relative, state_of, take
 from matryoshkafy.plan.plan import Many, Plan
-from matryoshkafy.rewrite.writer import FULL_LEVEL
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -66,7 +65,7 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_function" and n.meta.get("origin", ("", FULL_LEVEL))[1] != FULL_LEVEL:
+        if n.op == "call_function" and n.meta.get("origin", ("", None))[1] is not None:
             self.kept[n.meta["origin"][0]] = value
         return value
 

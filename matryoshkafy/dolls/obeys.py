@@ -18,7 +18,7 @@ from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import TensorInfo, info_of, op_key
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.stored import statistics
 from matryoshkafy.rewrite.graphs import outputs_graph, sub_graph
 
@@ -114,16 +114,16 @@ class _Checker:
         """Return what a node computes; of a cut or a mask, what it is made for."""
         while "origin" not in node.meta and node.users:
             node = next(iter(node.users))
-        name, level = node.meta.get("origin", ("", -1))
+        name, level = node.meta.get("origin", ("", None))
         known = self.nodes.get(name)
-        leveled = known is not None and known.op == "call_function" and level < self.plan.levels
-        return _Place(known, level) if known is not None and leveled and level >= 0 else None
+        if known is None or known.op != "call_function" or level is None:
+            return None
+        return _Place(known, level)
 
     def _compare(self, place: _Place, value: Any) -> None:
-        planned = self.plan.nodes.get(place.node.name)
-        if planned is None:  # scope "output" plans no node
+        shapes = self.plan.outputs(place.node.name)
+        if not shapes:  # scope "output" plans no node
             return
-        shapes = planned if isinstance(planned, Many) else (planned,)
         several = isinstance(value, (tuple, list))
         for i, each in enumerate(value if several else (value,)):
             shape = shapes[i] if i < len(shapes) else ()

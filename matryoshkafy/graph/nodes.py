@@ -7,10 +7,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 TORCH_FOLDER = str(Path(torch.__path__[0])) + os.sep
@@ -52,7 +53,7 @@ def info_of(value: object) -> Info:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return _hint(value)
     if isinstance(value, (tuple, list)):
-        return tuple(info_of(item) for item in value)
+        return tuple(map(info_of, cast("tuple[object, ...]", value)))
     return value if isinstance(value, (bool, int, float)) else None
 
 
@@ -70,15 +71,16 @@ def op_key(op: Any) -> str:
             a name, or a function of Python. A node that calls nothing has the key "".
     """
     if isinstance(op, fx.Node):
-        return op_key(op.target) if op.op == "call_function" else ""
+        target: Any = op.target
+        return op_key(target) if op.op == "call_function" else ""
     if isinstance(op, str):
         return op.removeprefix("aten::")
-    if isinstance(op, torch._ops.OpOverload):
-        return op._schema.name.removeprefix("aten::")
-    if isinstance(op, torch._ops.OpOverloadPacket):
-        return op._qualified_op_name.removeprefix("aten::")
-    module = getattr(op, "__module__", None) or "python"
-    return f"{module.removeprefix('_')}::{getattr(op, '__name__', op)}"
+    if isinstance(op, OpOverload):
+        return op.name().partition(".")[0].removeprefix("aten::")
+    if isinstance(op, OpOverloadPacket):
+        return f"{op}".replace(".", "::", 1).removeprefix("aten::")
+    module, name = getattr(op, "__module__", None) or "python", getattr(op, "__name__", str(op))
+    return f"{str(module).removeprefix('_')}::{name}"
 
 
 def is_item(node: fx.Node) -> bool:
@@ -118,11 +120,16 @@ def outputs_of(graph: fx.Graph) -> list[Any]:
     return list(output_node(graph).args[0])  # type: ignore[arg-type]
 
 
+def schema_of(node: fx.Node) -> torch.FunctionSchema:
+    """Return the schema of the operator that a node calls."""
+    target: Any = node.target
+    return target._schema
+
+
 def bound_args(node: fx.Node) -> dict[str, Any]:
     """Return the node's arguments by the names of the op's schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
     out: dict[str, Any] = {}
-    for i, argument in enumerate(schema.arguments):
+    for i, argument in enumerate(schema_of(node).arguments):
         if i < len(node.args):
             out[argument.name] = node.args[i]
         elif argument.name in node.kwargs:
@@ -134,8 +141,7 @@ def bound_args(node: fx.Node) -> dict[str, Any]:
 
 def set_arg(node: fx.Node, name: str, value: Any) -> None:
     """Set one argument of the node by its schema name."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    at = names.index(name)
+    at = [a.name for a in schema_of(node).arguments].index(name)
     if at < len(node.args):
         node.update_arg(at, value)
     else:

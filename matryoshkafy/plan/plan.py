@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
@@ -28,6 +28,15 @@ from matryoshkafy.sizes import SizesError, one_size, width_at
 
 PLAN_FORMAT = 2
 READS = (1, 2)
+
+
+class Many(tuple[Any, ...]):
+    """The dims of a node with several outputs: one tuple of Dims each."""
+
+    __slots__ = ()
+
+
+NodeDims = tuple[Dim, ...] | Many
 
 
 @dataclass(frozen=True)
@@ -50,22 +59,29 @@ class Plan:
     ladder: tuple[Widths, ...]
     parameters: Mapping[str, tuple[Dim, ...]]
     nodes: Mapping[str, Any]
-    notes: Mapping[str, Mapping[str, Dim]] = field(default_factory=dict)
-    actions: Mapping[str, Action] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, Dim]] = field(default_factory=dict[str, Mapping[str, Dim]])
+    actions: Mapping[str, Action] = field(default_factory=dict[str, Action])
     tail: frozenset[str] = frozenset()
     full: frozenset[str] = frozenset()
     whole: tuple[Whole, ...] = ()
     unknown: tuple[Unknown, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     remarks: tuple[str, ...] = ()
-    masks: Mapping[str, Mapping[str, Masks]] = field(default_factory=dict)
-    stored: Mapping[str, Stored] = field(default_factory=dict)
-    order: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    masks: Mapping[str, Mapping[str, Masks]] = field(default_factory=dict[str, Mapping[str, Masks]])
+    stored: Mapping[str, Stored] = field(default_factory=dict[str, Stored])
+    order: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     blocks: tuple[tuple[str, ...], ...] = ()
 
     def masks_at(self, node: str) -> bool:
         """Whether masked nesting masks weights of a node."""
         return self.masked and node in self.actions and self.actions[node].kind == "mask"
+
+    def outputs(self, node: str) -> tuple[tuple[Dim, ...], ...]:
+        """Return the dims of each output of a node: one for a tensor, none where it is unknown."""
+        found: NodeDims | None = self.nodes.get(node)
+        if found is None:
+            return ()
+        return tuple(cast("tuple[Any, ...]", found)) if isinstance(found, Many) else (found,)
 
     @property
     def width(self) -> int:
@@ -148,8 +164,8 @@ class Plan:
             ) from error
 
 
-def _check_widths(name: str, widths: Any, size: int, levels: int) -> None:
-    ok = isinstance(widths, Sequence) and len(widths) == levels and list(widths) == sorted(widths)
+def _check_widths(name: str, widths: Sequence[int], size: int, levels: int) -> None:
+    ok = len(widths) == levels and list(widths) == sorted(widths)
     if not ok or widths[0] < 1 or widths[-1] != size:
         raise PlanError(
             f"overrides[{name!r}] = {widths!r}; expected {levels} ascending widths from at least 1 "
@@ -162,27 +178,17 @@ def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> 
     return tuple(tuple(width_at(g.size, size, width) for g in groups) for size in sizes)
 
 
-def _node_dims_to_json(value: Any) -> Any:
-    if value and isinstance(value[0], tuple) and _several(value):
+def _node_dims_to_json(value: NodeDims) -> Any:
+    if isinstance(value, Many):
         return {"many": [[dims.to_json(d) for d in v] for v in value]}
     return [dims.to_json(d) for d in value]
 
 
-def _several(value: Any) -> bool:
-    """A node with several outputs holds tuples of dims; a dim itself is a tuple of factors."""
-    return isinstance(value, Many)
-
-
-class Many(tuple):
-    """The dims of a node with several outputs: one tuple of Dims each."""
-
-    __slots__ = ()
-
-
-def _node_dims_from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Many(tuple(dims.from_json(d) for d in v) for v in value["many"])
-    return tuple(dims.from_json(d) for d in value)
+def _node_dims_from_json(value: Any) -> NodeDims:
+    if isinstance(value, Mapping):
+        saved = cast("Mapping[str, Any]", value)
+        return Many(tuple(map(dims.from_json, each)) for each in saved["many"])
+    return tuple(map(dims.from_json, value))
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def baked_name(node: str) -> str:
 
 def _masks(node: fx.Node, plan: Plan) -> dict[str, Masks]:
     """Which weights of a masked contraction are zero where, over which of their dims."""
-    found = {}
+    found: dict[str, Masks] = {}
     for weight, place in weight_places(node).items():
         shape = plan.nodes[weight.name]
         into = [i for i in place.into if dims.is_nested(shape[i])]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.graph.nodes import bound_args, set_arg
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules.table import op_of
+
+_FLOORDIV = cast("Callable[..., int]", operator.floordiv)  # pyright: ignore[reportUnknownMemberType]
 
 
 class Resize:
@@ -26,15 +29,12 @@ class Resize:
 
     @property
     def source(self) -> tuple[Dim, ...]:
-        return self._dims(self.old.args[0])[0]
+        first = self.old.args[0]
+        return next(iter(self.plan.outputs(first.name)), ()) if isinstance(first, fx.Node) else ()
 
     @property
     def outputs(self) -> tuple[tuple[Dim, ...], ...]:
-        return self._dims(self.old)
-
-    def _dims(self, node: Any) -> tuple[tuple[Dim, ...], ...]:
-        found = self.plan.nodes.get(node.name, ()) if isinstance(node, fx.Node) else ()
-        return tuple(found) if isinstance(found, Many) else (found,)
+        return self.plan.outputs(self.old.name)
 
     def note(self, name: str) -> Dim | None:
         return self.plan.notes.get(self.old.name, {}).get(name)
@@ -53,7 +53,7 @@ class Resize:
         graph = self.new.graph
         with graph.inserting_before(self.new):
             product = graph.call_function(operator.mul, (value, self.at(dim)))
-            return graph.call_function(operator.floordiv, (product, dims.size(dim)))
+            return graph.call_function(_FLOORDIV, (product, dims.size(dim)))
 
     def set(self, name: str, value: Any) -> None:
         set_arg(self.new, name, value)
@@ -78,7 +78,7 @@ def resize(plan: Plan, widths: Widths, old: fx.Node, new: fx.Node) -> None:
 def _trailing(sizes: Resize, name: str) -> None:
     """One constant for each of the last dims of the output; a number is that of the last."""
     value, out = sizes.args[name], sizes.outputs[0]
-    if isinstance(value, (list, tuple)):
+    if not isinstance(value, (int, fx.Node)):
         last = out[len(out) - len(value) :]
         sizes.set(name, [sizes.scaled(v, d) for v, d in zip(value, last, strict=True)])
     else:

@@ -6,6 +6,7 @@ at a lower level it is a sub-model; the tail is written once per level over pref
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import is_item, output_node, tensor_info
+from matryoshkafy.graph.nodes import is_item, is_op, output_node, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan.held import is_reparametrised
@@ -27,9 +28,10 @@ aten = torch.ops.aten
 nested = torch.ops.matryoshkafy
 assert _ops
 
-Key = tuple[fx.Node, int]
-# Where a parameter-only statistic, or a parameter of a live graph, stands: before any cut.
-FULL_LEVEL = 10**6
+# The index of a size in the ladder; None is before any cut, where inputs, the parameters of a live
+# graph and the statistics that are taken at full width stand.
+Level = int | None
+Key = tuple[fx.Node, Level]
 
 
 class Live:
@@ -73,7 +75,7 @@ class Rewriter:
         """Write the outputs of the levels and return the graph."""
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
-                self._put(node, -1, self.graph.placeholder(str(node.target)))
+                self._put(node, None, self.graph.placeholder(str(node.target)))
         output = output_node(self.trace.graph)
         flat: list[Any] = []
         for level in levels:
@@ -88,7 +90,7 @@ class Rewriter:
         """Write values at a level and return the graph of them."""
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
-                self._put(node, -1, self.graph.placeholder(str(node.target)))
+                self._put(node, None, self.graph.placeholder(str(node.target)))
         self.graph.output([self.at(v, level) for v in values])
         self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -124,12 +126,12 @@ class Rewriter:
                 self.written[needed] = self._write(*needed)
         return self.written[self.key(node, level)]
 
-    def key(self, node: fx.Node, level: int) -> Key:
+    def key(self, node: fx.Node, level: Level) -> Key:
         """Return at which level a node is written where `level` is asked for."""
         if node.op != "placeholder":
             return node, level
         freed = any(map(dims.is_nested, self.plan.nodes.get(node.name, ())))
-        return node, (level if freed and level != FULL_LEVEL else -1)
+        return node, (level if freed else None)
 
     def _trunk(self, node: fx.Node) -> bool:
         """A trunk value of a masked doll is computed once, at the top, and read by prefix."""
@@ -145,48 +147,46 @@ class Rewriter:
         action = self.plan.actions.get(node.name) if self.plan.masked else None
         return action.kind if action else ""
 
-    def sources(self, node: fx.Node, level: int) -> list[Key]:
+    def sources(self, node: fx.Node, level: Level) -> list[Key]:
         """Return what must be written before (node, level)."""
-        if level == FULL_LEVEL:
-            pass
-        elif self._cut_from_full(node, level):
-            return [] if self.source.standalone else [(node, FULL_LEVEL)]
-        elif self._trunk(node) and level != self.top:
+        if self._cut_from_full(node, level):
+            return [] if self.source.standalone else [(node, None)]
+        if self._trunk(node) and level not in (self.top, None):
             return [(node, self.top)]
-        below = range(level) if level != FULL_LEVEL and self.kind(node) == "blocks" else ()
+        below = range(level) if level is not None and self.kind(node) == "blocks" else ()
         return [self.key(n, at) for at in (*below, level) for n in node.all_input_nodes]
 
-    def _cut_from_full(self, node: fx.Node, level: int) -> bool:
+    def _cut_from_full(self, node: fx.Node, level: Level) -> bool:
         if self.source.standalone and is_reparametrised(node):
             return False
-        return node.name in self.plan.full and level != FULL_LEVEL
+        return node.name in self.plan.full and level is not None
 
-    def _write(self, node: fx.Node, level: int) -> Any:
+    def _write(self, node: fx.Node, level: Level) -> Any:
         if node.op == "get_attr":
             return self._state(node, level)
         if node.op == "placeholder":
             return self._input(node, level)
-        if self._cut_from_full(node, level):
+        if level is not None and self._cut_from_full(node, level):
             if self.source.standalone:
                 return self._put(node, level, self.graph.get_attr(baked_name(node.name)))
-            return self._cut_value(node, FULL_LEVEL, level)
-        if self._trunk(node) and level not in (self.top, FULL_LEVEL):
+            return self._cut_value(node, None, level)
+        if level is not None and level != self.top and self._trunk(node):
             return self._cut_value(node, self.top, level)
         return self._put(node, level, self._apply(node, level))
 
-    def _input(self, node: fx.Node, level: int) -> Any:
+    def _input(self, node: fx.Node, level: Level) -> Any:
         """An input whose axis the user freed: a sub-model takes its prefix, a doll cuts it."""
-        if level == self.top:
-            return self.written[node, -1]
-        return self._cut_value(node, -1, level)
+        if level is None or level == self.top:
+            return self.written[node, None]
+        return self._cut_value(node, None, level)
 
-    def _put(self, node: fx.Node, level: int, new: Any) -> Any:
+    def _put(self, node: fx.Node, level: Level, new: Any) -> Any:
         new.meta = {k: node.meta[k] for k in ("source",) if k in node.meta}
         new.meta["origin"] = (node.name, level)
         self.written[node, level] = new
         return new
 
-    def _cut_value(self, node: fx.Node, have: int, want: int) -> Any:
+    def _cut_value(self, node: fx.Node, have: Level, want: int) -> Any:
         value = self.written[node, have]
         widths = self.plan.ladder[want]
         shape = self.plan.nodes.get(node.name, ())
@@ -207,42 +207,39 @@ class Rewriter:
         parts = [call(aten.slice.Tensor, (value, dim, a, b)) for a, b in segments]
         return parts[0] if len(parts) == 1 else call(aten.cat.default, (parts, dim))
 
-    def _state(self, node: fx.Node, level: int) -> Any:
-        known = self.written.get((node, FULL_LEVEL))
+    def _state(self, node: fx.Node, level: Level) -> Any:
+        known = self.written.get((node, None))
         if known is None:
             known = self._attribute(node)
-        if level in (FULL_LEVEL, self.top if self.source.standalone else FULL_LEVEL):
+        if level is None or (self.source.standalone and level == self.top):
             return known
         widths = self.plan.ladder[level]
         return self.cut(known, self.plan.parameters.get(str(node.target), ()), widths)
 
     def _attribute(self, node: fx.Node) -> fx.Node:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             new = self.graph.get_attr(str(node.target))
-        return self._put(node, FULL_LEVEL, new)
+        return self._put(node, None, new)
 
     # Nodes.
 
-    def _apply(self, node: fx.Node, level: int) -> fx.Node:
-        picked = is_item(node)
-        if picked and isinstance(node.args[0], fx.Node):
+    def _apply(self, node: fx.Node, level: Level) -> fx.Node:
+        if is_item(node) and isinstance(node.args[0], fx.Node):
             return self.copy(node, level, resized=False)
         action = self.plan.actions.get(node.name)
-        if action is None or level == FULL_LEVEL or not self.plan.masked:
+        if action is None or level is None or not self.plan.masked:
             return self.copy(node, level)
         return self.actions[action.kind](self, node, level, action)
 
-    def copy_args(self, node: fx.Node, level: int) -> tuple[Any, Any]:
+    def copy_args(self, node: fx.Node, level: Level) -> tuple[Any, Any]:
         """Return the node's arguments at a level."""
         return fx.map_arg((node.args, node.kwargs), lambda n: self.written[self.key(n, level)])
 
-    def copy(self, node: fx.Node, level: int, *, resized: bool = True) -> fx.Node:
+    def copy(self, node: fx.Node, level: Level, *, resized: bool = True) -> fx.Node:
         args, kwargs = self.copy_args(node, level)
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-        if resized and level != FULL_LEVEL and hasattr(node.target, "_schema"):
+        if resized and level is not None and is_op(node):
             resize(self.plan, self.plan.ladder[level], node, new)
             self._rescale(node, level, new)
         return new
@@ -267,7 +264,7 @@ class Rewriter:
         return list(dims.runs(dim, self.plan.ladder[: level + 1]))
 
 
-def _needed(node: fx.Node, level: int, writer: Rewriter) -> list[Key]:
+def _needed(node: fx.Node, level: Level, writer: Rewriter) -> list[Key]:
     """Return (node, level) and what it needs, inputs first, without recursion."""
     order: list[Key] = []
     stack: list[tuple[Key, bool]] = [(writer.key(node, level), False)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
@@ -27,7 +26,7 @@ def attention(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*batch, q[-2], v[-1])
 
 
-def _heads(walk: Walk, mine: Any, theirs: Any) -> Any:
+def _heads(walk: Walk, mine: Term, theirs: Term) -> Term:
     """Grouped-query attention: each kv head serves n query heads in a row."""
     n, m = axes.size(mine), axes.size(theirs)
     if n == m:

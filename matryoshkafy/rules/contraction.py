@@ -8,9 +8,20 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy.axes import dims
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import tensor_info
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Resizer, Sizes, Terms, Walk, Weight, rule
+from matryoshkafy.rules.table import (
+    Args,
+    Resizer,
+    Result,
+    Sizes,
+    Terms,
+    Walk,
+    Weight,
+    dims_of,
+    rule,
+)
 from matryoshkafy.rules.weights import is_picked, is_weight
 
 # Outputs first, as in nn.Linear and nn.Conv2d; inputs first, as in nn.ConvTranspose2d; a @ b.
@@ -18,7 +29,7 @@ LINEAR, TRANSPOSED = Weight(out=0, into=1), Weight(out=1, into=0)
 LEFT, RIGHT = Weight(out=-2, into=-1), Weight(out=-1, into=-2)
 
 
-def _bias(walk: Walk, bias: Any, out: Any) -> None:
+def _bias(walk: Walk, bias: object, out: Term) -> None:
     if isinstance(bias, fx.Node) and walk.of(bias):
         walk.unify(walk.of(bias)[-1], out)
 
@@ -49,7 +60,7 @@ def matmul(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return product(walk, args[names[0]], args[names[1]])
 
 
-def product(walk: Walk, left: Any, right: Any) -> Terms:
+def product(walk: Walk, left: object, right: object) -> Terms:
     """Return the terms of left @ right."""
     a, b = walk.of(left), walk.of(right)
     inner = b[-2:][0]
@@ -108,7 +119,7 @@ def addbmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 def _tensordot_weights(args: Args) -> dict[fx.Node, Weight]:
     """What is not summed over is an output."""
-    found = {}
+    found: dict[fx.Node, Weight] = {}
     for name in ("self", "other"):
         rank = len(tensor_info(args[name]).shape)
         into = tuple(d % rank for d in args[f"dims_{name}"])
@@ -120,11 +131,11 @@ def _tensordot_weights(args: Args) -> dict[fx.Node, Weight]:
 def tensordot(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Pairs of dims are summed over; the rest of the one, then of the other, leaves."""
     del node
-    rest: list[Any] = []
-    summed = []
+    rest: list[Term] = []
+    summed: list[list[Term]] = []
     for name in ("self", "other"):
         terms = walk.of(args[name])
-        into = [d % len(terms) for d in args[f"dims_{name}"]]
+        into = dims_of(args[f"dims_{name}"], len(terms))
         summed.append([terms[d] for d in into])
         rest += [t for d, t in enumerate(terms) if d not in into]
         walk.weight(args[name], *range(len(terms)))
@@ -158,7 +169,7 @@ def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
 def _einsum_weights(args: Args) -> dict[fx.Node, Weight]:
     """A letter that leaves is an output, one that does not is summed over."""
     left, _, right = args["equation"].replace(" ", "").partition("->")
-    found = {}
+    found: dict[fx.Node, Weight] = {}
     for subscripts, tensor in zip(left.split(","), args["tensors"], strict=True):
         if "..." not in subscripts:
             out = tuple(i for i, c in enumerate(subscripts) if c in right)
@@ -169,7 +180,7 @@ def _einsum_weights(args: Args) -> dict[fx.Node, Weight]:
 
 
 @rule("einsum", weights=_einsum_weights, product=True)
-def einsum(walk: Walk, node: fx.Node, args: Args) -> Any:
+def einsum(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Equal letters are one axis; letters missing from the output are summed over."""
     equation = args["equation"].replace(" ", "")
     if "..." in equation:
@@ -203,8 +214,8 @@ def _batch_letters(left: str, right: str) -> set[str]:
     return {c for c in right if all(c in o for o in operands)} if len(operands) > 1 else set()
 
 
-def _letters(walk: Walk, subscripts: list[str], tensors: Any) -> dict[str, Any]:
-    letters: dict[str, Any] = {}
+def _letters(walk: Walk, subscripts: list[str], tensors: Sequence[fx.Node]) -> dict[str, Term]:
+    letters: dict[str, Term] = {}
     for text, tensor in zip(subscripts, tensors, strict=True):
         for letter, term in zip(text, walk.of(tensor), strict=True):
             known = letters.get(letter, ())
@@ -245,7 +256,7 @@ def embedding(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 
 @rule("embedding_bag", "_embedding_bag", parameters=("weight",), lookup=True)
-def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Any:
+def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Result:
     """As an embedding, summed over each bag."""
     weight = walk.of(args["weight"])
     walk.fix(weight[0], "vocabulary")
@@ -275,7 +286,7 @@ _CONV = {"weight": LINEAR}
     "conv1d", "conv2d", "conv3d", weights=_CONV, parameters=("bias",), sizes=_GROUPS, nested="conv"
 )
 @rule("convolution", weights=_CONV, parameters=("bias",), sizes=_GROUPS)
-def convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
+def convolution(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Channels are contracted as in a linear; space is fixed; groups are one axis of their own."""
     weight = walk.of(args["weight"])
     return _convolve(walk, node, args, (weight[0], weight[1]))
@@ -288,7 +299,7 @@ def convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
     sizes=_GROUPS,
     nested="conv",
 )
-def transposed_convolution(walk: Walk, node: fx.Node, args: Args) -> Terms:
+def transposed_convolution(walk: Walk, node: fx.Node, args: Args) -> Result:
     """The weight holds inputs first: [in, out / groups, ...]."""
     x, weight = walk.of(args["input"]), walk.of(args["weight"])
     if args["groups"] != 1:
@@ -326,7 +337,7 @@ def _fix_space(walk: Walk, x: Terms, weight: Terms) -> None:
         walk.fix(term, "space")
 
 
-def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Any, Any]) -> Terms:
+def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) -> Result:
     x, weight, groups = walk.of(args["input"]), walk.of(args["weight"]), args["groups"]
     if args.get("transposed"):
         return transposed_convolution(walk, node, args)
@@ -345,7 +356,7 @@ def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Any, Any]) -> T
     return (x[0], out, *_space(walk, node))
 
 
-def _grouped(walk: Walk, args: Args, terms: tuple[Any, Any, Any], groups: int) -> Any:
+def _grouped(walk: Walk, args: Args, terms: tuple[Term, Term, Term], groups: int) -> Term:
     """Group g of the outputs reads group g of the inputs: the groups are shared, the rest is
     inner.
     """

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import info_of
-from matryoshkafy.rules.table import Args, Sizes, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, rule
 
 
 @rule("zeros", "ones", "rand", "randn", "new_zeros", "new_ones", "randint", sizes="size")
 @rule("full", "new_full", sizes="size", fills=True)
-def filled(walk: Walk, node: fx.Node, args: Args) -> Any:
+def filled(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every unit is made alike."""
     del args
     return tuple(walk.fresh(n, name="filled") for n in walk.shape(node))
@@ -57,7 +55,7 @@ def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "bucketize",
     "searchsorted",
 )
-def counted(walk: Walk, node: fx.Node, args: Args) -> Any:
+def counted(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Values depend on the size: whole."""
     for value in args.values():
         for term in walk.of(value) if isinstance(value, fx.Node) else ():

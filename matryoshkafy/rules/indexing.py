@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import fx
 
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key, tensor_info
 from matryoshkafy.rules.contraction import LEFT, RIGHT
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Result, Terms, Walk, rule
+
+Picks = Sequence[fx.Node | None]
 
 
-def _index_terms(walk: Walk, x: Terms, indices: Any) -> tuple[list[int], list[Any]]:
+def _index_terms(walk: Walk, x: Terms, indices: Picks) -> tuple[list[int], list[fx.Node]]:
     """Return the indexed dims of x, with the index tensors; boolean masks cover several dims."""
     dims: list[int] = []
     at = 0
@@ -29,7 +32,7 @@ def _index_terms(walk: Walk, x: Terms, indices: Any) -> tuple[list[int], list[An
 
 
 @rule("index", "_unsafe_index", picks=True, lookup=True)
-def index(walk: Walk, node: fx.Node, args: Args) -> Any:
+def index(walk: Walk, node: fx.Node, args: Args) -> Result:
     """x[i, :, j]: the broadcast indices stand where the first of adjacent indexed dims stood."""
     x = walk.of(args["self"])
     dims, tensors = _index_terms(walk, x, args["indices"])
@@ -47,7 +50,13 @@ def index(walk: Walk, node: fx.Node, args: Args) -> Any:
     return (*rest[:at], *picked, *rest[at:])
 
 
-def _picked(walk: Walk, tensors: Any, masks: bool, new: Any, place: Any) -> Terms:
+# The indexed dims, and how many dims stand for them.
+Place = tuple[Sequence[int], int]
+
+
+def _picked(
+    walk: Walk, tensors: Sequence[fx.Node], masks: bool, new: tuple[int, ...], place: Place
+) -> Terms:
     dims, count = place
     if not masks:
         return broadcast(walk, list(tensors))
@@ -84,7 +93,7 @@ def index_put(walk: Walk, node: fx.Node, args: Args) -> Terms:
 def index_select(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Units of one dim by number; the columns of a table are features."""
     terms = list(walk.of(args["self"]))
-    dim = args["dim"] % len(terms)
+    dim: int = args["dim"] % len(terms)
     if dim == 0 and len(terms) == 2:
         walk.weight(args["self"], 1)
     walk.fix(terms[dim], "indexed")
@@ -93,14 +102,14 @@ def index_select(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 
 @rule("gather", "take_along_dim", picks=True)
-def gather(walk: Walk, node: fx.Node, args: Args) -> Any:
+def gather(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Along one dim by index; the other dims of x and index are the same where their sizes are."""
     x, i = walk.of(args["self"]), walk.of(args.get("index", args.get("indices")))
     if args.get("dim") is None:
         return None
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     same = walk.shape(args["self"]), walk.shape(node)
-    out = []
+    out: list[Term] = []
     for d, (mine, theirs) in enumerate(zip(x, i, strict=True)):
         if d == dim:
             walk.fix(mine, "indexed")
@@ -122,10 +131,10 @@ def gather(walk: Walk, node: fx.Node, args: Args) -> Any:
     "index_fill",
     "index_reduce",
 )
-def scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
+def scatter(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Along one dim by index, into x."""
     x = walk.of(args["self"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     name = op_key(node)
     walk.fix(x[dim], "indexed")
     for key in ("index", "src", "source"):
@@ -149,7 +158,7 @@ def _meet(walk: Walk, x: Terms, other: Terms, place: tuple[int, bool]) -> None:
 
 
 @rule("isin", "masked_select", "take", "as_strided")
-def looked_up(walk: Walk, node: fx.Node, args: Args) -> Any:
+def looked_up(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Everything that is looked at stays whole."""
     for value in args.values():
         for term in walk.of(value) if isinstance(value, fx.Node) else ():
@@ -158,7 +167,7 @@ def looked_up(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("_grouped_mm", weights={"self": LEFT, "mat2": RIGHT}, product=True)
-def grouped_mm(walk: Walk, node: fx.Node, args: Args) -> Any:
+def grouped_mm(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Rows sorted by expert, each group times its own matrix [experts, in, out]."""
     del node
     a, b = walk.of(args["self"]), walk.of(args["mat2"])

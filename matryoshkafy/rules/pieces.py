@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes import dims
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key
-from matryoshkafy.rules.table import Args, Sizes, Terms, Walk, rule
-from matryoshkafy.rules.view import dims_of
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, rule
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack")
-def cat(walk: Walk, node: fx.Node, args: Args) -> Any:
+def cat(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Segments laid one after the other: a Sum."""
     name = op_key(node)
     tensors = [t for t in args["tensors"] if walk.shape(t) != (0,)]
     rank = len(walk.shape(node))
     if any(len(walk.shape(t)) != rank for t in tensors):
         return None
-    dim = {"hstack": min(1, rank - 1), "vstack": 0}.get(name)
-    dim = (args.get("dim", 0) if dim is None else dim) % rank
+    own = {"hstack": min(1, rank - 1), "vstack": 0}
+    dim: int = own[name] if name in own else args.get("dim", 0) % rank
     out = list(walk.of(tensors[0]))
     for tensor in tensors[1:]:
         for i, term in enumerate(walk.of(tensor)):
@@ -40,14 +40,14 @@ def stack(walk: Walk, node: fx.Node, args: Args) -> Terms:
     out = list(walk.of(tensors[0]))
     for tensor in tensors[1:]:
         out = [walk.unify(a, b) for a, b in zip(out, walk.of(tensor), strict=True)]
-    dim = args["dim"] % len(walk.shape(node))
+    dim: int = args["dim"] % len(walk.shape(node))
     return (*out[:dim], axes.copies(len(tensors)), *out[dim:])
 
 
 def _lengths(sizes: Sizes) -> None:
     """A split by count or by size becomes a split into the pieces of this level."""
     a, source = sizes.args, sizes.source
-    dim = a.get("dim", 0) % len(source)
+    dim: int = a.get("dim", 0) % len(source)
     if dims.is_nested(source[dim]):
         lengths = [sizes.at(piece[dim]) for piece in sizes.outputs]
         sizes.replace(torch.ops.aten.split_with_sizes.default, lengths, dim)
@@ -56,16 +56,16 @@ def _lengths(sizes: Sizes) -> None:
 @rule("split", "split_with_sizes", "chunk", sizes=_lengths, picks=True)
 @rule("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", sizes=_lengths, picks=True)
 @rule("tensor_split", "split_copy", "split_with_sizes_copy", sizes=_lengths, picks=True)
-def split(walk: Walk, node: fx.Node, args: Args) -> Any:
+def split(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Consecutive pieces of one dim."""
     source = args.get("self", node.args[0])
     terms, shapes = walk.of(source), walk.shapes(node)
-    dim = args.get("dim", 0) % len(terms)
+    dim: int = args.get("dim", 0) % len(terms)
     pieces = cut(walk, terms[dim], [s[dim] for s in shapes])
     return tuple((*terms[:dim], piece, *terms[dim + 1 :]) for piece in pieces)
 
 
-def cut(walk: Walk, term: Any, lengths: list[int]) -> list[Any]:
+def cut(walk: Walk, term: Term, lengths: list[int]) -> list[Term]:
     """Return consecutive pieces of a term, or fixed ones where it does not come apart."""
     pieces = axes.cut(term, lengths) if all(lengths) else None
     if pieces is None:
@@ -75,10 +75,10 @@ def cut(walk: Walk, term: Any, lengths: list[int]) -> list[Any]:
 
 
 @rule("unbind", picks=True)
-def unbind(walk: Walk, node: fx.Node, args: Args) -> Any:
+def unbind(walk: Walk, node: fx.Node, args: Args) -> Result:
     """One tensor per index of a dim, which stays whole."""
     terms = walk.of(args["self"])
-    dim = args["dim"] % len(terms)
+    dim: int = args["dim"] % len(terms)
     walk.fix(terms[dim], "indexed")
     return tuple(terms[:dim] + terms[dim + 1 :] for _ in walk.shapes(node))
 
@@ -88,7 +88,7 @@ END = 2**63 - 1
 
 def _bounds(sizes: Sizes) -> None:
     a, source = sizes.args, sizes.source
-    dim = a["dim"] % len(source)
+    dim: int = a["dim"] % len(source)
     bounds = [a.get(name) for name in ("start", "end", "length", "step")]
     plain = all(v is None or isinstance(v, int) for v in bounds)
     # A bound that only the call knows keeps all of the dim (else its rule holds it whole).
@@ -116,7 +116,7 @@ def _given_bounds(a: Args, size: int) -> tuple[int, int]:
 def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """A piece of one dim; every second unit of an axis halves it."""
     terms, old, new = list(walk.of(args["self"])), walk.shape(args["self"]), walk.shape(node)
-    dim = (args["dim"] or 0) % len(terms)
+    dim: int = (args["dim"] or 0) % len(terms)
     step, start, end = args.get("step", 1), args.get("start") or 0, args.get("end")
     if old[dim] == new[dim]:
         return tuple(terms)
@@ -129,7 +129,7 @@ def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return tuple(terms)
 
 
-def _sliced(walk: Walk, term: Any, piece: tuple[int, int, int]) -> Any:
+def _sliced(walk: Walk, term: Term, piece: tuple[int, int, int]) -> Term:
     start, step, length = piece
     size = axes.size(term)
     if step == 1 and length:
@@ -148,17 +148,17 @@ def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """One index of a dim, which stays whole."""
     del node
     terms = walk.of(args["self"])
-    dim = args["dim"] % len(terms)
+    dim: int = args["dim"] % len(terms)
     walk.fix(terms[dim], "indexed")
     return terms[:dim] + terms[dim + 1 :]
 
 
 @rule("slice_scatter", "select_scatter")
-def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Any:
+def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Part of one dim is replaced; that dim stays whole, unless all of it is replaced."""
     del node
     x, src = walk.of(args["self"]), walk.of(args["src"])
-    dim = args["dim"] % len(x)
+    dim: int = args["dim"] % len(x)
     if walk.shape(args["self"]) == walk.shape(args["src"]):
         return tuple(walk.unify(a, b) for a, b in zip(x, src, strict=True))
     others = src[:dim] + src[dim + 1 :] if len(src) == len(x) else src
@@ -176,7 +176,7 @@ def flip(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Reversed dims stay whole."""
     del node
     terms = walk.of(args["self"])
-    for dim in args["dims"]:
+    for dim in dims_of(args["dims"], len(terms)):
         walk.fix(terms[dim], "indexed")
     return terms
 
@@ -196,8 +196,8 @@ def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Rolled dims stay whole."""
     del node
     terms = walk.of(args["self"])
-    for term in (terms[d] for d in args["dims"]) if args["dims"] else terms:
-        walk.fix(term, "indexed")
+    for d in dims_of(args["dims"] or range(len(terms)), len(terms)):
+        walk.fix(terms[d], "indexed")
     return terms
 
 
@@ -227,7 +227,7 @@ def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return tuple(terms)
 
 
-def _padded(walk: Walk, term: Any, width: Any, size: int) -> Any:
+def _padded(walk: Walk, term: Term, width: Sequence[int] | None, size: int) -> Term:
     if width is not None:
         parts = [walk.fresh(width[0], "padding"), term, walk.fresh(width[1], "padding")]
         return axes.concatenate(p for p, n in zip(parts, (width[0], 1, width[1]), strict=True) if n)
@@ -236,7 +236,7 @@ def _padded(walk: Walk, term: Any, width: Any, size: int) -> Any:
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
-def shuffle(walk: Walk, node: fx.Node, args: Args) -> Any:
+def shuffle(walk: Walk, node: fx.Node, args: Args) -> Result:
     """[.., C r r, H, W] -> [.., C, H r, W r] and back; channel groups change places with
     channels.
     """
@@ -250,7 +250,7 @@ def shuffle(walk: Walk, node: fx.Node, args: Args) -> Any:
     return (*terms[:-3], channels, *space)
 
 
-def _shuffled(walk: Walk, term: Any, n: int, name: str) -> Any:
+def _shuffled(walk: Walk, term: Term, n: int, name: str) -> Term:
     size = axes.size(term)
     if "channel" in name:
         walk.fix(term, "indexed")
@@ -269,14 +269,14 @@ def _shuffled(walk: Walk, term: Any, n: int, name: str) -> Any:
 def unfold(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Sliding windows over one dim, which stays whole."""
     terms, new = list(walk.of(args["self"])), walk.shape(node)
-    dim = args["dimension"] % len(terms)
+    dim: int = args["dimension"] % len(terms)
     walk.fix(terms[dim], "space")
     terms[dim] = walk.fresh(new[dim], "space")
     return (*terms, walk.fresh(new[-1], "space"))
 
 
 @rule("col2im")
-def col2im(walk: Walk, node: fx.Node, args: Args) -> Any:
+def col2im(walk: Walk, node: fx.Node, args: Args) -> Result:
     """[N, C kh kw, L] -> [N, C, H, W]"""
     terms, new = walk.of(args["self"]), walk.shape(node)
     if len(terms) != 3:
@@ -292,7 +292,7 @@ def col2im(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("im2col")
-def im2col(walk: Walk, node: fx.Node, args: Args) -> Any:
+def im2col(walk: Walk, node: fx.Node, args: Args) -> Result:
     """[N, C, H, W] -> [N, C kh kw, L]"""
     terms, new = walk.of(args["self"]), walk.shape(node)
     if len(terms) != 4:

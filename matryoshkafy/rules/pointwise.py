@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of, is_tensor, op_key
-from matryoshkafy.rules.table import Args, Terms, Walk, op_of, rule
+from matryoshkafy.rules.table import Args, Result, Terms, Walk, op_of, rule
 
 ACTIVATIONS = """
     tanh relu gelu silu elu mish leaky_relu hardswish relu6 selu
@@ -36,11 +38,11 @@ NARY = """
     """.split()
 
 
-def broadcast(walk: Walk, values: list[Any]) -> Terms:
+def broadcast(walk: Walk, values: Sequence[object]) -> Terms:
     """Return the terms of values broadcast together, from the right."""
     terms = [walk.of(v) for v in values]
     rank = max((len(t) for t in terms), default=0)
-    out: list[Any] = [()] * rank
+    out: list[Term] = [()] * rank
     for value in terms:
         for i, term in enumerate(value, rank - len(value)):
             if term:
@@ -61,7 +63,7 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 @rule("contiguous", "clone", elementwise=True, picks=True)
 @rule("where", "masked_fill", "fill", "full_like", elementwise=True, fills=True)
 @rule("_prelu_kernel", elementwise=True, parameters=("weight",))
-def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
+def pointwise(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every tensor argument broadcasts with every other."""
     del args
     if isinstance(info_of(node), tuple):  # where(condition): as many rows as it holds
@@ -70,21 +72,21 @@ def pointwise(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("type_as", elementwise=True, casts=True, picks=True)
-def type_as(walk: Walk, node: fx.Node, args: Args) -> Any:
+def type_as(walk: Walk, node: fx.Node, args: Args) -> Result:
     """The other tensor gives its type alone."""
     del node
     return walk.of(args["self"])
 
 
 @rule("broadcast_tensors")
-def broadcast_tensors(walk: Walk, node: fx.Node, args: Args) -> Any:
+def broadcast_tensors(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every tensor gets the dims of all."""
     del node
     return (broadcast(walk, list(args["tensors"])),) * len(args["tensors"])
 
 
 @rule("meshgrid")
-def meshgrid(walk: Walk, node: fx.Node, args: Args) -> Any:
+def meshgrid(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A dim for each vector; in "xy" the first two change places."""
     del node
     terms = [walk.of(t)[0] if walk.of(t) else () for t in args["tensors"]]
@@ -94,7 +96,7 @@ def meshgrid(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("expand_as", elementwise=True)
-def like_other(walk: Walk, node: fx.Node, args: Args) -> Any:
+def like_other(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A dim of size 1 is repeated to the other's."""
     del node
     other, mine = walk.of(args["other"]), walk.of(args["self"])
@@ -106,7 +108,7 @@ def like_other(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("prelu", parameters=("weight",))
-def prelu(walk: Walk, node: fx.Node, args: Args) -> Any:
+def prelu(walk: Walk, node: fx.Node, args: Args) -> Result:
     """The slopes belong to the channels (dim 1)."""
     del node
     x, slopes = walk.of(args["self"]), walk.of(args["weight"])
@@ -116,21 +118,21 @@ def prelu(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("feature_dropout", "feature_alpha_dropout")
-def channel_dropout(walk: Walk, node: fx.Node, args: Args) -> Any:
+def channel_dropout(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Whole channels are dropped."""
     del node
     return walk.of(args["input"])
 
 
 @rule("view_as_real")
-def view_as_real(walk: Walk, node: fx.Node, args: Args) -> Any:
+def view_as_real(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A complex dim gains (re, im) at the end."""
     del node
     return (*walk.of(args["self"]), walk.fresh(2, "complex parts"))
 
 
 @rule("view_as_complex")
-def view_as_complex(walk: Walk, node: fx.Node, args: Args) -> Any:
+def view_as_complex(walk: Walk, node: fx.Node, args: Args) -> Result:
     """The trailing (re, im) goes away."""
     del node
     terms = walk.of(args["self"])
@@ -139,7 +141,7 @@ def view_as_complex(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 @rule("tril", "triu", fills=True)
-def triangle(walk: Walk, node: fx.Node, args: Args) -> Any:
+def triangle(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Which elements stay depends on the position in the last two dims."""
     del node
     terms = walk.of(args["self"])
@@ -159,7 +161,7 @@ def _constant_along(walk: Walk, mask: Any) -> bool:
 
 
 @rule("masked_scatter")
-def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Any:
+def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Rows of the source replace masked rows of x: a mask that is constant over the last dim."""
     del node
     x, source = walk.of(args["self"]), walk.of(args["source"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of, op_key, tensor_info
 from matryoshkafy.rules.contraction import LINEAR
-from matryoshkafy.rules.table import Args, Walk, Weight, rule
+from matryoshkafy.rules.table import Args, Result, Walk, Weight, rule
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -19,13 +21,17 @@ def _matrices(args: Args) -> dict[fx.Node, Weight]:
     return {w: LINEAR for w in args["params"] if len(tensor_info(w).shape) == 2}
 
 
+def _states(given: Any) -> list[fx.Node]:
+    return [given] if isinstance(given, fx.Node) else list(given)
+
+
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu", weights=_matrices, parameters=("params",))
-def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
+def recurrent(walk: Walk, node: fx.Node, args: Args) -> Result:
     """[.., in] -> [.., directions . state], with the states of every layer beside it."""
     if "batch_sizes" in args:
         return None
     gates = GATES[op_key(node)]
-    states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
+    states = _states(args["hx"])
     directions = 2 if args["bidirectional"] else 1
     layers = args["num_layers"] * directions
     per_layer = len(args["params"]) // layers
@@ -49,10 +55,10 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Any:
     weights={"w_ih": LINEAR, "w_hh": LINEAR},
     parameters=("b_ih", "b_hh"),
 )
-def cell(walk: Walk, node: fx.Node, args: Args) -> Any:
+def cell(walk: Walk, node: fx.Node, args: Args) -> Result:
     """One step: [N, in] and [N, state] -> [N, state] (and the cell state of an LSTM)."""
     kind = op_key(node).removesuffix("_cell")
-    states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
+    states = _states(args["hx"])
     x, output = walk.of(args["input"]), walk.of(states[0])[-1]
     for other in states[1:]:
         walk.unify(walk.of(other)[-1], output)
@@ -62,7 +68,9 @@ def cell(walk: Walk, node: fx.Node, args: Args) -> Any:
     return outs if isinstance(info_of(node), tuple) else outs[0]
 
 
-def _layer(walk: Walk, params: Any, terms: tuple[Any, Any, Any], biases: bool) -> None:
+def _layer(
+    walk: Walk, params: Sequence[fx.Node], terms: tuple[Term, Term, Term], biases: bool
+) -> None:
     """w_ih [gates, in], w_hh [gates, state], biases [gates], projection [state, cell]."""
     inner, output, gates = terms
     for weight, columns in zip(params[:2], (inner, output), strict=True):

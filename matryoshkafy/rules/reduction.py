@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of
 from matryoshkafy.rules.contraction import group_count
 from matryoshkafy.rules.pieces import cut
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Result, Terms, Walk, dims_of, rule
 
 
 @rule(
@@ -30,7 +29,7 @@ from matryoshkafy.rules.table import Args, Terms, Walk, rule
 )
 @rule("_fused_rms_norm", sizes="normalized_shape", parameters=("weight",))
 @rule("native_layer_norm", sizes="normalized_shape", parameters=("weight", "bias"))
-def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
+def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Statistics over the trailing dims; weight and bias belong to them."""
     terms = walk.of(args["input"])
     dims = len(args["normalized_shape"])
@@ -54,7 +53,7 @@ def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     parameters=("weight", "bias"),
     nested="group_norm",
 )
-def group_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
+def group_norm(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Statistics over the channels of a group and over space: whole groups shrink."""
     del node
     terms, channels = walk.of(args["input"]), walk.shape(args["input"])[1]
@@ -69,7 +68,7 @@ def group_norm(walk: Walk, node: fx.Node, args: Args) -> Any:
     return terms
 
 
-def _channel_vectors(walk: Walk, args: Args, term: Any) -> None:
+def _channel_vectors(walk: Walk, args: Args, term: Term) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(args.get(name), fx.Node) and walk.of(args[name]):
             walk.unify(walk.of(args[name])[0], term)
@@ -90,11 +89,11 @@ def batch_norm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return terms
 
 
-def _reduced(walk: Walk, node: fx.Node, args: Args, source: Any) -> Terms:
+def _reduced(walk: Walk, node: fx.Node, args: Args, source: object) -> Terms:
     """Drop (or keep at size 1) the reduced dims, recording the statistic."""
     terms = walk.of(source)
     dim = args.get("dim")
-    dims = range(len(terms)) if dim is None or dim == [] else _normal(dim, len(terms))
+    dims = dims_of(range(len(terms)) if dim is None or dim == [] else dim, len(terms))
     for d in dims:
         walk.mix(terms[d])
     if len(walk.shapes(node)[0]) == len(terms):
@@ -102,14 +101,10 @@ def _reduced(walk: Walk, node: fx.Node, args: Args, source: Any) -> Terms:
     return tuple(t for i, t in enumerate(terms) if i not in dims)
 
 
-def _each(node: fx.Node, terms: Terms) -> Any:
+def _each(node: fx.Node, terms: Terms) -> Result:
     """Every output of the op has the same dims."""
     found = info_of(node)
     return (terms,) * len(found) if isinstance(found, tuple) else terms
-
-
-def _normal(dim: Any, rank: int) -> list[int]:
-    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
 
 
 @rule("mean", statistic="mean")
@@ -133,7 +128,7 @@ def _normal(dim: Any, rank: int) -> list[int]:
     "nanmean",
     "aminmax",
 )
-def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
+def reduction(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Statistics over dims; torch.max of two tensors is pointwise."""
     if isinstance(args.get("other"), fx.Node):
         return broadcast(walk, [args["self"], args["other"]])
@@ -154,30 +149,30 @@ def reduction(walk: Walk, node: fx.Node, args: Args) -> Any:
     "cummin",
     "_safe_softmax",
 )
-def along(walk: Walk, node: fx.Node, args: Args) -> Any:
+def along(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every output unit sees the units of one dim, which is mixed."""
     terms = walk.of(args["self"])
-    dim = args["dim"] % len(terms) if terms else 0
+    dim: int = args["dim"] % len(terms) if terms else 0
     if terms:
         walk.mix(terms[dim])
     return _each(node, terms)
 
 
 @rule("diff")
-def diff(walk: Walk, node: fx.Node, args: Args) -> Any:
+def diff(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Neighbours along a dim, which stays whole."""
     terms = list(walk.of(args["self"]))
-    dim = args["dim"] % len(terms)
+    dim: int = args["dim"] % len(terms)
     walk.fix(terms[dim], "indexed")
     terms[dim] = walk.fresh(walk.shape(node)[dim], "indexed")
     return tuple(terms)
 
 
 @rule("topk", "sort", "argsort", "kthvalue")
-def sorting(walk: Walk, node: fx.Node, args: Args) -> Any:
+def sorting(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Order along a dim holds it whole."""
     terms = list(walk.of(args["self"]))
-    dim = args.get("dim", -1) % len(terms)
+    dim: int = args.get("dim", -1) % len(terms)
     walk.fix(terms[dim], "indexed")
     shape = walk.shapes(node)[0]
     if len(shape) == len(terms):
@@ -199,10 +194,10 @@ def renorm(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 
 @rule("glu")
-def glu(walk: Walk, node: fx.Node, args: Args) -> Any:
+def glu(walk: Walk, node: fx.Node, args: Args) -> Result:
     """The first half times the sigmoid of the second: two copies of one axis."""
     terms = list(walk.of(args["self"]))
-    dim = args["dim"] % len(terms)
+    dim: int = args["dim"] % len(terms)
     half = walk.shape(node)[dim]
     first, second = cut(walk, terms[dim], [half, half])
     terms[dim] = walk.unify(first, second)
@@ -211,11 +206,11 @@ def glu(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 @rule("cosine_similarity", clamps=True)
 @rule("pairwise_distance")
-def similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
+def similarity(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A statistic over one dim of two tensors."""
     names = list(args)
     terms = broadcast(walk, [args[names[0]], args[names[1]]])
-    dim = args.get("dim", -1) % len(terms)
+    dim: int = args.get("dim", -1) % len(terms)
     walk.mix(terms[dim])
     if len(walk.shape(node)) == len(terms):
         return (*terms[:dim], (), *terms[dim + 1 :])
@@ -224,7 +219,7 @@ def similarity(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 @rule("cdist", clamps=True)
 @rule("_cdist_forward")
-def cdist(walk: Walk, node: fx.Node, args: Args) -> Any:
+def cdist(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Distances between rows: the feature axis is mixed away."""
     del node
     a, b = walk.of(args["x1"]), walk.of(args["x2"])

@@ -4,15 +4,13 @@ stays.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from matryoshkafy.graph.nodes import info_of
-from matryoshkafy.rules.table import Args, Walk, rule
+from matryoshkafy.rules.table import Args, Result, Walk, dims_of, rule
 
 
-def _spatial(walk: Walk, node: fx.Node, count: int) -> Any:
+def _spatial(walk: Walk, node: fx.Node, count: int) -> Result:
     """Leading dims pass, the last `count` dims are replaced by new whole ones."""
     source = walk.of(node.args[0])
     for term in source[len(source) - count :]:
@@ -27,7 +25,7 @@ def _spatial(walk: Walk, node: fx.Node, count: int) -> Any:
 
 def _register(dims: int, *names: str) -> None:
     @rule(*names)
-    def spatial(walk: Walk, node: fx.Node, args: Args) -> Any:
+    def spatial(walk: Walk, node: fx.Node, args: Args) -> Result:
         """Channels pass, space stays whole."""
         del args
         return _spatial(walk, node, dims)
@@ -59,7 +57,7 @@ _register(3, "upsample_trilinear3d")
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Any:
+def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Channels pass; where to sample is whole."""
     for term in walk.of(args["grid"]):
         walk.fix(term, "space")
@@ -82,19 +80,18 @@ def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Any:
     "fft_rfftn",
     "fft_irfftn",
 )
-def fourier(walk: Walk, node: fx.Node, args: Args) -> Any:
+def fourier(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Transformed dims stay whole, the others pass."""
     terms, new = list(walk.of(args["self"])), walk.shape(node)
     dim = args.get("dim", -1)
-    dims = range(len(terms)) if dim is None else [dim] if isinstance(dim, int) else dim
-    for d in dims:
+    for d in dims_of(range(len(terms)) if dim is None else dim, len(terms)):
         walk.fix(terms[d], "frequency")
         terms[d] = walk.fresh(new[d], "frequency")
     return tuple(terms)
 
 
 @rule("stft", "istft")
-def short_time(walk: Walk, node: fx.Node, args: Args) -> Any:
+def short_time(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Signals in, spectra out: nothing is a width."""
     for term in walk.of(args["self"]):
         walk.fix(term, "frequency")

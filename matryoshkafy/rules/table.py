@@ -10,7 +10,7 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
@@ -32,11 +32,11 @@ Args = Mapping[str, Any]
 class Walk(Protocol):
     """What a rule may ask for while the graph is walked once."""
 
-    def of(self, value: Any) -> Terms:
+    def of(self, value: object) -> Terms:
         """Return the terms of a traced tensor, one per dimension."""
         ...
 
-    def shape(self, value: Any) -> tuple[int, ...]:
+    def shape(self, value: object) -> tuple[int, ...]:
         """Return the concrete shape of a traced tensor."""
         ...
 
@@ -56,7 +56,7 @@ class Walk(Protocol):
         """Return a new axis; fixed from the start where `kind` says why."""
         ...
 
-    def weight(self, value: Any, *dims: int) -> None:
+    def weight(self, value: object, *dims: int) -> None:
         """Mark dims of a value that comes from parameters alone as features."""
         ...
 
@@ -107,11 +107,11 @@ class Sizes(Protocol):
         """Return a constant that is the size of a dim at this size (a symbol keeps its ratio)."""
         ...
 
-    def set(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: object) -> None:
         """Write an argument of the new node."""
         ...
 
-    def replace(self, target: Any, *args: Any) -> None:
+    def replace(self, target: Callable[..., Any], *args: object) -> None:
         """Make the new node a call of another op."""
         ...
 
@@ -132,7 +132,9 @@ class Weight:
         return out, into
 
 
-Rule = Callable[[Walk, fx.Node, Args], Any]
+# The terms of the output; a tuple of such for several outputs; None where a use is not foreseen.
+Result = Terms | tuple[Terms, ...] | None
+Rule = Callable[[Walk, fx.Node, Args], Result]
 FoundWeights = Callable[[Args], Mapping[fx.Node, Weight]]
 Resizer = Callable[[Sizes], None]
 
@@ -167,7 +169,7 @@ class Op:
 
     key: str
     axes: Rule | None = None
-    weights: Mapping[str, Weight] | FoundWeights = field(default_factory=dict)
+    weights: Mapping[str, Weight] | FoundWeights = field(default_factory=dict[str, Weight])
     parameters: tuple[str, ...] = ()
     sizes: str | Resizer | None = None
     statistic: str = ""
@@ -224,7 +226,7 @@ class Facts(TypedDict, total=False):
 OPS: dict[str, Op] = {}
 
 
-def rule(*ops: Any, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
+def rule(*ops: object, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
     """Register a row for each op: the rule that is decorated, and what else is known of the op.
 
     Args:
@@ -266,8 +268,13 @@ def op_of(node: fx.Node) -> Op:
     return OPS.get(key) or Op(key)
 
 
+def dims_of(value: int | Iterable[int], rank: int) -> list[int]:
+    """Return dims as a list of numbers from 0: -1 is the last, a number is one dim."""
+    return [d % rank for d in ([value] if isinstance(value, int) else value)]
+
+
 @contextmanager
-def rules_kept() -> Iterator[None]:
+def rules_kept() -> Generator[None, None, None]:
     """Forget at the end of the block every rule that was registered inside it."""
     rows, flags = dict(OPS), dict(TRAINING_FLAGS)
     try:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import info_of, op_key
-from matryoshkafy.rules.table import Args, Sizes, Terms, Walk, rule
+from matryoshkafy.axes.terms import Term
+from matryoshkafy.graph.nodes import op_key, tensor_info
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, rule
 
 
 def _unflattened(sizes: Sizes) -> None:
@@ -24,18 +24,22 @@ def _unflattened(sizes: Sizes) -> None:
 @rule("unflatten", sizes=_unflattened, picks=True)
 @rule("flatten", "ravel", "squeeze", "unsqueeze", picks=True)
 @rule("atleast_1d", "atleast_2d", "atleast_3d", picks=True)
-def reshape(walk: Walk, node: fx.Node, args: Args) -> Any:
+def reshape(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Minimal runs of dims with equal product become one another."""
     del args
-    source: Any = node.args[0]
-    info: Any = info_of(source), info_of(node)
-    if op_key(node) == "view" and info[0].dtype.itemsize != info[1].dtype.itemsize:
+    source = node.args[0]
+    if op_key(node) == "view" and _item_size(source) != _item_size(node):
         return None
     return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
 
 
+def _item_size(value: object) -> int:
+    assert isinstance(value, fx.Node)
+    return tensor_info(value).dtype.itemsize
+
+
 @rule("reshape_as", "view_as")
-def reshape_as(walk: Walk, node: fx.Node, args: Args) -> Any:
+def reshape_as(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A reshape to the dims of another tensor, which are the same axes."""
     source, other = args["self"], walk.of(args["other"])
     terms = regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
@@ -48,7 +52,7 @@ def regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]
         for term in terms:
             walk.fix(term, "reshaped")
         return tuple(walk.fresh(n, "reshaped") for n in new)
-    out: list[Any] = []
+    out: list[Term] = []
     for ins, outs in runs(old, new):
         whole = tuple(f for i in ins for f in axes.resolve(terms[i]))
         sizes = [new[o] for o in outs]
@@ -65,7 +69,9 @@ def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], li
     out: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        ins, outs, a, b = [], [], 1, 1
+        ins: list[int] = []
+        outs: list[int] = []
+        a = b = 1
         while not ins and not outs or a != b:
             if i < len(old) and (a <= b or j == len(new)):
                 a, i = a * old[i], i + 1
@@ -79,11 +85,6 @@ def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], li
                 continue
         out.append((ins, outs))
     return out
-
-
-def dims_of(value: Any, rank: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return [v % rank for v in values]
 
 
 @rule("transpose", "swapaxes", "swapdims", picks=True)
@@ -111,15 +112,16 @@ def permute(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Dims are reordered."""
     del node
     terms = walk.of(args["self"])
-    return tuple(terms[d % len(terms)] for d in args["dims"])
+    return tuple(terms[d] for d in dims_of(args["dims"], len(terms)))
 
 
 @rule("movedim", "moveaxis", picks=True)
 def movedim(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Some dims move, the others keep their order."""
+    del node
     terms = walk.of(args["self"])
-    source = dims_of(node.args[1], len(terms))
-    target = dims_of(node.args[2], len(terms))
+    source = dims_of(args["source"], len(terms))
+    target = dims_of(args["destination"], len(terms))
     order = [i for i in range(len(terms)) if i not in source]
     for at, dim in sorted(zip(target, source, strict=True)):
         order.insert(at, dim)
@@ -132,7 +134,7 @@ def expand(walk: Walk, node: fx.Node, args: Args) -> Terms:
     terms, new = walk.of(args["self"]), walk.shape(node)
     old = walk.shape(args["self"])
     offset = len(new) - len(old)
-    out = []
+    out: list[Term] = []
     for i, n in enumerate(new):
         known = i >= offset and old[i - offset] == n
         out.append(terms[i - offset] if known else walk.fresh(n, name="expanded"))
@@ -161,7 +163,7 @@ def repeat(walk: Walk, node: fx.Node, args: Args) -> Terms:
     )
 
 
-def _repeated(walk: Walk, term: Any, n: int, *, inner: bool) -> Any:
+def _repeated(walk: Walk, term: Term, n: int, *, inner: bool) -> Term:
     size = axes.size(term)
     if size == 1:
         return walk.fresh(n, name="repeated")
@@ -171,7 +173,7 @@ def _repeated(walk: Walk, term: Any, n: int, *, inner: bool) -> Any:
 
 def _times(sizes: Sizes) -> None:
     a, source, (out, *_) = sizes.args, sizes.source, sizes.outputs
-    dim = (a["dim"] or 0) % len(out)
+    dim: int = (a["dim"] or 0) % len(out)
     if a["dim"] is None:
         source = (tuple(factor for each in source for factor in each),)
     if dims.is_nested(out[dim]) and dims.size(source[dim]) == 1:
@@ -181,7 +183,7 @@ def _times(sizes: Sizes) -> None:
 
 
 @rule("repeat_interleave", sizes=_times)
-def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Any:
+def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Each unit n times in a row: axis.copies(n)."""
     if not isinstance(args.get("repeats"), int):
         return None
@@ -189,6 +191,6 @@ def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Any:
     if args.get("dim") is None:
         flat = tuple(factor for term in terms for factor in term)
         return (_repeated(walk, flat, new[0], inner=True),)
-    dim = args["dim"] % len(terms)
+    dim: int = args["dim"] % len(terms)
     terms[dim] = _repeated(walk, terms[dim], new[dim], inner=True)
     return tuple(terms)
