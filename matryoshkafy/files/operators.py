@@ -43,10 +43,40 @@ NEEDED = frozenset({
     "_weight_norm", "_weight_norm_interface", "unsafe_chunk", "unsafe_split",
     "unsafe_split_with_sizes", "upsample_nearest2d_backward",
 })  # fmt: skip
-# Operators without a rule that the models of the zoo call, or that only make or look at a value.
-MET = frozenset({
-    "item", "lift", "sym_constrain_range", "sym_constrain_range_for_size", "sym_numel",
-    "sym_storage_offset", "sym_stride",
+# Public operators without a rule whose arguments torch checks: they hold what they touch whole.
+CHECKED = frozenset({
+    "affine_grid_generator", "allclose", "as_strided", "as_strided_scatter", "bilinear",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "binomial", "block_diag",
+    "broadcast_tensors", "cartesian_prod", "cholesky", "cholesky_inverse", "cholesky_solve",
+    "col2im", "combinations", "corrcoef", "cov", "cross", "cross_entropy_loss", "cumsum",
+    "deform_conv2d", "det", "diag", "diag_embed", "diagflat", "diagonal", "diagonal_copy",
+    "diagonal_scatter", "dist", "dstack", "empty", "empty_like", "equal", "erfcx", "expand_copy",
+    "fft_fftfreq", "fft_fftshift", "fft_ifftshift", "fft_rfftfreq", "fliplr", "flipud",
+    "frobenius_norm", "gcd", "hamming_window", "hann_window", "huber_loss", "igamma", "igammac",
+    "index_add", "index_copy", "index_fill", "index_put", "inner", "inverse", "isclose", "isneginf",
+    "isposinf", "isreal", "item", "kaiser_window", "kl_div", "kron", "l1_loss", "lcm", "ldexp",
+    "lift", "linalg_cholesky", "linalg_cholesky_ex", "linalg_cond", "linalg_cross", "linalg_det",
+    "linalg_diagonal", "linalg_eigh", "linalg_eigvalsh", "linalg_householder_product",
+    "linalg_inv", "linalg_inv_ex", "linalg_lstsq", "linalg_lu", "linalg_matmul",
+    "linalg_matrix_exp", "linalg_matrix_norm", "linalg_matrix_power", "linalg_matrix_rank",
+    "linalg_multi_dot", "linalg_norm", "linalg_pinv", "linalg_qr", "linalg_slogdet",
+    "linalg_solve", "linalg_solve_ex", "linalg_solve_triangular", "linalg_svd", "linalg_svdvals",
+    "linalg_vander", "log_normal", "logcumsumexp", "logdet", "lu_solve", "margin_ranking_loss",
+    "masked_select", "matrix_exp", "matrix_power", "meshgrid", "mode", "mse_loss", "multinomial",
+    "mvlgamma", "nan_to_num", "nanmedian", "nanquantile", "narrow_copy", "new_empty", "nextafter",
+    "nll_loss", "nll_loss2d", "nll_loss_nd", "nms", "nonzero_numpy", "nonzero_static", "normal",
+    "normal_functional", "nuclear_norm", "orgqr", "pdist", "permute_copy", "pinverse", "poisson",
+    "put", "qr", "quantile", "rand", "randint_like", "randn_like", "renorm", "resolve_conj",
+    "roi_align", "roi_pool", "rot90", "scatter", "scatter_add", "scatter_reduce", "select_copy",
+    "select_scatter", "signbit", "slice_copy", "slice_scatter", "slogdet", "smooth_l1_loss",
+    "special_bessel_j0", "special_bessel_j1", "special_entr", "special_erfcx", "special_expit",
+    "special_i0", "special_i0e", "special_i1", "special_i1e", "special_log_ndtr",
+    "special_log_softmax", "special_logit", "special_ndtr", "special_ndtri", "special_softmax",
+    "special_xlog1py", "special_zeta", "squeeze_copy", "svd", "sym_constrain_range",
+    "sym_constrain_range_for_size", "sym_is_contiguous", "sym_numel", "sym_storage_offset",
+    "sym_stride", "t_copy", "tensordot", "trace", "transpose_copy", "trapezoid", "trapz",
+    "triangular_solve", "triplet_margin_loss", "unfold_copy", "unique_consecutive",
+    "unsqueeze_copy", "vander", "view_as_complex_copy", "view_as_real_copy", "view_copy",
 })  # fmt: skip
 
 
@@ -71,9 +101,9 @@ def why_not(op: torch._ops.OpOverload, own: Iterable[str] = ()) -> str:
     hidden = name.startswith("_") or "backward" in name or "unsafe" in name
     if any(argument.is_out for argument in schema.arguments) or (hidden and name not in NEEDED):
         return "is private to torch or trusts its arguments"
-    if name in NEEDED or name in MET or op_key(op) in OPS:
+    if name in NEEDED or name in CHECKED or op_key(op) in OPS:
         return ""
-    return "has no rule and was met in no model; with a rule of yours (matryoshkafy.rule) it may be"
+    return "has no rule and is not among the known; with a rule of yours (matryoshkafy.rule) it may"
 
 
 def namespaces_of(graph: fx.Graph) -> tuple[str, ...]:
