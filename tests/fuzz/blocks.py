@@ -260,8 +260,8 @@ def write_complex(x: Tensor, y: Tensor) -> Tensor:
 
 def write_operand(x: Tensor, y: Tensor) -> Tensor:
     x += y
-    x.relu_()
-    return x.mul_(0.5)
+    x.mul_(0.5)
+    return x.relu_()
 
 
 def write_index_put(x: Tensor, y: Tensor) -> Tensor:

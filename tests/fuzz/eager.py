@@ -85,10 +85,15 @@ def random_recipe(source: random.Random) -> Recipe:
     return Recipe(source.choice(STARTS), blocks, source.choice(HEADS))
 
 
+def recipe_of(seed: int, number: int) -> tuple[Recipe, str]:
+    """Return one case of a seed: a recipe and a nesting."""
+    source = random.Random(f"{seed}/{number}")
+    return random_recipe(source), source.choice(NESTINGS)
+
+
 def run_case(seed: int, number: int) -> Verdict:
     """Judge one case of a seed."""
-    source = random.Random(f"{seed}/{number}")
-    recipe, nesting = random_recipe(source), source.choice(NESTINGS)
+    recipe, nesting = recipe_of(seed, number)
     return judge(entry_of(recipe), nesting)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.fuzz.blocks import BLOCKS, KINDS
-from tests.fuzz.eager import NESTINGS, Recipe, alone, entry_of
-from tests.zoo.judge import run
+from tests.fuzz.eager import NESTINGS, Recipe, alone, entry_of, recipe_of
+from tests.zoo.judge import judge, run
 
 QUICK = ("FeedForward", "write_select", "by_length", "names_escaped")
 
@@ -31,3 +33,44 @@ def test_the_kinds_are_wide() -> None:
 def test_some_blocks_alone(name: str, nesting: str) -> None:
     verdict = alone(name, nesting)
     assert verdict.status == "right", verdict.checks
+
+
+# What is still wrong, by block and nesting; a mark that is no longer true fails the suite.
+DIAGONAL = "diagonal_scatter, which the library writes itself, is not saved"
+KEYWORD = "a module named by a keyword of Python gives code that does not compile"
+WRONG = {
+    ("write_diagonal", "sliced"): DIAGONAL,
+    ("write_diagonal", "masked"): DIAGONAL,
+    ("names_of_python", "sliced"): KEYWORD,
+    ("names_of_python", "masked"): KEYWORD,
+    ("SpectralNorm", "masked"): "a small size sends gradients to entries that it does not keep",
+}
+
+
+def every_block() -> list[object]:
+    """Return every block in both nestings, marked where it is known to be wrong."""
+    found = []
+    for name, nesting in itertools.product(BLOCKS, NESTINGS):
+        reason = WRONG.get((name, nesting))
+        marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
+        found.append(pytest.param(name, nesting, marks=marks, id=f"{name}-{nesting}"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "nesting"), every_block())
+@pytest.mark.filterwarnings("ignore")
+def test_every_block_alone(name: str, nesting: str) -> None:
+    verdict = alone(name, nesting)
+    assert verdict.status in ("right", "refused"), verdict.checks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(40))
+@pytest.mark.filterwarnings("ignore")
+def test_random_eager_models(number: int) -> None:
+    recipe, nesting = recipe_of(1, number)
+    if any((name, nesting) in WRONG for name in recipe.blocks):
+        pytest.skip(f"{recipe} holds a block that is known to be wrong")
+    verdict = judge(entry_of(recipe), nesting)
+    assert verdict.status in ("right", "refused"), verdict.checks
