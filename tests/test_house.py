@@ -39,6 +39,8 @@ KNOWN = {
     "matryoshkafy/losses/fused.py:nested_cross_entropy parameters": 11,
     "matryoshkafy/losses/matryoshka.py:__init__ parameters": 9,
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,
+    "matryoshkafy/natives/saving.py:save parameters": 7,
+    "matryoshkafy/natives/saving.py:save_native parameters": 7,
     "matryoshkafy/axes/unify.py:_cut_segments nesting": 4,
     "matryoshkafy/graph/mutations.py:_all_users nesting": 4,
     "matryoshkafy/plan/policies.py:fix_heads nesting": 4,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.deploy.names import name_axes, output_names
 from matryoshkafy.deploy.plain_ops import write_plainly
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.example_inputs import example_inputs
@@ -184,9 +185,11 @@ def _write_onnx(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
             path,
             dynamo=True,
             input_names=names,
+            output_names=output_names(program.call_spec.out_spec),
             external_data=held > LARGEST_SINGLE,
             verbose=False,
         )
+    name_axes(path)
     return _run_onnx(path, flat)
 
 

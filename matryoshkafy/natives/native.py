@@ -47,7 +47,7 @@ class Native:
     unread: tuple[str, ...] = ()
 
 
-def native(small: nn.Module, *, like: Any) -> nn.Module:
+def native(small: nn.Module, *, like: Any, tables: bool = False) -> nn.Module:
     """Return a slice as the user's own class at a smaller configuration, equal to the slice.
 
     Which fields of the configuration shrink is found: one is changed at a time and the shapes that
@@ -58,6 +58,8 @@ def native(small: nn.Module, *, like: Any) -> nn.Module:
         small: what `slice` returned, or `load(folder, size=m)`.
         like: the model that was converted; or what builds it, with the values of its arguments:
             `functools.partial(Net, width=256, heads=8)`.
+        tables: whether hidden tables that the class makes from its own width (sinusoids) may be
+            taken from the slice, where they differ; the class's own loader would not keep them.
 
     Returns:
         A module of the class of `like`, in evaluation mode. It owns its memory.
@@ -66,7 +68,7 @@ def native(small: nn.Module, *, like: Any) -> nn.Module:
         NativeError: where no configuration gives the slice; it names the tensors, their group and
             what to do.
     """
-    found = find(small, like)
+    found = find(small, like, tables=tables)
     if found.unread:
         warnings.warn(unchecked(found.unread), NativeWarning, stacklevel=2)
     return found.module
@@ -266,8 +268,7 @@ def _refusal(space: Space, plan: Plan, reason: str) -> str:
         )
         made = (
             "Expected equal outputs to 1e-5: the class derives a table or constant from its width "
-            'in a way of its own. Save with tables="slice" where it is a table, or keep the slice '
-            "as a graph."
+            "in a way of its own. Give tables=True where it is a table, or keep the slice as a graph."
         )
         return (
             f"{name} can be built with the shapes of size {plan.sizes[-1]}, but computes other "

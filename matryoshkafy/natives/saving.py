@@ -35,6 +35,7 @@ def save(  # noqa: PLR0913  the public signature
     to: str | None = None,
     like: Any = None,
     source: str | os.PathLike[str] | Source | None = None,
+    tables: bool = False,
     force: bool = False,
 ) -> Path:
     """Write a model whole or not at all: as a checkpoint, or a slice as a stock model's folder.
@@ -48,6 +49,8 @@ def save(  # noqa: PLR0913  the public signature
             that keeps its source.
         source: the folder that the model was loaded from; a checkpoint keeps its configuration
             and side files (tokenizer, pooling, licence), so that its sizes can be written later.
+        tables: with `to`, whether hidden tables that the class makes from its own width may be
+            kept beside the weights; only `natives.loading.load_native` puts them in place.
         force: replace what stands there, if it is of the same kind.
 
     Returns:
@@ -62,7 +65,7 @@ def save(  # noqa: PLR0913  the public signature
     if to is None:
         side = {} if kept is None else {SOURCE: kept.to_json().encode()}
         return checkpoint.save(model, folder, force=force, side=side)
-    return save_native(model, folder, to=to, like=like, source=kept, force=force)
+    return save_native(model, folder, to=to, like=like, source=kept, tables=tables, force=force)
 
 
 def save_native(  # noqa: PLR0913  the public signature
@@ -72,6 +75,7 @@ def save_native(  # noqa: PLR0913  the public signature
     to: str,
     like: Any,
     source: Source | None = None,
+    tables: bool = False,
     force: bool = False,
 ) -> Path:
     """Write a slice as the folder of a stock model, compared before it stands; see `save`."""
@@ -86,7 +90,7 @@ def save_native(  # noqa: PLR0913  the public signature
     built, known = _like(like)
     source = source or known
     _, plan = parts_of(small)
-    native = find(small, built, spare=_spare(like))
+    native = find(small, built, tables=tables, spare=_spare(like))
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
     package = Package(native, plan, source, _parameters(plan, native))

@@ -168,6 +168,34 @@ def test_a_class_of_the_user_is_written_with_its_arguments(tmp_path: Path) -> No
         load_native(folder)
 
 
+class Wave(torch.nn.Module):
+    """A hidden table of angles over the whole width: a smaller class makes others."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(11, width)
+        rates = 100.0 ** (-torch.arange(width) / width)
+        table = torch.sin(torch.arange(20)[:, None] * rates)
+        self.register_buffer("table", table, persistent=False)
+        self.mix, self.head = torch.nn.Linear(width, width), torch.nn.Linear(width, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.mix(self.words(ids) + self.table[: ids.shape[1]])))
+
+
+def test_a_table_made_from_the_width_is_refused_or_kept_beside_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    like = functools.partial(Wave, width=32)
+    small = sliced(like().eval(), IDS, [16, 32], 16)
+    with pytest.raises(NativeError, match="other values than the slice.*tables=True"):
+        mk.native(small, like=like)
+    torch.testing.assert_close(mk.native(small, like=like, tables=True)(IDS[0]), small(IDS[0]))
+    folder = mk.save(small, tmp_path / "out", to="class", like=like, tables=True)
+    assert (folder / "tables.safetensors").is_file()
+    assert "makes table from its own width" in (folder / "README.md").read_text()
+    torch.testing.assert_close(load_native(folder, build=Wave)(IDS[0]), small(IDS[0]))
+
+
 def test_timm_creates_and_loads_the_size(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
