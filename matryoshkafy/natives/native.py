@@ -268,7 +268,8 @@ def _refusal(space: Space, plan: Plan, reason: str) -> str:
         )
         made = (
             "Expected equal outputs to 1e-5: the class derives a table or constant from its width "
-            "in a way of its own. Give tables=True where it is a table, or keep the slice as a graph."
+            "in a way of its own. Give tables=True where it is a table, or keep the slice as a "
+            "graph."
         )
         return (
             f"{name} can be built with the shapes of size {plan.sizes[-1]}, but computes other "
