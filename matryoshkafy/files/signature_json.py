@@ -50,7 +50,8 @@ def _filled_from_json(saved: Any) -> Filled:
 
 def _input_to_json(item: Input) -> dict[str, Any]:
     values = Values(f"the example input {item.name!r}", {})
-    bounds = [None if b is None else [values.write(n) for n in b] for b in item.bounds]
+    known = item.bounds or (None,) * len(item.leaves)
+    bounds = [None if b is None else [values.write(n) for n in b] for b in known]
     return {
         "name": item.name,
         "spec": spec_to_json(item.spec),
