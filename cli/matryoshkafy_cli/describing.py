@@ -6,8 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Quiet
-from matryoshkafy_cli.screen import Screen, human_bytes, human_count, import_all, table
+from matryoshkafy_cli.options import Batch, Debug, Device, Folder, Imports, Json, Length, Quiet
+from matryoshkafy_cli.screen import (
+    Screen,
+    human_bytes,
+    human_count,
+    human_seconds,
+    import_all,
+    table,
+)
 
 COLUMNS = ("size", "parameters", "bytes", "FLOPs", "latency")
 
@@ -16,6 +23,8 @@ def info(  # noqa: PLR0913  an option is a parameter
     checkpoint: Folder,
     device: Device = "cpu",
     runs: Annotated[int, typer.Option("--runs", min=1, help="Timed passes per size.")] = 7,
+    batch: Batch = None,
+    length: Length = None,
     imports: Imports = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -23,13 +32,15 @@ def info(  # noqa: PLR0913  an option is a parameter
 ) -> None:
     """Print sizes, parameters, bytes, FLOPs and measured latency of a CHECKPOINT.
 
-    Inputs are random, of the shapes that the model was traced with; latency is the median.
+    Inputs are random, of the shapes that the model was traced with unless --batch and --length
+    say otherwise; latency is the median.
     Computes with the graph of the checkpoint, once per size and run.
     """
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"checking {checkpoint}"):
         from matryoshkafy.deploy.profile import device_of
+        from matryoshkafy.dolls.example_inputs import example_inputs
         from matryoshkafy.files.checkpoint import open_checkpoint
 
         place = device_of(device)
@@ -37,17 +48,17 @@ def info(  # noqa: PLR0913  an option is a parameter
     rows = []
     for size in found.sizes:
         with screen.step(f"measuring size {size}"):
-            rows.append(_measure(found, size, place, runs))
+            small = found.sub_model(size).to(place).eval()
+            call = example_inputs(small, device=place, batch=batch, length=length)
+            rows.append(_measure(small, size, call, runs))
     described = _described(found, device, rows)
     screen.result(described, lambda: _text(described))
 
 
-def _measure(found: Any, size: int, device: Any, runs: int) -> dict[str, Any]:
+def _measure(small: Any, size: int, call: Any, runs: int) -> dict[str, Any]:
     from matryoshkafy.deploy.profile import profile
-    from matryoshkafy.dolls.example_inputs import example_inputs
 
-    small = found.sub_model(size).to(device).eval()
-    args, kwargs = example_inputs(small, device=device)
+    args, kwargs = call
     cost = profile(small, args, kwargs, runs=runs)
     return {
         "size": size,
@@ -93,5 +104,5 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
         human_count(row["parameters"]),
         human_bytes(row["bytes"]),
         human_count(row["flops"]),
-        f"{row['latency_seconds'] * 1e3:.3g} ms",
+        human_seconds(row["latency_seconds"]),
     )

@@ -53,6 +53,11 @@ Imports = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1, mps.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Rows of the random inputs.")]
+Length = Annotated[
+    int | None,
+    typer.Option("--length", min=1, help="Length of the random inputs: tokens, steps."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Output, Quiet
+from matryoshkafy_cli.options import (
+    Batch,
+    Debug,
+    Device,
+    Folder,
+    Imports,
+    Json,
+    Length,
+    Output,
+    Quiet,
+)
 from matryoshkafy_cli.screen import Screen, import_all
 
 
@@ -19,6 +29,8 @@ def report(  # noqa: PLR0913  an option is a parameter
         typer.Option("--metrics", help="CSV: a column `size`, and one for each metric."),
     ] = None,
     device: Device = "cpu",
+    batch: Batch = None,
+    length: Length = None,
     imports: Imports = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -26,12 +38,14 @@ def report(  # noqa: PLR0913  an option is a parameter
 ) -> None:
     """Draw what nests, what each size costs and achieves, as one HTML page for offline use.
 
-    Latency is measured on random inputs of the shapes that the model was traced with.
+    Latency is measured on random inputs of the shapes that the model was traced with, unless
+    --batch and --length say otherwise.
     """
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"measuring every size of {checkpoint}"):
         from matryoshkafy.report.report import report_of, write_report
 
-        page = write_report(report_of(checkpoint, metrics, device=device), output)
+        found = report_of(checkpoint, metrics, device=device, batch=batch, length=length)
+        page = write_report(found, output)
     screen.result({"report": str(page)}, lambda: str(page))

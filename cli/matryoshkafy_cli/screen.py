@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -87,9 +89,14 @@ def readable(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             with _warnings_in_one_line():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                sys.stdout.flush()
+                return result
         except (typer.Exit, typer.Abort):
             raise
+        except BrokenPipeError:
+            _stop_printing()
+            raise typer.Exit(0) from None
         except KeyboardInterrupt:
             raise typer.Exit(STOPPED) from None
         except Exception as error:  # noqa: BLE001  whatever it is, a person reads it
@@ -99,6 +106,12 @@ def readable(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(FAILED) from None
 
     return run
+
+
+def _stop_printing() -> None:
+    """Whoever read the output (head, less) has seen enough: the rest goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(error: Exception) -> str:
@@ -154,6 +167,15 @@ def import_all(names: Sequence[str] | None) -> None:
 def human_bytes(count: float) -> str:
     """Return a number of bytes as text: 912, 3.4 kB, 438 MB."""
     return _human(count, ("", " kB", " MB", " GB", " TB"))
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a time as text: 850 us, 12.3 ms, 1.13 s, 3 min 20 s."""
+    for unit, size in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
+        if seconds < (59.5 if unit == "s" else 999.5 * size):
+            return f"{seconds / size:.3g} {unit}"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
 
 
 def human_count(count: float) -> str:

@@ -77,7 +77,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
         actions={n: _action(c, order) for n, c in masking.choices.items()},
         tail=masking.tail,
         full=frozenset(n.name for n in full),
-        whole=tuple(_whole(parameters)),
+        whole=tuple(_whole(trace, parameters)),
         unknown=tuple(Unknown(*u) for u in found.unknown),
         scalars=(),
         remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
@@ -228,14 +228,17 @@ def _held_remark(node: fx.Node) -> str:
     return f"held at full width: {op_key(node)} at {source_of(node) or node.name} is {what}"
 
 
-def _whole(parameters: Mapping[str, Any]) -> Iterable[Whole]:
+def _whole(trace: Trace, parameters: Mapping[str, Any]) -> Iterable[Whole]:
+    """What stays whole, at the user's line where a node asked for it."""
+    lines = {node.name: source_of(node) for node in trace.graph.nodes}
     seen: set[int] = set()
     for name, terms in parameters.items():
         for i, term in enumerate(terms):
             for leaf in axes.leaves(term):
                 if leaf.fixed and leaf.fixed is not COPIES and id(leaf) not in seen:
                     seen.add(id(leaf))
-                    yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, leaf.fixed.place)
+                    place = lines.get(leaf.fixed.place) or leaf.fixed.place
+                    yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, place)
 
 
 EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output", "embedding")

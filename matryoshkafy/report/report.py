@@ -8,11 +8,12 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils import _pytree as pytree
 
-from matryoshkafy.deploy.profile import Cost, device_of, profile
+from matryoshkafy.deploy.profile import device_of, profile
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.files.checkpoint import open_checkpoint
 from matryoshkafy.plan.plan import Plan
@@ -24,30 +25,49 @@ from matryoshkafy.report.page.metrics import read_metrics
 PathLike = str | os.PathLike[str]
 
 
-def report_of(folder: PathLike, metrics: PathLike | None = None, *, device: str = "cpu") -> Report:
+def report_of(
+    folder: PathLike,
+    metrics: PathLike | None = None,
+    *,
+    device: str = "cpu",
+    batch: int | None = None,
+    length: int | None = None,
+) -> Report:
     """Return the report of a checkpoint: every size is loaded, and a call of it measured.
 
-    metrics: a CSV as `read_metrics` reads it. Latency in seconds, the median of several calls on
-    random inputs of the shapes that the model was traced with. Raises what `load` raises,
-    `ReportError` for the metrics, `ProfileError` for a device that is not here.
+    Args:
+        folder: the checkpoint.
+        metrics: a CSV as `read_metrics` reads it.
+        device: where latency is measured, in seconds, the median of several calls.
+        batch: rows of the random inputs; those of the trace by default.
+        length: their length; that of the trace by default.
+
+    Raises:
+        ReportError: for the metrics.
+        ProfileError: for a device that is not here. Also what `load` raises.
     """
     place = device_of(device)
     checkpoint = open_checkpoint(folder)
     found = {} if metrics is None else read_metrics(metrics, checkpoint.sizes)
-    costs = {size: _cost(checkpoint.sub_model(size), place) for size in checkpoint.sizes}
-    return Report(Path(folder).resolve().name, checkpoint.plan, costs, found, _made_with(place))
+    costs, shapes = {}, ""
+    for size in checkpoint.sizes:
+        model = checkpoint.sub_model(size).to(place).eval()
+        args, kwargs = example_inputs(model, device=place, batch=batch, length=length)
+        costs[size], shapes = profile(model, args, kwargs), _shapes(args, kwargs)
+    made = _made_with(place, shapes)
+    return Report(Path(folder).resolve().name, checkpoint.plan, costs, found, made)
 
 
-def _cost(model: nn.Module, device: torch.device) -> Cost:
-    args, kwargs = example_inputs(model, device=device)
-    return profile(model.to(device).eval(), args, kwargs)
+def _shapes(args: Any, kwargs: Any) -> str:
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    return ", ".join(" x ".join(map(str, t.shape)) for t in tensors[:4])
 
 
-def _made_with(device: torch.device) -> str:
+def _made_with(device: torch.device, shapes: str) -> str:
     return (
         f"Made by matryoshkafy report with torch {torch.__version__}. Latency: the median of "
         f"calls on {device} ({platform.machine()}, {torch.get_num_threads()} threads), inputs of "
-        "the shapes that the model was traced with."
+        f"{shapes or 'no tensor'}."
     )
 
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import typer
 from matryoshkafy_cli.main import app
+from matryoshkafy_cli.screen import human_seconds
 from typer.testing import CliRunner
 
 import matryoshkafy as mk
@@ -48,7 +49,7 @@ FLAGS = {
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
     "pack": "--debug --force --import --json --output --quiet -o -q",
     "verify": "--debug --device --import --json --quiet -q",
-    "info": "--debug --device --import --json --quiet --runs -q",
+    "info": "--batch --debug --device --import --json --length --quiet --runs -q",
     "export": "--debug --force --import --json --output --quiet --size --to -o -q",
     "retrieve": "--budget --debug --encoder --json --k --query --quiet --stages --text --tune "
     "--vectors -q",
@@ -272,3 +273,30 @@ def test_pack(place, tmp_path):
     assert [s["size"] for s in json.loads(said("info", target, "--json"))["sizes"]] == [8, 16]
     assert "level-2" in run("slice", target, "--size", "32", "-o", tmp_path / "32").stderr
     assert "with those before" in said("pack", place / "ckpt", "-o", tmp_path / "again")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    words = [sys.executable, "-m", "matryoshkafy", "inspect", str(tmp_path / "model.py"), "-q"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.5e-4, "850 us"), (0.0123, "12.3 ms"), (1.13, "1.13 s"), (59.9, "1 min 0 s")],
+)
+def test_times_are_in_human_units(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_costs_of_another_batch(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    run("convert", tmp_path / "model.py", "--sizes", "8..32", "-o", tmp_path / "doll", "-q")
+    words = ("info", tmp_path / "doll", "--json", "--runs", "1")
+    two, eight = (json.loads(run(*words, *more).stdout) for more in ((), ("--batch", "8")))
+    for one, other in zip(two["sizes"], eight["sizes"], strict=True):
+        assert other["flops"] == 4 * one["flops"]

@@ -16,8 +16,8 @@ def stored(value: float) -> str:
 
 
 def timed(seconds: float) -> str:
-    """Return a time in milliseconds."""
-    return f"{1000 * seconds:.3g} ms"
+    """Return a time as a person says it: 12.3 ms, 1.13 s."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def _scaled(value: float, base: int, units: Sequence[str], space: str) -> str:
