@@ -221,12 +221,10 @@ def _spread(info: Info, planned: Any) -> Info:
 
 
 def _agree(planned: tuple[int, ...], known: tuple[int, ...]) -> bool:
-    """-1 stands for what only the data decides; a plan of no dims says nothing, and of a statistic
-    over a width, whose dim has length 1, it says at how many units masked nesting takes it.
-    """
+    """-1 stands for what only the data decides; a plan of no dims says nothing."""
     return not planned or (
         len(planned) == len(known)
-        and all(-1 in (a, b) or b in (1, a) for a, b in zip(planned, known, strict=True))
+        and all(-1 in (a, b) or a == b for a, b in zip(planned, known, strict=True))
     )
 
 
