@@ -65,11 +65,17 @@ def hold_kept(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
         )
 
 
+# An output of at most so many units, in a model whose largest width is four times that, is a head
+# though a residual unit on the classes reads it once more.
+FEW = 8
+
+
 def fix_heads(trace: Trace, found: Findings) -> None:
     """An output axis that nothing contracts is classes or vocabulary: it stays whole.
 
     A pooled representation (behind a nonlinearity) is no head although nothing contracts it here.
     """
+    largest = max((axes.size(t) for t in found.features), default=0)
     summed = set()
     for terms in (*found.contracted.values(), *found.mixed.values()):
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
@@ -80,7 +86,8 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     for node in output.all_input_nodes:
         for term in flat_terms(found.terms.get(node, ())):
             for leaf in axes.leaves(term):
-                if leaf not in summed and leaf.fixed is None:
+                few = leaf.size <= FEW and leaf.size * 4 <= largest
+                if (leaf not in summed or few) and leaf.fixed is None:
                     leaf.fixed = Reason("classes", node.name)
 
 

@@ -183,3 +183,25 @@ def test_a_damaged_plan_is_refused(plan: Plan, change: dict[str, object]) -> Non
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(MatryoshkafyError):
         Plan.from_json(text)
+
+
+class TwoClasses(nn.Module):
+    """Two classes that pass a residual unit, as the head of a U-Net does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.classes = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+        self.again = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 1, H, W] -> [N, 2, H, W]"""
+        y = self.classes(F.relu(self.first(x)))
+        return y + self.again(y)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_two_classes_stay_two_though_a_residual_unit_reads_them(nesting: str) -> None:
+    x = torch.randn(2, 1, 5, 5)
+    doll = mk.convert(TwoClasses(), (x,), sizes=[8, 16], nesting=nesting)
+    assert doll.outputs(x)[8].shape == (2, 2, 5, 5)
+    assert mk.slice(doll, 8).get_parameter("classes.weight").shape == (2, 8, 1, 1)

@@ -123,3 +123,12 @@ def test_a_slice_of_a_slice_and_a_saved_one(tmp_path: object) -> None:
     assert torch.equal(again(*points()), mk.slice(doll, 2)(*points()))
     assert torch.equal(mk.load(f"{tmp_path}/middle")(*points()), middle(*points()))
     assert torch.equal(copy.deepcopy(middle)(*points()), middle(*points()))
+
+
+@pytest.mark.parametrize("name", ["bert4rec", "perceiver", "mmssl"])
+def test_a_statistic_kept_at_full_length_is_saved_and_loaded(name: str, tmp_path: object) -> None:
+    case = CASES[name]
+    doll = mk.convert(case.model(8), case.inputs(), sizes=SIZES)
+    mk.save(doll, f"{tmp_path}/doll")
+    loaded = mk.load(f"{tmp_path}/doll", size=4)
+    assert torch.equal(loaded(*case.inputs()), mk.slice(doll, 4)(*case.inputs()))
