@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_nothing_is_held_back_and_the_smallest_size_is_the_class(name: str) -> N
 
 def test_a_level_attends_with_its_own_prefix_of_queries_and_keys() -> None:
     """The value of each level, in plain arithmetic on the weights that a level may read."""
-    model = KINDS["by hand"].model(8)
+    model: Any = KINDS["by hand"].model(8)
     doll = mk.convert(model, history(), sizes=SIZES)
     (ids,) = history()
     x, ends = model.items(ids), [0, *SIZES]
