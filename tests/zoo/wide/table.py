@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import platform
+import re
 import sys
 import warnings
 from collections import Counter
@@ -173,10 +174,17 @@ def _summary(built: list[Row]) -> list[str]:
     return lines
 
 
+def _plain(text: str) -> str:
+    """Return an outcome fit for a table: without bars, lines, and the folders of this machine."""
+    text = re.sub(r"/\S*/site-packages/", "", text.replace("\n", " "))
+    text = re.sub(r"/\S*?/(?=(tests|matryoshkafy)/)", "", text)
+    return re.sub(r"/tmp/\S*", "FOLDER", text).replace("|", "/")
+
+
 def _line(row: Row) -> str:
     share = "" if row["share"] is None else f"{row['share']:.2f}"
     shapes = [row["checks"].get(c, "").partition(":")[0] for c in ("batch", "length")]
-    what = "; ".join(text.replace("|", "/").replace("\n", " ")[:160] for text in _bad(row)[:3])
+    what = "; ".join(_plain(text)[:160] for text in _bad(row)[:3])
     known = f"{'yes' if row['exports'] else 'no'} | {row['nesting']} | {row['status']} | {share}"
     return f"| {row['name']} | {known} | {' | '.join(shapes)} | {what} |"
 
