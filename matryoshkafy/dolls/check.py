@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from matryoshkafy.axes.dims import is_nested
 from matryoshkafy.dolls.calls import Call
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.measure import (
@@ -26,6 +27,7 @@ from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
+from matryoshkafy.rules import op_of
 
 Failed = (RuntimeError, IndexError, TypeError, AttributeError, ValueError)
 EXECUTING = re.compile(r"While executing %(\w+)")
@@ -61,7 +63,7 @@ def _failure(doll: Doll, level: int, flat: list[Any]) -> str:
         return f"cannot be computed on the example: {error}"
     except Failed as error:
         return f"cannot be computed on the example: {_told(doll, error)}"
-    if error <= tolerance_of(doll) or _is_rounding(doll, level, flat):
+    if error <= tolerance_of(doll) or _draws(doll) or _is_rounding(doll, level, flat):
         return ""
     return f"is not what its slice computes on the example: {_where(doll, level, flat, error)}"
 
@@ -73,6 +75,16 @@ def _error(doll: Doll, level: int, flat: list[Any]) -> float:
         return 0.0
     small = slice(doll, plan.sizes[level])
     return relative_error(own, run(small.graph, small, prefix_inputs(doll, (plan, level), flat)))
+
+
+def _draws(doll: Doll) -> bool:
+    """Tell whether a masked trunk draws noise of a width: a slice may draw other numbers."""
+    return doll.plan.masked and any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        and not op_of(node).training
+        and any(is_nested(dim) for shape in doll.plan.outputs(node.name) for dim in shape)
+        for node in doll._trace.graph.nodes
+    )
 
 
 def _is_rounding(doll: Doll, level: int, flat: list[Any]) -> bool:

@@ -90,3 +90,23 @@ def test_what_fails_at_a_size_is_said_by_node() -> None:
     wrong = replace(kept, dims=tuple((16,) for _ in kept.dims))
     with pytest.raises(PlanError, match="at size"):
         check_sizes(doll._trace, replace(doll.plan, stored={**doll.plan.stored, name: wrong}))
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.head(torch.relu(self.mix(y + torch.randn(y.shape))))
+
+
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_noise_is_drawn_at_the_width_of_the_slice(nesting: str) -> None:
+    x = torch.randn(4, 3)
+    doll = mk.convert(Noisy(), (x,), sizes=[4, 8], nesting=nesting)
+    small = mk.slice(doll, 4)
+    (noise,) = (n for n in small.graph.nodes if "randn" in str(n.target))
+    assert noise.args[0] == [4, 4] or list(noise.args[0])[-1] == 4
+    assert small(x).shape == (4, 2)
