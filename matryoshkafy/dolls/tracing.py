@@ -12,7 +12,7 @@ from torch import fx, nn
 from matryoshkafy.dolls.gradients import follow_gradients
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.copies import chance_kept, copied_inputs, spare
+from matryoshkafy.graph.copies import chance_kept, copied_inputs, reseed_others, spare
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace, trace
 from matryoshkafy.graph.training_mode import follow_training
@@ -91,6 +91,7 @@ class Beside:
         args, kwargs = copied_inputs(*self.trace.signature.call(flat))
         with torch.no_grad(), spare(self.model) as twin:
             torch.manual_seed(0)
+            reseed_others(0)  # what they drew while it was traced is a constant of the graph
             return twin.eval()(*args, **kwargs)
 
     def _against(self, expected: Any, flat: Sequence[Any]) -> float:

@@ -209,6 +209,11 @@ def _recorded(model: nn.Module, call: Call, error: BaseException) -> Captured:
             module = record(list(named.values()), flat)
         except Exception as second:  # noqa: BLE001  the user's forward may raise anything
             raise TraceError(_explain(model, call, second)) from second
+    for hole, value in zip(
+        module.graph.find_nodes(op="placeholder")[len(named) :], flat, strict=True
+    ):
+        if isinstance(value, torch.Tensor):  # make_fx says nothing of sparse inputs
+            hole.meta["val"] = value
     return _lifted(module, list(named), out_specs[0], error)
 
 

@@ -50,6 +50,13 @@ def chance_kept() -> Iterator[None]:
             numpy.random.set_state(theirs)
 
 
+def reseed_others(seed: int) -> None:
+    """Seed the random numbers that a trace does not see: Python's and numpy's."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+
+
 def copied_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's inputs as memory of their own: a forward may write into them."""
 

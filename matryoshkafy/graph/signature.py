@@ -167,13 +167,19 @@ def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
     tensors = []
     for value, traced, is_tensor in zip(leaves, item.leaves, item.is_tensor, strict=True):
         if is_tensor:
-            tensors.append(value)
+            tensors.append(as_tensor(value))
         elif not _same(value, traced):
             raise TraceError(
                 f"argument {item.name!r} is {value!r}, the model was traced with {traced!r}; "
                 "convert again with the value you need"
             )
     return tensors
+
+
+def as_tensor(value: Any) -> Any:
+    """Return an array of numpy as a tensor, anything else as it is."""
+    is_array = type(value).__module__ == "numpy" and hasattr(value, "__array_interface__")
+    return torch.as_tensor(value) if is_array else value
 
 
 def _same(value: Any, traced: Any) -> bool:

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.capture import Captured, capture
+from matryoshkafy.graph.capture import Call, Captured, capture
 from matryoshkafy.graph.guards import Guards, Size, kind_of
 from matryoshkafy.graph.nodes import info_of, is_op, is_tensor, set_info, source_of, tensor_info
 from matryoshkafy.graph.normalise import clean
 from matryoshkafy.graph.signature import (
     Signature,
+    as_tensor,
     named_args,
     parameter_names,
     read_input,
@@ -66,11 +68,11 @@ def trace(
     Raises `TraceError` that names the user's line where the model cannot be traced.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
-    captured = capture(model, args, kwargs)
+    given = Call(*pytree.tree_map(as_tensor, (args, dict(kwargs or {}))))
+    captured = capture(model, given.args, given.kwargs)
     root = _root_of(model, captured)
     graph = _unlifted(captured, root)
-    signature = _signature(model, args, kwargs, captured)
+    signature = _signature(model, given.args, given.kwargs, captured)
     written = clean(graph, root)
     graph.lint()
     shown = set(root.state_dict(keep_vars=True))

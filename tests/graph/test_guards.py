@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from matryoshkafy.errors import GuardError
+from matryoshkafy.errors import GuardError, TraceError
 from matryoshkafy.graph.guards import Apply, Guard, Guards, Size, fixed
 from matryoshkafy.graph.trace import trace
 
@@ -187,6 +188,29 @@ def test_ranks_and_kinds_are_guarded() -> None:
         doll(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(GuardError, match="expected a tensor"):
         doll(3.0)
+
+
+class WithArray(Words):
+    """Weights of the rows beside the ids, as numpy holds them."""
+
+    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """ids [N, L], weights [N] -> [N, L, 8]"""
+        return super().forward(ids) * torch.as_tensor(weights)[:, None, None]
+
+
+def test_arrays_of_numpy_are_inputs_like_any_other() -> None:
+    model = WithArray(torch.tanh).eval()
+    doll = mk.convert(model, (ids((3, 6)), np.arange(3.0)), sizes=[4, 8], nesting="sliced")
+    other = (ids((5, 4)), np.arange(5.0) / 7)
+    torch.testing.assert_close(doll(*other), model(*other))
+
+
+def test_random_numbers_of_numpy_are_refused() -> None:
+    def body(x: Tensor) -> Tensor:
+        return x * float(np.random.rand())
+
+    with pytest.raises(TraceError, match="that are not torch's"):
+        mk.convert(Words(body).eval(), (ids((3, 6)),), sizes=[4, 8])
 
 
 @each_body
