@@ -39,6 +39,7 @@ UNKNOWN = (
 )
 MAX_LEVELS = 1024
 MAX_ELEMENTS = 2**38
+MAX_WIDTH = 2**24
 MAX_INPUT = 2**27
 # Pieces into which a cut of all axes falls: the memory that their indices take.
 MAX_PIECES = 2**20
@@ -97,7 +98,7 @@ def _check_plan(plan: Plan, folder: Path) -> None:
         )
     if plan.levels > MAX_LEVELS:
         raise CheckpointError(f"{folder}: the plan has {plan.levels} sizes, at most {MAX_LEVELS}.")
-    if not 1 <= plan.unit <= plan.width <= MAX_ELEMENTS or plan.sizes[-1] > plan.width:
+    if not 1 <= plan.unit <= plan.width <= MAX_WIDTH or plan.sizes[-1] > plan.width:
         raise CheckpointError(f"{folder}: the plan has size {plan.sizes[-1]} of {plan.width}.")
     sizes = {i: group.size for i, group in enumerate(plan.groups)}
     used = set(_dims(plan))
