@@ -30,6 +30,7 @@ KNOWN = {
     "cli/matryoshkafy_cli/packing.py:pack parameters": 7,
     "cli/matryoshkafy_cli/reporting.py:report parameters": 10,
     "cli/matryoshkafy_cli/slicing.py:slice_ parameters": 11,
+    "cli/matryoshkafy_cli/verifying.py:verify parameters": 7,
     "cli/matryoshkafy_cli/cascading.py:cascade parameters": 8,
     "cli/matryoshkafy_cli/family.py:family parameters": 11,
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 12,

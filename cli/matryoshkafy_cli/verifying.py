@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,14 @@ COLUMNS = ("size", "output", "trunk", "beyond", "resliced", "parameters", "bytes
 
 def verify(  # noqa: PLR0913  an option is a parameter
     checkpoint: Folder,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="The original, as convert takes it: a doll in sliced nesting computes the same.",
+        ),
+    ] = None,
     device: Device = "cpu",
     imports: Imports = None,
     json: Json = False,
@@ -41,8 +49,13 @@ def verify(  # noqa: PLR0913  an option is a parameter
         place = device_of(device)
         model = matryoshkafy.load(checkpoint).to(place)
         args, kwargs = example_inputs(model, device=place)
+        original = None
+        if against is not None:
+            from matryoshkafy_cli.models import load_model
+
+            original = load_model(against).model.to(place)
     with screen.step("verifying"):
-        report = matryoshkafy.verify(model, args, kwargs)
+        report = matryoshkafy.verify(model, args, kwargs, against=original)
     described = _described(report)
     screen.result(described, lambda: _text(described))
     if not report.passed:
@@ -56,6 +69,7 @@ def _described(report: Any) -> dict[str, Any]:
         "tolerance": report.tolerance,
         "tail_share": report.tail_share,
         "sizes": rows,
+        "laws": [{**asdict(law), "error": _finite(law.error)} for law in report.laws],
     }
 
 
@@ -71,7 +85,12 @@ def _text(described: dict[str, Any]) -> str:
         f"{verdict}: errors of at most {described['tolerance']:g} are allowed; "
         f"{described['tail_share']:.0%} of the nodes are computed once per size"
     )
-    return table(title, COLUMNS, rows)
+    broken = [
+        f"law {law['number']} fails: {law['name']} {law['detail']}".rstrip()
+        for law in described["laws"]
+        if law["holds"] is False
+    ]
+    return "\n".join([table(title, COLUMNS, rows), *broken])
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ FLAGS = {
     "--scope --sizes --weights -o -q",
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
     "pack": "--debug --force --import --json --output --quiet -o -q",
-    "verify": "--debug --device --import --json --quiet -q",
+    "verify": "--against --debug --device --import --json --quiet -q",
     "info": "--batch --debug --device --import --json --length --quiet --runs -q",
     "export": "--debug --force --import --json --output --quiet --size --to -o -q",
     "retrieve": "--budget --debug --encoder --json --k --query --quiet --stages --text --tune "
@@ -300,3 +300,14 @@ def test_costs_of_another_batch(tmp_path: Path) -> None:
     two, eight = (json.loads(run(*words, *more).stdout) for more in ((), ("--batch", "8")))
     for one, other in zip(two["sizes"], eight["sizes"], strict=True):
         assert other["flops"] == 4 * one["flops"]
+
+
+def test_verify_against_the_original(tmp_path: Path) -> None:
+    model, other = tmp_path / "model.py", tmp_path / "other.py"
+    model.write_text(MODEL)
+    other.write_text(MODEL.replace("manual_seed(0)", "manual_seed(1)"))
+    words = ("--sizes", "8..32", "--nesting", "sliced", "-o", tmp_path / "doll", "-q")
+    run("convert", model, *words)
+    assert run("verify", tmp_path / "doll", "--against", model).exit_code == 0
+    result = run("verify", tmp_path / "doll", "--against", other)
+    assert result.exit_code == 1 and "law 1 fails" in result.stdout
