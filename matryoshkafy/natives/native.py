@@ -157,12 +157,12 @@ def _first(space: Space, check: Check) -> tuple[Native | None, str]:
 
 
 def _quiet_changes(space: Space, shaped: Mapping[Field, Any]) -> Iterator[dict[Field, Any]]:
-    """Yield changes of fields that move no shape: none, all counts of heads, some, then scales."""
-    yield {}
+    """Yield changes of fields that move no shape: all counts of heads, none, some, then scales."""
     counts = {f: v for f, v in heads(space).items() if f not in shaped}
     fields = list(counts)
     if fields:
         yield counts
+    yield {}
     for number in (1, len(fields) - 1, 2, len(fields) - 2):
         if 0 < number < len(fields):
             for some in itertools.combinations(fields, number):
@@ -195,7 +195,8 @@ def _leanest(space: Space, check: Check, made: Native) -> Native:
     for field in made.changes:
         fewer = {f: v for f, v in made.changes.items() if f != field}
         other = _made(space, fewer, check)
-        if other is not None and other.error <= TOLERANCE:
+        # Not worse, rather than within the tolerance: heads hardly matter where attention is flat.
+        if other is not None and other.error <= made.error:
             return _leanest(space, check, other)
     return made
 
