@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,14 @@ def _block(writer: Rewriter, node: fx.Node, level: int, block: Block) -> fx.Node
     return writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
 
 
+def _lettered(equation: str, operands: Sequence[Any], value: fx.Node, dim: int) -> int | None:
+    """The same for einsum "ab,bc->ac": the dim of the operand that has the output's letter."""
+    terms, _, out = equation.replace(" ", "").partition("->")
+    term = terms.split(",")[list(operands).index(value)]
+    place = term.find(out[dim])
+    return place - len(term) if place >= 0 else None
+
+
 def _aligned(node: fx.Node, value: fx.Node, dim: int) -> int | None:
     """Return which dim of an operand (from the right) is a dim of the output; None: none is."""
     given = bound_args(node) if is_op(node) else {}
@@ -71,6 +79,8 @@ def _aligned(node: fx.Node, value: fx.Node, dim: int) -> int | None:
         return dim if value is given["value"] else None
     if not op_of(node).product:
         return dim
+    if "equation" in given:
+        return _lettered(given["equation"], given["tensors"], value, dim)
     left, right = [v for v in given.values() if isinstance(v, fx.Node)][-2:]
     mine = value is (right if dim == -1 else left)
     return dim if mine or value not in (left, right) else None
