@@ -4,7 +4,9 @@ size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -83,6 +85,12 @@ class Doll(nn.Module):
 
     def __reduce__(self) -> Any:
         return reduced(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Doll:
+        # Inside a process no words are needed: graph and plan are never written to, and an op that
+        # a file may not name may well be copied.
+        root = copy.deepcopy(self.__dict__["_root"], memo)
+        return Doll(replace(self._trace, root=root), self._plan, self.__dict__["_attributes"])
 
     def train(self, mode: bool = True) -> Doll:
         """Switch dropout and batch norm, as in any module.
