@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,12 +32,6 @@ def flat_inputs(doll: Doll, batch: Any) -> list[Any]:
     """Return the flat inputs of the doll's graph for a batch."""
     args, kwargs = call_of(batch)
     return doll._trace.signature.flatten(args, kwargs)
-
-
-def flat_batches(doll: Doll, batches: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield the flat inputs of each batch."""
-    for batch in batches:
-        yield flat_inputs(doll, batch)
 
 
 def run_graph(doll: Doll, graph: fx.Graph, flat: list[Any]) -> list[Any]:

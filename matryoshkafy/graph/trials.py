@@ -53,17 +53,6 @@ def settled(guards: Guards, flat: Sequence[Any], agree: Verdict) -> Guards:
     return replace(guards, conditions=(*guards.conditions, *lower))
 
 
-def other_shapes(guards: Guards, flat: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yield the inputs once more for each size that may change, at another size inside the
-    guards.
-    """
-    shapes = [tuple(t.shape) for t in flat]
-    for group in classes(guards):
-        sizes = next(candidates(guards, shapes, group), None)
-        if sizes is not None:
-            yield resized(flat, sizes)
-
-
 def classes(guards: Guards) -> list[tuple[Size, ...]]:
     """Return the free sizes; those that the guards hold equal stand together."""
     found = {size: [size] for size in guards.free}
