@@ -85,8 +85,9 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     output = output_node(trace.graph)
     for node in output.all_input_nodes:
         for term in flat_terms(found.terms.get(node, ())):
+            # The dim is judged, not its factors: four groups of 16 channels are no four classes.
+            few = axes.size(term) <= FEW and axes.size(term) * 4 <= largest
             for leaf in axes.leaves(term):
-                few = leaf.size <= FEW and leaf.size * 4 <= largest
                 if (leaf not in summed or few) and leaf.fixed is None:
                     leaf.fixed = Reason("classes", node.name)
 

@@ -162,7 +162,8 @@ def test_choices_that_are_none(place, option, value, known):
 
 
 def test_scope_ffn_is_for_sliced_nesting(place):
-    message = refused(place, "convert", "model.py", *SIZES, "-o", "out", "--scope", "ffn")
+    words = ("--scope", "ffn", "--nesting", "masked")
+    message = refused(place, "convert", "model.py", *SIZES, "-o", "out", *words)
     assert_says(message, "ffn", "sliced")
 
 
@@ -280,9 +281,9 @@ def test_a_folder_that_is_no_checkpoint(place, command):
 
 def test_a_checkpoint_of_a_newer_format(place):
     manifest = json.loads((place / "ckpt" / "matryoshka.json").read_text())
-    (place / "ckpt" / "matryoshka.json").write_text(json.dumps(manifest | {"format": 2}))
+    (place / "ckpt" / "matryoshka.json").write_text(json.dumps(manifest | {"format": 3}))
     message = refused(place, "verify", "ckpt")
-    assert_says(message, "checkpoint format 2", "reads up to 1", "Upgrade matryoshkafy")
+    assert_says(message, "checkpoint format 3", "reads up to 2", "Upgrade matryoshkafy")
 
 
 def test_a_damaged_checkpoint(place):
