@@ -105,7 +105,8 @@ def _ivf(vectors: Floats, effort: int) -> Search:
 def _usearch(vectors: Floats, effort: int) -> Search:
     package = _package("usearch.index", "usearch")
     index = package.Index(ndim=vectors.shape[1], metric="ip", dtype="f32", expansion_search=effort)
-    index.add(np.arange(len(vectors)), vectors)
+    # One thread: rows that are added at the same time can miss each other, and are not found then.
+    index.add(np.arange(len(vectors)), vectors, threads=1)
 
     def search(queries: Floats, k: int) -> NDArray[np.int64]:
         found = index.search(queries, k)
