@@ -26,9 +26,7 @@ def reciprocal_rank_of(ids: Ids, relevant: Ids) -> float:
         ids: int64 [queries, k], best first.
         relevant: int64 [queries].
     """
-    hits = ids == relevant.reshape(-1, 1)
-    ranks = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, np.inf)
-    return float((1.0 / ranks).mean())
+    return float((1.0 / _ranks(ids, relevant)).mean())
 
 
 def ndcg_of(ids: Ids, relevant: Ids) -> float:
@@ -38,6 +36,10 @@ def ndcg_of(ids: Ids, relevant: Ids) -> float:
         ids: int64 [queries, k], best first.
         relevant: int64 [queries].
     """
+    return float((1.0 / np.log2(1.0 + _ranks(ids, relevant))).mean())
+
+
+def _ranks(ids: Ids, relevant: Ids) -> NDArray[np.float64]:
+    """Return the place of each query's relevant document, from 1; infinite where it is missing."""
     hits = ids == relevant.reshape(-1, 1)
-    ranks = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, np.inf)
-    return float((1.0 / np.log2(1.0 + ranks)).mean())
+    return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, np.inf)
