@@ -83,7 +83,13 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
         remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
     )
     plan = snapped(plan, request.multiple_of).with_widths(request.overrides or {})
-    return decided(trace, find_scalars(trace, plan))
+    return decided(trace, find_scalars(trace, plan, _summed(found, dim_of)))
+
+
+def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[Dim, ...]]:
+    """Return the dims that products and sums are taken over."""
+    sums = {n: t for n, t in found.mixed.items() if op_of(n).statistic == "sum"}
+    return {n.name: tuple(map(dim_of, t)) for n, t in (sums | found.contracted).items()}
 
 
 def _action(choice: Choice, order: list[Axis]) -> Action:

@@ -44,8 +44,9 @@ class Unknown:
 class Scalar:
     """A constant of the graph that was derived from a width.
 
-    `form` "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
-    slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+    `argument` is its place among the arguments, or its name. `form` "power": value = units **
+    power; "alibi": value = 2 ** (-8 / units), the base of the slopes of ALiBi (arXiv 2108.12409,
+    section 3) for a power of two of heads.
     """
 
     node: str

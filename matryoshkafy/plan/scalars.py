@@ -2,46 +2,65 @@
 
 A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it multiplies
 or divides a tensor and equals n ** p: n the units of the tensor's last dimension, a nested axis,
-and p one of 1/2, -1/2, 1, -1; or n the width that holds the heads of the tensor (heads times units
-of a head), or that the product before it was summed over, and p one of 1/2, -1/2. What is found is
-reported in the plan and rewritten at each size, unless keep=["scalar:NODE"] holds it.
+and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2 and n a width that stands in a product of
+factors (heads times units of a head: the whole, or the head where that is what shrinks), or that
+the products before it were summed over; or p one of 1/4, -1/4, where both operands of a product
+are scaled by it. What is found is reported in the plan and rewritten at each size, unless
+keep=["scalar:NODE"] holds it.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.graph.nodes import bound_args, is_op, op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
 
 POWERS = (0.5, -0.5, 1.0, -1.0)
+ROOTS = POWERS[:2]
+FOURTH_ROOTS = (0.25, -0.25)
 EXACT = 1e-6
 KEEP = "scalar:"
-# Products and sums over a last dim: the argument that holds it, and the powers that may follow.
-SUMMED: dict[str, tuple[int, tuple[float, ...]]] = {
-    **dict.fromkeys(("matmul", "bmm", "mm"), (0, POWERS[:2])),
-    "baddbmm": (1, POWERS[:2]),
-    "sum": (0, POWERS),
-}
+# How many elementwise ops may stand between the sums of a product and their scale (masks, biases).
+BETWEEN = 4
+
+Summed = Mapping[str, tuple[Dim, ...]]
+Candidate = tuple[dims.Nested, int, tuple[float, ...]]
 
 
-def find_scalars(trace: Trace, plan: Plan) -> Plan:
-    """Return the plan with its width-derived scalars (sliced nesting only: masked keeps them)."""
+@dataclass(frozen=True)
+class _Search:
+    """What is asked while constants are looked for; `summed` is {node: dims that it sums over}."""
+
+    plan: Plan
+    state: Mapping[str, torch.Tensor]
+    summed: Summed
+
+
+def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
+    """Return the plan with its width-derived scalars (sliced nesting only: masked keeps them).
+
+    Args:
+        trace: the traced model.
+        plan: its plan.
+        summed: {node: the dims that it sums products or values over}.
+    """
     if plan.masked or plan.options.scope == "output":
         return plan
-    state = trace.state()
-    found = [s for n in trace.graph.nodes for s in _scalars_of(n, plan, state)]
+    search = _Search(plan, trace.state(), summed)
+    found = [s for n in trace.graph.nodes for s in _scalars_of(n, search)]
     kept = {s.node for p in _scalar_patterns(plan.options.keep) for s in _matching(found, p)}
     return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
 
@@ -61,57 +80,145 @@ def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
     return matching
 
 
-def _scalars_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
-    if node.op != "call_function" or len(node.args) != 2:
+def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
+    if not is_op(node):
+        return []
+    if op_of(node).factor:
+        return _factors_of(node, search)
+    if len(node.args) != 2:
         return []
     if op_key(node) == "pow":
-        return _slopes_of(node, plan, state)
+        return _slopes_of(node, search)
     if not op_of(node).scaling:
         return []
     for index, argument in enumerate(node.args):
-        value, tolerance = _constant(argument, state)
-        derived = _derivation(value, tolerance, node, plan) if value else None
-        if derived:
-            group, units, power = derived
-            source = node.meta.get("source") or ""
-            return [Scalar(node.name, str(index), value, group, units, power, source)]
+        constant = _constant(argument, search.state)
+        found = _derived(constant, _widths_of(node, search))
+        if found is None and constant[0] and _scales_both(node, constant[0], search):
+            found = _derived(constant, _own_widths(node, search.plan, FOURTH_ROOTS))
+        if found:
+            return [_scalar(node, str(index), constant[0], found)]
     return []
 
 
-def _derivation(
-    value: float, tolerance: float, node: fx.Node, plan: Plan
-) -> tuple[int, int, float] | None:
-    """Return the group, its units, and the power of its width that the value holds."""
-    for factor, width, powers in _widths_of(node, plan):
+def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
+    """An argument that multiplies the sums of a product: the scale of attention, alpha."""
+    name = op_of(node).factor
+    constant = _constant(bound_args(node).get(name), search.state)
+    summed = search.summed.get(node.name, ())
+    found = _derived(constant, (c for dim in summed for c in _factors(dim)))
+    return [_scalar(node, name, constant[0], found)] if found else []
+
+
+def _scalar(node: fx.Node, name: str, value: float, found: tuple[dims.Nested, float]) -> Scalar:
+    factor, power = found
+    source = node.meta.get("source") or ""
+    return Scalar(node.name, name, value, factor.group, factor.size, power, source)
+
+
+def _derived(
+    constant: tuple[float, float], candidates: Iterable[Candidate]
+) -> tuple[dims.Nested, float] | None:
+    """Return the width that a constant holds, and the power of it."""
+    value, tolerance = constant
+    for factor, width, powers in candidates if value else ():
         for power in powers:
             if width > 1 and math.isclose(value, width**power, rel_tol=tolerance):
-                return factor.group, factor.size, power
+                return factor, power
     return None
 
 
-def _widths_of(node: fx.Node, plan: Plan) -> Iterator[tuple[dims.Nested, int, tuple[float, ...]]]:
+def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the widths that a constant at this node may come from."""
-    axes = plan.nodes.get(node.name, ())
-    alone = [dim[0] if len(dim) == 1 else None for dim in axes]
+    plan = search.plan
+    shape = _shape(node, plan)
+    alone = [dim[0] if len(dim) == 1 else None for dim in shape]
     if alone and isinstance(alone[-1], dims.Nested):
         yield alone[-1], alone[-1].size, POWERS
+    yield from _own_widths(node, plan, ROOTS)
     for factor in (f for f in alone if isinstance(f, dims.Nested)):
         for width in _widths_holding(factor, plan):
-            yield factor, width, POWERS[:2]
-    for factor, powers in _summed_widths(node, plan):
-        yield factor, factor.size, powers
+            yield factor, width, ROOTS
+    yield from _summed_widths(node, search)
 
 
-def _summed_widths(node: fx.Node, plan: Plan) -> Iterator[tuple[dims.Nested, tuple[float, ...]]]:
-    """Yield the width that a product or a sum was taken over, right before the constant."""
-    for value in (n for n in node.all_input_nodes if op_key(n) in SUMMED):
-        first, powers = SUMMED[op_key(value)]
-        source = value.args[first]
-        shape = plan.nodes.get(source.name, ()) if isinstance(source, fx.Node) else ()
-        over = value.args[1] if op_key(value) == "sum" and len(value.args) > 1 else [-1]
-        last = [-1] if over == [len(shape) - 1] else over
-        if shape and last == [-1] and len(shape[-1]) == 1 and isinstance(shape[-1][0], dims.Nested):
-            yield shape[-1][0], powers
+def _own_widths(node: fx.Node, plan: Plan, powers: tuple[float, ...]) -> Iterator[Candidate]:
+    for dim in _shape(node, plan)[-1:]:
+        for factor, width, _ in _factors(dim):
+            yield factor, width, powers
+
+
+def _factors(dim: Dim) -> Iterator[Candidate]:
+    """Yield the one width in a product: by its own units where they stand last, and the whole."""
+    nested = [f for f in dim if isinstance(f, dims.Nested)]
+    if len(nested) == 1 and not any(isinstance(f, dims.Cat) for f in dim):
+        if dim[-1] is nested[0]:
+            yield nested[0], nested[0].size, ROOTS
+        yield nested[0], dims.size(dim), ROOTS
+
+
+def _shape(node: fx.Node, plan: Plan) -> tuple[Dim, ...]:
+    outputs = plan.outputs(node.name)
+    return outputs[0] if len(outputs) == 1 else ()
+
+
+def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield the width that a product or a sum was taken over, before the constant."""
+    for value in node.all_input_nodes:
+        row = op_of(value)
+        if row.statistic == "sum" or row.product:
+            powers = POWERS if row.statistic else ROOTS
+            for factor in map(_alone, search.summed.get(value.name, ())[-1:]):
+                if factor is not None:
+                    yield factor, factor.size, powers
+    for value in _products_before(node):
+        for dim in search.summed.get(value.name, ()):
+            yield from _factors(dim)
+
+
+def _alone(dim: Dim) -> dims.Nested | None:
+    return dim[0] if len(dim) == 1 and isinstance(dim[0], dims.Nested) else None
+
+
+def _products_before(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the products of activations whose sums reach a node through masks and biases."""
+    near, seen = [node], set[fx.Node]()
+    for _ in range(BETWEEN):
+        near = [v for n in near for v in n.all_input_nodes if v not in seen]
+        seen.update(near)
+        yield from (v for v in near if op_of(v).product and not _reads_state(v))
+        near = [v for v in near if _passes(v)]
+
+
+def _passes(node: fx.Node) -> bool:
+    row = op_of(node)
+    return (row.elementwise and not row.nonlinear) or row.picks
+
+
+def _reads_state(node: fx.Node) -> bool:
+    return any(n.op == "get_attr" for n in node.all_input_nodes)
+
+
+def _scales_both(node: fx.Node, value: float, search: _Search) -> bool:
+    """Tell whether a constant scales both operands of the product that reads it, as d ** -1/4."""
+    last = node
+    while len(last.users) == 1 and not op_of(last).product:
+        user = next(iter(last.users))
+        if not (_passes(user) or op_of(user).product):
+            return False
+        last = user
+    return op_of(last).product and all(
+        _scaled_by(operand, value, search) for operand in last.all_input_nodes
+    )
+
+
+def _scaled_by(node: fx.Node, value: float, search: _Search) -> bool:
+    """Tell whether a value is scaled by a constant, rearranged at most since."""
+    while not op_of(node).scaling:
+        if not op_of(node).picks or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return any(_constant(argument, search.state)[0] == value for argument in node.args)
 
 
 def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
@@ -124,20 +231,18 @@ def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
     }
 
 
-def _slopes_of(node: fx.Node, plan: Plan, state: dict[str, torch.Tensor]) -> list[Scalar]:
+def _slopes_of(node: fx.Node, search: _Search) -> list[Scalar]:
     """The slopes of ALiBi are base ** (1, 2, ..., heads)."""
-    axes = plan.nodes.get(node.name)
-    value, _ = _constant(node.args[0], state)
-    if not axes or not isinstance(axes[-1][0], dims.Nested) or len(axes[-1]) != 1:
-        return []
-    factor = axes[-1][0]
-    if not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):
+    shape = _shape(node, search.plan)
+    value, _ = _constant(node.args[0], search.state)
+    factor = _alone(shape[-1]) if shape else None
+    if factor is None or not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):
         return []
     source = node.meta.get("source") or ""
     return [Scalar(node.name, "0", value, factor.group, factor.size, 0.0, source, "alibi")]
 
 
-def _constant(argument: Any, state: dict[str, torch.Tensor]) -> tuple[float, float]:
+def _constant(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     """Return a number and how far off its type may have made it; (0, 0) where it is none.
 
     It may stand in a tensor of one element that is no parameter and was made from numbers.

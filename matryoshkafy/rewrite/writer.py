@@ -15,7 +15,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import is_item, is_op, output_node, tensor_info
+from matryoshkafy.graph.nodes import is_item, is_op, output_node, set_arg, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan.held import is_reparametrised
@@ -248,7 +248,11 @@ class Rewriter:
         for scalar in self.plan.scalars:
             if scalar.node == node.name:
                 width = self.plan.ladder[level][scalar.group]
-                new.update_arg(int(scalar.argument), self._constant(node, new, scalar, width))
+                value = self._constant(node, new, scalar, width)
+                if scalar.argument.isdecimal():
+                    new.update_arg(int(scalar.argument), value)
+                else:
+                    set_arg(new, scalar.argument, value)
 
     def _constant(self, node: fx.Node, new: fx.Node, scalar: Scalar, width: int) -> Any:
         """A tensor of one element stays a tensor: pow of two tensors takes no number."""

@@ -91,8 +91,14 @@ def _batch(walk: Walk, a: Terms, b: Terms) -> Terms:
     return tuple(walk.unify(x, y) if x and y else (x or y) for x, y in zip(a, b, strict=True))
 
 
-@rule("addmm", weights={"mat1": LEFT, "mat2": RIGHT}, product=True, nested="product")
-@rule("baddbmm", weights={"batch1": LEFT, "batch2": RIGHT}, product=True)
+@rule(
+    "addmm",
+    weights={"mat1": LEFT, "mat2": RIGHT},
+    product=True,
+    nested="product",
+    factor="alpha",
+)
+@rule("baddbmm", weights={"batch1": LEFT, "batch2": RIGHT}, product=True, factor="alpha")
 @rule("addbmm_", "addmv")
 def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """A product plus a broadcast bias."""

@@ -162,6 +162,7 @@ class Op:
         elementwise: whether each output element depends on the elements at its place alone.
         nonlinear: whether it is an activation function.
         scaling: whether a constant operand scales a tensor (mul, div).
+        factor: the argument that multiplies the sums of products (alpha, attention's scale).
         casts: whether it changes the dtype alone.
         counts: whether its values count its units (arange).
         fills: whether it writes a constant, which may be infinite (masked_fill).
@@ -181,6 +182,7 @@ class Op:
     elementwise: bool = False
     nonlinear: bool = False
     scaling: bool = False
+    factor: str = ""
     casts: bool = False
     counts: bool = False
     fills: bool = False
@@ -218,6 +220,7 @@ class Facts(TypedDict, total=False):
     elementwise: bool
     nonlinear: bool
     scaling: bool
+    factor: str
     casts: bool
     counts: bool
     fills: bool

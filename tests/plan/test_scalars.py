@@ -95,6 +95,72 @@ def test_the_root_of_the_width_that_a_product_was_summed_over() -> None:
     torch.testing.assert_close(small(x), native(x), rtol=1e-5, atol=1e-6)
 
 
+class HeldHeads(nn.Module):
+    """Attention whose four heads are looked up by number: they stay, and each gets narrower."""
+
+    def __init__(self, width: int, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.first, self.head = nn.Linear(3, width), nn.Linear(width, 5)
+        self.how, self.dim = how, width // 4
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2]))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[N, T, D] -> [N, 4, T, D / 4]"""
+        return x.unflatten(-1, (4, self.dim)).transpose(1, 2)[:, self.order]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 3] -> [N, T, 5]"""
+        x, root = self.first(x), self.dim**0.5
+        q, k = self.q(x), self.k(x)
+        if self.how == "projected":
+            q = q / root
+        elif self.how == "both":
+            q, k = q * self.dim**-0.25, k * self.dim**-0.25
+        q, k, v = self.heads(q), self.heads(k), self.heads(self.v(x))
+        return self.head(self.out(self.mixed(q, k, v, root).transpose(1, 2).flatten(2)))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, root: float) -> Tensor:
+        """The attention, scaled in one of the ways that people write."""
+        if self.how == "attention":
+            return nn.functional.scaled_dot_product_attention(q, k, v, scale=1 / root)
+        if self.how == "alpha":
+            flat = [t.flatten(0, 1) for t in (q, k)]
+            zeros = q.new_zeros(flat[0].shape[0], q.shape[2], q.shape[2])
+            scores = torch.baddbmm(zeros, flat[0], flat[1].mT, beta=0, alpha=1 / root)
+            return scores.view(*q.shape[:3], -1).softmax(-1) @ v
+        scores = torch.einsum("nhid,nhjd->nhij", q, k) if self.how == "einsum" else q @ k.mT
+        if self.how == "masked":
+            scores = scores + torch.ones_like(scores[0, 0]).tril().log()
+        scores = scores / root if self.how in ("scores", "einsum", "masked") else scores
+        return scores.softmax(-1) @ v
+
+
+HOW = ["projected", "both", "attention", "alpha", "scores", "einsum", "masked"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_root_of_a_head_that_shrinks(how: str) -> None:
+    x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    # heads of 24, so that no other constant is a root of the width by chance
+    doll = mk.convert(HeldHeads(96, how), (x,), sizes=[48, 96], nesting="sliced")
+    small, native = mk.slice(doll, 48), HeldHeads(48, how)
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(x), native(x), rtol=1e-5, atol=1e-6)
+    assert len(doll.plan.scalars) == (2 if how == "both" else 1)
+
+
+def test_a_fourth_root_of_one_operand_is_a_number_like_any_other() -> None:
+    class One(Scaled):
+        def forward(self, ids: Tensor) -> Tensor:
+            """ids [N, T] -> [N, T, 5]"""
+            return self.head(self.table(ids) * 16**-0.25)
+
+    plan = mk.inspect(One(16, 0.5), (torch.zeros(2, 3, dtype=torch.long),), nesting="sliced")
+    assert not plan.scalars
+
+
 def test_a_constant_rounded_to_bfloat16_is_still_found() -> None:
     ids = torch.randint(0, 11, (2, 3))
     plan = mk.inspect(Scaled(40, 0.5, kind="bfloat16"), (ids,), nesting="sliced")

@@ -40,7 +40,7 @@ def test_named_arguments_are_the_ops_own() -> None:
     for row in aten_rows():
         named = {*row.parameters, *(row.weights if not callable(row.weights) else ())}
         named |= {row.sizes} if isinstance(row.sizes, str) else set()
-        named |= {row.training} if row.training else set()
+        named |= {n for n in (row.training, row.factor) if n}
         assert named <= arguments(row.key), f"{row.key}: {sorted(named - arguments(row.key))}"
 
 

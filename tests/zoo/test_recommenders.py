@@ -16,12 +16,7 @@ QUICK = ("identity", "slice", "native", "beyond", "step")
 NESTINGS = ("sliced", "masked")
 
 # What is still wrong, by model and nesting; a mark that is no longer true fails the suite.
-WRONG: dict[tuple[str, str], str] = {
-    (
-        "published_recformer",
-        "sliced",
-    ): "heads that are held get narrower under the wide head's root",
-}
+WRONG: dict[tuple[str, str], str] = {}
 # The authors' names, one or two of each: their checkpoints load.
 NAMES = {
     "published_sasrec": "attention_layers.1.in_proj_weight forward_layers.0.conv1.weight",
