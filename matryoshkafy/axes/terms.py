@@ -32,21 +32,50 @@ COPIES = Reason("copies")
 
 
 class Axis:
-    """An identity that a tensor dimension carries; mutable only through the functions below."""
+    """An identity that a tensor dimension carries; mutable only through the functions below.
 
-    __slots__ = ("size", "name", "fixed", "bound", "serial")
-    born = itertools.count()
+    Of two axes that become one the elder keeps its name: `births` counts the axes of one walk, and
+    the parts of an axis are counted with it.
+    """
 
-    def __init__(self, size: int, name: str = "", fixed: Reason | None = None) -> None:
+    __slots__ = ("size", "name", "fixed", "bound", "births", "serial")
+
+    def __init__(
+        self,
+        size: int,
+        name: str = "",
+        fixed: Reason | None = None,
+        births: Iterator[int] | None = None,
+    ) -> None:
         self.size = size
         self.name = name
         self.fixed = fixed
         self.bound: Term | None = None
-        # Of two axes that become one the elder keeps its name; copies are elder than any.
-        self.serial = -n_copies if (n_copies := size * (fixed is COPIES)) else next(Axis.born)
+        self.births = itertools.count() if births is None else births
+        self.serial = next(self.births)
+
+    def part(self, size: int, name: str = "") -> Axis:
+        """Return a new axis that stands for some of the units, held where this one is."""
+        return Axis(size, name or self.name, self.fixed, self.births)
 
     def __repr__(self) -> str:
         return f"{self.name or 'axis'}:{self.size}{'!' if self.fixed else ''}"
+
+
+class Copies(Axis):
+    """Interchangeable repetitions: those of one number are one axis, whoever asks for them."""
+
+    __slots__ = ()
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, "copies", COPIES)
+        self.serial = -size  # elder than any axis
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Copies) and other.size == self.size
+
+    def __hash__(self) -> int:
+        return hash((Copies, self.size))
 
 
 class Sum:
@@ -65,14 +94,10 @@ class Sum:
 Factor = Axis | Sum
 Term = tuple[Factor, ...]
 
-_copies: dict[int, Axis] = {}
-
 
 def copies(n: int) -> Term:
     """Return the term of n interchangeable repetitions (the 3 of a packed qkv): never nested."""
-    if n == 1:
-        return ()
-    return (_copies.setdefault(n, Axis(n, "copies", COPIES)),)
+    return () if n == 1 else (Copies(n),)
 
 
 def size(term: Term) -> int:
@@ -118,7 +143,7 @@ def _common_suffix(segments: list[Term]) -> Term:
     """Sum[a.k, b.k] = Sum[a, b].k, and n equal pieces = copies(n).x"""
     count = 0
     shortest = min(len(s) for s in segments)
-    while count < shortest and all(s[-1 - count] is segments[0][-1 - count] for s in segments):
+    while count < shortest and all(s[-1 - count] == segments[0][-1 - count] for s in segments):
         count += 1
     return segments[0][len(segments[0]) - count :]
 

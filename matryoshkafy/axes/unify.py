@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from matryoshkafy.axes.terms import (
     COPIES,
@@ -70,7 +70,7 @@ def _split_copies(term: Term, n: int) -> Term:
 
 def _same(x: Factor, y: Factor) -> bool:
     """Two Sum objects are the same when their resolved segments are, factor by factor."""
-    if x is y:
+    if x == y:
         return True
     if not (isinstance(x, Sum) and isinstance(y, Sum)) or len(x.segments) != len(y.segments):
         return False
@@ -104,26 +104,24 @@ def _meet_axes(x: Axis, y: Axis) -> bool:
         return _bind(give, (keep,))
     if x.size % y.size:
         return False
-    return _bind(x, (_part(x, x.size // y.size), y))
-
-
-def _part(x: Axis, n: int) -> Axis:
-    return Axis(n, x.name, x.fixed)
+    return _bind(x, (x.part(x.size // y.size), y))
 
 
 def _meet_axis_sum(x: Axis, y: Sum) -> bool:
+    if _is_copies(x) or x.size % y.size:
+        return False  # copies stand for no units of their own
     if x.size == y.size:
         return _bind(x, (y,))
-    if x.size % y.size or x.fixed is COPIES:
-        return False
-    return _bind(x, (_part(x, x.size // y.size), y))
+    return _bind(x, (x.part(x.size // y.size), y))
 
 
 def _factor_out(x: Sum, y: Axis) -> bool:
     """Every segment of x ends with y as a factor, or nothing aligns."""
     if any(size(s) % y.size for s in x.segments):
         return False
-    return all(_unify(resolve(s), (Axis(size(s) // y.size, y.name), y)) for s in x.segments)
+    return all(
+        _unify(resolve(s), (Axis(size(s) // y.size, y.name, None, y.births), y)) for s in x.segments
+    )
 
 
 def _meet_sums(x: Sum, y: Sum) -> bool:
@@ -174,7 +172,7 @@ def _cut_factor(factor: Factor, counts: list[int]) -> list[Term] | None:
         if factor.fixed is COPIES:
             return [copies(n) if n else (Axis(0, "empty", COPIES),) for n in counts]
         pieces: list[Term] = [
-            (Axis(n, f"{factor.name}[{i}]", factor.fixed),) for i, n in enumerate(counts)
+            (factor.part(n, f"{factor.name}[{i}]"),) for i, n in enumerate(counts)
         ]
         factor.bound = (Sum(p for p in pieces if size(p)),)
         return pieces
@@ -239,5 +237,10 @@ def _take_right(term: Term, n: int) -> tuple[Term, Term] | None:
 
 def _split_factor(factor: Factor, n: int) -> bool:
     if isinstance(factor, Axis):
-        return _bind(factor, (_part(factor, factor.size // n), _part(factor, n)))
-    return _factor_out(factor, Axis(n, "part"))
+        return _bind(factor, (factor.part(factor.size // n), factor.part(n)))
+    return _factor_out(factor, Axis(n, "part", None, _births(factor)))
+
+
+def _births(total: Sum) -> Iterator[int] | None:
+    """Return what counts the axes that a sum is made of."""
+    return next((leaf.births for leaf in leaves((total,)) if not _is_copies(leaf)), None)

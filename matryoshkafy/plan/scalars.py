@@ -166,11 +166,10 @@ def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the width that a product or a sum was taken over, before the constant."""
     for value in node.all_input_nodes:
         row = op_of(value)
-        if row.statistic == "sum" or row.product:
-            powers = POWERS if row.statistic else ROOTS
-            for factor in map(_alone, search.summed.get(value.name, ())[-1:]):
-                if factor is not None:
-                    yield factor, factor.size, powers
+        powers = POWERS if row.statistic == "sum" else ROOTS if row.product else ()
+        factor = next(map(_alone, search.summed.get(value.name, ())[-1:]), None)
+        if factor is not None:
+            yield factor, factor.size, powers
     for value in _products_before(node):
         for dim in search.summed.get(value.name, ()):
             yield from _factors(dim)

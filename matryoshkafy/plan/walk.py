@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,7 @@ class _Walker:
         self.found, self.free = found, free
         self.state = trace.state()
         self.tied: dict[int, Terms] = {}
+        self.births = itertools.count()
         self.node: fx.Node | None = None
 
     # What rules ask for.
@@ -105,7 +107,8 @@ class _Walker:
         if size == 1:
             return ()
         reason = self._reason(kind) if kind else None
-        return (Axis(size, f"{self.node}.{name}" if name else str(self.node), reason),)
+        called = f"{self.node}.{name}" if name else str(self.node)
+        return (Axis(size, called, reason, self.births),)
 
     def weight(self, value: Any, *dims: int) -> None:
         if value in self.found.pure or is_weight(value):
@@ -165,7 +168,8 @@ class _Walker:
             else None
         )
         return tuple(
-            (Axis(n, f"{name}:{i}", reason),) if n != 1 else () for i, n in enumerate(shape)
+            (Axis(n, f"{name}:{i}", reason, self.births),) if n != 1 else ()
+            for i, n in enumerate(shape)
         )
 
     def _call(self, node: fx.Node) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import matryoshkafy as mk
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Sum, Term
 
@@ -116,10 +122,29 @@ def test_a_term_meets_itself() -> None:
     assert not axes.is_fixed(term)
 
 
-def test_two_axes_of_one_size_become_one() -> None:
-    elder, younger = Axis(6, "elder"), Axis(6, "younger")
-    assert axes.unify((younger,), (elder,), WHY)
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_axes_of_one_size_become_one(turned: bool) -> None:
+    births = itertools.count()
+    elder, younger = (Axis(6, name, None, births) for name in ("elder", "younger"))
+    pair = [(younger,), (elder,)]
+    assert axes.unify(*(pair[::-1] if turned else pair), WHY)
     assert axes.resolve((younger,)) == (elder,) == axes.resolve((elder,))
+
+
+def test_a_walk_leaves_nothing_behind_for_the_next() -> None:
+    """Copies of one number are one axis, but no state: what one term met, no other hears of."""
+    halves = axes.concatenate([(Axis(2),), (Axis(3),)])
+    assert not axes.unify(axes.copies(5), halves, WHY) and axes.is_fixed(halves)
+    assert axes.resolve(axes.copies(5)) == axes.copies(5)
+    assert Axis(4).serial == Axis(4).serial
+
+
+def test_walks_in_several_threads_find_one_plan() -> None:
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    call = (model, (torch.randn(2, 3, 16),))
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda _: mk.inspect(*call, free=["src"]).to_json(), range(4)))
+    assert len(set(plans)) == 1
 
 
 def test_the_larger_axis_splits_at_the_smaller() -> None:
