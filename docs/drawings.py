@@ -123,16 +123,16 @@ def words_of(dim: Dim, plan: mk.Plan) -> str:
         elif isinstance(factor, int):
             out.append(str(factor))
         else:
-            out.append(" | ".join(words_of(part, plan) for part in factor.parts))
+            out.append(" | ".join(words_of(part, plan) for part in factor.segments))
     return " · ".join(out)
 
 
 def steps(doll: mk.Doll) -> Iterator[tuple[str, tuple[Dim, ...]]]:
     """Yield (op, dims of its output) from the tokens to the end of the attention."""
     for node in doll._trace.graph.nodes:
-        shape = doll.plan.nodes.get(node.name, ())
-        known = shape and all(isinstance(dim, tuple) and dim for dim in shape)
-        if node.op == "call_function" and known and not isinstance(shape[0][0], tuple):
+        shape = doll.plan.dims(node.name)
+        known = bool(shape)
+        if node.op == "call_function" and known:
             yield op_key(node).rpartition("::")[2], shape
         if node.name.startswith("add"):
             return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class OutputsError(MatryoshkafyError):
 class Late:
     """A value that is computed when it is first read, and again if that failed."""
 
-    def __init__(self, compute: Callable[[], Any]) -> None:
+    def __init__(self, compute: Callable[[], object]) -> None:
         self._compute: Callable[[], Any] | None = compute
         self._value: Any = None
 
@@ -44,7 +44,7 @@ class Late:
         return self._value
 
 
-def read(value: Any) -> Any:
+def read(value: object) -> Any:
     """Return a value, late or not."""
     return value.value if isinstance(value, Late) else value
 
@@ -64,8 +64,8 @@ class Outputs(MutableMapping[int, Any]):
 
     def __init__(
         self,
-        values: Mapping[int, Any],
-        readouts: Mapping[int, Any] | None = None,
+        values: Mapping[int, object],
+        readouts: Mapping[int, object] | None = None,
         moment: Moment | None = None,
     ) -> None:
         self._values, self._readouts = dict(values), dict(readouts or {})
@@ -85,7 +85,7 @@ class Outputs(MutableMapping[int, Any]):
         """Return the last linear that a size's scores come from, None where its tail is none."""
         return self._read(self._readouts[size], size) if size in self._readouts else None
 
-    def _read(self, value: Any, size: int) -> Any:
+    def _read(self, value: object, size: int) -> Any:
         if isinstance(value, Late) and value.pending and self._moment is not None:
             with self._moment.again(size):
                 return value.value
@@ -96,7 +96,7 @@ class Outputs(MutableMapping[int, Any]):
             raise KeyError(f"size {size} is not among the sizes {list(self._values)}")
         return self._read(self._values[size], size)
 
-    def __setitem__(self, size: int, output: Any) -> None:
+    def __setitem__(self, size: int, output: object) -> None:
         self._values[size] = output
         self._readouts.pop(size, None)
 
@@ -116,7 +116,9 @@ class Outputs(MutableMapping[int, Any]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mapping):
             return NotImplemented
-        return list(self) == list(other) and all(_equal(out, other[m]) for m, out in self.items())
+        theirs = cast("Mapping[int, object]", other)
+        same = list(self) == list(theirs)
+        return same and all(_equal(out, theirs[m]) for m, out in self.items())
 
     __hash__ = None  # type: ignore[assignment]  as in every mutable mapping
 
@@ -128,7 +130,7 @@ class Outputs(MutableMapping[int, Any]):
         return f"Outputs({dict(self.items())!r})"
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     """Whether two outputs have the same structure and equal tensors."""
     (left, spec), (right, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     return spec == other_spec and all(
@@ -149,7 +151,7 @@ class Moment:
     changed: str = ""
 
     @staticmethod
-    def of(root: nn.Module, inputs: Any = ()) -> Moment:
+    def of(root: nn.Module, inputs: object = ()) -> Moment:
         """Return this moment of a model and its inputs (any structure of tensors).
 
         Buffers are watched in evaluation mode alone: batch norm writes its own while it trains.
@@ -167,7 +169,7 @@ class Moment:
         return moment
 
     @contextlib.contextmanager
-    def again(self, size: int) -> Iterator[None]:
+    def again(self, size: int) -> Generator[None, None, None]:
         """Compute as at the moment; raises `OutputsError` where a tensor has changed since."""
         changed = self.changed or next((n for n, t, old in self.watched if _stamp(t) != old), "")
         if changed:
@@ -201,7 +203,7 @@ def _stamp(tensor: Tensor) -> Any:
 _LIVE: weakref.WeakSet[Moment] = weakref.WeakSet()
 
 
-def _after_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
     if not _LIVE:
         return
     groups = [group["params"] for group in optimizer.param_groups if group.get("fused")]
@@ -274,14 +276,17 @@ def _added(total: Tensor | None, part: Tensor, rows: Tensor) -> Tensor:
     return step if total is None else total + step
 
 
-def scores_of(output: Any) -> Any:
+def scores_of(output: object) -> object:
     """Return the logits of a model's output: the output itself, its "logits", or its first part.
 
     The same for every nesting and criterion; an output that has neither is returned as it is.
     """
     if hasattr(output, "logits"):
-        return output.logits
+        return getattr(output, "logits")  # noqa: B009  an attribute that not every output has
     if isinstance(output, Mapping):
-        names = ["logits"] if "logits" in output else list(output)
-        return output[names[0]] if len(names) == 1 else output
-    return output[0] if isinstance(output, (tuple, list)) and output else output
+        parts = cast("Mapping[object, object]", output)
+        names = ["logits"] if "logits" in parts else list(parts)
+        return parts[names[0]] if len(names) == 1 else parts
+    listed = isinstance(output, (tuple, list))
+    parts = cast("Sequence[object]", output) if listed else ()
+    return parts[0] if parts else cast("object", output)

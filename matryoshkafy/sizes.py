@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from numbers import Integral, Real
+from typing import cast
 
 from matryoshkafy.errors import MatryoshkafyError
 
+Rungs = str | Sequence[int] | Sequence[float]  # as a person writes it
 MAX_RUNGS = 4096
 # A float such as 2/3 or 0.3 means the nearest fraction with a denominator up to this.
 FINEST_RATIO = 1_000_000
@@ -61,7 +63,7 @@ class Ladder:
         return sizes
 
 
-def parse_sizes(sizes: str | Sequence[int] | Sequence[float], width: int) -> tuple[int, ...]:
+def parse_sizes(sizes: Rungs, width: int) -> tuple[int, ...]:
     """Return the sizes that the user asks for: ascending integers, the last is the width.
 
     A text doubles ("64..1024", both ends included), steps ("64..768:64") or lists its rungs
@@ -147,21 +149,23 @@ def _read_word(word: str, given: str) -> int | Fraction:
 
 def _read_items(items: object, given: str) -> tuple[int, ...] | tuple[Fraction, ...]:
     if not isinstance(items, Iterable) or isinstance(items, (bytes, Mapping, Set)):
+        kind = type(cast("object", items)).__name__
         raise SizesError(
-            f"sizes {given} is of type {type(items).__name__}: a text or a list is expected. "
-            f"{HOW_TO_WRITE}"
+            f"sizes {given} is of type {kind}: a text or a list is expected. {HOW_TO_WRITE}"
         )
-    return _of_one_kind([_read_item(item, given) for item in items], given)
+    listed = cast("Iterable[object]", items)
+    return _of_one_kind([_read_item(item, given) for item in listed], given)
 
 
 def _read_item(item: object, given: str) -> int | Fraction:
-    if isinstance(item, Integral) and not isinstance(item, bool):
-        return int(item)
-    if isinstance(item, Fraction):
-        return item
-    if isinstance(item, Real) and not isinstance(item, bool) and math.isfinite(item):
+    number = None if isinstance(item, bool) else item
+    if isinstance(number, Integral):
+        return int(number)
+    if isinstance(number, Fraction):
+        return number
+    if isinstance(number, Real) and math.isfinite(number):
         # A ratio too small for the grid keeps its sign, which the range check needs.
-        return Fraction(float(item)).limit_denominator(FINEST_RATIO) or Fraction(float(item))
+        return Fraction(float(number)).limit_denominator(FINEST_RATIO) or Fraction(float(number))
     raise SizesError(
         f"sizes {given}: {_shown(item)} is neither an integer nor a ratio in (0, 1]. {HOW_TO_WRITE}"
     )

@@ -1,7 +1,7 @@
 """Solved terms: what a dimension is made of once it is known which groups nest.
 
 A `Dim` is a row-major product of factors: an int (whole), a `Nested` (the width of a group), or a
-`Cat` (dims laid one after the other). Everything else is derived from it: its size at a level, the
+`Sum` (dims laid one after the other). Everything else is derived from it: its size at a level, the
 indices kept at a level, and the level of each index.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 from matryoshkafy.errors import MatryoshkafyError
 
@@ -25,13 +25,13 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class Cat:
+class Sum:
     """Dims laid one after the other."""
 
-    parts: tuple[Dim, ...]
+    segments: tuple[Dim, ...]
 
 
-Factor = int | Nested | Cat
+Factor = int | Nested | Sum
 Dim = tuple[Factor, ...]
 Widths = tuple[int, ...]
 Segments = tuple[tuple[int, int], ...]
@@ -43,8 +43,8 @@ def size(dim: Dim) -> int:
 
 
 def _factor_size(factor: Factor) -> int:
-    if isinstance(factor, Cat):
-        return sum(map(size, factor.parts))
+    if isinstance(factor, Sum):
+        return sum(map(size, factor.segments))
     return factor if isinstance(factor, int) else factor.size
 
 
@@ -53,8 +53,8 @@ def groups_of(dim: Dim) -> Iterator[int]:
     for factor in dim:
         if isinstance(factor, Nested):
             yield factor.group
-        elif isinstance(factor, Cat):
-            for part in factor.parts:
+        elif isinstance(factor, Sum):
+            for part in factor.segments:
                 yield from groups_of(part)
 
 
@@ -69,8 +69,8 @@ def size_at(dim: Dim, widths: Widths) -> int:
 
 
 def _factor_size_at(factor: Factor, widths: Widths) -> int:
-    if isinstance(factor, Cat):
-        return sum(size_at(p, widths) for p in factor.parts)
+    if isinstance(factor, Sum):
+        return sum(size_at(p, widths) for p in factor.segments)
     return factor if isinstance(factor, int) else widths[factor.group]
 
 
@@ -92,7 +92,7 @@ def _factor_kept(factor: Factor, widths: Widths) -> Segments:
         return ((0, widths[factor.group]),)
     out: list[tuple[int, int]] = []
     offset = 0
-    for part in factor.parts:
+    for part in factor.segments:
         out.extend((a + offset, b + offset) for a, b in kept(part, widths))
         offset += size(part)
     return _merged(out)
@@ -150,14 +150,14 @@ def _factor_runs(factor: Factor, ladder: tuple[Widths, ...]) -> list[tuple[int, 
     if isinstance(factor, Nested):
         ends = [0, *(w[factor.group] for w in ladder)]
         return [(b - a, i) for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if b > a]
-    return _joined(pair for p in factor.parts for pair in _pairs(runs(p, ladder)))
+    return _joined(pair for p in factor.segments for pair in _pairs(runs(p, ladder)))
 
 
 def _pairs(flat: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _joined(pairs: Any) -> list[tuple[int, int]]:
+def _joined(pairs: object) -> list[tuple[int, int]]:
     out: list[tuple[int, int]] = []
     for length, level in pairs:
         if out and out[-1][1] == level:
@@ -178,12 +178,12 @@ def _run_product(
     return _joined((n, max(k, j)) for count, k in outer for _ in range(count) for n, j in inner)
 
 
-def to_json(dim: Dim) -> list[Any]:
-    """Return a dim as JSON: 12 is whole, "g3:64" nests, a list of dims is a Cat."""
-    out: list[Any] = []
+def to_json(dim: Dim) -> list[object]:
+    """Return a dim as JSON: 12 is whole, "g3:64" nests, a list of dims is a Sum."""
+    out: list[object] = []
     for factor in dim:
-        if isinstance(factor, Cat):
-            out.append([to_json(p) for p in factor.parts])
+        if isinstance(factor, Sum):
+            out.append([to_json(p) for p in factor.segments])
         else:
             out.append(factor if isinstance(factor, int) else f"g{factor.group}:{factor.size}")
     return out
@@ -199,7 +199,7 @@ def from_json(value: object, depth: int = 0) -> Dim:
 
 def _factor_from(value: object, depth: int) -> Factor:
     if isinstance(value, list):
-        return Cat(tuple(from_json(v, depth + 1) for v in cast(list[object], value)))
+        return Sum(tuple(from_json(v, depth + 1) for v in cast(list[object], value)))
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     group, _, units = str(value).removeprefix("g").partition(":")

@@ -11,15 +11,17 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.deploy.names import name_axes, output_names
@@ -58,8 +60,8 @@ def export(
     path: str | os.PathLike[str],
     *,
     to: str = "onnx",
-    args: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     force: bool = False,
 ) -> Exported:
     """Write a sub-model (of a doll: its full size) as "onnx" or "pt2", checked before it stands.
@@ -127,30 +129,37 @@ def _copy_of(model: nn.Module) -> nn.Module:
     return root.eval()
 
 
-def _structured(flat: Any, signature: Signature) -> Any:
-    leaves = iter(flat)
+def _structured(flat: object, signature: Signature) -> Argument:
+    leaves = iter(cast("Sequence[Argument]", flat))
     return _built(signature.out_spec, leaves)
 
 
-def _built(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+def _built(spec: pytree.TreeSpec, leaves: Iterator[Argument]) -> Argument:
     if spec.is_leaf():
         return next(leaves)
     children = [_built(child, leaves) for child in spec.children()]
-    keys = spec.context
-    if isinstance(keys, list) and len(keys) == 2 and isinstance(keys[1], list):
-        keys = keys[1]
-    if isinstance(keys, list) and len(keys) == len(children):
+    keys = _keys(spec.context)
+    if len(keys) == len(children) > 0:
         return {str(key): child for key, child in zip(keys, children, strict=True)}
     return tuple(children)
 
 
-# --- nested operators as plain ones -------------------------------------------------------------
+def _keys(context: object) -> list[object]:
+    """The keys of a mapping's parts; a default dict says its factory before them."""
+    if not isinstance(context, list):
+        return []
+    keys = cast("list[object]", context)
+    return _keys(cast("object", keys[1])) if len(keys) == 2 and _is_list(keys[1]) else keys
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 # --- formats ------------------------------------------------------------------------------------
 
 
-def _program(plain: fx.GraphModule, flat: list[Tensor]) -> torch.export.ExportedProgram:
+def _program(plain: fx.GraphModule, flat: list[Tensor]) -> ExportedProgram:
     """Export with dynamic sizes where they work, else with those of the inputs."""
     dynamic = tuple({d: torch.export.Dim.AUTO for d in range(min(2, t.dim()))} for t in flat)
     error: Exception | None = None
@@ -168,24 +177,25 @@ def _first_line(error: object) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
-def _write_pt2(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
+def _write_pt2(program: ExportedProgram, flat: list[Tensor], path: Path) -> list[Tensor]:
     torch.export.save(program, path)
     return _tensors(torch.export.load(path).module()(*flat))
 
 
-def _write_onnx(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
+def _write_onnx(program: ExportedProgram, flat: list[Tensor], path: Path) -> list[Tensor]:
     _need("onnx", "onnxscript", "onnxruntime")
     names = [spec.arg.name for spec in program.graph_signature.input_specs][-len(flat) :]
     held = sum(t.nbytes for t in program.state_dict.values())
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(
+        write: Any = torch.onnx.export  # pyright: ignore[reportUnknownMemberType]
+        write(
             program,
             (),
             path,
             dynamo=True,
             input_names=names,
-            output_names=output_names(program.call_spec.out_spec),
+            output_names=output_names(program.call_spec.out_spec or pytree.treespec_leaf()),
             external_data=held > LARGEST_SINGLE,
             verbose=False,
         )
@@ -194,15 +204,16 @@ def _write_onnx(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
 
 
 def _run_onnx(path: Path, flat: list[Tensor]) -> list[Tensor]:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    read = [item.name for item in session.get_inputs()]
+    start: Any = onnxruntime.InferenceSession
+    session = start(path, providers=["CPUExecutionProvider"])
+    read = [str(item.name) for item in session.get_inputs()]
     fed = dict(zip(read, (t.cpu().numpy() for t in flat), strict=True))
-    return [torch.from_numpy(value) for value in session.run(None, fed)]
+    return [torch.as_tensor(value) for value in session.run(None, fed)]
 
 
-FORMATS: Mapping[str, Callable[[Any, list[Tensor], Path], list[Tensor]]] = {
+FORMATS: Mapping[str, Callable[[ExportedProgram, list[Tensor], Path], list[Tensor]]] = {
     "onnx": _write_onnx,
     "pt2": _write_pt2,
 }
@@ -220,7 +231,7 @@ def _need(*packages: str) -> None:
 # --- checking and placing -----------------------------------------------------------------------
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -252,7 +263,7 @@ def _free(target: Path, force: bool) -> Path:
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _beside(target: Path) -> Generator[Path, None, None]:
     """A hidden folder beside the file, so that what is moved into place is whole."""
     fresh = target.parent / f".{target.name}.{secrets.token_hex(6)}.new"
     try:

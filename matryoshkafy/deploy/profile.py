@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 
+Shape = Sequence[int]
 nested = torch.ops.matryoshkafy
 assert _ops
 
@@ -41,14 +42,14 @@ class Cost:
 
 def profile(
     model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     runs: int = 7,
 ) -> Cost:
     """Return the cost of a forward pass on these inputs, without gradients."""
 
-    def call() -> Any:
+    def call() -> object:
         return model(*args, **(kwargs or {}))
 
     parameters, held = size_of(model)
@@ -67,7 +68,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.nbytes if tensor.layout is torch.strided else tensor.values().nbytes
 
 
-def flops_of(call: Callable[[], Any]) -> int:
+def flops_of(call: Callable[[], object]) -> int:
     """Return the floating point operations of a call, by the shapes of what it runs."""
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with counter:
@@ -75,13 +76,13 @@ def flops_of(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def latency_of(call: Callable[[], Any], runs: int = 7) -> float:
+def latency_of(call: Callable[[], object], runs: int = 7) -> float:
     """Return the median of the seconds that a call takes, after one that is not counted."""
     _timed(call)
     return statistics.median(_timed(call) for _ in range(runs))
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _timed(call: Callable[[], object]) -> float:
     _wait()
     start = time.perf_counter()
     call()
@@ -108,11 +109,10 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _linear_flops(x: Any, weight: Any, bias: Any, out_runs: Any, in_runs: Any, **_: Any) -> int:
-    rows = 1
-    for n in x[:-1]:
-        rows *= n
-    return 2 * rows * _kept(out_runs, in_runs)
+def _linear_flops(
+    x: Shape, weight: Shape, bias: Shape | None, out_runs: Shape, in_runs: Shape, **_: object
+) -> int:
+    return 2 * math.prod(x[:-1]) * _kept(out_runs, in_runs)
 
 
 def _kept(out_runs: Sequence[int], in_runs: Sequence[int]) -> int:
@@ -122,13 +122,10 @@ def _kept(out_runs: Sequence[int], in_runs: Sequence[int]) -> int:
     return sum(count * sum(k <= level for k in inner) for count, level in pairs)
 
 
-def _conv_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+def _conv_flops(x: Shape, weight: Shape, *args: object, out_shape: Shape, **_: object) -> int:
     transposed = bool(args[4])
     places = x if transposed else out_shape
-    count = places[0]
-    for n in (*weight, *places[2:]):
-        count *= n
-    return 2 * count
+    return 2 * places[0] * math.prod((*weight, *places[2:]))
 
 
 FLOPS = {nested.linear_opaque: _linear_flops, nested.conv: _conv_flops}

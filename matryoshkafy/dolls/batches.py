@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
+from matryoshkafy.graph.copies import forked, seed_torch
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-
-def call_of(batch: Any) -> Call:
+def arguments_of(batch: object) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments and keywords of a batch.
 
     Args:
@@ -23,23 +22,26 @@ def call_of(batch: Any) -> Call:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    pair = len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], Mapping)
-    return (batch[0], dict(batch[1])) if pair else (tuple(batch), {})
+        return (), dict(cast("Mapping[str, object]", batch))
+    parts = tuple(cast("Sequence[object]", batch))
+    if len(parts) == 2 and isinstance(parts[0], tuple) and isinstance(parts[1], Mapping):
+        args, kwargs = cast("tuple[tuple[object, ...], Mapping[str, object]]", parts)
+        return args, dict(kwargs)
+    return parts, {}
 
 
-def flat_inputs(doll: Doll, batch: Any) -> list[Any]:
+def flat_inputs(doll: Doll, batch: object) -> list[Tensor]:
     """Return the flat inputs of the doll's graph for a batch."""
-    args, kwargs = call_of(batch)
-    return doll._trace.signature.flatten(args, kwargs)
+    args, kwargs = arguments_of(batch)
+    return trace_of(doll).signature.flatten(args, kwargs)
 
 
-def run_graph(doll: Doll, graph: fx.Graph, flat: list[Any]) -> list[Any]:
+def run_graph(doll: Doll, graph: fx.Graph, flat: list[Tensor]) -> list[Any]:
     """Return the flat outputs of a graph over the doll's state, without gradients.
 
     Every run draws the same random numbers, so that two runs differ by the state alone.
     """
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        root = doll.__dict__["_root"]
+    with torch.no_grad(), forked():
+        seed_torch(0)
+        root = root_of(doll)
         return fx.Interpreter(root, graph=graph).run(*flat, enable_io_processing=False)

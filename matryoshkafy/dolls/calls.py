@@ -23,12 +23,12 @@ class Call:
     """A module whose forward is traced, on these inputs."""
 
     model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
 
 def call_of(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, method: str = "forward"
+    model: object, args: object, kwargs: Mapping[str, object] | None, method: str = "forward"
 ) -> Call:
     """Return the call that a person means.
 
@@ -73,7 +73,7 @@ class Method(nn.Module):
         self.__dict__["forward"] = found
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
         """The mode of the user's module."""
         return self.__dict__["owner"].training
 
@@ -92,7 +92,7 @@ def _methods(owner: nn.Module) -> str:
     return ", ".join(own[:8]) or "it has none of its own"
 
 
-def plain_attributes(model: nn.Module) -> dict[str, Any]:
+def plain_attributes(model: nn.Module) -> dict[str, object]:
     """Return what the user's model says of itself: attributes that hold no tensor and no module.
 
     `config` of transformers is one; private names, functions and the mode are none.
@@ -101,16 +101,16 @@ def plain_attributes(model: nn.Module) -> dict[str, Any]:
     return dict(_plain(model))
 
 
-def _plain(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _plain(model: nn.Module) -> Iterator[tuple[str, object]]:
     for name, value in vars(model).items():
         private = name.startswith("_") or name == "training"
-        if not private and not callable(value) and not any(map(_holds_state, _leaves(value))):
+        if (
+            not private
+            and not callable(value)
+            and not any(map(_holds_state, pytree.tree_leaves(value)))
+        ):
             yield name, value
 
 
-def _leaves(value: Any) -> list[Any]:
-    return pytree.tree_leaves(value)
-
-
-def _holds_state(value: Any) -> bool:
+def _holds_state(value: object) -> bool:
     return isinstance(value, (Tensor, nn.Module, torch.Generator))

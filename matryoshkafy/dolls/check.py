@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from matryoshkafy.axes.dims import is_nested
 from matryoshkafy.dolls.calls import Call
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.measure import (
     TOLERANCE,
     doubled,
@@ -44,9 +43,9 @@ def refuse_broken(doll: Doll, call: Call) -> None:
         PlanError: a size cannot be computed, or is not what its slice computes; it names the size,
             the first value that differs, the user's line, and what to do.
     """
-    flat = doll._trace.signature.flatten(call.args, dict(call.kwargs))
-    state = (*doll._trace.state().values(), *flat)
-    if any(isinstance(t, torch.Tensor) and t.is_meta for t in state):
+    flat = trace_of(doll).signature.flatten(call.args, dict(call.kwargs))
+    state = (*trace_of(doll).state().values(), *flat)
+    if any(t.is_meta for t in state):
         return
     with silent(), evaluated(doll):
         for level in reversed(range(doll.plan.levels)):
@@ -55,7 +54,7 @@ def refuse_broken(doll: Doll, call: Call) -> None:
                 raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {REMEDY}")
 
 
-def _failure(doll: Doll, level: int, flat: list[Any]) -> str:
+def _failure(doll: Doll, level: int, flat: list[torch.Tensor]) -> str:
     """Return what is wrong with a size on the example, "" if nothing is."""
     try:
         error = _error(doll, level, flat)
@@ -68,9 +67,9 @@ def _failure(doll: Doll, level: int, flat: list[Any]) -> str:
     return f"is not what its slice computes on the example: {_where(doll, level, flat, error)}"
 
 
-def _error(doll: Doll, level: int, flat: list[Any]) -> float:
+def _error(doll: Doll, level: int, flat: list[torch.Tensor]) -> float:
     plan = doll.plan
-    own = run(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
+    own = run(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), flat)
     if level == plan.levels - 1:
         return 0.0
     small = slice(doll, plan.sizes[level])
@@ -83,11 +82,11 @@ def _draws(doll: Doll) -> bool:
         torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         and not op_of(node).training
         and any(is_nested(dim) for shape in doll.plan.outputs(node.name) for dim in shape)
-        for node in doll._trace.graph.nodes
+        for node in trace_of(doll).graph.nodes
     )
 
 
-def _is_rounding(doll: Doll, level: int, flat: list[Any]) -> bool:
+def _is_rounding(doll: Doll, level: int, flat: list[torch.Tensor]) -> bool:
     """In float64 two ways of computing one thing agree, whatever they round to in float32."""
     try:
         return _error(*_wide(doll, level, flat)) <= TOLERANCE[torch.float64]
@@ -95,7 +94,7 @@ def _is_rounding(doll: Doll, level: int, flat: list[Any]) -> bool:
         return False
 
 
-def _wide(doll: Doll, level: int, flat: list[Any]) -> tuple[Doll, int, list[Any]]:
+def _wide(doll: Doll, level: int, flat: list[torch.Tensor]) -> tuple[Doll, int, list[torch.Tensor]]:
     copied, inputs = doubled(doll, flat)
     return copied, level, inputs
 
@@ -107,19 +106,19 @@ def _told(doll: Doll, error: Exception) -> str:
     return f"{text.splitlines()[0]}{_line(doll, found.group(1)) if found else ''}"
 
 
-def _where(doll: Doll, level: int, flat: list[Any], error: float) -> str:
+def _where(doll: Doll, level: int, flat: list[torch.Tensor], error: float) -> str:
     """Name the first value of the trunk that differs, or the output."""
     first = next(_differing(doll, level, flat), "")
     what = f"the value {first!r}{_line(doll, first)}" if first else "the output"
     return f"{what} is off by {error:.1e} (at most {tolerance_of(doll):g} expected)"
 
 
-def _differing(doll: Doll, level: int, flat: list[Any]) -> Iterator[str]:
+def _differing(doll: Doll, level: int, flat: list[torch.Tensor]) -> Iterator[str]:
     plan = doll.plan
     if not plan.masked:
         return
     small = slice(doll, plan.sizes[level])
-    full = values_of(full_graph(doll._trace, plan), doll.__dict__["_root"], flat)
+    full = values_of(full_graph(trace_of(doll), plan), root_of(doll), flat)
     mine = values_of(small.graph, small, prefix_inputs(doll, (plan, level), flat))
     for name, a, b in prefixes(plan, level, full, mine):
         if relative_error(a, b) > tolerance_of(doll):
@@ -127,7 +126,7 @@ def _differing(doll: Doll, level: int, flat: list[Any]) -> Iterator[str]:
 
 
 def _line(doll: Doll, name: str) -> str:
-    node = next((n for n in doll._trace.graph.nodes if n.name == name), None)
+    node = next((n for n in trace_of(doll).graph.nodes if n.name == name), None)
     if node is None:
         return ""
     return f" ({op_key(node)} at {node.meta.get('source') or 'an unknown line'})"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from torch import nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
 from matryoshkafy.dolls.check import refuse_broken
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.optional import with_defaults
@@ -28,6 +27,7 @@ from matryoshkafy.plan.plan import Options, Plan
 from matryoshkafy.plan.solve import solve
 from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import propagate
+from matryoshkafy.sizes import Rungs
 
 CHOICES = {
     "nesting": ("masked", "sliced"),
@@ -36,12 +36,86 @@ CHOICES = {
 }
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """The options that inspect and convert have in common, as a person gave them."""
+
+    sizes: Rungs | None
+    multiple_of: int
+    nesting: str | None
+    scope: str
+    norm: str
+    keep: Sequence[str]
+    free: Sequence[str]
+    overrides: Mapping[str, Sequence[int]] | None
+
+    def asked_of(self, model: nn.Module) -> Asked:
+        """Return what they ask of the analysis of a model; raises `PlanError` for strange words."""
+        nesting, why = nesting_of(self.nesting, self.scope, model)
+        for name, value in (("nesting", nesting), ("scope", self.scope), ("norm", self.norm)):
+            if value not in CHOICES[name]:
+                raise PlanError(
+                    f"{name}={value!r} was given; expected one of {', '.join(CHOICES[name])}"
+                )
+        if self.scope == "ffn" and nesting == "masked":
+            raise PlanError(
+                'scope="ffn" nests hidden axes only, so each size is a pass of its own; '
+                'give nesting="sliced" with it'
+            )
+        options = Options(nesting, self.scope, self.norm, _listed(self.keep))
+        widths = {name: w for name, w in (self.overrides or {}).items() if name != "inputs"}
+        return Asked(Request(options, self.sizes, widths, self.multiple_of), self._freed(), why)
+
+    def _freed(self) -> tuple[str, ...]:
+        """The inputs that nest; they stood among the overrides until version 0.2."""
+        old = [str(name) for name in (self.overrides or {}).get("inputs", ())]
+        if old:
+            warnings.warn(
+                f'overrides={{"inputs": ...}} becomes free={old!r} and will be gone in the next '
+                "version",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+        return (*_listed(self.free), *old)
+
+    def refuse_beside_a_plan(self) -> None:
+        """A plan holds every decision: an option beside it would be ignored."""
+        usual = (self.scope, self.norm) == ("full", "block")
+        more = self.nesting or self.keep or self.free or self.overrides
+        if self.sizes is not None or not usual or more:
+            raise PlanError(
+                "a plan was given together with sizes, nesting, scope, norm, keep, free or "
+                "overrides; the plan holds them already. Give them to inspect, or edit the plan "
+                "(plan.with_widths), and convert with the plan alone."
+            )
+
+
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the analysis, the inputs that nest, and why the nesting was chosen."""
+
+    request: Request
+    free: tuple[str, ...]
+    why: str
+
+    def plan(self, found: Trace) -> Plan:
+        """Return the plan of a traced model."""
+        if self.request.options.scope == "output":
+            return remarked(output_plan(found, self.request), self.why)
+        holes = tuple(_placeholders(found, self.free))
+        return remarked(solve(found, propagate(found, holes), self.request), self.why)
+
+
 def inspect(  # noqa: PLR0913  the public signature
     model: nn.Module,
-    args: Any = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: object = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
-    sizes: Any = None,
+    sizes: Rungs | None = None,
     multiple_of: int = 1,
     nesting: str | None = None,
     scope: str = "full",
@@ -85,18 +159,16 @@ def inspect(  # noqa: PLR0913  the public signature
         SizesError: the ladder does not end at the model's width.
     """
     call = call_of(model, args, kwargs, method)
-    chosen, why = nesting_of(nesting, scope, model)
-    request = _request(scope, chosen, norm, keep, sizes=sizes, overrides=overrides)
-    request = replace(request, multiple_of=multiple_of)
-    return remarked(_plan(_traced(call, check=True), request, _freed(free, overrides)), why)
+    wishes = Wishes(sizes, multiple_of, nesting, scope, norm, keep, free, overrides)
+    return wishes.asked_of(model).plan(_traced(call, check=True))
 
 
 def convert(  # noqa: PLR0913  the public signature
     model: nn.Module,
-    args: Any = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: object = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
-    sizes: Any = None,
+    sizes: Rungs | None = None,
     multiple_of: int = 1,
     nesting: str | None = None,
     scope: str = "full",
@@ -136,13 +208,12 @@ def convert(  # noqa: PLR0913  the public signature
         SizesError: the ladder does not end at the model's width.
     """
     call = call_of(model, args, kwargs, method)
+    wishes = Wishes(sizes, multiple_of, nesting, scope, norm, keep, free, overrides)
     if plan is not None:
-        _alone(sizes, nesting, (scope, norm), keep, (free, overrides))
-    chosen, why = nesting_of(nesting, scope, model)
-    request = _request(scope, chosen, norm, keep, sizes=sizes, overrides=overrides)
-    request = replace(request, multiple_of=multiple_of)
-    found, freed = _traced(call, check=check), _freed(free, overrides)
-    plan = remarked(_plan(found, request, freed), why) if plan is None else _fit(plan, found)
+        wishes.refuse_beside_a_plan()
+    asked = wishes.asked_of(model)
+    found = _traced(call, check=check)
+    plan = asked.plan(found) if plan is None else _fit(plan, found)
     doll = Doll(found, plan, plain_attributes(model))
     if check:
         check_sizes(found, plan)
@@ -150,18 +221,6 @@ def convert(  # noqa: PLR0913  the public signature
         refuse_broken(doll, call)
     say_how_far_off(doll, call)
     return doll
-
-
-def _alone(
-    sizes: Any, nesting: Any, given: tuple[str, str], keep: Sequence[str], more: tuple[Any, Any]
-) -> None:
-    """A plan holds every decision: an option beside it would be ignored."""
-    if sizes is not None or nesting or given != ("full", "block") or keep or any(more):
-        raise PlanError(
-            "a plan was given together with sizes, nesting, scope, norm, keep, free or overrides; "
-            "the plan holds them already. Give them to inspect, or edit the plan "
-            "(plan.with_widths), and convert with the plan alone."
-        )
 
 
 def _fit(plan: Plan, found: Trace) -> Plan:
@@ -187,8 +246,8 @@ def _traced(call: Call, *, check: bool) -> Trace:
 
 def _refuse_specialised(doll: Doll, call: Call) -> None:
     """One path of a branching forward must keep the laws on its example."""
-    note = next((n for n in doll._trace.notes if n.startswith("specialised")), None)
-    failure = _failure(doll, call.args, call.kwargs) if note else None
+    note = next((n for n in trace_of(doll).notes if n.startswith("specialised")), None)
+    failure = _failure(doll, call) if note else None
     if note and failure:
         reason = note.removeprefix("specialised: the forward ").partition(";")[0]
         raise TraceError(
@@ -199,57 +258,14 @@ def _refuse_specialised(doll: Doll, call: Call) -> None:
         )
 
 
-def _failure(doll: Doll, args: Any, kwargs: Any) -> str | None:
+def _failure(doll: Doll, call: Call) -> str | None:
     """Return which law fails on the example, or what stops a size; None if all is well."""
     try:
         with silent():
-            report = verify(doll, args, kwargs)
+            report = verify(doll, call.args, call.kwargs)
     except (RuntimeError, IndexError) as error:
         return str(error).splitlines()[0]
     return None if report.passed else str(report)
-
-
-def _request(
-    scope: str,
-    nesting: str,
-    norm: str,
-    keep: Sequence[str],
-    *,
-    sizes: Any,
-    overrides: Mapping[str, Any] | None,
-) -> Request:
-    for name, value in (("nesting", nesting), ("scope", scope), ("norm", norm)):
-        if value not in CHOICES[name]:
-            raise PlanError(
-                f"{name}={value!r} was given; expected one of {', '.join(CHOICES[name])}"
-            )
-    if scope == "ffn" and nesting == "masked":
-        raise PlanError(
-            'scope="ffn" nests hidden axes only, so each size is a pass of its own; '
-            'give nesting="sliced" with it'
-        )
-    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
-    widths = {name: w for name, w in (overrides or {}).items() if name != "inputs"}
-    return Request(Options(nesting, scope, norm, patterns), sizes, widths)
-
-
-def _freed(free: Sequence[str], overrides: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The inputs that nest; they stood among the overrides until version 0.2."""
-    old = (overrides or {}).get("inputs", ())
-    if old:
-        warnings.warn(
-            f'overrides={{"inputs": ...}} becomes free={list(old)!r} and will be gone in the next '
-            "version",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-    return (*((free,) if isinstance(free, str) else free), *old)
-
-
-def _plan(found: Trace, request: Request, free: tuple[str, ...]) -> Plan:
-    if request.options.scope == "output":
-        return output_plan(found, request)
-    return solve(found, propagate(found, tuple(_placeholders(found, free))), request)
 
 
 def _placeholders(found: Trace, free: Sequence[str]) -> Iterator[str]:

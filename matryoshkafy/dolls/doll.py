@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph_module import _forward_from_src
+from torch.fx.graph_module import _forward_from_src  # pyright: ignore[reportPrivateUsage]
 
-from matryoshkafy.dolls.pickling import reduced
+from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
 from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
@@ -24,6 +24,8 @@ from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 from matryoshkafy.rewrite.readouts import LastLinear, inner_width, last_linear, readout_graph
 
 Function = Callable[..., Any]
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
 
 
 def compiled(graph: fx.Graph) -> Function:
@@ -45,7 +47,7 @@ class Doll(nn.Module):
     """
 
     def __init__(
-        self, trace: Trace, plan: Plan, attributes: Mapping[str, Any] | None = None
+        self, trace: Trace, plan: Plan, attributes: Mapping[str, object] | None = None
     ) -> None:
         super().__init__()
         self.__dict__["_attributes"] = dict(attributes or {})
@@ -55,7 +57,7 @@ class Doll(nn.Module):
             self.__dict__[table] = root.__dict__[table]
         self.__dict__["_root"] = root
         self._trace, self._plan = trace, plan
-        self._functions: dict[Any, Any] = {}
+        self._functions: dict[object, Function] = {}
         self._forward = compiled(full_graph(trace, plan))
         self.train(root.training and not self._cannot_train())
 
@@ -83,10 +85,10 @@ class Doll(nn.Module):
         attributes = self.__dict__.get("_attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return reduced(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Doll:
+    def __deepcopy__(self, memo: dict[int, object]) -> Doll:
         # Inside a process no words are needed: graph and plan are never written to, and an op that
         # a file may not name may well be copied.
         root = copy.deepcopy(self.__dict__["_root"], memo)
@@ -110,11 +112,11 @@ class Doll(nn.Module):
         reasons = (NO_GRADIENTS, NO_TRAINING)
         return next((note for note in self._plan.remarks if note.startswith(reasons)), "")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""
         return self._forward(self.__dict__["_root"], *args, **kwargs)
 
-    def outputs(self, *args: Any, **kwargs: Any) -> Outputs:
+    def outputs(self, *args: object, **kwargs: object) -> Outputs:
         """Return {size: output} for every size; each output has the structure of the user's.
 
         Masked nesting: one pass over the trunk, the tail once per size. Sliced nesting: one pass
@@ -129,7 +131,7 @@ class Doll(nn.Module):
             values = {s: self._pass(i, args, kwargs) for i, s in enumerate(self.sizes)}
         elif readouts:
             every = Late(lambda: self._passes(args, kwargs))
-            values = {s: Late(partial(lambda s: every.value[s], s)) for s in self.sizes}
+            values = {s: Late(partial(_item, every, s)) for s in self.sizes}
         else:
             values = self._passes(args, kwargs)
         return Outputs(values, readouts, moment)
@@ -138,17 +140,17 @@ class Doll(nn.Module):
     def _last(self) -> LastLinear | None:
         return last_linear(self._trace, self._plan)
 
-    def _function(self, key: Any, build: Callable[[], fx.Graph]) -> Function:
+    def _function(self, key: object, build: Callable[[], fx.Graph]) -> Function:
         if key not in self._functions:
             self._functions[key] = compiled(build())
         return self._functions[key]
 
-    def _pass(self, level: int, args: Any, kwargs: Any) -> Late:
+    def _pass(self, level: int, args: Args, kwargs: Kwargs) -> Late:
         """One size of a sliced doll."""
         function = self._function(level, lambda: _live_graph(self._trace, self._plan, level))
         return Late(lambda: function(self.__dict__["_root"], *args, **kwargs))
 
-    def _passes(self, args: Any, kwargs: Any) -> dict[int, Any]:
+    def _passes(self, args: Args, kwargs: Kwargs) -> dict[int, object]:
         """Every size of a masked doll, from one pass over the trunk."""
         levels = list(range(self._plan.levels))
         function = self._function("outputs", lambda: outputs_graph(self._trace, self._plan, levels))
@@ -157,7 +159,7 @@ class Doll(nn.Module):
         parts = (flat[i * count : (i + 1) * count] for i in levels)
         return dict(zip(self.sizes, map(unflatten, parts), strict=True))
 
-    def _readouts(self, args: Any, kwargs: Any) -> dict[int, Readout | Late]:
+    def _readouts(self, args: Args, kwargs: Kwargs) -> dict[int, Readout | Late]:
         """The last linear: one of all sizes in masked nesting, one of each in sliced."""
         found, plan = self._last, self._plan
         if found is None:
@@ -172,7 +174,11 @@ class Doll(nn.Module):
         }
 
     def _readout(
-        self, found: LastLinear, level: int, widths: Mapping[int, int | None], call: Any
+        self,
+        found: LastLinear,
+        level: int,
+        widths: Mapping[int, int | None],
+        call: tuple[Args, Kwargs],
     ) -> Readout:
         function = self._function(
             ("readout", level), lambda: readout_graph(self._trace, self._plan, found, level)
@@ -185,8 +191,27 @@ class Doll(nn.Module):
         known = {s: table.shape[1] if n is None else n for s, n in widths.items()}
         return Readout(hidden, table, bias, known, scale)
 
-    def _read(self, readout: Readout | Late, size: int) -> Any:
+    def _read(self, readout: Readout | Late, size: int) -> object:
         return self._trace.signature.unflatten([read(readout).logits(size)])
+
+
+def _item(every: Late, size: int) -> object:
+    return every.value[size]
+
+
+def trace_of(doll: Doll) -> Trace:
+    """Return the trace that a doll runs."""
+    return doll.__dict__["_trace"]
+
+
+def replan(doll: Doll, plan: Plan) -> None:
+    """Give a doll the plan that says what was done to its parameters in place."""
+    doll.__dict__["_plan"] = plan
+
+
+def root_of(doll: Doll) -> nn.Module:
+    """Return the containers of a doll's tensors, which its graph reads them from."""
+    return doll.__dict__["_root"]
 
 
 def _live_graph(trace: Trace, plan: Plan, level: int) -> fx.Graph:

@@ -8,17 +8,18 @@ a custom autograd Function, a hook, a branch on `self.training`) shows here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument, Target
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.copies import copied_inputs, seed_torch, spare
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
 from matryoshkafy.graph.training_mode import DROPOUTS, SDPA
@@ -26,6 +27,7 @@ from matryoshkafy.graph.training_mode import DROPOUTS, SDPA
 # Relative to the largest gradient of all: some gradients are zero but for rounding (the bias of
 # keys in attention).
 FLOOR = 1e-3
+Step = torch.autograd.graph.Node
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Answer:
     `smooth` are the outputs that autograd follows; `hooked` whether a hook was set on the way.
     """
 
-    outputs: tuple[Any, ...]
+    outputs: tuple[Tensor, ...]
     smooth: tuple[Tensor, ...]
     wanted: dict[str, Tensor]
     state: dict[str, Tensor]
@@ -50,7 +52,10 @@ class Answer:
             torch.randn(v.shape, generator=draw, dtype=torch.float64).to(v) for v in self.smooth
         ]
         leaves = list(self.wanted.values())
-        found = torch.autograd.grad(self.smooth, leaves, directions, allow_unused=True)
+        found = cast(
+            "tuple[Tensor | None, ...]",
+            torch.autograd.grad(self.smooth, leaves, directions, allow_unused=True),
+        )
         return {n: g for n, g in zip(self.wanted, found, strict=True) if g is not None}
 
     def functions(self) -> list[str]:
@@ -59,11 +64,11 @@ class Answer:
         names = [type(n).__name__ for n in self._nodes() if isinstance(n, own)]
         return list(dict.fromkeys(name.removesuffix("Backward") for name in names))
 
-    def structure(self) -> Counter[Any]:
+    def structure(self) -> Counter[tuple[str, tuple[str, ...]]]:
         """Return how often each op of the backward follows which others, leaves by name."""
         names = {id(t): name for name, t in reversed(self.wanted.items())}
 
-        def word(node: Any) -> str:
+        def word(node: Step | None) -> str:
             leaf = getattr(node, "variable", None)
             return names.get(id(leaf), "") if leaf is not None else node.name() if node else ""
 
@@ -71,9 +76,9 @@ class Answer:
             (word(n), tuple(word(parent) for parent, _ in n.next_functions)) for n in self._nodes()
         )
 
-    def _nodes(self) -> set[Any]:
-        queue: list[Any] = [v.grad_fn for v in self.smooth]
-        seen: set[Any] = set()
+    def _nodes(self) -> set[Step]:
+        queue: list[Step | None] = [v.grad_fn for v in self.smooth]
+        seen: set[Step] = set()
         while queue:
             node = queue.pop()
             if node is not None and node not in seen:
@@ -83,7 +88,7 @@ class Answer:
 
 
 def gradients_agree(
-    trace: Trace, model: nn.Module, flat: Sequence[Any], *, training: bool, tolerance: float
+    trace: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: bool, tolerance: float
 ) -> str:
     """Return "" where outputs and gradients of graph and model agree, else what differs.
 
@@ -107,7 +112,7 @@ def gradients_agree(
 
 
 def follow_gradients(
-    trace: Trace, model: nn.Module, flat: Sequence[Any], tolerance: float
+    trace: Trace, model: nn.Module, flat: Sequence[Tensor], tolerance: float
 ) -> Trace:
     """Return the trace, with a remark where it does not train as the model does.
 
@@ -126,7 +131,7 @@ def follow_gradients(
 
 
 def _of_model(
-    trace: Trace, model: nn.Module, flat: Sequence[Any], *, training: bool
+    trace: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: bool
 ) -> Answer | None:
     """None where the model itself cannot be trained on the example."""
     mine, leaves = _fresh(flat)
@@ -137,22 +142,22 @@ def _of_model(
                 twin = twin if model.training else twin.train()
             else:
                 twin.eval()
-            torch.manual_seed(0)
+            seed_torch(0)
             return replace(_answer(twin(*args, **kwargs), twin, leaves), hooked=watch.hooked)
     except Exception:  # noqa: BLE001  the user's forward may raise anything
         return None
 
 
-def _of_graph(trace: Trace, flat: Sequence[Any], *, training: bool) -> Answer:
+def _of_graph(trace: Trace, flat: Sequence[Tensor], *, training: bool) -> Answer:
     mine, leaves = _fresh(flat)
     with spare(trace.root) as root, torch.enable_grad():
         root.training = training
-        torch.manual_seed(0)
+        seed_torch(0)
         result = _WithoutDropout(root, graph=trace.graph).run(*mine)
         return _answer(trace.signature.unflatten(result), root, leaves)
 
 
-def _fresh(flat: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
+def _fresh(flat: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return inputs of a call's own; what may have a gradient stands beside them by number.
 
     A leaf may not be written in place, so the call gets copies.
@@ -162,7 +167,7 @@ def _fresh(flat: Sequence[Any]) -> tuple[list[Any], dict[str, Tensor]]:
     return [t.clone() for t in args], leaves
 
 
-def _answer(result: Any, model: nn.Module, leaves: dict[str, Tensor]) -> Answer:
+def _answer(result: object, model: nn.Module, leaves: dict[str, Tensor]) -> Answer:
     outputs = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = parameters | dict(model.named_buffers(remove_duplicate=False))
@@ -243,30 +248,36 @@ class _NoDropout(TorchFunctionMode):
     hooked = False
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         del types
         kwargs = dict(kwargs or {})
-        self.hooked |= func is Tensor.register_hook
+        self.hooked |= func is getattr(Tensor, "register_hook", None)
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is SDPA:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **_after(args)}
         if func is F.multi_head_attention_forward:
-            names = func.__code__.co_varnames[: len(args)]
+            names = F.multi_head_attention_forward.__code__.co_varnames[: len(args)]
             kwargs = dict(zip(names, args, strict=True)) | kwargs | {"dropout_p": 0.0}
             args = ()
         return func(*args, **kwargs)
 
 
-def _after(args: Any) -> dict[str, Any]:
+def _after(args: Sequence[object]) -> dict[str, object]:
     return {"is_causal": args[5]} if len(args) > 5 else {}
 
 
 class _WithoutDropout(fx.Interpreter):
     """Runs a graph in which dropout drops nothing."""
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(
+        self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Compute a node."""
         key = op_key(target)
         if key in DROPOUTS.values():

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.measure import relative_error, run, tolerance_of
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.slice import parts_of, slice, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
+from matryoshkafy.graph.copies import seed_torch
 from matryoshkafy.graph.guards import Guards
 from matryoshkafy.graph.trials import candidates, classes, resized
 from matryoshkafy.plan.plan import Plan
@@ -45,8 +46,8 @@ class Question:
     """A doll, a call of it, and the model (or {size: the native model}) that it is held against."""
 
     doll: Doll
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     against: nn.Module | Mapping[int, nn.Module] | None = None
 
     @property
@@ -55,9 +56,9 @@ class Question:
         return self.against if isinstance(self.against, nn.Module) else None
 
     @property
-    def flat(self) -> list[Any]:
+    def flat(self) -> list[torch.Tensor]:
         """The flat inputs of the doll's graphs."""
-        return self.doll._trace.signature.flatten(self.args, dict(self.kwargs))
+        return trace_of(self.doll).signature.flatten(self.args, dict(self.kwargs))
 
 
 def rows(asked: Question) -> Iterator[Law]:
@@ -84,7 +85,7 @@ def _identity(asked: Question) -> Law:
 
 
 def _call(model: nn.Module, asked: Question) -> Any:
-    torch.manual_seed(0)
+    seed_torch(0)
     training = model.training
     model.eval()
     try:
@@ -145,14 +146,18 @@ def _gradients_of(model: nn.Module, asked: Question) -> dict[str, torch.Tensor]:
         sums = [(v * torch.randn(v.shape, generator=generator).to(v)).sum() for v in floats]
         if not sums:
             return {}
-        found = torch.autograd.grad(sum(sums), list(weights.values()), allow_unused=True)  # type: ignore[arg-type]
+        total = torch.stack([s.real.double() for s in sums]).sum()
+        found = cast(
+            "tuple[torch.Tensor | None, ...]",
+            torch.autograd.grad(total, list(weights.values()), allow_unused=True),
+        )
     return {n: g for n, g in zip(weights, found, strict=True) if g is not None}
 
 
 def _guards(asked: Question) -> Law:
     """A size that the trace fixed is refused at any other; one that it left free can change."""
     name = "inside its guards or not at all"
-    guards, flat = asked.doll._trace.signature.guards, asked.flat
+    guards, flat = trace_of(asked.doll).signature.guards, asked.flat
     for group in classes(guards):
         tried = candidates(guards, [tuple(t.shape) for t in flat], group)
         failures = [_failure(asked.doll, resized(flat, sizes)) for sizes in tried]
@@ -163,16 +168,16 @@ def _guards(asked: Question) -> Law:
     return Law(9, name, not passing, detail=detail)
 
 
-def _failure(doll: Doll, inputs: list[Any]) -> str:
+def _failure(doll: Doll, inputs: list[torch.Tensor]) -> str:
     """Return what stops the doll at other sizes, "" if nothing does."""
     try:
-        run(full_graph(doll._trace, doll.plan), doll.__dict__["_root"], inputs)
+        run(full_graph(trace_of(doll), doll.plan), root_of(doll), inputs)
     except (RuntimeError, IndexError, MatryoshkafyError) as error:
         return str(error).splitlines()[0]
     return ""
 
 
-def _unguarded(guards: Guards, flat: list[Any]) -> str:
+def _unguarded(guards: Guards, flat: list[torch.Tensor]) -> str:
     """Return a fixed size that may be changed without a word, "" where there is none."""
     for guard in (g for g in guards.conditions if g.fixes):
         size = guard.sizes[0]
@@ -188,7 +193,7 @@ def _unguarded(guards: Guards, flat: list[Any]) -> str:
 def _obeyed(doll: Doll) -> Law:
     name = "the plan is obeyed"
     try:
-        check_sizes(doll._trace, doll.plan)
+        check_sizes(trace_of(doll), doll.plan)
     except PlanError as error:
         return Law(10, name, False, detail=str(error).splitlines()[0])
     return Law(10, name, True)

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from matryoshkafy.errors import TraceError
 
+# The configuration of a transformers model: its fields differ from family to family.
+Config = Any
 BATCH, LENGTH = 2, 8
 TEXTS = ("A text.", "Another text, which is somewhat longer than the first one.")
 LIBRARIES = ("transformers", "sentence_transformers", "timm", "torchvision", "open_clip")
 
 
-def made_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def made_inputs(model: nn.Module) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return random (args, kwargs) for a model of transformers, sentence-transformers or timm.
 
     Raises:
@@ -31,9 +33,9 @@ def made_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (dict(read(list(TEXTS))),), {}
     if hasattr(model, "main_input_name") and hasattr(model, "config"):
         return (), dict(_tokens(model.config, _wanted(model)))
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and "input_size" in cfg:
-        return (_normal(BATCH, *cfg["input_size"]),), {}
+        return (_normal(BATCH, *cast("Sequence[int]", cfg["input_size"])),), {}
     needed = [
         p.name
         for p in inspect.signature(model.forward).parameters.values()
@@ -53,7 +55,7 @@ def is_sentence_transformer(model: nn.Module) -> bool:
     return known and hasattr(model, "tokenize")
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def _configs(model: nn.Module) -> list[Config]:
     """The configs of the transformers models inside, outermost first."""
     found = (getattr(module, "config", None) for module in model.modules())
     return list({id(c): c for c in found if hasattr(c, "model_type")}.values())
@@ -74,7 +76,7 @@ def _wanted(model: Any) -> list[str]:
     return [name for name in dict.fromkeys(wanted) if name in known]
 
 
-def _tokens(config: Any, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _tokens(config: Config, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         if name not in MAKERS:
             raise TraceError(
@@ -84,25 +86,25 @@ def _tokens(config: Any, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         yield name, MAKERS[name](config)
 
 
-def _ids(config: Any) -> Tensor:
+def _ids(config: Config) -> Tensor:
     words = getattr(config.get_text_config(), "vocab_size", 100)
     draw = torch.Generator().manual_seed(0)
     return torch.randint(min(3, words - 1), words, (BATCH, LENGTH), generator=draw)
 
 
-def _pixels(config: Any) -> Tensor:
+def _pixels(config: Config) -> Tensor:
     vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    size: int | Sequence[int] = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
     return _normal(BATCH, getattr(vision, "num_channels", 3), height, width)
 
 
-def _wave(config: Any) -> Tensor:
+def _wave(config: Config) -> Tensor:
     bins = getattr(config, "num_mel_bins", None)
     return _normal(BATCH, config.max_length, bins) if bins else _normal(BATCH, 4000)
 
 
-def _features(config: Any) -> Tensor:
+def _features(config: Config) -> Tensor:
     length = 2 * getattr(config, "max_source_positions", 100)
     return _normal(BATCH, getattr(config, "num_mel_bins", 80), length)
 
@@ -111,7 +113,7 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-MAKERS: dict[str, Callable[[Any], Tensor]] = {
+MAKERS: dict[str, Callable[[Config], Tensor]] = {
     "input_ids": _ids,
     "attention_mask": lambda _: torch.ones(BATCH, LENGTH, dtype=torch.long),
     "token_type_ids": lambda _: torch.zeros(BATCH, LENGTH, dtype=torch.long),
@@ -123,7 +125,7 @@ MAKERS: dict[str, Callable[[Any], Tensor]] = {
 
 
 @contextlib.contextmanager
-def caches_off(model: nn.Module) -> Iterator[None]:
+def caches_off(model: nn.Module) -> Generator[None, None, None]:
     """A cache among the outputs cannot be traced: transformers leaves it out, then goes on."""
     configs = [c for c in _configs(model) if getattr(c, "use_cache", False)]
     try:
@@ -147,7 +149,8 @@ def loaded_by(model: nn.Module) -> str | None:
 
 def trained_norm(model: nn.Module) -> str | None:
     """Return the name of a norm's gain that training has moved: fresh ones are all alike."""
-    for name, module in model.named_modules():
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    for name, module in modules:
         gain = getattr(module, "weight", None)
         if "norm" in type(module).__name__.lower() and isinstance(gain, Tensor) and _moved(gain):
             return f"{name}.weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.slice import relative, state_of, take
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.plan.plan import Plan
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -26,34 +27,31 @@ def tolerance_of(doll: nn.Module) -> float:
 
 
 @contextlib.contextmanager
-def evaluated(doll: nn.Module) -> Iterator[None]:
+def evaluated(doll: nn.Module) -> Generator[None, None, None]:
     """Evaluation mode, no gradients, and random numbers that leave the caller's alone."""
     training = doll.training
     doll.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked():
             yield
     finally:
         doll.train(training)
 
 
-def doubled(doll: Doll, flat: Sequence[Any]) -> tuple[Doll, list[Any]]:
+def doubled(doll: Doll, flat: Sequence[torch.Tensor]) -> tuple[Doll, list[torch.Tensor]]:
     """Return a copy of the doll and of its inputs in float64."""
-    wide = [
-        t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in flat
-    ]
+    wide = [t.double() if t.is_floating_point() else t for t in flat]
     return copy.deepcopy(doll).double(), wide
 
 
-def prefix_inputs(doll: Doll, place: tuple[Plan, int], flat: list[Any]) -> list[Any]:
+def prefix_inputs(
+    doll: Doll, place: tuple[Plan, int], flat: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """A sub-model takes the prefix of an input whose axis was freed."""
     plan, level = place
-    holes = [n.name for n in doll._trace.graph.nodes if n.op == "placeholder"]
+    holes = [n.name for n in trace_of(doll).graph.nodes if n.op == "placeholder"]
     widths = (plan.ladder[-1], plan.ladder[level])
-    return [
-        prefix(value, plan.nodes.get(name, ()), widths)
-        for name, value in zip(holes, flat, strict=True)
-    ]
+    return [prefix(value, plan.dims(name), widths) for name, value in zip(holes, flat, strict=True)]
 
 
 class Recorder(fx.Interpreter):
@@ -70,17 +68,17 @@ class Recorder(fx.Interpreter):
         return value
 
 
-def values_of(graph: fx.Graph, root: nn.Module, flat: list[Any]) -> dict[str, Any]:
+def values_of(graph: fx.Graph, root: nn.Module, flat: list[torch.Tensor]) -> dict[str, Any]:
     """Return what every one of the user's nodes computed, and the flat "output"."""
     recorder = Recorder(graph, root)
-    torch.manual_seed(0)  # a forward that draws random numbers draws the same ones at every size
+    seed_torch(0)  # a forward that draws random numbers draws the same ones at every size
     out = recorder.run(*flat, enable_io_processing=False)
     return recorder.kept | {"output": out}
 
 
-def run(graph: fx.Graph, root: nn.Module, flat: list[Any]) -> Any:
+def run(graph: fx.Graph, root: nn.Module, flat: list[torch.Tensor]) -> Any:
     """Return the flat outputs of a graph over the state of a module."""
-    torch.manual_seed(0)
+    seed_torch(0)
     return fx.Interpreter(root, graph=graph).run(*flat, enable_io_processing=False)
 
 
@@ -89,17 +87,17 @@ def prefixes(
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield every trunk value by name: its prefix in the full model, and the sub-model's."""
     for name, value in small.items():
-        shape = plan.nodes.get(name)
+        shape = plan.dims(name)
         action = plan.actions.get(name)
         once = name not in plan.tail and (action is None or action.kind != "inner")
-        known = name in full and once and shape is not None
-        if known and isinstance(value, torch.Tensor) and not isinstance(shape, Many):
+        known = name in full and once and name in plan.nodes
+        if known and isinstance(value, torch.Tensor):
             widths = (plan.ladder[-1], plan.ladder[level])
             yield name, prefix(full[name], shape, widths), value
 
 
 def prefix(
-    value: torch.Tensor, shape: Any, widths: tuple[dims.Widths, dims.Widths]
+    value: torch.Tensor, shape: Sequence[dims.Dim], widths: tuple[dims.Widths, dims.Widths]
 ) -> torch.Tensor:
     """Return the part of a value of the first widths that is kept at the second."""
     return take(value, tuple(relative(axis, *widths) for axis in shape))
@@ -109,7 +107,7 @@ def disturb(doll: Doll, plan: Plan, level: int, generator: torch.Generator) -> N
     """Replace everything past the prefix of a size by noise, in place."""
     state = state_of(doll)
     fed = _feeding(doll, plan)
-    done = set()
+    done: set[int] = set()
     for name, shape in plan.parameters.items():
         tensor = state.get(name)
         if tensor is None or name in fed or id(tensor) in done or not _is_plain(tensor):
@@ -126,7 +124,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _disturbed(
-    tensor: torch.Tensor, shape: Any, widths: tuple[Any, Any], generator: torch.Generator
+    tensor: torch.Tensor,
+    shape: Sequence[dims.Dim],
+    widths: tuple[dims.Widths, dims.Widths],
+    generator: torch.Generator,
 ) -> torch.Tensor:
     noise = _noise_like(tensor, generator)
     keep = torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -149,7 +150,8 @@ def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 def _feeding(doll: Doll, plan: Plan) -> set[str]:
     """Parameters whose full-width statistics are part of every size (weight normalisation)."""
-    names, queue = set(), [n for n in doll._trace.graph.nodes if n.name in plan.full]
+    names: set[str] = set()
+    queue = [n for n in trace_of(doll).graph.nodes if n.name in plan.full]
     while queue:
         node = queue.pop()
         if node.op == "get_attr":
@@ -158,7 +160,7 @@ def _feeding(doll: Doll, plan: Plan) -> set[str]:
     return names
 
 
-def relative_error(a: Any, b: Any) -> float:
+def relative_error(a: object, b: object) -> float:
     """Return the largest difference of two results, relative to the largest finite value of each
     tensor.
     """

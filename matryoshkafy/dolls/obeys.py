@@ -5,9 +5,9 @@ The graphs run on fake tensors, which hold no memory: milliseconds instead of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import TensorInfo, info_of, op_key
+from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.stored import statistics
@@ -71,7 +71,7 @@ class _Checker:
     ) -> None:
         """Run one graph over tensors of these shapes; what fakes cannot follow is left alone."""
         widths = self.plan.ladder[level if standalone else -1]
-        values: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, object] = {}
         with FakeTensorMode(), torch.no_grad():
             for node in graph.nodes:
                 if node.op == "placeholder":
@@ -84,10 +84,10 @@ class _Checker:
     def _input(self, node: fx.Node, widths: Widths) -> Tensor:
         info = info_of(self.nodes[node.meta["origin"][0]])
         assert isinstance(info, TensorInfo)
-        planned = self.plan.nodes.get(node.meta["origin"][0], ())
+        planned = self.plan.dims(node.meta["origin"][0])
         return torch.empty(_sizes(planned, widths) if planned else info.shape, dtype=info.dtype)
 
-    def _tensor(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def _tensor(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor | bool:
         if name == "training":
             return False
         if name in self.state:
@@ -98,11 +98,10 @@ class _Checker:
         assert isinstance(info, TensorInfo)
         return torch.empty(shapes[name], dtype=info.dtype)
 
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    def _run(self, node: fx.Node, values: dict[fx.Node, object]) -> None:
         place, own = self._place(node), "origin" in node.meta
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         try:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = _called(node, values.__getitem__)
         except Exception as error:  # noqa: BLE001  ops of any library run here
             if place is not None and (not own or self._follows(place.node)):
                 raise PlanError(self._text(place, f"fails: {_first_line(error)}")) from error
@@ -120,12 +119,13 @@ class _Checker:
             return None
         return _Place(known, level)
 
-    def _compare(self, place: _Place, value: Any) -> None:
+    def _compare(self, place: _Place, value: object) -> None:
         shapes = self.plan.outputs(place.node.name)
         if not shapes:  # scope "output" plans no node
             return
         several = isinstance(value, (tuple, list))
-        for i, each in enumerate(value if several else (value,)):
+        found_here = cast("Sequence[object]", value) if several else (value,)
+        for i, each in enumerate(found_here):
             shape = shapes[i] if i < len(shapes) else ()
             if isinstance(each, Tensor) and (shape or not several):
                 expected = _sizes(shape, self.plan.ladder[place.level])
@@ -137,14 +137,13 @@ class _Checker:
     def _follows(self, node: fx.Node) -> bool:
         """Tell whether fake tensors can compute a node at full size, as the user's graph has it."""
 
-        def fake(value: fx.Node) -> Any:
+        def fake(value: fx.Node) -> object:
             info = info_of(value)
             return _faked(info) if info is not None else self._tensor(str(value.target), self.whole)
 
         try:
             with FakeTensorMode(), torch.no_grad():
-                args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
-                node.target(*args, **kwargs)  # type: ignore[operator]
+                _called(node, fake)
         except Exception:  # noqa: BLE001  whatever an op raises, it cannot be followed
             return False
         return True
@@ -158,7 +157,14 @@ class _Checker:
         )
 
 
-def _faked(info: Any) -> Any:
+def _called(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> object:
+    """Compute a node over values of our own."""
+    call = cast("Callable[..., object]", node.target)
+    args, kwargs = cast("tuple[Any, Any]", fx.map_arg((node.args, node.kwargs), value_of))
+    return call(*args, **kwargs)
+
+
+def _faked(info: Info) -> object:
     if isinstance(info, TensorInfo):
         if -1 in info.shape:
             raise LookupError("a size that only the data decides")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.copies import copied_inputs, seed_torch, spare
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.signature import Filled
 from matryoshkafy.graph.trace import Trace
@@ -21,7 +20,7 @@ CANDIDATES = {"attention_mask": 1, "token_type_ids": 0}
 TOLERANCE = 1e-6
 
 
-def with_defaults(found: Trace, model: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
+def with_defaults(found: Trace, model: nn.Module, kwargs: Mapping[str, object]) -> Trace:
     """Return the trace with the inputs that a call may leave out, or may give although the example
     did not: those for which the model computes the same with and without the default.
     """
@@ -29,7 +28,7 @@ def with_defaults(found: Trace, model: nn.Module, kwargs: Mapping[str, Any]) -> 
     return replace(found, signature=replace(found.signature, filled=filled)) if filled else found
 
 
-def _filled(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[Filled]:
+def _filled(model: nn.Module, kwargs: Mapping[str, object]) -> Iterator[Filled]:
     ids, known = kwargs.get("input_ids"), inspect.signature(model.forward).parameters
     if not isinstance(ids, Tensor) or ids.is_meta:
         return
@@ -42,17 +41,19 @@ def _filled(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[Filled]:
             yield Filled(name, "input_ids", value, dtype)
 
 
-def _same(model: nn.Module, kwargs: Mapping[str, Any], name: str, value: Tensor) -> bool:
+def _same(model: nn.Module, kwargs: Mapping[str, object], name: str, value: Tensor) -> bool:
     """Whether the model itself takes the default for what is missing, padded ids among them."""
-    padded = kwargs["input_ids"].clone()
+    ids = kwargs["input_ids"]
+    assert isinstance(ids, Tensor)
+    padded = ids.clone()
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     if isinstance(pad, int) and padded.ndim == 2 and padded.shape[1] > 1:
         padded[0, -1] = pad
     plain = {k: v for k, v in kwargs.items() if k not in CANDIDATES} | {"input_ids": padded}
-    results = []
+    results: list[object] = []
     for more in ({}, {name: value}):
         with torch.no_grad(), silent(), spare(model) as twin:
-            torch.manual_seed(0)
+            seed_torch(0)
             args, named = copied_inputs((), plain | more)
             try:
                 results.append(twin.eval()(*args, **named))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,10 @@ from torch import nn
 WORDS = "matryoshkafy.files.pickles"
 
 
-def reduced(model: nn.Module) -> tuple[Callable[..., nn.Module], tuple[Any, ...]]:
+Reduced = tuple[Callable[..., nn.Module], tuple[object, ...]]
+
+
+def reduced(model: nn.Module) -> Reduced:
     """Return what `__reduce__` has to: a function, and the arguments that it makes a model of."""
     words = import_module(WORDS)
     return words.revive, words.frozen(model)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from matryoshkafy.dolls.calls import Call
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, replan, root_of
 from matryoshkafy.dolls.libraries import caches_off, loaded_by, trained_norm
 from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.graph.copies import chance_kept, copied_inputs, spare
+from matryoshkafy.graph.copies import chance_kept, copied_inputs, seed_torch, spare
 from matryoshkafy.graph.quiet import modes_kept
 from matryoshkafy.plan.plan import Plan
 
@@ -64,7 +64,7 @@ def say_how_far_off(doll: Doll, call: Call) -> None:
         'nesting="sliced" to keep what was learned, or fine-tune; weights that were trained in '
         "masked nesting are all right."
     )
-    doll.__dict__["_plan"] = remarked(doll.plan, text)
+    replan(doll, remarked(doll.plan, text))
     warnings.warn(text, PretrainedWarning, stacklevel=3)
 
 
@@ -74,8 +74,8 @@ def distance(doll: Doll, call: Call) -> float:
     """
     args, kwargs = copied_inputs(call.args, call.kwargs)
     with torch.no_grad(), caches_off(call.model), spare(call.model) as twin:
-        torch.manual_seed(0)
+        seed_torch(0)
         expected = twin.eval()(*args, **kwargs)
-    with torch.no_grad(), chance_kept(), modes_kept(doll, doll.__dict__["_root"]):
-        torch.manual_seed(0)
+    with torch.no_grad(), chance_kept(), modes_kept(doll, root_of(doll)):
+        seed_torch(0)
         return relative_error(doll.eval()(*call.args, **dict(call.kwargs)), expected)

@@ -40,7 +40,7 @@ def _smaller(largest: fx.GraphModule, level: int) -> fx.GraphModule:
     # The same values as a slice of it has; those that can be are views instead of copies.
     copies = state_of(cut_model(largest, plan.sizes[level]))
     made: dict[int, torch.Tensor] = {}
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for cut in cuts_of(plan, level):
         copy = copies[cut.name]
         if id(copy) not in made:

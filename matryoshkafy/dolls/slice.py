@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -15,9 +15,10 @@ from torch import fx, nn
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Segments, Widths
 from matryoshkafy.axes.dims import relative as relative
-from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.dolls.pickling import reduced
+from matryoshkafy.dolls.doll import Doll, trace_of
+from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.nodes import bound_args
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Plan, Stored
@@ -76,28 +77,28 @@ def reparametrised(
     """Return v and g of weight-normalised weights so that g v / |v| is the cut of the full
     weight.
     """
-    out = {}
+    out: dict[str, torch.Tensor] = {}
     already = plan.ladder[-1] != tuple(g.size for g in plan.groups)
     for node in trace.graph.nodes:
         if node.name in plan.full and is_reparametrised(node):
-            names = [str(n.target) for n in node.args[:2]]  # type: ignore[union-attr]
+            names = [str(n.target) for n in node.all_input_nodes[:2]]
             v, g = (state[n].detach() for n in names)
-            dim = node.args[2] if len(node.args) > 2 else 0
-            weight = v if already else torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
-            shape = plan.nodes[node.name]
+            dim = int(bound_args(node).get("dim", 0))
+            weight = v if already else torch.ops.aten._weight_norm(v, g, dim)
+            shape = plan.dims(node.name)
             pairs = [relative(d, plan.ladder[-1], plan.ladder[level]) for d in shape]
             out[names[0]] = take(weight, tuple(pairs))
-            out[names[1]] = torch.norm_except_dim(out[names[0]], 2, dim)  # type: ignore[arg-type]
+            out[names[1]] = torch.norm_except_dim(out[names[0]], 2, dim)
     return out
 
 
 def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
     """Return the trace and plan of a doll or of a sub-model."""
     if isinstance(model, Doll):
-        return model._trace, model._plan
-    meta = getattr(model, "meta", None)
-    if isinstance(meta, dict) and "matryoshka" in meta:
-        trace, plan = meta["matryoshka"]
+        return trace_of(model), model.plan
+    made = model.meta.get("matryoshka") if isinstance(model, fx.GraphModule) else None
+    if made is not None:
+        trace, plan = cast("tuple[Trace, Plan]", made)
         return replace(trace, root=_named_root(model)), plan
     raise PlanError(
         f"a {type(model).__name__} was given; expected a model from convert, load or slice. "
@@ -152,7 +153,8 @@ def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
 
 
 def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    needed, queue = set(), list(nodes)
+    needed: set[fx.Node] = set()
+    queue = list(nodes)
     while queue:
         node = queue.pop()
         if node not in needed:
@@ -201,8 +203,8 @@ def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.T
 
 def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, torch.Tensor]:
     """Return the cut tensors; names tied in the doll stay tied."""
-    made: dict[Any, torch.Tensor] = {}
-    out = {}
+    made: dict[tuple[int, tuple[Segments | None, ...]], torch.Tensor] = {}
+    out: dict[str, torch.Tensor] = {}
     for cut in cuts:
         key = (id(state[cut.name]), cut.segments)
         if key not in made:
@@ -277,12 +279,14 @@ def _own_attributes() -> frozenset[str]:
 class SubModel(fx.GraphModule):
     """A standalone sub-model; pickled and copied by its tensors and its plan, not by its code."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Reduced:
         return reduced(self)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        make, parts = reduced(self)
-        return make(*copy.deepcopy(parts, memo))
+    def __deepcopy__(self, memo: dict[int, object]) -> fx.GraphModule:
+        # As a doll: graph and plan are never written to, so the tensors alone are copied.
+        trace, plan = parts_of(self)
+        state = state_of(self)
+        return assemble(trace, plan, copy.deepcopy(state, memo), kinds_of(state))
 
 
 def assemble(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -12,7 +11,7 @@ from torch import fx, nn
 from matryoshkafy.dolls.gradients import follow_gradients
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.copies import chance_kept, copied_inputs, reseed_others, spare
+from matryoshkafy.graph.copies import chance_kept, copied_inputs, reseed_others, seed_torch, spare
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace, trace
 from matryoshkafy.graph.training_mode import follow_training
@@ -23,7 +22,11 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torc
 
 
 def traced(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, *, check: bool = True
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object] | None,
+    *,
+    check: bool = True,
 ) -> Trace:
     """Trace the model, and refuse a graph that computes something else on the example.
 
@@ -32,9 +35,8 @@ def traced(
     differ, the doll is for inference only, and says so. Raises `TraceError`.
     """
     found = trace(model, args, kwargs)
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     flat = found.signature.flatten(args, dict(kwargs or {}))
-    if any(t.is_meta for t in (*found.state().values(), *flat) if isinstance(t, torch.Tensor)):
+    if any(t.is_meta for t in (*found.state().values(), *flat)):
         return found
     with silent():
         beside = Beside(found, model)
@@ -70,13 +72,13 @@ class Beside:
         types = {t.dtype for t in self.trace.state().values()} & TOLERANCE.keys()
         return max((TOLERANCE[t] for t in types), default=TOLERANCE[torch.float32])
 
-    def error(self, flat: Sequence[Any]) -> float:
+    def error(self, flat: Sequence[torch.Tensor]) -> float:
         """Return the relative error of the graph, both with the same random numbers; raises what
         the model raises.
         """
         return self._against(self._of_model(flat), flat)
 
-    def agree(self, flat: Sequence[Any]) -> bool | None:
+    def agree(self, flat: Sequence[torch.Tensor]) -> bool | None:
         """Tell whether graph and model agree; None where the model itself fails."""
         try:
             expected = self._of_model(flat)
@@ -87,23 +89,23 @@ class Beside:
         except (RuntimeError, ValueError, IndexError):
             return False
 
-    def _of_model(self, flat: Sequence[Any]) -> Any:
+    def _of_model(self, flat: Sequence[torch.Tensor]) -> object:
         args, kwargs = copied_inputs(*self.trace.signature.call(flat))
         with torch.no_grad(), spare(self.model) as twin:
-            torch.manual_seed(0)
+            seed_torch(0)
             reseed_others(0)  # what they drew while it was traced is a constant of the graph
             return twin.eval()(*args, **kwargs)
 
-    def _against(self, expected: Any, flat: Sequence[Any]) -> float:
+    def _against(self, expected: object, flat: Sequence[torch.Tensor]) -> float:
         root = self.trace.root
         with torch.no_grad(), chance_kept(), modes_kept(root):
             root.training = False
-            torch.manual_seed(0)
+            seed_torch(0)
             found = fx.Interpreter(root, graph=self.trace.graph).run(*flat)
         return relative_error(self.trace.signature.unflatten(found), expected)
 
 
-def _settled(found: Trace, flat: Sequence[Any], beside: Beside) -> Trace:
+def _settled(found: Trace, flat: Sequence[torch.Tensor], beside: Beside) -> Trace:
     before = found.signature.guards
     guards = settled(before, flat, beside.agree)
     new = [g for g in guards.conditions if g.fixes and g not in before.conditions]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.laws import Law, Question, rows
 from matryoshkafy.dolls.measure import (
     TOLERANCE,
@@ -118,8 +118,8 @@ class Report:
 
 def verify(
     model: nn.Module,
-    args: Any = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: object = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     against: nn.Module | Mapping[int, nn.Module] | None = None,
 ) -> Report:
@@ -154,7 +154,7 @@ def verify(
         return replace(report, others=tuple(rows(asked)))
 
 
-def _exact(doll: Doll, plan: Plan, flat: list[Any]) -> Report | None:
+def _exact(doll: Doll, plan: Plan, flat: list[torch.Tensor]) -> Report | None:
     """Return the report in float64; None where the model does not compute in it."""
     try:
         return _report(*_wide(doll, plan, flat))
@@ -162,7 +162,9 @@ def _exact(doll: Doll, plan: Plan, flat: list[Any]) -> Report | None:
         return None
 
 
-def _wide(doll: Doll, plan: Plan, flat: list[Any]) -> tuple[Doll, Plan, list[Any]]:
+def _wide(
+    doll: Doll, plan: Plan, flat: list[torch.Tensor]
+) -> tuple[Doll, Plan, list[torch.Tensor]]:
     copied, inputs = doubled(doll, flat)
     return copied, plan, inputs
 
@@ -172,35 +174,52 @@ def _as_doll(model: nn.Module) -> Doll:
     return Doll(trace, plan)
 
 
-def _report(doll: Doll, plan: Plan, flat: list[Any]) -> Report:
-    work = [n for n in doll._trace.graph.nodes if n.op == "call_function"]
+def _report(doll: Doll, plan: Plan, flat: list[torch.Tensor]) -> Report:
+    work = [n for n in trace_of(doll).graph.nodes if n.op == "call_function"]
     share = len(plan.tail) / max(1, len(work))
     measured: list[SizeReport] = []
     larger: fx.GraphModule | None = None
     full = (
         None
         if not plan.masked
-        else values_of(full_graph(doll._trace, plan), doll.__dict__["_root"], flat)
+        else values_of(full_graph(trace_of(doll), plan), root_of(doll), flat)
     )
     noisy = copy.deepcopy(doll)
     generator = torch.Generator().manual_seed(0)
     for level in reversed(range(plan.levels)):
         small = slice(doll, plan.sizes[level])
         disturb(noisy, plan, level, generator)
-        measured.append(_size_report((doll, noisy, small, larger), (plan, level), flat, full))
+        measured.append(
+            _size_report(_Models(doll, noisy, small, larger), (plan, level), flat, full)
+        )
         larger = small
     return Report(tolerance_of(doll), share, tuple(measured[::-1]))
 
 
-def _size_report(models: Any, place: tuple[Plan, int], flat: list[Any], full: Any) -> SizeReport:
-    doll, noisy, small, larger = models
+@dataclass(frozen=True)
+class _Models:
+    """What is compared at a size: the doll, one whose far units are noise, two of its slices."""
+
+    doll: Doll
+    noisy: Doll
+    small: fx.GraphModule
+    larger: fx.GraphModule | None
+
+
+def _size_report(
+    models: _Models,
+    place: tuple[Plan, int],
+    flat: list[torch.Tensor],
+    full: dict[str, Any] | None,
+) -> SizeReport:
+    doll, noisy, small, larger = models.doll, models.noisy, models.small, models.larger
     plan, level = place
-    own = run(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
+    own = run(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), flat)
     values = values_of(small.graph, small, prefix_inputs(doll, place, flat))
     reference = values.pop("output")
-    moved = run(outputs_graph(doll._trace, plan, [level]), noisy.__dict__["_root"], flat)
+    moved = run(outputs_graph(trace_of(doll), plan, [level]), root_of(noisy), flat)
     if full is None:
-        full = values_of(outputs_graph(doll._trace, plan, [level]), doll.__dict__["_root"], flat)
+        full = values_of(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), flat)
         pairs = [(full[n], v) for n, v in values.items() if n in full]
     else:
         pairs = [(a, b) for _, a, b in prefixes(plan, level, full, values)]

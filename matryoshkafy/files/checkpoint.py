@@ -15,12 +15,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -40,7 +39,7 @@ from matryoshkafy.files.fitting import check_fit
 from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
 from matryoshkafy.files.graph_json import callables, graph_to_json
 from matryoshkafy.files.held import LEVEL_FILE, Held, open_folder
-from matryoshkafy.files.json_text import parse_json
+from matryoshkafy.files.json_text import Json, is_object, parse_json
 from matryoshkafy.files.levels import Layout, Levels, layout_from_json, outline_of
 from matryoshkafy.files.records import (
     CheckpointError,
@@ -94,7 +93,7 @@ def write_checkpoint(
     folder: str | os.PathLike[str],
     parts: tuple[nn.Module, Trace, Plan, list[Record]],
     writers: Mapping[str, Writer],
-    layout: Mapping[str, Any] | None = None,
+    layout: Mapping[str, object] | None = None,
     *,
     force: bool = False,
 ) -> Path:
@@ -226,7 +225,7 @@ class Checkpoint:
     @contextmanager
     def _reading(
         self, level: int, first: int = 0, base: Mapping[str, Tensor] | None = None
-    ) -> Iterator[Dense | Levels]:
+    ) -> Generator[Dense | Levels, None, None]:
         records = self.described.records
         with fitting(self.folder), ExitStack() as stack:
             if self.layout is None:
@@ -286,7 +285,7 @@ def open_checkpoint(
     try:
         with fitting(held.path):
             recorded = manifest.get("digests")
-            if digests and isinstance(recorded, dict):
+            if digests and is_object(recorded):
                 held.check(recorded, [n for n in recorded if not LEVEL_FILE.fullmatch(n)])
             found = _checked(held, manifest)
             if digests:
@@ -305,7 +304,7 @@ def _levels(found: Checkpoint, size: float | None, first: int) -> list[str]:
     return found.layout.files[first : last + 1]
 
 
-def _checked(held: Held, manifest: Mapping[str, Any]) -> Checkpoint:
+def _checked(held: Held, manifest: Json) -> Checkpoint:
     check_fields(manifest, held.path)
     saved = parse_json(held.read(GRAPH, MAX_GRAPH), str(held.path / GRAPH))
     described = description_from_json(manifest, saved, held.path)
@@ -329,9 +328,9 @@ def _outline(held: Held, described: Description, layout: Layout | None) -> dict[
         return store.outline()
 
 
-def _check_digested(manifest: Mapping[str, Any], files: Sequence[str], held: Held) -> None:
+def _check_digested(manifest: Json, files: Sequence[str], held: Held) -> None:
     digests = manifest.get("digests")
-    known = digests.keys() if isinstance(digests, dict) else set()
+    known = set(digests) if is_object(digests) else set[str]()
     unlisted = {GRAPH, *files} - known
     if unlisted:
         raise CheckpointError(
@@ -352,6 +351,6 @@ def warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _write_manifest(described: Mapping[str, Any], files: tuple[str, ...], path: Path) -> None:
+def _write_manifest(described: Json, files: tuple[str, ...], path: Path) -> None:
     digests = {name: digest_file(path.parent / name) for name in files}
     path.write_text(json.dumps({**described, "digests": digests}, allow_nan=False, indent=1))

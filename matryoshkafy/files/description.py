@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.fitting import check_call, check_reads
 from matryoshkafy.files.folders import MANIFEST
 from matryoshkafy.files.graph_json import callables, graph_from_json
-from matryoshkafy.files.json_text import printable, shown
+from matryoshkafy.files.json_text import Json, printable, shown
 from matryoshkafy.files.operators import allowed, namespaces_of
 from matryoshkafy.files.records import CheckpointError, Record, record_from_json, record_to_json
 from matryoshkafy.files.signature_json import signature_from_json, signature_to_json
@@ -100,7 +100,7 @@ def description_to_json(
     }
 
 
-def check_fields(saved: Mapping[str, Any], place: Path) -> None:
+def check_fields(saved: Json, place: Path) -> None:
     """Raise CheckpointError unless the fields of a description are there and of their types."""
     for key, kind in FIELDS.items():
         if not isinstance(saved.get(key), kind):
@@ -112,7 +112,7 @@ def check_fields(saved: Mapping[str, Any], place: Path) -> None:
         raise CheckpointError(f"{place} holds a {shown(saved['kind'])}: no doll, no submodel.")
 
 
-def description_from_json(saved: Mapping[str, Any], graph: object, place: Path) -> Description:
+def description_from_json(saved: Json, graph: object, place: Path) -> Description:
     """Return what description_to_json and graph_to_json wrote; place: how an error calls it."""
     records = tuple(map(record_from_json, saved["tensors"]))
     return Description(
@@ -144,7 +144,7 @@ def kind_of(name: str, tensor: Tensor, trace: Trace, own: Container[str]) -> str
 
 
 @contextmanager
-def fitting(place: Path) -> Iterator[None]:
+def fitting(place: Path) -> Generator[None, None, None]:
     """Parts of a checkpoint that contradict each other are one error, which names the place."""
     try:
         yield
@@ -158,9 +158,7 @@ def fitting(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _trace_of(
-    saved: Mapping[str, Any], graph_json: object, records: tuple[Record, ...], place: Path
-) -> Trace:
+def _trace_of(saved: Json, graph_json: object, records: tuple[Record, ...], place: Path) -> Trace:
     graph = graph_from_json(graph_json, callables(allowed(saved["namespaces"], str(place))))
     signature = signature_from_json(saved["signature"])
     check_call(graph, signature, place)

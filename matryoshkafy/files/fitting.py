@@ -7,10 +7,10 @@ hold no memory, so that a small file can neither ask for a large one's memory no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,7 @@ from matryoshkafy.files.json_text import shown
 from matryoshkafy.files.records import CheckpointError
 from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, outputs_of
 from matryoshkafy.graph.signature import Signature
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.plan.plan import Plan, Shape
 from matryoshkafy.plan.stored import baked_name
 
 # What depends on values, or has no implementation for fake tensors, is unknown, and so is what
@@ -83,7 +83,7 @@ def check_fit(plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder
     for name, planned in plan.nodes.items():
         info = infos.get(name)
         if plan.masked:
-            info = _spread(info, planned)
+            info = _spread(info, plan.dims(name))
         _check_node(name, planned, info, folder)
     _check_inputs(graph, folder)
     _check_graph(graph, folder)
@@ -122,36 +122,35 @@ def _sound(leaf: object) -> bool:
     return isinstance(leaf, (int, str, bool)) or leaf is None
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: Any) -> Iterator[object]:
     if is_dataclass(value):
         for field in fields(value):
             yield from _leaves(getattr(value, field.name))
     elif isinstance(value, Mapping):
-        for key, item in value.items():
+        for key, item in cast("Mapping[object, object]", value).items():
             yield key
             yield from _leaves(item)
     elif isinstance(value, (tuple, list, frozenset)):
-        for item in value:
+        for item in cast("Iterable[object]", value):
             yield from _leaves(item)
     else:
         yield value
 
 
-def _dims(value: Any) -> Iterator[dims.Dim]:
+def _dims(plan: Plan) -> Iterator[dims.Dim]:
     """Every dim of a plan: the tuples that hold factors."""
-    tables = [*value.parameters.values(), *value.nodes.values()]
-    tables += [tuple(notes.values()) for notes in value.notes.values()]
+    tables = [*plan.parameters.values(), *(s for outs in plan.nodes.values() for s in outs)]
+    tables += [tuple(notes.values()) for notes in plan.notes.values()]
     for table in tables:
-        for item in table:
-            yield from item if isinstance(table, Many) else (item,)
+        yield from table
 
 
 def _factors(dim: dims.Dim) -> Iterator[dims.Nested]:
     for factor in dim:
         if isinstance(factor, dims.Nested):
             yield factor
-        elif isinstance(factor, dims.Cat):
-            for part in factor.parts:
+        elif isinstance(factor, dims.Sum):
+            for part in factor.segments:
                 yield from _factors(part)
 
 
@@ -160,8 +159,8 @@ def pieces_of(dim: dims.Dim) -> int:
     pieces, inner = 1, False
     for factor in reversed(dim):
         own = 1
-        if isinstance(factor, dims.Cat):
-            own = sum(map(pieces_of, factor.parts))
+        if isinstance(factor, dims.Sum):
+            own = sum(map(pieces_of, factor.segments))
         if inner:
             own = dims.size((factor,))
         pieces *= max(own, 1)
@@ -188,7 +187,7 @@ def _check_stored(plan: Plan, folder: Path) -> None:
         known = plan.parameters.get(name)
         if kept.source:
             own = kept.source in plan.full and name == baked_name(kept.source)
-            known = plan.nodes.get(kept.source) if own else None
+            known = plan.dims(kept.source) if own else None
         if known != kept.dims:
             raise CheckpointError(
                 f"{folder}: the plan stores {shown(name)} with other axes than it has. The plan is "
@@ -196,10 +195,9 @@ def _check_stored(plan: Plan, folder: Path) -> None:
             )
 
 
-def _check_node(name: str, planned: Any, info: Info, folder: Path) -> None:
-    shapes = planned if isinstance(planned, Many) else (planned,)
-    infos = (info,) if not isinstance(planned, Many) else info if isinstance(info, tuple) else ()
-    for shape, each in zip(shapes, infos, strict=False):
+def _check_node(name: str, planned: tuple[Shape, ...], info: Info, folder: Path) -> None:
+    infos = info if isinstance(info, tuple) else (info,)
+    for shape, each in zip(planned, infos, strict=False):
         sizes = tuple(map(dims.size, shape))
         known = each.shape if isinstance(each, TensorInfo) else None
         if known is not None and not _agree(sizes, known):
@@ -209,7 +207,7 @@ def _check_node(name: str, planned: Any, info: Info, folder: Path) -> None:
             )
 
 
-def _spread(info: Info, planned: Any) -> Info:
+def _spread(info: Info, planned: Shape) -> Info:
     """Return what the graph knows of a node, a number for all units taken as one at every unit.
 
     That is what masked nesting makes of a statistic over a nested axis, and of what follows it.
@@ -249,8 +247,8 @@ def _tensors(info: Info) -> Iterator[TensorInfo]:
 
 
 def _check_graph(graph: fx.Graph, folder: Path) -> None:
-    values: dict[fx.Node, Any] = {}
-    known: dict[str, Any] = {}
+    values: dict[fx.Node, object] = {}
+    known: dict[str, object] = {}
     with FakeTensorMode(), torch.no_grad():
         for node in graph.nodes:
             if node.op == "output" or not all(n in values for n in node.all_input_nodes):
@@ -273,12 +271,13 @@ def _check_graph(graph: fx.Graph, folder: Path) -> None:
                 )
 
 
-def _fake(node: fx.Node, values: Mapping[fx.Node, Any], known: dict[str, Any]) -> Any:
+def _fake(node: fx.Node, values: Mapping[fx.Node, object], known: dict[str, object]) -> object:
     """Layers repeat: what a call of these shapes gives is found out once."""
     if node.target == "training":
         return False
     if node.op == "call_function":
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        look_up = cast("Callable[[fx.Node], Any]", values.__getitem__)
+        args, kwargs = cast("tuple[Any, Any]", fx.map_arg((node.args, node.kwargs), look_up))
         key = f"{node.target}{_described((args, kwargs))}"
         if key not in known:
             known[key] = _called(node, args, kwargs)
@@ -289,9 +288,9 @@ def _fake(node: fx.Node, values: Mapping[fx.Node, Any], known: dict[str, Any]) -
     return torch.empty(info.shape, dtype=info.dtype)
 
 
-def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
+def _called(node: fx.Node, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
     try:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return cast("Callable[..., object]", node.target)(*args, **kwargs)
     except RuntimeError as error:
         # Operators of other libraries may have no implementation for fake tensors.
         if getattr(node.target, "namespace", "aten") == "aten":
@@ -299,13 +298,14 @@ def _called(node: fx.Node, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(str(node.target)) from error
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)}{value.stride()}{value.dtype}"
     if isinstance(value, Mapping):
-        return f"{{{','.join(f'{k}:{_described(v)}' for k, v in value.items())}}}"
+        items = cast("Mapping[str, object]", value).items()
+        return f"{{{','.join(f'{k}:{_described(v)}' for k, v in items)}}}"
     if isinstance(value, (tuple, list)):
-        return f"[{','.join(map(_described, value))}]"
+        return f"[{','.join(map(_described, cast('Sequence[object]', value)))}]"
     return repr(value)
 
 
@@ -322,7 +322,8 @@ def _check_statistics(
     plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
     """What slicing computes out of parameters alone stays as small as they are, and as sure."""
-    needed, queue = set(), [node for node in graph.nodes if node.name in plan.full]
+    needed: set[fx.Node] = set()
+    queue = [node for node in graph.nodes if node.name in plan.full]
     single = all(n.op == "call_function" and isinstance(info_of(n), TensorInfo) for n in queue)
     if len(queue) != len(plan.full) or not single:
         raise CheckpointError(f"{folder}: the plan takes statistics of nodes that give none.")

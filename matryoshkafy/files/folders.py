@@ -15,11 +15,11 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from pathlib import Path
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.json_text import is_object, parse_json, shown
 
 try:
     import fcntl
@@ -139,7 +139,7 @@ def check_file_name(name: object, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def _explained(target: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
@@ -182,8 +182,8 @@ def _check_own(target: Path, known: Collection[str]) -> None:
 def _listed(target: Path) -> set[str]:
     """The files that the checkpoint or run at a place lists as its own."""
     saved = [_read_json(target / name) for name in DESCRIBING]
-    digests = [item.get("digests") for item in saved if isinstance(item, dict)]
-    return {name for item in digests if isinstance(item, dict) for name in item}
+    digests = [item.get("digests") for item in saved if is_object(item)]
+    return {name for item in digests if is_object(item) for name in item}
 
 
 def _read_json(path: Path) -> object:
@@ -197,7 +197,7 @@ def _read_json(path: Path) -> object:
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _beside(target: Path) -> Generator[Path, None, None]:
     fresh = target.parent / f".{target.name}.{secrets.token_hex(6)}.new"
     with contextlib.ExitStack() as stack:
         # Made and locked in one go: another save would take what nobody holds for a dead one's.
@@ -210,7 +210,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _alone(parent: Path) -> Iterator[None]:
+def _alone(parent: Path) -> Generator[None, None, None]:
     """Only one process at a time is in here for a parent folder; where it cannot be locked, all."""
     handle = None
     if fcntl is not None:
@@ -225,7 +225,7 @@ def _alone(parent: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None, None, None]:
     # The lock dies with its process, which tells a killed save from one that still runs.
     handle = _lock(folder)
     try:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from matryoshkafy.files.json_text import JsonError, shown
+from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
 from matryoshkafy.files.operators import NAMESPACES, why_not
 from matryoshkafy.files.tree_json import spec_from_json as spec_from_json
 from matryoshkafy.files.tree_json import spec_to_json as spec_to_json
@@ -78,7 +78,7 @@ class Callables:
 
 
 def callables(
-    namespaces: Collection[str] = (), functions: Mapping[str, Callable[..., Any]] | None = None
+    namespaces: Collection[str] = (), functions: Mapping[str, Callable[..., object]] | None = None
 ) -> Callables:
     """Return the default callables and the caller's own: namespaces of torch.ops, functions."""
     return Callables((*NAMESPACES, *namespaces), {**FUNCTIONS, **(functions or {})})
@@ -159,7 +159,7 @@ def _qualified(target: object) -> str:
 
 
 def _records(saved: object) -> list[Any]:
-    if not isinstance(saved, dict) or not isinstance(saved.get("nodes"), list):
+    if not is_object(saved) or not is_list(saved.get("nodes")):
         raise JsonError("the saved graph is no JSON object with a list of nodes; it is damaged.")
     if saved.get("format") != FORMAT:
         raise JsonError(
@@ -174,7 +174,7 @@ def _records(saved: object) -> list[Any]:
 
 
 def _read_node(graph: Graph, record: object, nodes: Mapping[str, Node], allowed: Callables) -> Node:
-    if not isinstance(record, dict):
+    if not is_object(record):
         raise JsonError(f"the saved graph has the node {shown(record)}, no JSON object: damaged.")
     name, place = record.get("name"), f"node {shown(record.get('name'))} of the saved graph"
     if not is_name(name) or name in nodes:
@@ -191,10 +191,10 @@ def _read_node(graph: Graph, record: object, nodes: Mapping[str, Node], allowed:
 
 
 def _read_arguments(
-    record: Mapping[str, Any], values: Values, place: str
+    record: Mapping[str, object], values: Values, place: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = record.get("args"), record.get("kwargs", {})
-    if not isinstance(args, list) or not isinstance(kwargs, dict):
+    if not is_list(args) or not is_object(kwargs):
         raise JsonError(f"{place} has no list of arguments; the file is damaged.")
     illegal = [key for key in kwargs if not is_name(key)]
     if illegal:
@@ -202,7 +202,7 @@ def _read_arguments(
     return tuple(map(values.read, args)), {k: values.read(v) for k, v in kwargs.items()}
 
 
-def _read_target(record: Mapping[str, Any], allowed: Callables, place: str) -> Any:
+def _read_target(record: Mapping[str, object], allowed: Callables, place: str) -> Any:
     op, target = record.get("op"), record.get("target")
     if op not in OPS:
         raise JsonError(f"{place} has the op {shown(op)}, which is none of {', '.join(OPS)}.")
@@ -265,7 +265,7 @@ def _write_info(info: Info) -> Any:
     return Values("a shape", {}).write(info)
 
 
-def _read_meta(record: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _read_meta(record: Mapping[str, object], place: str) -> dict[str, Any]:
     meta = {"info": _read_info(record.get("shape"), place, 0)}
     source = record.get("source")
     if source is None:
@@ -275,19 +275,19 @@ def _read_meta(record: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {**meta, "source": source}
 
 
-def _read_info(item: Any, place: str, depth: int) -> Info:
+def _read_info(item: object, place: str, depth: int) -> Info:
     if depth > MAX_DEPTH:
         raise JsonError(f"{place} nests its shapes more than {MAX_DEPTH} deep.")
-    if isinstance(item, list):
+    if is_list(item):
         return tuple(_read_info(each, place, depth + 1) for each in item)
-    if not isinstance(item, dict) or "shape" not in item:
+    if not is_object(item) or "shape" not in item:
         return Values(f"the shape of {place}", {}).read(item)
     try:
         dtype = torch_constant(torch.dtype)(item.get("dtype"), shown)
     except ValueError:
         dtype = None
     shape = item["shape"]
-    sound = isinstance(shape, list) and all(type(n) is int and -1 <= n < 2**63 for n in shape)
+    sound = is_list(shape) and all(type(n) is int and -1 <= n < 2**63 for n in shape)
     if dtype is None or not sound:
         raise JsonError(f"{place} has the shape {shown(item)}, which is no tensor's.")
     return TensorInfo(tuple(shape), dtype)

@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.json_text import is_list, is_object, parse_json, shown
 
 MAX_HEADER = 32 * 2**20
 MAX_DIMS = 64
@@ -97,9 +97,8 @@ def header_of(entries: list[Entry], aliases: dict[str, str], metadata: dict[str,
     _check_names(names, aliases)
     pairs = {e.name: str(e.dtype)[6:] for e in entries if e.dtype in PAIRS.values()}
     extra = {key: item for key, item in (("aliases", aliases), ("complex", pairs)) if item}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    if extra:
-        header["__metadata__"][EXTRA] = json.dumps(extra)
+    texts = {EXTRA: json.dumps(extra)} if extra else {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata, **texts}}
     begin = 0
     for entry in entries:
         record, begin = _record(entry, begin)
@@ -117,7 +116,7 @@ def _check_names(names: list[str], aliases: dict[str, str]) -> None:
             raise TensorFileError(f"{alias!r} cannot be an alias of {name!r}: no such tensor.")
 
 
-def _record(entry: Entry, begin: int) -> tuple[dict[str, Any], int]:
+def _record(entry: Entry, begin: int) -> tuple[dict[str, object], int]:
     shape, dtype = _as_stored(entry.shape, entry.dtype)
     if dtype not in CODES:
         raise TensorFileError(
@@ -138,7 +137,7 @@ def _as_stored(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, .
 def check_header(text: bytes, data_bytes: int) -> Header:
     """Return what a header says; raises TensorFileError unless it fits the bytes after it."""
     header = parse_json(text, "its header")
-    if not isinstance(header, dict):
+    if not is_object(header):
         raise TensorFileError("its header is no JSON object.")
     metadata = header.pop("__metadata__", {})
     if not _texts(metadata):
@@ -153,7 +152,7 @@ def check_header(text: bytes, data_bytes: int) -> Header:
 
 def _check_record(name: str, record: object) -> Stored:
     fields = ("dtype", "shape", "data_offsets")
-    if not isinstance(record, dict) or sorted(record) != sorted(fields):
+    if not is_object(record) or sorted(record) != sorted(fields):
         raise TensorFileError(f"tensor {shown(name)} has not just {', '.join(fields)}.")
     code, shape, offsets = (record[key] for key in fields)
     if not isinstance(code, str) or code not in DTYPES:
@@ -173,8 +172,8 @@ def _check_record(name: str, record: object) -> Stored:
     return Stored(tuple(shape), DTYPES[code], begin, end, DTYPES[code])
 
 
-def _are_counts(items: object) -> bool:
-    return isinstance(items, list) and all(type(n) is int and 0 <= n < 2**63 for n in items)
+def _are_counts(items: object) -> TypeGuard[list[int]]:
+    return is_list(items) and all(type(n) is int and 0 <= n < 2**63 for n in items)
 
 
 def _check_layout(stored: Mapping[str, Stored], data_bytes: int) -> None:
@@ -192,17 +191,13 @@ def _check_layout(stored: Mapping[str, Stored], data_bytes: int) -> None:
 def _read_extra(text: str | None) -> dict[str, dict[str, str]]:
     empty: dict[str, dict[str, str]] = {"aliases": {}, "complex": {}}
     extra = parse_json((text or "{}").encode("utf-8", "replace"), f"its metadata {EXTRA}")
-    if (
-        isinstance(extra, dict)
-        and extra.keys() <= empty.keys()
-        and all(map(_texts, extra.values()))
-    ):
+    if is_object(extra) and extra.keys() <= empty.keys() and all(map(_texts, extra.values())):
         return {**empty, **extra}
     raise TensorFileError(f"its metadata {EXTRA} is {shown(extra)}, expected {shown(empty)}.")
 
 
-def _texts(items: object) -> bool:
-    return isinstance(items, dict) and all(isinstance(item, str) for item in items.values())
+def _texts(items: object) -> TypeGuard[dict[str, str]]:
+    return is_object(items) and all(isinstance(item, str) for item in items.values())
 
 
 def _check_aliases(aliases: Mapping[str, str], stored: Mapping[str, Stored]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from matryoshkafy.files.folders import (
     check_file_name,
     recover_folder,
 )
-from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.json_text import is_object, parse_json, shown
 
 MAX_FILES = 512
 # The files of the progressive layout.
@@ -81,7 +81,7 @@ class Held:
 
         Files of levels may be missing: a device holds those that it needs.
         """
-        for name in names if isinstance(names, dict) else ():
+        for name in names if is_object(names) else ():
             if self.has(name) or not LEVEL_FILE.fullmatch(name):
                 self.file(name)
 
@@ -112,12 +112,11 @@ class Held:
             digests: SHA-256 in hexadecimal by file name.
             names: the files to compare; None: all of them.
         """
-        if not isinstance(digests, dict):
+        if not is_object(digests):
             raise FolderError(
                 f"the digests of {self.path} are {shown(digests)}, expected name: SHA-256."
             )
-        names = digests if names is None else names
-        for name in names:
+        for name in digests if names is None else names:
             found = self.digest(name)
             if found != digests.get(name):
                 raise FolderError(
@@ -243,7 +242,7 @@ def _why_not(target: Path) -> str:
 
 def check_format(manifest: object, newest: int, folder: object) -> None:
     """Raise FolderError unless the manifest is of a format from 1 to newest."""
-    version = manifest.get("format") if isinstance(manifest, dict) else None
+    version = manifest.get("format") if is_object(manifest) else None
     if type(version) is not int or version < 1:
         raise FolderError(
             f"{folder} is no checkpoint: the format in {MANIFEST} is {shown(version)}, expected an "
@@ -257,7 +256,7 @@ def check_format(manifest: object, newest: int, folder: object) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Generator[None, None, None]:
     """What the system refuses to read is one error, which names the file."""
     try:
         yield
@@ -271,7 +270,7 @@ def _stamp(handle: int) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _whole(handle: int) -> Iterator[Any]:
+def _whole(handle: int) -> Generator[Any, None, None]:
     with open(os.dup(handle), "rb", buffering=0) as file:
         file.seek(0)
         yield file

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import reprlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 from matryoshkafy.errors import MatryoshkafyError
 
@@ -15,6 +16,10 @@ MAX_JSON_MEMORY = 320 * 2**20
 OBJECT_BYTES, LIST_BYTES, ITEM_BYTES = 300, 90, 100
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
+
+
+# An object of JSON that was checked to be one: each reader says what it expects inside.
+Json = Mapping[str, Any]
 
 
 class JsonError(MatryoshkafyError):
@@ -41,6 +46,16 @@ def parse_json(text: bytes, what: str) -> Any:
         raise JsonError(f"{what} is JSON nested too deeply; it is damaged or hostile.") from None
     except ValueError as error:
         raise JsonError(f"{what} is no sound JSON: {str(error)[:120]}. It is damaged.") from None
+
+
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Tell whether a value of JSON is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Tell whether a value of JSON is a list."""
+    return isinstance(value, list)
 
 
 def memory_of(text: bytes) -> int:

@@ -12,7 +12,7 @@ have 288; whatever else becomes of that file, the sizes below it do not read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from matryoshkafy.axes.dims import Dim, Segments
 from matryoshkafy.dolls.slice import Cut, masked
 from matryoshkafy.files.header import CODES, DTYPES, Entry
 from matryoshkafy.files.held import Held
-from matryoshkafy.files.json_text import shown
+from matryoshkafy.files.json_text import is_list, shown
 from matryoshkafy.files.records import CheckpointError, Record, as_parameter, sparse_from
 from matryoshkafy.files.tensors import TensorFile, write_tensors
 from matryoshkafy.graph.nodes import TensorInfo
@@ -134,7 +134,8 @@ def _without(segments: Segments, others: Segments) -> Segments:
 
 def _inside(segments: Segments, outer: Segments) -> Segments:
     """Return where segments lie among the indices of outer, which holds them all."""
-    out, offset = [], 0
+    out: list[tuple[int, int]] = []
+    offset = 0
     for start, stop in outer:
         found = [(max(a, start), min(b, stop)) for a, b in segments if a < stop and b > start]
         out += [(a - start + offset, b - start + offset) for a, b in found]
@@ -148,14 +149,14 @@ class Layout:
 
     plan: Plan
     parts: Mapping[str, Part]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def files(self) -> list[str]:
         """The names of the files, ascending by level."""
         return [level_file(level) for level in range(self.plan.levels)]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what the plan does not say: shapes, types and ties."""
         infos = {
             name: [CODES.get(part.info.dtype, str(part.info.dtype)[6:]), list(part.info.shape)]
@@ -172,7 +173,7 @@ def layout_of(plan: Plan, infos: Mapping[str, TensorInfo], aliases: Mapping[str,
         infos: shape and dtype by first name; of sparse tensors, of their parts.
         aliases: {further name: first name}.
     """
-    parts = {}
+    parts: dict[str, Part] = {}
     for name, info in infos.items():
         names = [name, *(alias for alias, owner in aliases.items() if owner == name)]
         stored = [plan.stored[n] for n in names if n in plan.stored]
@@ -188,6 +189,8 @@ def layout_of(plan: Plan, infos: Mapping[str, TensorInfo], aliases: Mapping[str,
 def layout_from_json(saved: Any, plan: Plan, records: Sequence[Record]) -> Layout:
     """Return the layout that `to_json` wrote; raises CheckpointError for anything else."""
     names = {part for record in records for part in record.parts}
+    aliases: dict[str, str] = {}
+    infos: dict[str, TensorInfo] = {}
     try:
         aliases = {str(k): str(v) for k, v in saved["aliases"].items()}
         infos = {str(k): _info(*v) for k, v in saved["tensors"].items()}
@@ -203,9 +206,9 @@ def layout_from_json(saved: Any, plan: Plan, records: Sequence[Record]) -> Layou
     return layout_of(plan, infos, aliases)
 
 
-def _info(code: Any, shape: Any) -> TensorInfo:
+def _info(code: str, shape: object) -> TensorInfo:
     complexes = {"complex128": torch.complex128, "complex32": torch.complex32}
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+    if not is_list(shape) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError(shape)
     return TensorInfo(tuple(shape), {**DTYPES, **complexes}[code])
 
@@ -317,10 +320,10 @@ class Levels:
         self.close()
 
 
-def outline_of(layout: Layout, records: Any) -> dict[str, Tensor]:
+def outline_of(layout: Layout, records: Iterable[Record]) -> dict[str, Tensor]:
     """Return every tensor of a layout on the meta device: shapes, dtypes and ties."""
     made: dict[str, Tensor] = {}
-    out = {}
+    out: dict[str, Tensor] = {}
     for record in records:
         owner = layout.aliases.get(record.name, record.name)
         if owner not in made:

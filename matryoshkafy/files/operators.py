@@ -5,6 +5,8 @@ of memory. A graph out of a file may call those that are known, and no private, 
 one beyond `NEEDED`.
 """
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import importlib
@@ -16,7 +18,7 @@ from torch import fx
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.json_text import shown
-from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.graph.nodes import op_key, schema_of
 from matryoshkafy.rules import OPS
 
 NAMESPACES = ("aten", "matryoshkafy", "prims", "torchvision")
@@ -89,7 +91,7 @@ def why_not(op: torch._ops.OpOverload, own: Iterable[str] = ()) -> str:
 
     own: namespaces of libraries that the reader of the file allows, and answers for.
     """
-    schema = op._schema
+    schema = schema_of(op)
     # aten.save pickles into a file and aten.from_file maps one; operators without a kernel belong
     # to TorchScript's interpreter (set_grad_enabled, warn, surgery on lists).
     files = any(argument.name == "filename" for argument in schema.arguments)

@@ -93,7 +93,7 @@ def _flat(
     records: list[Record], state: Mapping[str, Tensor], owners: Mapping[str, str]
 ) -> list[tuple[str, Tensor]]:
     """The dense tensors to store, by first name, and the parts of the sparse ones."""
-    out = []
+    out: list[tuple[str, Tensor]] = []
     for record in records:
         if record.sparse:
             out += sparse_parts(record, state[record.name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from matryoshkafy.files.records import record_of
 PLACE = Path("a pickled model")
 
 
-def frozen(model: nn.Module) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+def frozen(model: nn.Module) -> tuple[str, dict[str, Tensor], dict[str, object]]:
     """Return a model as text, tensors by name, and what the user's model said of itself."""
     trace, plan = parts_of(model)
     tensors = state_of(model)
@@ -36,11 +36,11 @@ def frozen(model: nn.Module) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     records = [record_of(name, tensor, kinds[name]) for name, tensor in tensors.items()]
     described = description_to_json(model, trace, plan, records)
     described["graph"] = graph_to_json(trace.graph, callables(described["namespaces"]))
-    attributes = model.__dict__.get("_attributes", {}) if isinstance(model, Doll) else {}
-    return json.dumps(described, allow_nan=False), tensors, dict(attributes)
+    own = model.__dict__.get("_attributes", {}) if isinstance(model, Doll) else {}
+    return json.dumps(described, allow_nan=False), tensors, dict(cast("dict[str, object]", own))
 
 
-def revive(text: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> nn.Module:
+def revive(text: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> nn.Module:
     """Return the model that `frozen` was given."""
     with fitting(PLACE):
         saved = json.loads(text)

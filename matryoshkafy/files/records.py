@@ -19,7 +19,7 @@ from matryoshkafy.dolls.slice import Kind
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.graph_json import is_path
 from matryoshkafy.files.header import Entry
-from matryoshkafy.files.json_text import shown
+from matryoshkafy.files.json_text import is_list, is_object, shown
 from matryoshkafy.files.tensors import TensorFile, entry_of, write_tensors
 from matryoshkafy.graph.nodes import TensorInfo
 
@@ -30,6 +30,7 @@ SPARSE: Mapping[str, tuple[torch.layout, tuple[str, ...]]] = {
     "csc": (torch.sparse_csc, ("ccol_indices", "row_indices", "values")),
 }
 NAN_CHUNK = 2**22
+_sparse: Any = torch  # its makers of sparse tensors take more than their types say
 
 
 class CheckpointError(MatryoshkafyError):
@@ -91,7 +92,7 @@ def record_of(name: str, tensor: Tensor, kind: str) -> Record:
     return Record(name, kind, tensor.requires_grad, rows[0], tuple(tensor.shape), coalesced)
 
 
-def record_to_json(record: Record) -> dict[str, Any]:
+def record_to_json(record: Record) -> dict[str, object]:
     """Return a record as JSON values, without what is plain."""
     values = {
         "requires_grad": record.requires_grad,
@@ -102,22 +103,22 @@ def record_to_json(record: Record) -> dict[str, Any]:
     return {"name": record.name, "kind": record.kind} | {k: v for k, v in values.items() if v}
 
 
-def record_from_json(saved: Any) -> Record:
+def record_from_json(saved: object) -> Record:
     """Return the record that record_to_json wrote; raises CheckpointError."""
-    saved = saved if isinstance(saved, dict) else {}
-    name, kind, sparse = (saved.get(k, "") for k in ("name", "kind", "sparse"))
-    shape = saved.get("shape", [])
+    given = saved if is_object(saved) else dict[str, Any]()
+    name, kind, sparse = (given.get(k, "") for k in ("name", "kind", "sparse"))
+    shape = given.get("shape", [])
     sound = (
         isinstance(name, str)
         and is_path(name)
         and kind in KINDS
         and (sparse == "" or sparse in SPARSE)
-        and isinstance(shape, list)
+        and is_list(shape)
         and all(type(n) is int and 0 <= n < 2**40 for n in shape)
     )
     if not sound:
         raise CheckpointError(f"the checkpoint lists the tensor {shown(saved)}, which is none.")
-    grad, coalesced = saved.get("requires_grad") is True, saved.get("coalesced") is True
+    grad, coalesced = given.get("requires_grad") is True, given.get("coalesced") is True
     return Record(name, kind, grad, sparse, tuple(shape), coalesced)
 
 
@@ -188,12 +189,12 @@ def sparse_from(record: Record, parts: list[Tensor]) -> Tensor:
 def _assembled(record: Record, parts: list[Tensor]) -> Tensor:
     *indices, values = parts
     if record.sparse == "coo":
-        return torch.sparse_coo_tensor(
+        return _sparse.sparse_coo_tensor(
             indices[0], values, record.shape, is_coalesced=record.coalesced, check_invariants=True
         )
     rows, columns = indices
     layout = SPARSE[record.sparse][0]
-    return torch.sparse_compressed_tensor(
+    return _sparse.sparse_compressed_tensor(
         rows, columns, values, record.shape, layout=layout, check_invariants=True
     )
 
@@ -225,10 +226,12 @@ def write_records(state: Mapping[str, Tensor], records: Iterable[Record], path: 
     write_tensors(path, contents.entries, aliases=contents.aliases)
 
 
-def shared(names: Iterable[str], owner: Callable[[str], Any], make: Callable[[str], Tensor]) -> Any:
+def shared(
+    names: Iterable[str], owner: Callable[[str], object], make: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
     """Return {name: tensor}; names of one owner share the tensor that the first of them makes."""
-    made: dict[Any, Tensor] = {}
-    out = {}
+    made: dict[object, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for name in names:
         key = owner(name)
         if key not in made:
@@ -251,4 +254,4 @@ def _has_nan(tensor: Tensor) -> bool:
         return False
     rows = values.reshape(1) if values.dim() == 0 else values
     step = max(1, NAN_CHUNK * len(rows) // rows.numel())
-    return any(bool(torch.isnan(chunk).any()) for chunk in rows.split(step))
+    return any(bool(torch.isnan(chunk).any()) for chunk in torch.split(rows, step))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from matryoshkafy.files.json_text import JsonError, shown
+from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
 from matryoshkafy.files.tree_json import spec_from_json, spec_to_json
 from matryoshkafy.files.values_json import MAX_TEXT, Values
 from matryoshkafy.graph.guards import Guards
@@ -16,7 +16,7 @@ PLACE = "the call signature"
 FILLED_TYPES = {str(t): t for t in (torch.int64, torch.int32, torch.bool, torch.float32)}
 
 
-def signature_to_json(signature: Signature) -> dict[str, Any]:
+def signature_to_json(signature: Signature) -> dict[str, object]:
     """Return a signature as JSON values; raises JsonError, with the argument, for other values."""
     return {
         "positional": list(signature.positional),
@@ -29,10 +29,10 @@ def signature_to_json(signature: Signature) -> dict[str, Any]:
 
 def signature_from_json(saved: object) -> Signature:
     """Return the signature that signature_to_json wrote; raises JsonError for anything else."""
-    if not isinstance(saved, dict) or not isinstance(saved.get("inputs"), list):
+    if not is_object(saved) or not is_list(saved.get("inputs")):
         raise JsonError(f"{PLACE} is {shown(saved)}, expected an object with inputs: damaged.")
     positional = saved.get("positional")
-    if not isinstance(positional, list) or not all(map(_is_text, positional)):
+    if not is_list(positional) or not all(map(_is_text, positional)):
         raise JsonError(f"{PLACE} has no list of argument names; the file is damaged.")
     inputs = tuple(_input_from_json(item) for item in saved["inputs"])
     # Files of format 1 that were written before there were guards say nothing of them.
@@ -41,14 +41,15 @@ def signature_from_json(saved: object) -> Signature:
     return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")), guards, filled)
 
 
-def _filled_from_json(saved: Any) -> Filled:
-    sound = isinstance(saved, list) and len(saved) == 4 and all(map(_is_text, saved[:2]))
-    if not sound or type(saved[2]) is not int or saved[3] not in FILLED_TYPES:
+def _filled_from_json(saved: object) -> Filled:
+    if not is_list(saved) or len(saved) != 4 or not all(map(_is_text, saved[:2])):
+        raise JsonError(f"{PLACE} fills an input by {shown(saved)}; the file is damaged.")
+    if type(saved[2]) is not int or saved[3] not in FILLED_TYPES:
         raise JsonError(f"{PLACE} fills an input by {shown(saved)}; the file is damaged.")
     return Filled(saved[0], saved[1], saved[2], FILLED_TYPES[saved[3]])
 
 
-def _input_to_json(item: Input) -> dict[str, Any]:
+def _input_to_json(item: Input) -> dict[str, object]:
     values = Values(f"the example input {item.name!r}", {})
     known = item.bounds or (None,) * len(item.leaves)
     bounds = [None if b is None else [values.write(n) for n in b] for b in known]
@@ -61,8 +62,8 @@ def _input_to_json(item: Input) -> dict[str, Any]:
     }
 
 
-def _input_from_json(saved: Any) -> Input:
-    if not isinstance(saved, dict) or not _is_text(saved.get("name")):
+def _input_from_json(saved: object) -> Input:
+    if not is_object(saved) or not _is_text(saved.get("name")):
         raise JsonError(f"{PLACE} has the input {shown(saved)}, which has no name: damaged.")
     values = Values(f"the input {shown(saved['name'])}", {})
     spec = spec_from_json(saved.get("spec"))
@@ -74,20 +75,20 @@ def _input_from_json(saved: Any) -> Input:
     return Input(saved["name"], spec, read, tuple(flags), tuple(_bounds(b, values) for b in bounds))
 
 
-def _listed(saved: Any, count: int, values: Values) -> list[Any]:
-    if isinstance(saved, list) and len(saved) == count:
+def _listed(saved: object, count: int, values: Values) -> list[Any]:
+    if is_list(saved) and len(saved) == count:
         return saved
     raise JsonError(
         f"{values.place} has {count} leaves, but {shown(saved)} about them; the file is damaged."
     )
 
 
-def _bounds(saved: Any, values: Values) -> tuple[float, float] | None:
+def _bounds(saved: object, values: Values) -> tuple[float, float] | None:
     if saved is None:
         return None
     read = values.read(saved)
-    sound = isinstance(read, list) and len(read) == 2 and all(type(n) in (int, float) for n in read)
-    if not sound or not read[0] <= read[1]:
+    sound = is_list(read) and len(read) == 2 and all(type(n) in (int, float) for n in read)
+    if not is_list(read) or not sound or not read[0] <= read[1]:
         raise JsonError(f"{values.place} has the range {shown(saved)}, expected [least, most].")
     return read[0], read[1]
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from matryoshkafy.files.header import (
     header_of,
     what_else,
 )
-from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.json_text import is_object, parse_json, shown
 from matryoshkafy.graph.nodes import TensorInfo
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def write_tensors(
             _write_tensor(file, entry)
 
 
-def _write_tensor(file: Any, entry: Entry) -> None:
+def _write_tensor(file: BinaryIO, entry: Entry) -> None:
     tensor = entry.supply().detach()
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise TensorFileError(
@@ -175,7 +175,7 @@ class TensorFile:
         start = bytearray(min(size, 9))
         self._read_into(memoryview(start), 0)
         (self._header_bytes,) = struct.unpack("<Q", start[:8])
-        if self._header_bytes > min(MAX_HEADER, size - 8) or start[8:] != b"{":
+        if self._header_bytes > min(MAX_HEADER, size - 8) or bytes(start[8:]) != b"{":
             raise TensorFileError(what_else(bytes(start), self._header_bytes, size))
         header = bytearray(self._header_bytes)
         self._read_into(memoryview(header), 8)
@@ -290,7 +290,7 @@ class TensorFolder:
         if main.suffix != ".json":
             self._files[main.name] = TensorFile(main)
             return dict.fromkeys(self._files[main.name].names, self._files[main.name])
-        by_name = {}
+        by_name: dict[str, TensorFile] = {}
         for name, shard in _read_index(main).items():
             if shard not in self._files:
                 self._files[shard] = TensorFile(main.parent / shard)
@@ -322,8 +322,8 @@ def _main_file(path: Path) -> Path:
 def _read_index(path: Path) -> dict[str, str]:
     with open(path, "rb") as file:
         index = parse_json(file.read(MAX_INDEX + 1), str(path))
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict) or not shards:
+    shards: object = index.get("weight_map") if is_object(index) else None
+    if not is_object(shards) or not shards:
         raise TensorFileError(f"{path} has no weight_map from tensor names to files: damaged.")
     for name, shard in shards.items():
         check_file_name(shard, f"the file of {shown(name)} in {path}")

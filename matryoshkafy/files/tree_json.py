@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
-from matryoshkafy.files.json_text import JsonError, shown
+from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
 from matryoshkafy.files.values_json import MAX_DEPTH, Values, is_name
 
 PLACE = "the structure of the inputs or outputs"
@@ -71,14 +71,14 @@ def _type_and_context(spec: TreeSpec) -> tuple[str, Any]:
     )
 
 
-def _output_to_json(output: type, keys: Any) -> tuple[str, Any]:
+def _output_to_json(output: type, keys: object) -> tuple[str, Any]:
     listed = _write_keys(keys)
     if not OUTPUT_MODULES.fullmatch(output.__module__):
         return "dict", listed
     return "model_output", {"module": output.__module__, "name": output.__name__, "keys": listed}
 
 
-def _is_model_output(kind: Any) -> bool:
+def _is_model_output(kind: object) -> bool:
     base = _model_output_base()
     return base is not None and isinstance(kind, type) and issubclass(kind, base)
 
@@ -95,7 +95,7 @@ def _read(saved: object, depth: int) -> TreeSpec:
         return pytree.treespec_leaf()
     if depth > MAX_DEPTH:
         raise JsonError(f"{PLACE} is nested more than {MAX_DEPTH} deep; the file is damaged.")
-    if not isinstance(saved, dict) or not isinstance(saved.get("children"), list):
+    if not is_object(saved) or not is_list(saved.get("children")):
         raise JsonError(f"{PLACE} has the part {shown(saved)}, which is none; the file is damaged.")
     children = [_read(child, depth + 1) for child in saved["children"]]
     name, context = str(saved.get("type")), saved.get("context")
@@ -111,7 +111,7 @@ def _read(saved: object, depth: int) -> TreeSpec:
     return TreeSpec(kind.type, found, children)
 
 
-def _output_from_json(context: Any, children: list[TreeSpec]) -> TreeSpec:
+def _output_from_json(context: object, children: list[TreeSpec]) -> TreeSpec:
     try:
         module, name = context["module"], context["name"]
         keys = _read_keys(context["keys"], len(children))
@@ -133,27 +133,27 @@ def _output_class(module: str, name: str) -> type | None:
     return found if registered else None
 
 
-def _write_keys(keys: Any) -> list[Any]:
+def _write_keys(keys: object) -> list[Any]:
     return [Values(PLACE, {}).write(key) for key in keys]
 
 
-def _read_keys(saved: Any, count: int) -> list[Any]:
+def _read_keys(saved: object, count: int) -> list[Any]:
     keys = [Values(PLACE, {}).read(key) for key in saved]
     if len(keys) != count or len(set(keys)) != count:
         raise ValueError(saved)
     return keys
 
 
-def _no_context(context: Any, count: int) -> None:
+def _no_context(context: object, count: int) -> None:
     if context is not None:
         raise ValueError(context)
 
 
-def _write_namedtuple(kind: Any) -> dict[str, Any]:
+def _write_namedtuple(kind: object) -> dict[str, Any]:
     return {"name": kind.__name__, "fields": list(kind._fields)}
 
 
-def _read_namedtuple(saved: Any, count: int) -> type:
+def _read_namedtuple(saved: object, count: int) -> type:
     name, fields = saved["name"], tuple(saved["fields"])
     if not all(map(is_name, (name, *fields))) or len(fields) != count:
         raise ValueError(saved)
@@ -165,7 +165,7 @@ def _namedtuple(name: str, fields: tuple[str, ...]) -> type:
     return namedtuple(name, fields)
 
 
-def _write_defaultdict(context: Any) -> dict[str, Any]:
+def _write_defaultdict(context: object) -> dict[str, Any]:
     factory, keys = context
     names = [name for name, known in FACTORIES.items() if known is factory]
     if not names:
@@ -173,17 +173,17 @@ def _write_defaultdict(context: Any) -> dict[str, Any]:
     return {"factory": names[0], "keys": _write_keys(keys)}
 
 
-def _read_defaultdict(saved: Any, count: int) -> list[Any]:
+def _read_defaultdict(saved: object, count: int) -> list[Any]:
     return [FACTORIES[saved["factory"]], _read_keys(saved["keys"], count)]
 
 
-def _read_maxlen(saved: Any, count: int) -> int | None:
+def _read_maxlen(saved: object, count: int) -> int | None:
     if saved is None or (type(saved) is int and saved >= count):
         return saved
     raise ValueError(saved)
 
 
-def _return_type_from_json(name: Any, children: list[TreeSpec]) -> TreeSpec:
+def _return_type_from_json(name: object, children: list[TreeSpec]) -> TreeSpec:
     found = getattr(torch.return_types, name, None) if is_name(name) else None
     if not isinstance(found, type) or not pytree.is_structseq_class(found):
         raise JsonError(f"{PLACE} has the type torch.return_types.{shown(name)}, which is none.")

@@ -7,22 +7,24 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.files.json_text import JsonError, shown
+from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
 
 MAX_DEPTH = 32
 MAX_TEXT = 16_384
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,511}")
 
+T = TypeVar("T")
 Walk = Callable[[Any], Any]
+Convert = Callable[[Any, Walk], Any]  # writes or reads a value, and by the walk what is in it
 
 
-def is_name(name: object) -> bool:
+def is_name(name: object) -> TypeGuard[str]:
     """Tell whether a value is a short ASCII identifier, safe in generated code."""
     return (
         isinstance(name, str)
@@ -31,10 +33,10 @@ def is_name(name: object) -> bool:
     )
 
 
-def torch_constant(kind: type) -> Callable[[Any, Walk], Any]:
+def torch_constant(kind: type[T]) -> Callable[[Any, Walk], T]:
     """Return the reader of constants such as torch.float32 by their name, "float32"."""
 
-    def read(name: Any, walk: Walk) -> Any:
+    def read(name: object, walk: Walk) -> T:
         found = getattr(torch, name, None) if is_name(name) else None
         if not isinstance(found, kind):
             raise ValueError(name)
@@ -59,7 +61,7 @@ class Values:
     place: str
     nodes: Mapping[str, Node]
 
-    def write(self, value: object, depth: int = 0) -> Any:
+    def write(self, value: object, depth: int = 0) -> object:
         """Return a value as JSON."""
         self._check_depth(depth)
         if isinstance(value, Node):
@@ -68,7 +70,7 @@ class Values:
             return value
         if isinstance(value, float) and math.isfinite(value):
             return float(value)
-        if isinstance(value, list):
+        if is_list(value):
             return [self.write(item, depth + 1) for item in value]
         for codec in CODECS:
             if isinstance(value, codec.type) and not pytree.is_namedtuple_instance(value):
@@ -84,7 +86,7 @@ class Values:
         self._check_depth(depth)
         if item is None or isinstance(item, (bool, int, float)):
             return item
-        if isinstance(item, list):
+        if is_list(item):
             return [self.read(each, depth + 1) for each in item]
         if isinstance(item, str):
             return self._node(item)
@@ -96,7 +98,7 @@ class Values:
         return self.nodes[name]
 
     def _tagged(self, item: object, depth: int) -> Any:
-        if not isinstance(item, dict) or len(item) != 1 or next(iter(item)) not in BY_TAG:
+        if not is_object(item) or len(item) != 1 or next(iter(item)) not in BY_TAG:
             raise JsonError(f"{self.place} has the value {shown(item)}, of no known type.")
         ((tag, content),) = item.items()
         try:
@@ -115,68 +117,101 @@ class Codec(NamedTuple):
     """How one type is written under its tag; walk writes or reads the values inside."""
 
     tag: str
-    type: type
-    write: Callable[[Any, Walk], Any]
-    read: Callable[[Any, Walk], Any]
+    type: type[Any]
+    write: Convert
+    read: Convert
 
 
-def _several(count: int | None, build: Callable[..., Any]) -> Callable[[Any, Walk], Any]:
-    def read(items: Any, walk: Walk) -> Any:
-        if not isinstance(items, list) or count not in (None, len(items)):
+def _several(count: int | None, build: Callable[..., object]) -> Convert:
+    def read(items: object, walk: Walk) -> object:
+        if not is_list(items) or count not in (None, len(items)):
             raise TypeError(items)
         return build(*map(walk, items))
 
     return read
 
 
-def _read_text(text: Any, walk: Walk) -> str:
+def _read_text(text: object, walk: Walk) -> str:
     if not isinstance(text, str) or len(text) > MAX_TEXT:
         raise TypeError(text)
     return text
 
 
-def _read_dict(pairs: Any, walk: Walk) -> dict[Any, Any]:
+def _read_dict(pairs: list[Any], walk: Walk) -> dict[object, object]:
     read = {walk(key): walk(item) for key, item in pairs}
     if len(read) != len(pairs) or not all(_is_plain(key) for key in read):
         raise TypeError(pairs)
     return read
 
 
+def _tuple(*items: object) -> tuple[object, ...]:
+    return items
+
+
+def _write_text(value: object, walk: Walk) -> str:
+    return str(value)
+
+
+def _write_tuple(value: tuple[object, ...], walk: Walk) -> list[object]:
+    return [walk(item) for item in value]
+
+
+def _write_dict(value: Mapping[object, object], walk: Walk) -> list[list[object]]:
+    return [[walk(key), walk(item)] for key, item in value.items()]
+
+
+def _write_float(value: float, walk: Walk) -> str:
+    return repr(float(value))
+
+
+def _read_float(text: str, walk: Walk) -> float:
+    return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[text]
+
+
+def _write_complex(value: complex, walk: Walk) -> list[object]:
+    return [walk(value.real), walk(value.imag)]
+
+
+def _write_slice(value: Any, walk: Walk) -> list[object]:
+    return [walk(bound) for bound in (value.start, value.stop, value.step)]
+
+
+def _write_range(value: range, walk: Walk) -> list[int]:
+    return [value.start, value.stop, value.step]
+
+
+def _read_device(text: object, walk: Walk) -> torch.device:
+    return torch.device(_read_text(text, walk))
+
+
+def _write_ellipsis(value: object, walk: Walk) -> bool:
+    return True
+
+
+def _read_ellipsis(item: object, walk: Walk) -> object:
+    return ...
+
+
 def _is_plain(key: object) -> bool:
     if isinstance(key, tuple):
-        return all(_is_plain(part) for part in key)
+        return all(map(_is_plain, cast("tuple[object, ...]", key)))
     return key is None or isinstance(key, (str, int, float))
 
 
 CODECS = (
-    Codec("str", str, lambda v, walk: str(v), _read_text),
-    Codec("tuple", tuple, lambda v, walk: [walk(i) for i in v], _several(None, lambda *i: i)),
-    Codec("dict", dict, lambda v, walk: [[walk(k), walk(i)] for k, i in v.items()], _read_dict),
-    Codec(
-        "float",
-        float,
-        lambda v, walk: repr(float(v)),
-        lambda t, walk: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[t],
-    ),
-    Codec("complex", complex, lambda v, walk: [walk(v.real), walk(v.imag)], _several(2, complex)),
-    Codec(
-        "slice",
-        slice,
-        lambda v, walk: [walk(i) for i in (v.start, v.stop, v.step)],
-        _several(3, slice),
-    ),
-    Codec("range", range, lambda v, walk: [v.start, v.stop, v.step], _several(3, range)),
+    Codec("str", str, _write_text, _read_text),
+    Codec("tuple", tuple, _write_tuple, _several(None, _tuple)),
+    Codec("dict", dict, _write_dict, _read_dict),
+    Codec("float", float, _write_float, _read_float),
+    Codec("complex", complex, _write_complex, _several(2, complex)),
+    Codec("slice", slice, _write_slice, _several(3, slice)),
+    Codec("range", range, _write_range, _several(3, range)),
     Codec("dtype", torch.dtype, write_constant, torch_constant(torch.dtype)),
     Codec("layout", torch.layout, write_constant, torch_constant(torch.layout)),
     Codec(
         "memory_format", torch.memory_format, write_constant, torch_constant(torch.memory_format)
     ),
-    Codec(
-        "device",
-        torch.device,
-        lambda v, walk: str(v),
-        lambda t, walk: torch.device(_read_text(t, walk)),
-    ),
-    Codec("ellipsis", type(...), lambda v, walk: True, lambda t, walk: ...),
+    Codec("device", torch.device, _write_text, _read_device),
+    Codec("ellipsis", type(...), _write_ellipsis, _read_ellipsis),
 )
 BY_TAG = {codec.tag: codec for codec in CODECS}

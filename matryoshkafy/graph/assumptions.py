@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import sympy
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from matryoshkafy.graph.guards import Apply, Expr, Guard, Size, fixed
@@ -43,7 +43,10 @@ OF_STRIDES = {
     "_reshape_view_helper_core_alg",
 }
 
-Shapes = Sequence[Sequence[Any]]
+# Torch's symbols, guards and shape environment, and sympy's expressions: none of them is typed.
+Symbolic = Any
+Shapes = Sequence[Sequence[Symbolic]]
+Places = Mapping[Symbolic, Size]
 
 
 def assumed(inputs: Sequence[torch.Tensor]) -> tuple[Guard, ...]:
@@ -54,9 +57,9 @@ def assumed(inputs: Sequence[torch.Tensor]) -> tuple[Guard, ...]:
     """
     shapes = [value.shape for value in inputs]
     symbols = [n for shape in shapes for n in shape if isinstance(n, torch.SymInt)]
-    env = symbols[0].node.shape_env if symbols else None
+    env: Symbolic = symbols[0].node.shape_env if symbols else None
     places = {
-        n.node._expr: Size(i, d)
+        _raw(n): Size(i, d)
         for i, shape in enumerate(shapes)
         for d, n in enumerate(shape)
         if isinstance(n, torch.SymInt)
@@ -70,6 +73,11 @@ def assumed(inputs: Sequence[torch.Tensor]) -> tuple[Guard, ...]:
     return tuple({guard.condition: guard for guard in reversed(found)}.values())[::-1]
 
 
+def _raw(symbol: Symbolic) -> Symbolic:
+    """The expression of a size before torch put numbers for symbols."""
+    return symbol.node._expr
+
+
 def example_only(inputs: Sequence[torch.Tensor], source: str) -> tuple[Guard, ...]:
     """Return the guards of a graph that holds for the sizes of the example alone."""
     return tuple(
@@ -77,16 +85,16 @@ def example_only(inputs: Sequence[torch.Tensor], source: str) -> tuple[Guard, ..
     )
 
 
-def _of_shapes(shapes: Shapes, lines: Mapping[Any, str]) -> Iterator[Guard]:
+def _of_shapes(shapes: Shapes, lines: Mapping[Symbolic, str]) -> Iterator[Guard]:
     """What the traced shapes say by themselves: numbers, and symbols met before."""
-    first: dict[Any, Size] = {}
+    first: dict[Symbolic, Size] = {}
     for i, shape in enumerate(shapes):
         for d, n in enumerate(shape):
             if not isinstance(n, torch.SymInt):
                 yield fixed(i, d, int(n))
                 continue
-            expr: Any = n.node.expr
-            own = n.node._expr
+            node: Symbolic = n.node
+            expr, own = node.expr, node._expr
             if expr.is_number:
                 yield fixed(i, d, int(expr), lines.get(frozenset((own, expr)), ""))
             elif expr in first:
@@ -97,7 +105,7 @@ def _of_shapes(shapes: Shapes, lines: Mapping[Any, str]) -> Iterator[Guard]:
                 first[expr] = Size(i, d)
 
 
-def _of_ranges(env: Any, places: Mapping[Any, Size]) -> Iterator[Guard]:
+def _of_ranges(env: Symbolic, places: Places) -> Iterator[Guard]:
     for symbol, size in places.items():
         bounds = env.var_to_range.get(symbol)
         if bounds is None or env.replace(symbol).is_number:
@@ -109,7 +117,7 @@ def _of_ranges(env: Any, places: Mapping[Any, Size]) -> Iterator[Guard]:
             yield Guard(Apply("le", (size, int(bounds.upper))))
 
 
-def _of_condition(guard: Any, places: Mapping[Any, Size], env: Any) -> Iterator[Guard]:
+def _of_condition(guard: Symbolic, places: Places, env: Symbolic) -> Iterator[Guard]:
     frame = guard.sloc.framework_loc
     known = frame is not None and _name(frame) in OF_STRIDES
     if known or env.replace(guard.expr) is sympy.true:
@@ -123,7 +131,7 @@ def _of_condition(guard: Any, places: Mapping[Any, Size], env: Any) -> Iterator[
         yield Guard(condition, _line(guard))
 
 
-def _pinned(guard: Any, places: Mapping[Any, Size], env: Any) -> Iterator[Guard]:
+def _pinned(guard: Symbolic, places: Places, env: Symbolic) -> Iterator[Guard]:
     """A condition that we cannot write down: its sizes stay as they are."""
     for symbol in guard.expr.free_symbols:
         if symbol in places:
@@ -131,7 +139,7 @@ def _pinned(guard: Any, places: Mapping[Any, Size], env: Any) -> Iterator[Guard]
             yield fixed(size.leaf, size.dim, int(env.size_hint(symbol)), _line(guard))
 
 
-def _expr(expr: Any, places: Mapping[Any, Size]) -> Expr:
+def _expr(expr: Symbolic, places: Places) -> Expr:
     """Raises KeyError for what is none of ours."""
     if expr.is_Integer:
         return int(expr)
@@ -143,7 +151,7 @@ def _expr(expr: Any, places: Mapping[Any, Size]) -> Expr:
     return Apply(name, tuple(_expr(arg, places) for arg in expr.args))
 
 
-def _line(guard: Any) -> str:
+def _line(guard: Symbolic) -> str:
     """Return the user's line, "" where torch's own code made the assumption."""
     if guard.sloc.maybe_user_loc:
         return str(guard.sloc.maybe_user_loc)
@@ -153,5 +161,5 @@ def _line(guard: Any) -> str:
     return f"{frame.filename}:{frame.lineno} ({frame.name})"
 
 
-def _name(frame: Any) -> str:
+def _name(frame: Symbolic) -> str:
     return "" if isinstance(frame, str) else frame.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.assumptions import assumed, example_only
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.guards import Guard, Size
-from matryoshkafy.graph.mutations import PIECES
 from matryoshkafy.graph.nodes import (
     TORCH_FOLDER,
     bound_args,
@@ -26,9 +25,11 @@ from matryoshkafy.graph.nodes import (
     is_tensor,
     op_key,
     outputs_of,
+    schema_of,
 )
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.signature import named_args
+from matryoshkafy.graph.writing_back import PIECES
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Captured:
     state: Mapping[str, str]
     outputs: tuple[int, ...]
     out_spec: pytree.TreeSpec
-    constants: Mapping[str, Any]
+    constants: Mapping[str, torch.Tensor]
     guards: tuple[Guard, ...]
     asked: tuple[Size, ...]
     notes: tuple[str, ...] = ()
@@ -58,7 +59,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Captured:
     """Export with dynamic batch and length, else dynamic batch, else with the example's sizes.
 
     A forward that branches on the values of tensors is recorded along the path of the example.
@@ -79,6 +80,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return _recorded(model, call, errors[-1])
 
 
+# Which sizes torch.export leaves open, in the structure of the inputs; None: none.
+Shapes = tuple[Any, ...] | dict[str, Any] | None
 ATTEMPTS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     ((0, 1), ()),
     ((0,), ("only the batch size may differ from the example's",)),
@@ -241,11 +244,12 @@ def _mark_storage(graph: fx.Graph) -> None:
 
 def _viewed(node: fx.Node) -> fx.Node | None:
     """Return the argument whose memory a node returns."""
-    if is_item(node) and op_key(node.args[0]) in PIECES:
-        node = node.args[0]  # type: ignore[assignment]
+    pieces = node.args[0] if is_item(node) else None
+    if isinstance(pieces, fx.Node) and op_key(pieces) in PIECES:
+        node = pieces
     elif not is_op(node) or not is_tensor(node):
         return None
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = schema_of(node)
     given = bound_args(node)
     for argument in schema.arguments:
         aliased = schema.returns[0].alias_info and argument.alias_info
@@ -279,8 +283,12 @@ class _TracedData(TorchFunctionMode):
     """x.data is x.detach(), which a trace sees."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         del types
         if func == GET_DATA:
             return args[0].detach()
@@ -291,7 +299,7 @@ GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def _prepared(model: nn.Module) -> Iterator[nn.Module]:
+def _prepared(model: nn.Module) -> Generator[nn.Module, None, None]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
     product.
     """
@@ -313,7 +321,7 @@ def _prepared(model: nn.Module) -> Iterator[nn.Module]:
 
 def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """A loop over experts depends on the data; transformers offers the same sum as a product."""
-    seen = set()
+    seen: set[int] = set()
     for module in model.modules():
         config = getattr(module, "config", None)
         before = getattr(config, "_experts_implementation", None)
@@ -322,7 +330,7 @@ def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield config, before
 
 
-def _export(model: nn.Module, call: Call, shapes: Any) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, call: Call, shapes: Shapes) -> torch.export.ExportedProgram:
     return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -354,8 +362,8 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().split(chr(10) * 2)[0].strip()[:600]}"
 
 
-def _described(args: Any, kwargs: Any) -> str:
-    def word(value: Any) -> str:
+def _described(args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
+    def word(value: object) -> str:
         if isinstance(value, torch.Tensor):
             return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         return repr(value)[:40]
@@ -376,9 +384,9 @@ def _user_frame(error: BaseException) -> str | None:
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: tuple[int, ...]
-) -> Any:
-    def shapes_of(value: Any) -> Any:
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any], dims: tuple[int, ...]
+) -> Shapes:
+    def shapes_of(value: object) -> dict[int, object] | None:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return None
         return {d: torch.export.Dim.AUTO for d in dims if _is_open(value, d)}
@@ -387,7 +395,9 @@ def _dynamic_shapes(
     return tuple(tree[0]) if not kwargs else _by_name(model, args, tree)
 
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], tree: Any) -> Any:
+def _by_name(
+    model: nn.Module, args: tuple[object, ...], tree: tuple[tuple[object, ...], dict[str, object]]
+) -> Shapes:
     names = list(named_args(model, args))
     if any(n.startswith("args_") for n in names):
         return None

@@ -4,6 +4,8 @@ A forward may write: running statistics, codebooks through `.data`, buffers that
 attributes that it makes at its first call. Whatever looks at a model does so on a spare.
 """
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
@@ -11,8 +13,9 @@ import copy
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ CONSTANT = (str, int, float, bool, type(None), Tensor)
 
 
 @contextlib.contextmanager
-def spare(model: nn.Module) -> Iterator[nn.Module]:
+def spare(model: nn.Module) -> Generator[nn.Module, None, None]:
     """Yield a model that computes as the user's does and may be changed; random numbers go on as
     if nothing had been drawn.
 
@@ -37,17 +40,28 @@ def spare(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def chance_kept() -> Iterator[None]:
+def chance_kept() -> Generator[None, None, None]:
     """The random numbers of torch, numpy and Python afterwards are those that were due before."""
     numpy = sys.modules.get("numpy")
     own, theirs = random.getstate(), numpy.random.get_state() if numpy is not None else None
     try:
-        with torch.random.fork_rng():
+        with forked():
             yield
     finally:
         random.setstate(own)
         if numpy is not None:
             numpy.random.set_state(theirs)
+
+
+# torch gives the two no types.
+forked = cast(
+    "Callable[..., AbstractContextManager[None]]",
+    torch.random.fork_rng,  # pyright: ignore[reportUnknownMemberType]
+)
+seed_torch = cast(
+    "Callable[[int], torch.Generator]",
+    torch.manual_seed,  # pyright: ignore[reportUnknownMemberType]
+)
 
 
 def reseed_others(seed: int) -> None:
@@ -57,10 +71,12 @@ def reseed_others(seed: int) -> None:
         numpy.random.seed(seed)
 
 
-def copied_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def copied_inputs(
+    args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's inputs as memory of their own: a forward may write into them."""
 
-    def own(value: Any) -> Any:
+    def own(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         return value.detach().clone().requires_grad_(value.requires_grad)
@@ -84,7 +100,7 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _stubborn(model: nn.Module, twins: Mapping[int, Any]) -> Iterator[Any]:
+def _stubborn(model: nn.Module, twins: Mapping[int, object]) -> Iterator[object]:
     """Yield the attributes of modules that cannot be copied."""
     for module in model.modules():
         for name, value in vars(module).items():
@@ -96,11 +112,11 @@ def _stubborn(model: nn.Module, twins: Mapping[int, Any]) -> Iterator[Any]:
                 yield value
 
 
-def _twins(model: nn.Module) -> dict[int, Any]:
+def _twins(model: nn.Module) -> dict[int, object]:
     """Return {id: twin} of the tensors that own their storage, as `deepcopy` looks them up."""
     tensors = {id(t): t for t in _tensors(model) if _is_plain(t)}
     owners = Counter(t.untyped_storage()._cdata for t in tensors.values())
-    twins: dict[int, Any] = {}
+    twins: dict[int, object] = {}
     for key, tensor in tensors.items():
         if owners[tensor.untyped_storage()._cdata] == 1:
             with contextlib.suppress(RuntimeError):  # memory that cannot be shared lazily is copied

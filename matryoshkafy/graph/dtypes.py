@@ -9,12 +9,11 @@ number, so masks use bfloat16's.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from matryoshkafy.graph.nodes import info_of, op_key, set_info, tensor_info
+from matryoshkafy.graph.nodes import Argument, info_of, op_key, set_info, tensor_info
 
 aten = torch.ops.aten
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -106,7 +105,7 @@ def _soften(node: fx.Node) -> None:
     type.
     """
 
-    def soft(value: Any) -> Any:
+    def soft(value: Argument) -> Argument:
         if isinstance(value, float) and abs(value) in LARGEST:
             return LARGEST[abs(value)] * (1 if value > 0 else -1)
         return value

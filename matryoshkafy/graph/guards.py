@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -48,6 +48,10 @@ class Op:
     text: str
 
 
+def _floordiv(a: int, b: int) -> int:
+    return a // b
+
+
 OPS: Mapping[str, Op] = {
     "eq": Op(operator.eq, 2, "{} == {}"),
     "ne": Op(operator.ne, 2, "{} != {}"),
@@ -60,7 +64,7 @@ OPS: Mapping[str, Op] = {
     "not": Op(operator.not_, 1, "not {}"),
     "add": Op(lambda *args: sum(args), None, " + "),
     "mul": Op(lambda *args: math.prod(args), None, " * "),
-    "floordiv": Op(operator.floordiv, 2, "{} // {}"),
+    "floordiv": Op(_floordiv, 2, "{} // {}"),
     "mod": Op(operator.mod, 2, "{} % {}"),
     "max": Op(max, None, "max, "),
     "min": Op(min, None, "min, "),
@@ -113,7 +117,7 @@ class Guards:
     kinds: tuple[str, ...] = ()
     conditions: tuple[Guard, ...] = ()
 
-    def check(self, flat: Sequence[Any]) -> None:
+    def check(self, flat: Sequence[object]) -> None:
         """Raise `GuardError` for inputs outside of what was traced: input, dimension, range,
         line.
         """
@@ -134,7 +138,7 @@ class Guards:
                     f"{self.kinds[i]} values, and its forward may do something else with others. "
                     f"Give {self.kinds[i]} values, or convert again."
                 )
-        shapes = [value.shape for value in flat]
+        shapes = [value.shape for value in flat if isinstance(value, torch.Tensor)]
         for guard in self.conditions:
             if not guard.holds(shapes):
                 raise GuardError(self._refusal(guard, shapes))
@@ -179,7 +183,7 @@ class Guards:
 
         return replace(self, conditions=tuple(map(moved, self.conditions)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain JSON values."""
         conditions = [[_to_json(g.condition), g.source] for g in self.conditions]
         return {
@@ -192,10 +196,9 @@ class Guards:
     @staticmethod
     def from_dict(saved: object) -> Guards:
         """Return what `to_dict` wrote; raises `GuardError` for anything else."""
-        if not isinstance(saved, dict):
-            raise _damaged(saved)
+        fields = cast("dict[str, object]", saved) if isinstance(saved, dict) else {}
         names, ranks, kinds, conditions = (
-            _listed(saved.get(key)) for key in ("names", "ranks", "kinds", "conditions")
+            _listed(fields.get(key)) for key in ("names", "ranks", "kinds", "conditions")
         )
         sound = (
             len(names) == len(ranks) == len(kinds)
@@ -204,7 +207,7 @@ class Guards:
             and all(k in KINDS.values() for k in kinds)
         )
         if not sound:
-            raise _damaged(saved)
+            raise _damaged(cast("object", saved))
         read = tuple(_guard(item, ranks) for item in conditions)
         return Guards(tuple(names), tuple(ranks), tuple(kinds), read)
 
@@ -258,7 +261,7 @@ def _text(expr: Expr, names: Sequence[str]) -> str:
     return form.format(*inner) if "{}" in form else form.join(inner)
 
 
-def _to_json(expr: Expr) -> Any:
+def _to_json(expr: Expr) -> object:
     if isinstance(expr, Size):
         return {"leaf": expr.leaf, "dim": expr.dim}
     if isinstance(expr, Apply):
@@ -267,35 +270,43 @@ def _to_json(expr: Expr) -> Any:
 
 
 def _guard(saved: object, ranks: Sequence[int]) -> Guard:
-    if not isinstance(saved, list) or len(saved) != 2 or not isinstance(saved[1], str):
+    pair = _listed(saved)
+    if len(pair) != 2 or not isinstance(pair[1], str):
         raise _damaged(saved)
-    condition = _from_json(saved[0], ranks, [MAX_NODES])
+    condition = _from_json(pair[0], ranks, [MAX_NODES])
     if not isinstance(condition, Apply) or condition.op not in RELATIONS:
         raise _damaged(saved)
-    return Guard(condition, saved[1])
+    return Guard(condition, pair[1])
 
 
 def _from_json(saved: object, ranks: Sequence[int], left: list[int]) -> Expr:
     left[0] -= 1
     if type(saved) is int and abs(saved) < MAX_INT:
         return saved
-    if isinstance(saved, dict) and saved.keys() == {"leaf", "dim"}:
-        leaf, dim = saved["leaf"], saved["dim"]
-        known = type(leaf) is int and 0 <= leaf < len(ranks)
-        if known and type(dim) is int and 0 <= dim < ranks[leaf]:
-            return Size(leaf, dim)
+    if isinstance(saved, dict):
+        return _size(cast("dict[str, object]", saved), ranks)
     if isinstance(saved, list) and saved and left[0] > 0:
-        op, *args = saved
+        op, *args = cast("list[Any]", saved)
         row = OPS.get(op) if isinstance(op, str) else None
         if row is not None and len(args) == (row.arity or max(2, len(args))):
             return Apply(op, tuple(_from_json(arg, ranks, left) for arg in args))
     raise _damaged(saved)
 
 
+def _size(saved: dict[str, object], ranks: Sequence[int]) -> Size:
+    leaf, dim = saved.get("leaf"), saved.get("dim")
+    if type(leaf) is not int or type(dim) is not int or saved.keys() != {"leaf", "dim"}:
+        raise _damaged(saved)
+    if not (0 <= leaf < len(ranks) and 0 <= dim < ranks[leaf]):
+        raise _damaged(saved)
+    return Size(leaf, dim)
+
+
 def _listed(saved: object) -> list[Any]:
-    if isinstance(saved, list) and len(saved) <= MAX_GUARDS:
-        return saved
-    raise _damaged(saved)
+    listed = cast("list[Any]", saved) if isinstance(saved, list) else []
+    if not isinstance(saved, list) or len(listed) > MAX_GUARDS:
+        raise _damaged(cast("object", saved))
+    return listed
 
 
 def _damaged(saved: object) -> GuardError:

@@ -10,25 +10,34 @@ decides dropout and batch norm for evaluation mode, and leaves `aten.copy`, whic
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import fx
+from torch._ops import OpOverloadPacket
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.nodes import (
-    TensorInfo,
+    SchemaArgument,
     bound_args,
-    info_of,
     is_item,
-    is_op,
     is_tensor,
     op_key,
+    schema_of,
     set_info,
     source_of,
     tensor_info,
+    writes,
+)
+from matryoshkafy.graph.writing_back import (
+    INVERSES,
+    OPAQUE,
+    PIECES,
+    Target,
+    aten_op,
+    call,
+    keeping_gradient,
+    written_back,
 )
 
 aten = torch.ops.aten
@@ -40,8 +49,8 @@ def make_functional(graph: fx.Graph) -> list[str]:
 
     Raises `TraceError` for a write whose aliases are not understood.
     """
-    remarks = []
-    for node in [n for n in graph.nodes if is_op(n) and n.target._schema.is_mutable]:
+    remarks: list[str] = []
+    for node in [n for n in graph.nodes if writes(n)]:
         target = _written(node)
         owner = _owner(graph, node, target)
         if owner.op != "call_function" and op_key(node) not in TURNING and not _is_constant(owner):
@@ -61,11 +70,11 @@ def _is_constant(owner: fx.Node) -> bool:
 
 def _written(node: fx.Node) -> fx.Node:
     """Return the one tensor that an op writes into."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments = schema_of(node).arguments
     names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     values = [bound_args(node).get(name) for name in names]
     if len(values) == 1 and is_tensor(values[0]):
-        return values[0]  # type: ignore[return-value]
+        return values[0]
     raise _refusal(node, "it writes into several tensors")
 
 
@@ -86,14 +95,10 @@ def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     for other in graph.nodes:
         shared = is_tensor(other) and other.meta.get("storage") == owner.meta.get("storage")
         known = other is owner or "written" in other.meta or _viewed(other) is not None
-        if shared and "storage" in other.meta and not known and not _writes(other):
+        if shared and "storage" in other.meta and not known and not writes(other):
             name = op_key(other) or str(other.target)
             raise _refusal(node, f"{name} shares that memory in a way that is not known")
     return owner
-
-
-def _writes(node: fx.Node) -> bool:
-    return is_op(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
 
 
 # --- the pure form ------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
     value.meta |= {"storage": target.meta.get("storage"), "written": owner}
     set_info(value, tensor_info(target))
     if value.meta.pop("no_grad", False):
-        value = _keeping_gradient(graph, target, value)
+        value = keeping_gradient(graph, target, value)
     _publish(graph, target, value, later)
 
 
@@ -130,8 +135,8 @@ def _pure(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     """Return the node that computes what an op writes."""
     key, args, kwargs = op_key(node), node.args, dict(node.kwargs)
     if key == "copy_":
-        return _copy(graph, target, args[1])
-    if key in DRAWS and node.target._overloadname != "Tensor":  # type: ignore[union-attr]
+        return _copy(graph, target, node.all_input_nodes[1])
+    if key in DRAWS and getattr(node.target, "_overloadname", "") != "Tensor":
         # What was there before matters for its shape alone.
         shape = graph.call_function(aten.detach.default, (target,))
         set_info(shape, tensor_info(target))
@@ -144,7 +149,7 @@ def _pure(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     return graph.call_function(pure, args, kwargs)
 
 
-def _copy(graph: fx.Graph, target: fx.Node, source: Any) -> fx.Node:
+def _copy(graph: fx.Graph, target: fx.Node, source: fx.Node) -> fx.Node:
     """aten.copy has no derivative: the source in the target's type and shape."""
     have, want = tensor_info(source), tensor_info(target)
     if have.dtype != want.dtype:
@@ -155,25 +160,26 @@ def _copy(graph: fx.Graph, target: fx.Node, source: Any) -> fx.Node:
     return graph.call_function(aten.alias.default, (source,))
 
 
-def _without_writing(target: Any) -> Callable[..., Any] | None:
+def _without_writing(target: object) -> Target | None:
     """Return the overload that takes the same arguments and writes into none.
 
     Names mislead: pow_.Scalar has a scalar exponent, pow.Scalar a scalar base.
     """
-    namespace, _, name = target._schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    own = schema_of(target)
+    namespace, _, name = own.name.partition("::")
+    packet: object = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    if not isinstance(packet, OpOverloadPacket):
         return None
-    wanted = [_plain(a) for a in target._schema.arguments if not a.is_out]
+    wanted = [_plain(a) for a in own.arguments if not a.is_out]
     for overload in packet.overloads():
         found = getattr(packet, overload)
-        schema = found._schema
+        schema = schema_of(found)
         if not schema.is_mutable and [_plain(a) for a in schema.arguments] == wanted:
             return found
     return None
 
 
-def _plain(argument: Any) -> tuple[str, str]:
+def _plain(argument: SchemaArgument) -> tuple[str, str]:
     return argument.name, str(argument.type)
 
 
@@ -181,7 +187,8 @@ def _plain(argument: Any) -> tuple[str, str]:
 
 
 def _nodes_after(node: fx.Node) -> set[fx.Node]:
-    out, at = set(), node.next
+    out: set[fx.Node] = set()
+    at = node.next
     while at.op != "root":
         out.add(at)
         at = at.next
@@ -193,7 +200,7 @@ def _publish(graph: fx.Graph, old: fx.Node, new: fx.Node, later: set[fx.Node]) -
     before, after = old, new
     while (base := _viewed(before)) is not None:
         with graph.inserting_before(after.next):
-            updated = _written_back(graph, before, base, after)
+            updated = written_back(graph, before, base, after)
         updated.meta = base.meta | {"written": new.meta["written"]}
         before, after = base, updated
     _redirect(before, after, later)
@@ -219,18 +226,16 @@ def _taken_again(graph: fx.Graph, view: fx.Node, base: fx.Node) -> fx.Node:
     """Return a view's like of another value."""
     with graph.inserting_before(base.next):
         if not is_item(view) and op_key(view) not in INVERSES:
-            again = _call(graph, aten.alias.default, base)
+            again = call(graph, aten.alias.default, base)
             again.meta = dict(view.meta)
             return again
         if not is_item(view):
             return _again(graph, view, base)
-        pieces: Any = view.args[0]
-        return _again(graph, view, _again(graph, pieces, base))
+        return _again(graph, view, _again(graph, view.all_input_nodes[0], base))
 
 
 def _again(graph: fx.Graph, node: fx.Node, first: fx.Node) -> fx.Node:
-    target: Any = node.target
-    again = graph.call_function(target, (first, *node.args[1:]), dict(node.kwargs))
+    again = graph.call_function(aten_op(node), (first, *node.args[1:]), dict(node.kwargs))
     again.meta = dict(node.meta)
     return again
 
@@ -250,7 +255,7 @@ def _views_of(base: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _viewed(node: Any) -> fx.Node | None:
+def _viewed(node: fx.Node) -> fx.Node | None:
     """Return the node that this one is a view of, if it shares memory with it."""
     first = node.args[0] if node.op == "call_function" and node.args else None
     if not isinstance(first, fx.Node) or "written" in node.meta:
@@ -269,195 +274,4 @@ def _viewed(node: Any) -> fx.Node | None:
 def _is_same(node: fx.Node, source: fx.Node) -> bool:
     """Tell whether an op that shares memory returned its argument: dropout that drops nothing."""
     same = is_tensor(node) and is_tensor(source) and tensor_info(node) == tensor_info(source)
-    return same and op_key(node) not in OPAQUE and not _writes(node)
-
-
-# --- writing back -------------------------------------------------------------------------------
-
-
-def _keeping_gradient(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
-    """Return the value with the gradient of the base: what x.data or no_grad wrote, autograd did
-    not see. base - base.detach() is exactly zero.
-    """
-    if not tensor_info(base).dtype.is_floating_point:
-        return value
-    with graph.inserting_before(value.next):
-        still, seen = (_call(graph, aten.detach.default, node) for node in (base, value))
-        zero = _call(graph, aten.sub.Tensor, base, still)
-        result = _call(graph, aten.add.Tensor, seen, zero)
-    for node in (still, seen, zero, result):
-        node.meta = dict(value.meta)
-        set_info(node, tensor_info(base))
-    return result
-
-
-def _written_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    """Return the base with a new value where the view is."""
-    if is_item(view):
-        pieces: Any = view.args[0]
-        return PIECES[op_key(pieces)](graph, pieces, base, value, view.args[1])
-    if op_key(view) == "detach":
-        return _keeping_gradient(graph, base, value)
-    return INVERSES.get(op_key(view), _same)(graph, view, base, value)
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    return graph.call_function(target, args)
-
-
-def _scattered(
-    graph: fx.Graph, target: Any, base: fx.Node, value: fx.Node, where: tuple[Any, ...]
-) -> fx.Node:
-    """Call a scatter along a dim, the first of `where`; torch differentiates them for real numbers
-    alone.
-    """
-    dim, *rest = where
-    if not tensor_info(base).dtype.is_complex:
-        return _call(graph, target, base, value, dim, *rest)
-    dim %= len(tensor_info(base).shape)
-    parts = [_call(graph, aten.view_as_real.default, part) for part in (base, value)]
-    for part, whole in zip(parts, (base, value), strict=True):
-        set_info(part, _real_info(tensor_info(whole)))
-    real = _call(graph, target, *parts, dim, *rest)
-    set_info(real, info_of(parts[0]))
-    return _call(graph, aten.view_as_complex.default, real)
-
-
-def _real_info(info: TensorInfo) -> TensorInfo:
-    return TensorInfo((*info.shape, 2), info.dtype.to_real())
-
-
-def _slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    a = bound_args(view)
-    run = (a["dim"], a["start"], a["end"], a["step"])
-    return _scattered(graph, aten.slice_scatter.default, base, value, run)
-
-
-def _narrowed(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    a = bound_args(view)
-    run = (a["dim"], a["start"], _sum(graph, a["start"], a["length"]))
-    return _scattered(graph, aten.slice_scatter.default, base, value, run)
-
-
-def _select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    a = bound_args(view)
-    return _scattered(graph, aten.select_scatter.default, base, value, (a["dim"], a["index"]))
-
-
-def _diagonal(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    return _call(graph, aten.diagonal_scatter.default, base, value, *view.args[1:])
-
-
-def _real(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view
-    other = _call(graph, aten.imag.default, base)
-    set_info(other, tensor_info(value))
-    return _call(graph, aten.complex.default, value, other)
-
-
-def _imag(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view
-    other = _call(graph, aten.real.default, base)
-    set_info(other, tensor_info(value))
-    return _call(graph, aten.complex.default, other, value)
-
-
-def _reshaped(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view
-    return _call(graph, aten.reshape_as.default, value, base)
-
-
-def _turned(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    """Ops that undo themselves."""
-    del base
-    return _call(graph, view.target, value, *view.args[1:])
-
-
-def _permuted(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del base
-    dims = [d % len(view.args[1]) for d in view.args[1]]  # type: ignore[arg-type]
-    return _call(graph, aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
-
-
-def _moved(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del base
-    return _call(graph, view.target, value, view.args[2], view.args[1])
-
-
-def _same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view, base
-    return _call(graph, aten.alias.default, value)
-
-
-def _as_complex(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view, base
-    return _call(graph, aten.view_as_complex.default, value)
-
-
-def _as_real(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view, base
-    return _call(graph, aten.view_as_real.default, value)
-
-
-OPAQUE = ("as_strided", "unfold")
-RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as",
-            "reshape_as", "expand", "expand_as")  # fmt: skip
-SELF_INVERSE = ("transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T", "adjoint")
-Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
-INVERSES: dict[str, Inverse] = {
-    "slice": _slice,
-    "select": _select,
-    "narrow": _narrowed,
-    "real": _real,
-    "imag": _imag,
-    "diagonal": _diagonal,
-    "permute": _permuted,
-    "movedim": _moved,
-    "moveaxis": _moved,
-    "view_as_real": _as_complex,
-    "view_as_complex": _as_real,
-    **dict.fromkeys(RESHAPES, _reshaped),
-    **dict.fromkeys(SELF_INVERSE, _turned),
-    **dict.fromkeys(("alias", "detach", "to", "contiguous", "lift_fresh"), _same),
-}
-
-
-def _piece_unbound(
-    graph: fx.Graph, pieces: fx.Node, base: fx.Node, value: fx.Node, at: Any
-) -> fx.Node:
-    where = (bound_args(pieces)["dim"], at)
-    return _scattered(graph, aten.select_scatter.default, base, value, where)
-
-
-def _piece_split(
-    graph: fx.Graph, pieces: fx.Node, base: fx.Node, value: fx.Node, at: Any
-) -> fx.Node:
-    a = bound_args(pieces)
-    sizes = a.get("split_sizes", a.get("split_size"))
-    if sizes is None:  # chunk, tensor_split: the sizes of the example
-        sizes = [piece.shape[a["dim"]] for piece in info_of(pieces)]  # type: ignore[union-attr]
-    elif not isinstance(sizes, (list, tuple)):
-        sizes = [sizes] * (at + 1)
-    start: Any = 0
-    for size in sizes[:at]:
-        start = _sum(graph, start, size)
-    run = (a["dim"], start, _sum(graph, start, sizes[at]))
-    return _scattered(graph, aten.slice_scatter.default, base, value, run)
-
-
-def _sum(graph: fx.Graph, a: Any, b: Any) -> Any:
-    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
-        return a + b
-    total = graph.call_function(operator.add, (a, b))
-    known: Any = [info_of(n) if isinstance(n, fx.Node) else n for n in (a, b)]
-    set_info(total, sum(known))
-    return total
-
-
-PIECES: dict[str, Callable[[fx.Graph, fx.Node, fx.Node, fx.Node, Any], fx.Node]] = {
-    "unbind": _piece_unbound,
-    "split": _piece_split,
-    "split_with_sizes": _piece_split,
-    "chunk": _piece_split,
-    "tensor_split": _piece_split,
-}
+    return same and op_key(node) not in OPAQUE and not writes(node)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import operator
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
+from torch.fx.node import Argument as Argument
 
 TORCH_FOLDER = str(Path(torch.__path__[0])) + os.sep
 FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
@@ -24,6 +26,35 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class SchemaArgument(Protocol):
+    """One argument of an operator's schema, or what it returns."""
+
+    name: str
+    type: object
+    alias_info: AliasInfo | None
+    is_out: bool
+    default_value: Any
+
+    def has_default_value(self) -> bool:
+        """Tell whether a call may leave it out."""
+        ...
+
+
+class AliasInfo(Protocol):
+    """Memory that an argument shares."""
+
+    is_write: bool
+
+
+class Schema(Protocol):
+    """An operator's schema, which torch leaves without precise types."""
+
+    name: str
+    arguments: Sequence[SchemaArgument]
+    returns: Sequence[SchemaArgument]
+    is_mutable: bool
 
 
 Info = TensorInfo | int | float | bool | None | tuple["Info", ...]
@@ -49,7 +80,7 @@ def info_of(value: object) -> Info:
     if isinstance(value, fx.Node):
         return value.meta["info"] if "info" in value.meta else info_of(value.meta.get("val"))
     if isinstance(value, torch.Tensor):
-        return TensorInfo(tuple(_hint(n) for n in value.shape), value.dtype)
+        return TensorInfo(tuple(int(_hint(n)) for n in value.shape), value.dtype)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return _hint(value)
     if isinstance(value, (tuple, list)):
@@ -57,13 +88,17 @@ def info_of(value: object) -> Info:
     return value if isinstance(value, (bool, int, float)) else None
 
 
-def _hint(value: Any) -> Any:
+Symbol = torch.SymInt | torch.SymFloat | torch.SymBool
+
+
+def _hint(value: float | Symbol) -> float:
     if isinstance(value, (bool, int, float)):
         return value
-    return value.node.hint if value.node.has_hint() else -1
+    node: Any = value.node
+    return node.hint if node.has_hint() else -1
 
 
-def op_key(op: Any) -> str:
+def op_key(op: object) -> str:
     """Return the one key of an op: "linear" for ATen's, "mylib::linear" for any other.
 
     Args:
@@ -71,8 +106,7 @@ def op_key(op: Any) -> str:
             a name, or a function of Python. A node that calls nothing has the key "".
     """
     if isinstance(op, fx.Node):
-        target: Any = op.target
-        return op_key(target) if op.op == "call_function" else ""
+        return op_key(op.target) if op.op == "call_function" else ""
     if isinstance(op, str):
         return op.removeprefix("aten::")
     if isinstance(op, OpOverload):
@@ -100,9 +134,14 @@ def tensor_info(node: fx.Node) -> TensorInfo:
     return found
 
 
-def is_tensor(node: Any) -> bool:
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
     """Tell whether a value is a node that gives one tensor."""
     return isinstance(node, fx.Node) and isinstance(info_of(node), TensorInfo)
+
+
+def gives_several(node: fx.Node) -> bool:
+    """Tell whether a node gives a tuple or a list of values."""
+    return isinstance(info_of(node), tuple)
 
 
 def set_info(node: fx.Node, found: Info) -> None:
@@ -115,15 +154,21 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 
 
-def outputs_of(graph: fx.Graph) -> list[Any]:
+def outputs_of(graph: fx.Graph) -> list[Argument]:
     """Return the outputs of a graph as one flat list: nodes and constants."""
-    return list(output_node(graph).args[0])  # type: ignore[arg-type]
+    return list(cast("Sequence[Argument]", output_node(graph).args[0]))
 
 
-def schema_of(node: fx.Node) -> torch.FunctionSchema:
-    """Return the schema of the operator that a node calls."""
-    target: Any = node.target
-    return target._schema
+def schema_of(op: object) -> Schema:
+    """Return the schema of an operator, or of the operator that a node calls."""
+    found = getattr(op.target if isinstance(op, fx.Node) else op, "_schema", None)
+    assert found is not None, f"{op} is no operator, so it has no schema"
+    return found
+
+
+def writes(node: fx.Node) -> bool:
+    """Tell whether a node writes into one of its arguments."""
+    return is_op(node) and schema_of(node).is_mutable
 
 
 def bound_args(node: fx.Node) -> dict[str, Any]:
@@ -139,7 +184,7 @@ def bound_args(node: fx.Node) -> dict[str, Any]:
     return out
 
 
-def set_arg(node: fx.Node, name: str, value: Any) -> None:
+def set_arg(node: fx.Node, name: str, value: Argument) -> None:
     """Set one argument of the node by its schema name."""
     at = [a.name for a in schema_of(node).arguments].index(name)
     if at < len(node.args):

@@ -12,7 +12,8 @@ x.to(x.dtype), alias, x[:]      -> x
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -23,8 +24,10 @@ from matryoshkafy.graph.nodes import (
     TensorInfo,
     bound_args,
     info_of,
+    is_op,
     is_tensor,
     op_key,
+    schema_of,
     set_arg,
     set_info,
     tensor_info,
@@ -96,7 +99,7 @@ def _drop_needless_detaches(graph: fx.Graph, root: nn.Module) -> None:
     ours = model_values(graph, root)
     for node in list(graph.nodes):
         if op_key(node) == "detach":
-            source: Any = node.args[0]
+            source = node.all_input_nodes[0]
             if source not in ours or op_key(source) == "detach":
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
@@ -110,12 +113,13 @@ def _slice_constants(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _slice_constant(graph: fx.Graph, root: nn.Module, node: fx.Node) -> None:
-    source, indices = node.args[0], node.args[1]
-    given = [(d, i) for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    source = node.all_input_nodes[0]
+    indices = cast("Sequence[fx.Node | None]", node.args[1])
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
     if len(given) != 1:
         return
     dim, index = given[0]
-    size = tensor_info(source).shape[dim]  # type: ignore[union-attr]
+    size = tensor_info(source).shape[dim]
     run = _constant_run(root, index, size)
     if run is None:
         return
@@ -134,8 +138,8 @@ def _constant_run(root: nn.Module, index: fx.Node, size: int) -> tuple[int, int]
     tensor = dict(root.named_buffers()).get(str(index.target))
     if tensor is None or tensor.is_meta or tensor.dtype not in (torch.int64, torch.int32):
         return None
-    values = [v % size for v in tensor.tolist()]
-    plain = values and values == list(range(values[0], values[0] + len(values)))
+    values = [int(v) % size for v in tensor]
+    plain = bool(values) and values == list(range(values[0], values[0] + len(values)))
     return (values[0], values[0] + len(values)) if plain else None
 
 
@@ -165,7 +169,7 @@ def _fill_empty(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in EMPTIES:
             target = EMPTIES[node.target]
-            known = {a.name for a in target._schema.arguments}
+            known = {a.name for a in schema_of(target).arguments}
             given = {k: v for k, v in bound_args(node).items() if k in known and v is not None}
             node.target, node.args, node.kwargs = target, (), given
 
@@ -173,7 +177,7 @@ def _fill_empty(graph: fx.Graph) -> None:
 def _drop_identities(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
 
 
@@ -231,9 +235,7 @@ def _follow_device(graph: fx.Graph) -> None:
 
 
 def _bound_device(node: fx.Node) -> bool:
-    if not hasattr(node.target, "_schema"):
-        return False
-    return isinstance(bound_args(node).get("device"), torch.device)
+    return is_op(node) and isinstance(bound_args(node).get("device"), torch.device)
 
 
 def _share_masks(graph: fx.Graph) -> None:
@@ -254,7 +256,7 @@ def _share_masks(graph: fx.Graph) -> None:
 
 
 def _convert_mask(graph: fx.Graph, mask: fx.Node, readers: list[fx.Node]) -> None:
-    query: Any = readers[0].args[0]
+    query = readers[0].all_input_nodes[0]
     dtype = tensor_info(query).dtype
     with graph.inserting_before(readers[0]):
         zero = graph.call_function(aten.new_zeros.default, (query, []))

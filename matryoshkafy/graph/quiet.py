@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from torch import nn
 
@@ -15,7 +15,7 @@ TRACING = threading.RLock()
 
 
 @contextlib.contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
+def modes_kept(*models: nn.Module) -> Generator[None, None, None]:
     """Whatever train() or eval() sets inside, every module leaves as it came."""
     modes = {m: m.training for model in models for m in model.modules()}
     try:
@@ -38,7 +38,7 @@ class _OtherThreads(logging.Filter):
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
+def silent() -> Generator[None, None, None]:
     """torch prints the whole graph when it fails: the error says what a person needs.
 
     No stream is swapped and no level is set, which other threads would notice: this thread's log

@@ -6,7 +6,7 @@ v, m = torch.var_mean(x, -1, ...)   -> x.var(-1, ...), x.mean(-1, ...)
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ from matryoshkafy.graph.nodes import (
 aten = torch.ops.aten
 
 ALONG = {"mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm", "norm"}
-PAIRS: dict[Any, Any] = {
+PAIRS: Mapping[object, Callable[..., object]] = {
     aten.var_mean.correction: aten.var.correction,
     aten.std_mean.correction: aten.std.correction,
     aten.var_mean.dim: aten.var.dim,
@@ -47,7 +47,8 @@ def _split_pair(graph: fx.Graph, node: fx.Node) -> None:
     given = bound_args(node)
     if not all(map(is_item, node.users)):
         return
-    info: Any = info_of(node)
+    info = info_of(node)
+    assert isinstance(info, tuple) and isinstance(info[0], TensorInfo)
     with graph.inserting_before(node):
         spread = graph.call_function(PAIRS[node.target], node.args, dict(node.kwargs))
         dims = list(given["dim"]) if given["dim"] else list(range(len(info[0].shape)))
@@ -56,7 +57,7 @@ def _split_pair(graph: fx.Graph, node: fx.Node) -> None:
         set_info(new, described)
         new.meta["source"] = node.meta.get("source", "")
     for user in list(node.users):
-        user.replace_all_uses_with((spread, mean)[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(mean if user.args[1] == 1 else spread)
         graph.erase_node(user)
     graph.erase_node(node)
 
@@ -71,8 +72,7 @@ def _keep(graph: fx.Graph, node: fx.Node) -> None:
     rank = len(old.shape)
     at = dims[0] % rank
     for user in node.users:
-        restored = op_key(user) == "unsqueeze" and user.args[1] % rank == at  # type: ignore[operator]
-        if not restored:
+        if op_key(user) != "unsqueeze" or bound_args(user)["dim"] % rank != at:
             return
     set_arg(node, "keepdim", True)
     set_info(node, TensorInfo((*new.shape[:at], 1, *new.shape[at:]), new.dtype))

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def parameter_names(model: nn.Module) -> tuple[list[str], bool]:
     return names, any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
-def named_args(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+def named_args(model: nn.Module, args: tuple[object, ...]) -> dict[str, Any]:
     names, variadic = parameter_names(model)
     if variadic or len(args) > len(names):
         names = names[: len(args)]
@@ -32,7 +32,7 @@ def named_args(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def as_inputs(
-    args: Any, kwargs: Mapping[str, Any] | None, names: Collection[str]
+    args: object, kwargs: Mapping[str, object] | None, names: Collection[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword inputs of what a person gives as example inputs.
 
@@ -44,10 +44,11 @@ def as_inputs(
     """
     named = dict(kwargs or {})
     if isinstance(args, Mapping):
-        known = not set(names).isdisjoint(args)
-        return ((), {**args, **named}) if known else ((dict(args),), named)
+        given = cast("Mapping[str, object]", args)
+        known = not set(names).isdisjoint(given)
+        return ((), {**given, **named}) if known else ((dict(given),), named)
     if isinstance(args, (tuple, list)):
-        return tuple(args), named
+        return tuple(cast("Sequence[object]", args)), named
     return () if args is None else (args,), named
 
 
@@ -60,7 +61,7 @@ class Input:
 
     name: str
     spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
+    leaves: tuple[object, ...]
     is_tensor: tuple[bool, ...]
     bounds: tuple[tuple[float, float] | None, ...] = ()
 
@@ -93,7 +94,7 @@ class Signature:
     guards: Guards = Guards()
     filled: tuple[Filled, ...] = ()
 
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    def flatten(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[torch.Tensor]:
         """Return the flat tensors of a call.
 
         Raises `TraceError` when it is not the traced call, `GuardError` when its sizes are outside
@@ -105,7 +106,7 @@ class Signature:
                 f"{len(args)} positional arguments were given, the traced forward takes "
                 f"{len(self.positional)}: {', '.join(self.positional)}"
             )
-        flat: list[Any] = []
+        flat: list[torch.Tensor] = []
         known = {item.name for item in self.inputs}
         given = self._completed(given, known)
         for item in self.inputs:
@@ -119,7 +120,7 @@ class Signature:
         self.guards.check(flat)
         return flat
 
-    def _completed(self, given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    def _completed(self, given: dict[str, object], known: Collection[str]) -> dict[str, object]:
         """Fill in what is missing, and leave out a default that the trace does without."""
         for default in self.filled:
             value, like = given.get(default.name), given.get(default.like)
@@ -127,34 +128,34 @@ class Signature:
                 continue
             if default.name in known and value is None:
                 given = {**given, default.name: default.made(like)}
-            spare = default.name not in known and isinstance(value, torch.Tensor)
-            if spare and bool((value == default.value).all()):
+            spare = isinstance(value, torch.Tensor) and default.name not in known
+            if spare and bool(torch.all(torch.eq(cast("torch.Tensor", value), default.value))):
                 given = {**given, default.name: None}
         return given
 
-    def call(self, flat: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, flat: Iterable[object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the (args, kwargs) that `flatten` takes apart into these tensors."""
         tensors = iter(flat)
         values = {item.name: _value(item, tensors) for item in self.inputs}
-        args = []
+        args: list[Any] = []
         for name in self.positional:
             if name not in values:
                 break
             args.append(values.pop(name))
         return tuple(args), values
 
-    def unflatten(self, outputs: Sequence[Any]) -> Any:
+    def unflatten(self, outputs: Sequence[object]) -> Any:
         """Return the outputs in the structure of the user's model."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
 
-def _value(item: Input, tensors: Iterator[Any]) -> Any:
+def _value(item: Input, tensors: Iterator[object]) -> object:
     pairs = zip(item.leaves, item.is_tensor, strict=True)
     leaves = [next(tensors) if is_tensor else leaf for leaf, is_tensor in pairs]
     return pytree.tree_unflatten(leaves, item.spec)
 
 
-def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
+def _leaves_of(item: Input, given: Mapping[str, object]) -> list[Any]:
     if item.name not in given:
         if any(item.is_tensor):
             raise TraceError(f"argument {item.name!r} is missing: the model was traced with it")
@@ -164,7 +165,7 @@ def _leaves_of(item: Input, given: Mapping[str, Any]) -> list[Any]:
         raise TraceError(
             f"argument {item.name!r} has structure {spec}, the model was traced with {item.spec}"
         )
-    tensors = []
+    tensors: list[Any] = []
     for value, traced, is_tensor in zip(leaves, item.leaves, item.is_tensor, strict=True):
         if is_tensor:
             tensors.append(as_tensor(value))
@@ -192,7 +193,7 @@ def _same(value: Any, traced: Any) -> bool:
         )
 
 
-def tensor_names(inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensor_names(inputs: Mapping[str, object]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of a call in flat order, named as a person would: `batch['mask']`."""
     for name, value in inputs.items():
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
@@ -200,16 +201,17 @@ def tensor_names(inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]
                 yield name + pytree.keystr(path), leaf
 
 
-def read_input(name: str, value: Any) -> Input:
+def read_input(name: str, value: object) -> Input:
     leaves, spec = pytree.tree_flatten(value)
     is_tensor = tuple(isinstance(v, torch.Tensor) for v in leaves)
     constants = tuple(None if t else v for v, t in zip(leaves, is_tensor, strict=True))
     return Input(name, spec, constants, is_tensor, tuple(map(_bounds, leaves)))
 
 
-def _bounds(value: Any) -> tuple[float, float] | None:
-    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.numel() > 0
-    if not plain or value.is_meta or value.is_complex():
+def _bounds(value: object) -> tuple[float, float] | None:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or not value.numel():
+        return None
+    if value.is_meta or value.is_complex():
         return None
     low, high = (float(n) for n in torch.aminmax(value.detach().to(torch.float64)))
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None

@@ -6,12 +6,14 @@ to a device; every node carries `meta["info"]` (concrete sizes) and `meta["sourc
 line).
 """
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -20,7 +22,15 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import Call, Captured, capture
 from matryoshkafy.graph.guards import Guards, Size, kind_of
-from matryoshkafy.graph.nodes import info_of, is_op, is_tensor, set_info, source_of, tensor_info
+from matryoshkafy.graph.nodes import (
+    Argument,
+    info_of,
+    is_tensor,
+    set_info,
+    source_of,
+    tensor_info,
+    writes,
+)
 from matryoshkafy.graph.normalise import clean
 from matryoshkafy.graph.signature import (
     Signature,
@@ -61,7 +71,7 @@ class Trace:
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
 ) -> Trace:
     """Trace the model on example inputs; the model is left as it was found.
 
@@ -99,7 +109,7 @@ def _root_of(model: nn.Module, captured: Captured) -> nn.Module:
         attach(root, name, buffer, persistent=name in persistent)
     known = {n for n, _ in root.named_buffers(remove_duplicate=False)}
     for name, value in captured.constants.items():
-        if isinstance(value, torch.Tensor) and name not in known:
+        if name not in known:
             attach(root, name, value.detach(), persistent=False)
     root.training = model.training
     return root
@@ -129,7 +139,7 @@ def _unlifted(captured: Captured, root: nn.Module) -> fx.Graph:
                 copier.state(node, captured.state[node.name])
         elif node.op == "placeholder":
             copier.placeholder(node)
-    flat = copier.body(captured.module.graph)
+    flat = cast("Sequence[Argument]", copier.body(captured.module.graph))
     graph.output([flat[i] for i in captured.outputs])
     return graph
 
@@ -139,7 +149,7 @@ class _Copier:
 
     def __init__(self, graph: fx.Graph, owner: nn.Module, root: nn.Module) -> None:
         self.graph, self.owner, self.root = graph, owner, root
-        self.env: dict[fx.Node, Any] = {}
+        self.env: dict[fx.Node, Argument] = {}
         self.grad = True
 
     def placeholder(self, node: fx.Node) -> None:
@@ -154,15 +164,18 @@ class _Copier:
             warnings.simplefilter("ignore")
             self.env[node] = self._described(self.graph.get_attr(target), node)
 
-    def body(self, source: fx.Graph) -> Any:
+    def body(self, source: fx.Graph) -> Argument:
         for node in source.nodes:
             if node.op == "call_function":
                 self._call(node)
             elif node.op == "get_attr":
                 self._attribute(node)
             elif node.op == "output":
-                return fx.map_arg(node.args[0], lambda n: self.env[n])
+                return self._mapped(node.args[0])
         raise AssertionError("a graph without output")
+
+    def _mapped(self, value: Argument) -> Argument:
+        return fx.map_arg(value, lambda n: self.env[n])  # type: ignore[return-value]
 
     def _attribute(self, node: fx.Node) -> None:
         value = getattr(self.owner, str(node.target), None)
@@ -183,10 +196,10 @@ class _Copier:
                 f"no support for the control flow {name!r} at {source_of(node)}; "
                 "branch on Python values, or use torch.where"
             )
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        first: Any = args[0] if args else None
-        if isinstance(first, (tuple, list)) and name == "getitem":
-            self.env[node] = first[args[1]]  # type: ignore[index]
+        args = tuple(map(self._mapped, node.args))
+        kwargs = {key: self._mapped(value) for key, value in node.kwargs.items()}
+        if name == "getitem" and isinstance(args[0], (tuple, list)):
+            self.env[node] = args[0][cast("int", args[1])]
             return
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
         self.env[node] = self._described(new, node)
@@ -195,7 +208,7 @@ class _Copier:
 
     def _without_gradient(self, node: fx.Node, new: fx.Node) -> None:
         """What is made under no_grad is detached; a write under no_grad is marked."""
-        if is_op(new) and new.target._schema.is_mutable:  # type: ignore[union-attr]
+        if writes(new):
             new.meta["no_grad"] = True
         elif is_tensor(new) and tensor_info(new).dtype.is_floating_point:
             self.env[node] = self._described(
@@ -205,13 +218,13 @@ class _Copier:
     def _inline(self, node: fx.Node) -> None:
         """with no_grad / autocast: the body runs in line; the user's autocast stays theirs."""
         at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
-        name = str(node.args[at].target)  # type: ignore[union-attr]
-        module = getattr(self.owner, name)
+        name = str(node.all_input_nodes[0].target)
+        module: fx.GraphModule = getattr(self.owner, name)
         inner = _Copier(self.graph, module, self.root)
         inner.grad = bool(node.args[0]) if "grad" in str(node.target) else self.grad
         holes = [n for n in module.graph.nodes if n.op == "placeholder"]
         for hole, value in zip(holes, node.args[at + 1 :], strict=True):
-            inner.env[hole] = fx.map_arg(value, lambda n: self.env[n])
+            inner.env[hole] = self._mapped(value)
         self.env[node] = inner.body(module.graph)
 
     def _described(self, new: fx.Node, old: fx.Node) -> fx.Node:
@@ -227,7 +240,7 @@ class _Copier:
 
 def _signature(
     model: nn.Module,
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     kwargs: dict[str, Any],
     captured: Captured,
 ) -> Signature:

@@ -5,13 +5,15 @@ of fused attention is a number that evaluation sets to 0, and other randomness (
 layer drop, noise) leaves no op at all: one forward in training mode is watched for both.
 """
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import inspect
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -27,7 +29,7 @@ from matryoshkafy.graph.normalise import TRAINING_FLAGS, has_statistics, trainin
 from matryoshkafy.graph.trace import Trace
 
 SDPA = F.scaled_dot_product_attention
-DROPOUTS = {
+DROPOUTS: Mapping[object, str] = {
     F.dropout: "dropout",
     F.alpha_dropout: "alpha_dropout",
     F.dropout1d: "feature_dropout",
@@ -35,7 +37,7 @@ DROPOUTS = {
     F.dropout3d: "feature_dropout",
     F.feature_alpha_dropout: "feature_alpha_dropout",
 }
-RANDOM = {
+RANDOM: Mapping[object, str] = {
     Tensor.bernoulli_: "bernoulli_",
     Tensor.bernoulli: "bernoulli",
     torch.bernoulli: "bernoulli",
@@ -57,16 +59,20 @@ class _Watch(TorchFunctionMode):
     the `training` of every dropout and batch norm.
     """
 
-    attention: list[float] = field(default_factory=list)
-    chances: dict[str, list[str]] = field(default_factory=dict)
-    flags: dict[str, list[bool]] = field(default_factory=dict)
+    attention: list[float] = field(default_factory=list[float])
+    chances: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    flags: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is SDPA:
             self.attention.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)))
@@ -96,7 +102,9 @@ class _Watch(TorchFunctionMode):
         self.chances.setdefault(name, []).append(_user_line())
 
 
-def _given(func: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+def _given(
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults included."""
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -113,7 +121,9 @@ def _user_line() -> str:
     return "an unknown line"
 
 
-def follow_training(traced: Trace, model: nn.Module, args: Any, kwargs: Any) -> Trace:
+def follow_training(
+    traced: Trace, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Trace:
     """Return the trace with attention dropout in training mode, and remarks on what it lacks.
 
     A spare of the model runs once more on the example, in training mode. What stays in evaluation

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,10 +16,10 @@ from matryoshkafy.graph.guards import Apply, Expr, Guard, Guards, Size, value_of
 
 Sizes = Mapping[Size, int]
 # True: graph and model agree. False: they differ. None: the model itself fails at such sizes.
-Verdict = Callable[[Sequence[Any]], bool | None]
+Verdict = Callable[[Sequence[torch.Tensor]], bool | None]
 
 
-def settled(guards: Guards, flat: Sequence[Any], agree: Verdict) -> Guards:
+def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Guards:
     """Return the guards after trials: sizes at which the graph is not the model are refused.
 
     Args:
@@ -117,7 +116,7 @@ def _with(shapes: Sequence[Sequence[int]], sizes: Sizes) -> list[list[int]]:
     return [[sizes.get(Size(i, d), n) for d, n in enumerate(s)] for i, s in enumerate(shapes)]
 
 
-def resized(flat: Sequence[Any], sizes: Sizes) -> list[Any]:
+def resized(flat: Sequence[torch.Tensor], sizes: Sizes) -> list[torch.Tensor]:
     """Return the inputs with rows repeated or left out."""
     out = list(flat)
     for size, n in sizes.items():

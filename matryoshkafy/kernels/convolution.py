@@ -17,6 +17,9 @@ from matryoshkafy.kernels.levels import Runs, kept, zero
 from matryoshkafy.kernels.overflow import by_level, overflowed
 from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, conv_tiling, span_of
 
+Ints = tuple[int, ...]
+Arguments = tuple[Ints, Ints, Ints, bool, Ints, int]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -32,7 +35,7 @@ class Geometry:
     in_runs: Runs
 
     @property
-    def arguments(self) -> tuple:
+    def arguments(self) -> Arguments:
         """In the order of aten.convolution."""
         return (
             self.stride,

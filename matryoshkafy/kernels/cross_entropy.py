@@ -22,6 +22,7 @@ from torch import Tensor
 
 from matryoshkafy.kernels.norms import accumulation_dtype
 from matryoshkafy.kernels.tiling import Range, span_of
+from matryoshkafy.kernels.untyped import vecdot
 
 # Bytes of working memory; a GPU needs longer chunks to be busy.
 BUDGET = {"cpu": 56_000_000, "cuda": 512_000_000}
@@ -124,7 +125,7 @@ def evaluate(
     losses = problem.hidden.new_zeros(len(options.widths), len(problem.target), dtype=dtype)
     tiles, rows = layout(problem, options, len(real), needed=grads.needed)
     scratch = allocate_scratch(problem, options, rows, tiles, needed=grads.needed)
-    for index in real.split(rows) if len(real) else ():
+    for index in torch.split(real, rows) if len(real) else ():
         chunk = take(problem, index, scale, scratch, sizes=len(options.widths))
         losses[:, index] = one_chunk(chunk, problem, options, tiles=tiles, grads=grads)
         if grads.scales is not None:
@@ -228,7 +229,7 @@ def one_chunk(
             scores, slot = options.scaled(logits, j), view.slots[j]
             torch.exp(torch.sub(scores, norms[j][:, None], out=slot), out=slot)
             if options.scales is not None:
-                chunk.moments[j] += torch.linalg.vecdot(slot, scores)
+                chunk.moments[j] += vecdot(slot, scores)
         add_gradients(view, problem, options, tile=tile, grads=grads)
     return losses
 
@@ -272,7 +273,8 @@ def accumulate_block(out: Tensor, a: Tensor, b: Tensor, block: Range) -> None:
 
 def whole_rows(chunk: Chunk, problem: Problem, options: Options) -> Tensor:
     """Losses [sizes, R]; leaves the probabilities of size j in slot j."""
-    losses, classes = [], (0, len(problem.table))
+    losses: list[Tensor] = []
+    classes = (0, len(problem.table))
     for j, logits in enumerate(running_logits(chunk, problem, options, classes)):
         probabilities, scores = chunk.slots[j % len(chunk.slots)], options.scaled(logits, j)
         torch.softmax(scores, -1, out=probabilities)
@@ -281,7 +283,7 @@ def whole_rows(chunk: Chunk, problem: Problem, options: Options) -> Tensor:
         loss = smoothed(norm, picked, scores.sum(1), options, len(problem.table))
         losses.append(loss)
         if options.scales is not None:
-            chunk.moments[j] = loss - norm + torch.linalg.vecdot(probabilities, scores)
+            chunk.moments[j] = loss - norm + vecdot(probabilities, scores)
     return torch.stack(losses)
 
 

@@ -1,14 +1,22 @@
 """apply(): the nested cross entropy with its gradients, as autograd functions."""
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.kernels.cross_entropy import Options, Problem, evaluate, row_scale, weighted
-from matryoshkafy.kernels.dispatch import DoubleBackward
+from matryoshkafy.kernels.dispatch import Context, DoubleBackward, Grads
+
+
+class RowContext(Context, Protocol):
+    """What the loss of each row keeps."""
+
+    options: Options
 
 
 class NestedCrossEntropy(torch.autograd.Function):
@@ -19,7 +27,7 @@ class NestedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, options: Options, mean: bool, *tensors: Tensor | None
+        ctx: Context, problem: Problem, options: Options, mean: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         scale = row_scale(problem.target, options.ignore_index, mean=mean)
         needs = ctx.needs_input_grad[3:]
@@ -29,11 +37,11 @@ class NestedCrossEntropy(torch.autograd.Function):
         return weighted(losses, options).sum() * scale, losses
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
+    def backward(ctx: Context, *slopes: Tensor) -> Grads:
         if torch.is_grad_enabled():
             raise DoubleBackward("nested_cross_entropy")
         spend = not keeps_graph()
-        grads = [times(grad, slope, spend=spend) for grad in ctx.saved_tensors]
+        grads = [times(grad, slopes[0], spend=spend) for grad in ctx.saved_tensors]
         return None, None, None, *grads
 
 
@@ -41,7 +49,7 @@ def keeps_graph() -> bool:
     """Whether the running backward may be followed by another over the same graph."""
     autograd = getattr(torch._C, "_autograd", None)
     ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
+    return True if ask is None else bool(ask())
 
 
 def times(grad: Tensor | None, slope: Tensor, *, spend: bool) -> Tensor | None:
@@ -57,7 +65,7 @@ class RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, options: Options, *tensors: Tensor | None
+        ctx: RowContext, problem: Problem, options: Options, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         losses, _ = evaluate(problem, options)
         ctx.options = options
@@ -66,13 +74,13 @@ class RowCrossEntropy(torch.autograd.Function):
         return weighted(losses, options), losses
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple:
+    def backward(ctx: RowContext, *slopes: Tensor) -> Grads:
         if torch.is_grad_enabled():
             raise DoubleBackward("nested_cross_entropy")
         target, hidden, table, bias, _ = ctx.saved_tensors
         problem = Problem(hidden, table, bias, target)
         needs = ctx.needs_input_grad[2:]
-        _, grads = evaluate(problem, ctx.options, scale=slope, needs=needs)
+        _, grads = evaluate(problem, ctx.options, scale=slopes[0], needs=needs)
         return None, None, grads.hidden, grads.table, grads.bias, grads.scales
 
 

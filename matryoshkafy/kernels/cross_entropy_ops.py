@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.kernels import cross_entropy, norms
 from matryoshkafy.kernels.cross_entropy import Gradients, Options, Problem
+from matryoshkafy.kernels.dispatch import Context, Grads
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# As the schemas have them: widths, weights, ignore_index, smoothing, reduction or scale, needs.
+Settings = tuple[list[int], list[float], int, float]
+Call = tuple[list[int], list[float], int, float, str, list[bool]]
+GradsCall = tuple[list[int], list[float], int, float, Tensor, list[bool]]
+Inputs = tuple[
+    Tensor, Tensor, Tensor | None, Tensor, list[int], list[float], int, float, str, list[bool]
+]
+
+
+class LossContext(Context, Protocol):
+    """What the loss keeps."""
+
+    settings: Settings
+    reduction: str
+    needs: list[bool]
 
 
 def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,15 +43,16 @@ def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def options_of(widths, weights, ignore_index: int, smoothing: float) -> Options:
+def options_of(settings: Settings) -> Options:
+    widths, weights, ignore_index, smoothing = settings
     return Options(tuple(widths), tuple(weights), ignore_index, smoothing)
 
 
 def nested_cross_entropy(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Unpack[Call]
 ) -> tuple[Tensor, ...]:
-    *settings, reduction, needs = args
-    options, problem = options_of(*settings), Problem(hidden, table, bias, target)
+    *_, reduction, needs = args
+    options, problem = options_of(args[:4]), Problem(hidden, table, bias, target)
     scale = cross_entropy.row_scale(target, options.ignore_index, mean=reduction == "mean")
     losses, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
     total = cross_entropy.weighted(losses, options)
@@ -40,7 +61,7 @@ def nested_cross_entropy(
 
 
 def nested_cross_entropy_shape(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Unpack[Call]
 ) -> tuple[Tensor, ...]:
     widths, _, _, _, reduction, needs = args
     dtype = norms.accumulation_dtype(hidden.dtype)
@@ -58,15 +79,17 @@ def grads_shape(
     )
 
 
-def nested_cross_entropy_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, table, bias, target, *settings, ctx.reduction, ctx.needs = inputs
-    ctx.settings = settings
+def nested_cross_entropy_setup(
+    ctx: LossContext, inputs: Inputs, output: tuple[Tensor, ...]
+) -> None:
+    hidden, table, bias, target = inputs[:4]
+    ctx.settings, ctx.reduction, ctx.needs = inputs[4:8], inputs[8], inputs[9]
     ctx.mark_non_differentiable(*output[1:])
     later = (hidden, table, bias, target) if ctx.reduction == "none" else output[2:]
     ctx.save_for_backward(*later)
 
 
-def nested_cross_entropy_backward(ctx: Any, slope: Tensor, *_: Any) -> tuple:
+def nested_cross_entropy_backward(ctx: LossContext, slope: Tensor, *_: Tensor) -> Grads:
     grads, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
     if ctx.reduction == "none":
         op = torch.ops.matryoshkafy.nested_cross_entropy_grads
@@ -78,15 +101,15 @@ def nested_cross_entropy_backward(ctx: Any, slope: Tensor, *_: Any) -> tuple:
 
 
 def nested_cross_entropy_grads(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Unpack[GradsCall]
 ) -> tuple[Tensor, ...]:
-    *settings, scale, needs = args
-    problem, options = Problem(hidden, table, bias, target), options_of(*settings)
+    *_, scale, needs = args
+    problem, options = Problem(hidden, table, bias, target), options_of(args[:4])
     _, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
     return optional(grads, hidden)
 
 
 def nested_cross_entropy_grads_shape(
-    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+    hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Unpack[GradsCall]
 ) -> tuple[Tensor, ...]:
     return grads_shape(hidden, table, bias, args[-1])

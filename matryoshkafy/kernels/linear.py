@@ -7,13 +7,13 @@ concatenation, no zero-padded intermediate.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matryoshkafy.kernels.dispatch import DoubleBackward
+from matryoshkafy.kernels.dispatch import Context, DoubleBackward, Grads
 from matryoshkafy.kernels.levels import Runs, kept, zero
 from matryoshkafy.kernels.overflow import by_level, overflowed
 from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, span_of, tiling
@@ -105,20 +105,28 @@ def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, out_runs: Runs, in_runs: 
     return dw
 
 
+class Triangle(Context, Protocol):
+    """What the product keeps."""
+
+    runs: Pair
+
+
 class Triangular(torch.autograd.Function):
     """The product with its gradient, for eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair) -> Tensor:
+    def forward(
+        ctx: Triangle, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair
+    ) -> Tensor:
         ctx.runs = runs
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return forward(x, weight, bias, *runs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
+    def backward(ctx: Triangle, *slopes: Tensor) -> Grads:
         if torch.is_grad_enabled():
             raise DoubleBackward("linear")
-        x, weight = ctx.saved_tensors
+        (dy,), (x, weight) = slopes, ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = grad_input(dy, weight, *ctx.runs) if needs_x else None
         dw = grad_weight(dy, x, weight, *ctx.runs) if needs_weight else None

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.kernels import norms, reductions
+from matryoshkafy.kernels.dispatch import Context, Grads
 from matryoshkafy.kernels.levels import bands_of, check_runs
 from matryoshkafy.kernels.norms import Norm, Saved
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+How = tuple[list[int], bool, bool]  # runs, prefix, centred
+NormCall = tuple[float, list[int], bool]  # eps, runs, prefix
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, float, list[int], bool, bool]
+
+
+class NormContext(Context, Protocol):
+    """What a norm keeps."""
+
+    runs: list[int]
+    prefix: bool
+    centred: bool
+    bias_dtype: torch.dtype | None
 
 
 def channels(x: Tensor) -> Tensor:
@@ -31,7 +48,7 @@ def norm(  # noqa: PLR0913 - the operator's schema
 
 
 def norm_shape(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *args: Any
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *args: Unpack[How]
 ) -> norms.Triple:
     runs, *_ = args
     check_runs(runs, x.shape[1], "the normalised dim")
@@ -41,7 +58,7 @@ def norm_shape(
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Unpack[How]
 ) -> norms.Triple:
     runs, prefix, centred = args
     saved = Saved(x, weight, mean, rstd)
@@ -49,20 +66,20 @@ def norm_backward(
 
 
 def norm_backward_shape(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Any
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, *args: Unpack[How]
 ) -> norms.Triple:
     one = mean.new_empty(x.shape[1])
     return x.new_empty(x.shape), one, torch.empty_like(one)
 
 
-def norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def norm_setup(ctx: NormContext, inputs: Inputs, output: norms.Triple) -> None:
     x, weight, bias, _, ctx.runs, ctx.prefix, ctx.centred = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(x, weight, output[1], output[2])
 
 
-def norm_autograd(ctx: Any, dy: Tensor, *_: Any) -> tuple:
+def norm_autograd(ctx: NormContext, dy: Tensor, *_: Tensor) -> Grads:
     x, weight, mean, rstd = ctx.saved_tensors
     dx, dw, db = torch.ops.matryoshkafy.norm_backward(
         dy, x, weight, mean, rstd, ctx.runs, ctx.prefix, ctx.centred
@@ -72,21 +89,25 @@ def norm_autograd(ctx: Any, dy: Tensor, *_: Any) -> tuple:
     return dx, dw, db, None, None, None, None
 
 
-def last_dim_norm(x: Tensor, *args: Any) -> Tensor:
+def last_dim_norm(x: Tensor, *args: object) -> Tensor:
     """The norm over the last dim of x [..., C]."""
     flat = x.reshape(-1, x.shape[-1], 1)
     return torch.ops.matryoshkafy.norm(flat, *args)[0].view(x.shape)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Unpack[NormCall]
+) -> Tensor:
     return last_dim_norm(x, weight, bias, *args, True)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, *args: Unpack[NormCall]) -> Tensor:
     return last_dim_norm(x, weight, None, *args, False)
 
 
-def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> Tensor:
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Unpack[NormCall]
+) -> Tensor:
     y = torch.ops.matryoshkafy.norm(channels(x), weight, bias, *args, True)[0]
     return y.view(x.shape)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.kernels.levels import Bands, index_tensor
+from matryoshkafy.kernels.untyped import vector_norm
 
 # Values in a chunk of rows on a CPU: what stays in cache between the passes over it.
 CACHED = 1 << 20
@@ -111,7 +112,8 @@ def forward_native(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """torch's own kernel on each band: mean and rstd [N, L]."""
-    means, rstds = [], []
+    means: list[Tensor] = []
+    rstds: list[Tensor] = []
     for lo, hi in norm.bands.pairs():
         w = None if weight is None else weight[lo:hi]
         b = None if bias is None else bias[lo:hi]
@@ -166,13 +168,14 @@ def counts(norm: Norm, inner: int, like: Tensor) -> Tensor:
 
 def own_moments(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """Mean (or 0) and sum of squared deviations from it of each band: two [N, L]."""
-    means, squares = [], []
+    means: list[Tensor] = []
+    squares: list[Tensor] = []
     for lo, hi in norm.bands.pairs():
         part = x[:, lo:hi]
         if norm.centred:
             means.append(part.mean((1, 2)))
             part = part - means[-1][:, None, None]
-        squares.append(torch.linalg.vector_norm(part, dim=(1, 2)).square())
+        squares.append(vector_norm(part, (1, 2)).square())
     joint = torch.stack(squares, 1)
     return (torch.stack(means, 1) if norm.centred else torch.zeros_like(joint)), joint
 
@@ -230,7 +233,8 @@ def backward(dy: Tensor, saved: Saved, norm: Norm) -> Triple:
 
 def backward_native(dy: Tensor, saved: Saved, norm: Norm, dx: Tensor) -> tuple[Tensor, Tensor]:
     """torch's own kernel on each band: dweight and dbias [C]."""
-    dws, dbs = [], []
+    dws: list[Tensor] = []
+    dbs: list[Tensor] = []
     ones = dy.new_ones(dy.shape[1]) if saved.weight is None else saved.weight
     for k, (lo, hi) in enumerate(norm.bands.pairs()):
         stats = (saved.mean[:, k : k + 1].contiguous(), saved.rstd[:, k : k + 1].contiguous())

@@ -11,10 +11,12 @@ level(o) < level(i): its storage is never read into a result and its gradient is
 backward of linear, conv and the norms is an operator too, with no derivative of its own.
 """
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from matryoshkafy.kernels.cross_entropy_ops import (
     nested_cross_entropy_setup,
     nested_cross_entropy_shape,
 )
-from matryoshkafy.kernels.dispatch import DoubleBackward, is_plain
+from matryoshkafy.kernels.dispatch import ArgsContext, Context, DoubleBackward, Grads, is_plain
 from matryoshkafy.kernels.levels import check_runs, kept
 from matryoshkafy.kernels.linear import rows
 from matryoshkafy.kernels.norm_ops import (
@@ -47,8 +49,18 @@ from matryoshkafy.kernels.norm_ops import (
     rms_norm,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Ints = list[int]
+# As the schemas have them: stride, padding, dilation, transposed, output_padding, groups, runs.
+ConvCall = tuple[Ints, Ints, Ints, bool, Ints, int, Ints, Ints]
+LinearInputs = tuple[Tensor, Tensor, Tensor | None, Ints, Ints]
+Impl = Callable[..., Tensor] | Callable[..., tuple[Tensor, ...]]
+
 NAMESPACE = "matryoshkafy"
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+library: Any = torch.library  # torch leaves its functions without types
+LIBRARY = library.Library(NAMESPACE, "DEF")
 
 CONV = (
     "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
@@ -82,25 +94,26 @@ SCHEMAS = (
 )
 
 
-def define(name: str, kernel: Callable, fake: Callable) -> None:
+def define(name: str, kernel: Impl, fake: Impl) -> None:
     """Gives an operator its kernel on every device and its shape function."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
 def refuse_double_backward(name: str) -> None:
     """Makes the derivative of a backward operator an error."""
 
-    def backward(ctx: Any, *grads: Tensor) -> None:
+    def backward(ctx: Context, *grads: Tensor) -> None:
         raise DoubleBackward(name)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+    library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: object, dtype: torch.dtype) -> object:
     """The tensor in the dtype, if autocast would touch it."""
-    eligible = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if eligible and value.dtype != torch.float64 else value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value if value.dtype == torch.float64 else value.to(dtype)
 
 
 def autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
@@ -109,7 +122,7 @@ def autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     op = getattr(torch.ops.matryoshkafy, name).default
 
-    def kernel(*args: Any) -> Any:
+    def kernel(*args: object) -> Any:
         to = dtype or torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*[cast(arg, to) for arg in args])
@@ -177,13 +190,20 @@ def linear_grad_weight_shape(
     return torch.empty_like(weight)
 
 
-def linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+class LinearContext(Context, Protocol):
+    """What the product keeps."""
+
+    out_runs: Ints
+    in_runs: Ints
+
+
+def linear_setup(ctx: LinearContext, inputs: LinearInputs, output: Tensor) -> None:
     x, weight, _, ctx.out_runs, ctx.in_runs = inputs
-    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    needs_weight = ctx.needs_input_grad[1]
     ctx.save_for_backward(x if needs_weight else None, weight)
 
 
-def linear_backward(ctx: Any, dy: Tensor) -> tuple:
+def linear_backward(ctx: LinearContext, dy: Tensor) -> Grads:
     ops, (x, weight) = torch.ops.matryoshkafy, ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     runs = (ctx.out_runs, ctx.in_runs)
@@ -193,7 +213,7 @@ def linear_backward(ctx: Any, dy: Tensor) -> tuple:
     return dx, dw, db, None, None
 
 
-def geometry_of(args: Sequence[Any]) -> Geometry:
+def geometry_of(args: ConvCall) -> Geometry:
     """The geometry from a conv's flat arguments."""
     stride, padding, dilation, transposed, output_padding, groups, out_runs, in_runs = args
     return Geometry(
@@ -216,39 +236,41 @@ def check_conv(weight: Tensor, geometry: Geometry) -> None:
     check_runs(second, weight.shape[1], "the weight's dim 1")
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Unpack[ConvCall]) -> Tensor:
     geometry = geometry_of(args)
     check_conv(weight, geometry)
     return convolution.forward(x, weight, bias, geometry).contiguous()
 
 
-def conv_shape(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+def conv_shape(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Unpack[ConvCall]) -> Tensor:
     check_conv(weight, geometry_of(args))
     return torch.convolution(x, weight, bias, *args[:-2]).contiguous()
 
 
-def conv_grad_input(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+def conv_grad_input(dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]) -> Tensor:
     return convolution.grad_input(dy, x, weight, geometry_of(args)).contiguous()
 
 
-def conv_grad_input_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+def conv_grad_input_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def conv_grad_weight(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+def conv_grad_weight(dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]) -> Tensor:
     return convolution.grad_weight(dy, x, weight, geometry_of(args)).contiguous()
 
 
-def conv_grad_weight_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+def conv_grad_weight_shape(
+    dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
-def conv_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def conv_setup(ctx: ArgsContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, *ctx.args = inputs
     ctx.save_for_backward(x, weight)
 
 
-def conv_backward(ctx: Any, dy: Tensor) -> tuple:
+def conv_backward(ctx: ArgsContext, dy: Tensor) -> Grads:
     ops, (x, weight) = torch.ops.matryoshkafy, ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     dx = ops.conv_grad_input(dy, x, weight, *ctx.args) if needs_x else None
@@ -277,11 +299,11 @@ def mask_shape(
     return torch.empty_like(weight)
 
 
-def mask_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def mask_setup(ctx: ArgsContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.args = inputs
 
 
-def mask_backward(ctx: Any, dy: Tensor) -> tuple:
+def mask_backward(ctx: ArgsContext, dy: Tensor) -> Grads:
     return torch.ops.matryoshkafy.mask(dy, *ctx.args), None, None, None, None
 
 
@@ -314,9 +336,7 @@ for name, setup, backward in (
     ("norm", norm_setup, norm_autograd),
     ("nested_cross_entropy", nested_cross_entropy_setup, nested_cross_entropy_backward),
 ):
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=LIBRARY
-    )
+    library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 for name in (
     "linear_grad_input",

@@ -61,7 +61,7 @@ def by_level(
     shape = [1] * x.ndim
     shape[dim] = -1
     y: Tensor | None = None
-    for level in out.unique().tolist():
+    for level in sorted(set(levels_of(runs[0]))):
         found = compute(x.masked_fill((into > level).view(shape), 0))
         y = found if y is None else torch.where((out == level).view(shape), found, y)
     return compute(x) if y is None else y

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels.levels import Runs, joined, spans_of
+from matryoshkafy.kernels.untyped import vector_norm
 
 Reduce = Callable[[Tensor, list[int]], Tensor]
 
@@ -21,7 +22,7 @@ KINDS: dict[str, Reduce] = {
     "std": lambda x, dims: x.std(dims, correction=1, keepdim=True),
     "var0": lambda x, dims: x.var(dims, correction=0, keepdim=True),
     "std0": lambda x, dims: x.std(dims, correction=0, keepdim=True),
-    "norm": lambda x, dims: torch.linalg.vector_norm(x, dim=dims, keepdim=True),
+    "norm": lambda x, dims: vector_norm(x, dims, keepdim=True),
 }
 
 

@@ -6,12 +6,16 @@ Nothing here is fast. `runs` are [length, level, length, level, ...] along the n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Reduce = Callable[..., Tensor]
+from matryoshkafy.kernels.untyped import vector_norm
+
+Reduce = Callable[[Tensor], Tensor]
+ReduceDims = Callable[[Tensor, list[int]], Tensor]
 
 
 def levels(runs: Sequence[int]) -> Tensor:
@@ -110,7 +114,7 @@ def group_norm(  # noqa: PLR0913 - the operator's signature
     return affine(y, weight, bias, shape=[-1] + [1] * (x.ndim - 2))
 
 
-REDUCTIONS: dict[str, Reduce] = {
+REDUCTIONS: dict[str, ReduceDims] = {
     "mean": lambda x, dims: x.mean(dims, keepdim=True),
     "sum": lambda x, dims: x.sum(dims, keepdim=True),
     "amax": lambda x, dims: x.amax(dims, keepdim=True),
@@ -119,7 +123,7 @@ REDUCTIONS: dict[str, Reduce] = {
     "std": lambda x, dims: x.std(dims, keepdim=True),
     "var0": lambda x, dims: x.var(dims, correction=0, keepdim=True),
     "std0": lambda x, dims: x.std(dims, correction=0, keepdim=True),
-    "norm": lambda x, dims: torch.linalg.vector_norm(x, dim=dims, keepdim=True),
+    "norm": lambda x, dims: vector_norm(x, dims, keepdim=True),
 }
 
 
@@ -132,7 +136,7 @@ def level_reduce(  # noqa: PLR0913 - the operator's signature
 
 
 def nested_cross_entropy(
-    hidden: Tensor, table: Tensor, target: Tensor, sizes: Sequence[int], **options
+    hidden: Tensor, table: Tensor, target: Tensor, sizes: Sequence[int], **options: Any
 ) -> Tensor:
     """The cross entropies of all sizes, [len(sizes)], as people write it: matmul per size, stack.
 

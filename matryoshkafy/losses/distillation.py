@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpoints
 
 from matryoshkafy.kernels.cross_entropy import BUDGET
 from matryoshkafy.losses.fused import LossError
@@ -136,9 +136,10 @@ def readout_divergences(
     cells = BUDGET["cpu"] // (4 * max(len(readout.table), 1) * 3 * len(widths))
     factors = [scales[size] for size in sorted(sizes)] if scales else [None] * len(widths)
     fixed = (readout.table, readout.bias, list(zip(widths, factors, strict=True)), config)
+    again: Callable[..., Tensor] = checkpoints.checkpoint  # pyright: ignore[reportUnknownMemberType]
     sums = [
-        checkpoint(chunk_sums, part, *fixed, use_reentrant=False, preserve_rng_state=False)
-        for part in hidden.split(max(cells, 16))
+        again(chunk_sums, part, *fixed, use_reentrant=False, preserve_rng_state=False)
+        for part in torch.split(hidden, max(cells, 16))
     ]
     means = torch.stack(sums).sum(0) / len(hidden)
     return dict(zip(sorted(sizes)[:-1], means, strict=True))
@@ -152,7 +153,8 @@ def chunk_sums(
     config: Distillation,
 ) -> Tensor:
     """The summed divergence of each level (width, factor) but the last, for some rows."""
-    kind, sums = KINDS[config.kind], []
+    kind = KINDS[config.kind]
+    sums: list[Tensor] = []
     last, factor = levels[-1]
     with torch.no_grad():
         teacher = F.linear(hidden[:, :last], table[:, :last], bias)

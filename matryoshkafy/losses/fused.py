@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
+import matryoshkafy.kernels.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import cross_entropy_grads
 from matryoshkafy.kernels.cross_entropy import Options, Problem
@@ -121,7 +121,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The total and the losses [sizes, N]: directly in eager mode, one operator while tracing."""
     if is_plain(problem.hidden):
-        values = None if scales is None else tuple(scales.tolist())
+        values = None if scales is None else tuple(float(s) for s in scales)
         options = replace(options, scales=values)
         return cross_entropy_grads.apply(problem, options, reduction=reduction, scales=scales)
     if scales is not None:
@@ -138,7 +138,8 @@ def size_by_size(
     problem: Problem, options: Options, reduction: str, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same with scales while tracing, where they are no numbers: one operator per size."""
-    totals, losses = [], []
+    totals: list[Tensor] = []
+    losses: list[Tensor] = []
     for width, weight, scale in zip(options.widths, options.weights, scales, strict=True):
         bias = None if problem.bias is None else problem.bias * scale
         one = replace(problem, hidden=problem.hidden * scale, bias=bias)

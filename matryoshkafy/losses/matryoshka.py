@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from matryoshkafy.losses.fused import LossError, nested_cross_entropy
 from matryoshkafy.outputs import Outputs, Readout, scores_of
 
 Weights = Sequence[float] | Mapping[int, float]
+Targets = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class CrossEntropySettings:
     weight: Tensor | None = None
 
 
-def settings_of(criterion: Callable[..., Any]) -> CrossEntropySettings | None:
+def settings_of(criterion: Callable[..., object]) -> CrossEntropySettings | None:
     """The settings of nn.CrossEntropyLoss, F.cross_entropy or a partial of it, else None."""
     if isinstance(criterion, nn.CrossEntropyLoss):
         names = ("ignore_index", "label_smoothing", "reduction", "weight")
@@ -91,7 +92,7 @@ class MatryoshkaLoss(nn.Module):
         self.distill, self.normalize, self.generator = distill, normalize, generator
 
     def forward(
-        self, outputs: Mapping[int, Any], *targets: Any, return_per_size: bool = False
+        self, outputs: Mapping[int, object], *targets: object, return_per_size: bool = False
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """The loss, and with return_per_size also {size: unweighted loss}, detached.
 
@@ -103,13 +104,13 @@ class MatryoshkaLoss(nn.Module):
             total = total / sum(weights.values())
         return (total, per_size) if return_per_size else total
 
-    def per_size(self, outputs: Mapping[int, Any], *targets: Any) -> dict[int, Tensor]:
+    def per_size(self, outputs: Mapping[int, object], *targets: object) -> dict[int, Tensor]:
         """{size: criterion}, unweighted, without distillation, detached, for every size."""
         with torch.no_grad():
             weights = self.weights_of(outputs)
             return self.criteria(outputs, targets, weights)[1]
 
-    def weights_of(self, outputs: Mapping[int, Any]) -> dict[int, float]:
+    def weights_of(self, outputs: Mapping[int, object]) -> dict[int, float]:
         """{size: weight}, ascending."""
         sizes = sorted(outputs) if self.sizes is None else list(self.sizes)
         missing = sorted(set(sizes) - set(outputs))
@@ -130,12 +131,12 @@ class MatryoshkaLoss(nn.Module):
         if n is None or n >= len(weights):
             return weights
         smallest, *middle, largest = weights
-        order = torch.randperm(len(middle), generator=self.generator).tolist()
+        order = [int(i) for i in torch.randperm(len(middle), generator=self.generator)]
         kept = sorted({smallest, largest, *[middle[i] for i in order[: n - 2]]})
         return {size: weights[size] for size in kept}
 
     def evaluate(
-        self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
+        self, outputs: Mapping[int, object], targets: Targets, weights: dict[int, float]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The weighted sum with distillation, and the criterion of each size."""
         total, per_size, scores = self.criteria(outputs, targets, weights)
@@ -145,23 +146,23 @@ class MatryoshkaLoss(nn.Module):
         return total, per_size
 
     def criteria(
-        self, outputs: Mapping[int, Any], targets: tuple, weights: dict[int, float]
-    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, Any] | None]:
+        self, outputs: Mapping[int, object], targets: Targets, weights: dict[int, float]
+    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, object] | None]:
         """The weighted sum of the criterion, the criterion of each size, detached, and the scores.
 
         There are no scores where a readout spares them.
         """
         readouts = self.readouts(outputs, targets, weights)
         if readouts:
-            settings = settings_of(self.criterion)
-            assert settings is not None
-            return *fused(readouts, targets[0], weights, settings, self.scales()), None
+            settings, target = settings_of(self.criterion), targets[0]
+            assert settings is not None and isinstance(target, Tensor)
+            return *fused(readouts, target, weights, settings, self.scales()), None
         scores = {size: self.scores(size, outputs) for size in weights}
         losses = {size: self.at_size(out, targets, size) for size, out in scores.items()}
         total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
         return total, {size: loss.detach() for size, loss in losses.items()}, scores
 
-    def fuses(self, outputs: Mapping[int, Any], *targets: Any) -> bool:
+    def fuses(self, outputs: Mapping[int, object], *targets: object) -> bool:
         """Whether nested_cross_entropy computes the loss of these outputs.
 
         Args:
@@ -174,7 +175,7 @@ class MatryoshkaLoss(nn.Module):
         return bool(self.readouts(outputs, targets, self.weights_of(outputs)))
 
     def readouts(
-        self, outputs: Mapping[int, Any], targets: tuple, weights: Mapping[int, float]
+        self, outputs: Mapping[int, object], targets: Targets, weights: Mapping[int, float]
     ) -> dict[int, Readout]:
         """{size: its last linear} where all of them can be fused, else nothing."""
         settings, is_module = settings_of(self.criterion), isinstance(self.criterion, nn.Module)
@@ -188,35 +189,47 @@ class MatryoshkaLoss(nn.Module):
         ):
             return {}
         found = {size: outputs.readout_at(size) for size in weights}
-        fit = {m: r for m, r in found.items() if r and class_indices(targets[0], r.hidden)}
+        fit = {
+            m: r for m, r in found.items() if r and class_indices(targets[0], r.hidden) is not None
+        }
         return fit if len(fit) == len(found) else {}
 
-    def at_size(self, out: Any, targets: tuple, size: int) -> Tensor:
+    def at_size(self, out: object, targets: Targets, size: int) -> Tensor:
         """The criterion of the scores of one size."""
         settings = settings_of(self.criterion)
-        at = [self.prepared(t[size]) if isinstance(t, Mapping) else t for t in targets]
-        if settings is None or len(at) != 1 or not class_indices(at[0], out):
+        at = [self.at(size, target) for target in targets]
+        classes = class_indices(at[0], out) if settings and len(at) == 1 else None
+        if settings is None or classes is None or not isinstance(out, Tensor):
             return self.criterion(out, *at)
-        loss = self.criterion(out.reshape(-1, out.shape[-1]), at[0].reshape(-1))
-        return loss.view(at[0].shape) if settings.reduction == "none" else loss
+        loss = self.criterion(out.reshape(-1, out.shape[-1]), classes.reshape(-1))
+        return loss.view(classes.shape) if settings.reduction == "none" else loss
 
-    def scores(self, size: int, outputs: Mapping[int, Any]) -> Any:
+    def at(self, size: int, target: object) -> object:
+        """The target of one size: its own, normalised if asked, where there is one for each."""
+        if not isinstance(target, Mapping):
+            return target
+        return self.prepared(cast("Mapping[int, object]", target)[size])
+
+    def scores(self, size: int, outputs: Mapping[int, object]) -> object:
         """The output of one size, normalised and scaled if asked."""
         output = outputs[size]
         if settings_of(self.criterion) is not None:
             output = scores_of(output)
         output = self.prepared(output)
-        return output if self.log_scales is None else output * self.scales()[size]
+        if self.log_scales is None:
+            return output
+        assert isinstance(output, Tensor), "learned scales multiply the scores of a cross entropy"
+        return output * self.scales()[size]
 
-    def prepared(self, value: Any) -> Any:
+    def prepared(self, value: object) -> object:
         """An output or per-size target, every floating tensor in it normalised if asked."""
         return pytree.tree_map(normalised, value) if self.normalize else value
 
     def taught(
         self,
-        outputs: Mapping[int, Any],
-        scores: Mapping[int, Any] | None,
-        targets: tuple,
+        outputs: Mapping[int, object],
+        scores: Mapping[int, object] | None,
+        targets: Targets,
         weights: dict[int, float],
     ) -> Tensor:
         """The weighted divergences of the smaller sizes from the largest; scores as in criteria."""
@@ -229,15 +242,17 @@ class MatryoshkaLoss(nn.Module):
             real = real_rows(targets, settings, one.hidden)
             parts = readout_divergences(one, list(weights), config, real, self.scales())
         else:
-            scores = scores or {size: self.scores(size, outputs) for size in weights}
+            found = scores or {size: self.scores(size, outputs) for size in weights}
+            scores = cast("Mapping[int, Tensor]", found)
             parts = divergences(scores, config, real_rows(targets, settings, scores[max(scores)]))
         return torch.stack([weights[size] * part for size, part in parts.items()]).sum()
 
 
-def normalised(value: Any) -> Any:
+def normalised(value: object) -> object:
     """A floating tensor with rows of length 1; anything else as it is."""
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return F.normalize(value, dim=-1) if floating else value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return F.normalize(value, dim=-1)
 
 
 def check_arguments(
@@ -291,20 +306,23 @@ def named_weights(
     return dict(zip(sizes, weights or [1.0] * len(sizes), strict=True))
 
 
-def class_indices(target: Any, output: Any) -> bool:
-    """Whether target holds one class index per row of a class-last output."""
-    both = isinstance(target, Tensor) and isinstance(output, Tensor)
-    return both and not target.is_floating_point() and target.shape == output.shape[:-1]
+def class_indices(target: object, output: object) -> Tensor | None:
+    """The target where it holds one class index per row of a class-last output, else None."""
+    if not isinstance(target, Tensor) or not isinstance(output, Tensor):
+        return None
+    fits = not target.is_floating_point() and target.shape == output.shape[:-1]
+    return target if fits else None
 
 
-def real_rows(targets: tuple, settings: CrossEntropySettings | None, like: Any) -> Tensor | None:
+def real_rows(
+    targets: Targets, settings: CrossEntropySettings | None, like: object
+) -> Tensor | None:
     """The rows [...] that a cross entropy does not ignore; None if all count.
 
     like: the scores or hidden values [..., D] of any size.
     """
-    if settings is None or len(targets) != 1 or not class_indices(targets[0], like):
-        return None
-    return targets[0] != settings.ignore_index
+    classes = class_indices(targets[0], like) if len(targets) == 1 else None
+    return None if settings is None or classes is None else classes != settings.ignore_index
 
 
 def fused(
@@ -315,7 +333,8 @@ def fused(
     scales: dict[int, Tensor],
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The cross entropies of {size: readout}: sizes that share one are computed together."""
-    totals, losses = [], dict[int, Tensor]()
+    totals: list[Tensor] = []
+    losses: dict[int, Tensor] = {}
     for readout in {id(r): r for r in readouts.values()}.values():
         sizes = {m: weights[m] for m in weights if readouts[m] is readout}
         total, found = fused_group(readout, target, sizes, settings, scales)

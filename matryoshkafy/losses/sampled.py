@@ -85,7 +85,7 @@ def nested_losses(
     (good, bad), (own, others) = rows, offsets
     others = others.expand(hit.shape).masked_fill(hit, -torch.inf)
     positives = running(x, good[:, None], widths, own[:, None])
-    losses = []
+    losses: list[Tensor] = []
     for own, scores in zip(positives, running(x, bad, widths, others), strict=True):
         norm = torch.logaddexp(own[:, 0], scores.logsumexp(1)) if hit.shape[1] else own[:, 0]
         losses.append((norm - own[:, 0]).sum())

@@ -75,6 +75,6 @@ def _front(original: str | None, facts: Facts) -> list[str]:
     return ["---", *kept, f"library_name: {name}", "tags: [matryoshka]", "---", ""]
 
 
-def changes_of(changes: Changes, tree: Any) -> dict[str, tuple[Any, Any]]:
+def changes_of(changes: Changes, tree: object) -> dict[str, tuple[Any, Any]]:
     """Return {field as text: (value before, value now)}."""
     return {named(field): (value_at(tree, field), value) for field, value in changes.items()}

@@ -8,15 +8,18 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from matryoshkafy.natives.recipe import NativeError, Recipe
+from matryoshkafy.natives.recipe import NativeError, Recipe, library
 from matryoshkafy.natives.source import Source
+from matryoshkafy.natives.tree import Tree
+
+Tables = Mapping[str, Tree]
 
 
-def recipe(like: Any) -> Recipe | None:
+def recipe(like: object) -> Recipe | None:
     """Return the recipe of a model of transformers, None for anything else."""
     config: Any = getattr(like, "config", None)
     if not isinstance(like, nn.Module) or not hasattr(config, "to_diff_dict"):
@@ -26,8 +29,7 @@ def recipe(like: Any) -> Recipe | None:
 
 def from_source(source: Source) -> Recipe:
     """Return the recipe of the configuration that a checkpoint keeps; no code of it is run."""
-    import transformers
-
+    transformers = library("transformers")
     held = source.config()
     name = (held.get("architectures") or [""])[0]
     kind: Any = getattr(transformers, name, None) if name else transformers.AutoModel
@@ -54,7 +56,7 @@ def from_source(source: Source) -> Recipe:
 def _recipe(kind: Any, config: Any, source: nn.Module | None) -> Recipe:
     attention = getattr(config, "_attn_implementation", None)
 
-    def make(tree: Any) -> nn.Module:
+    def make(tree: Tree) -> nn.Module:
         more = {"attn_implementation": attention} if isinstance(attention, str) else {}
         return kind._from_config(type(config).from_dict(tree), **more)
 
@@ -70,34 +72,33 @@ def write(module: Any, folder: Path, source: Source | None, original: Any = None
         module.generation_config = copy.deepcopy(original.generation_config)
     module.save_pretrained(folder)
     path = folder / "config.json"
-    first = {} if source is None else source.config()
+    first: Tree = {} if source is None else source.config()
     path.write_text(json.dumps(_cached(json.loads(path.read_text()), first), indent=2))
-    for name, content in ({} if source is None else source.files).items():
+    files: Mapping[str, bytes] = {} if source is None else source.files
+    for name, content in files.items():
         if name != "config.json":
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
 
-def _cached(tree: Any, first: Any) -> Any:
+def _cached(tree: Tree, first: Tree) -> Tree:
     """A trace needs a model without a cache; what generates needs it: as it was at first."""
     if not isinstance(tree, Mapping):
         return tree
-    held = first if isinstance(first, Mapping) else {}
-    new = {key: _cached(value, held.get(key)) for key, value in tree.items()}
-    return {**new, "use_cache": held.get("use_cache", True)} if "use_cache" in tree else new
+    held = cast("Tables", first if isinstance(first, Mapping) else {})
+    new = {key: _cached(value, held.get(key)) for key, value in cast("Tables", tree).items()}
+    return {**new, "use_cache": held.get("use_cache", True)} if "use_cache" in new else new
 
 
-def uncached(tree: Any) -> Any:
+def uncached(tree: Tree) -> Tree:
     """Return a configuration of a model that returns no cache, in every part."""
     if not isinstance(tree, Mapping):
         return tree
-    new = {key: uncached(value) for key, value in tree.items()}
-    return {**new, "use_cache": False} if "use_cache" in tree else new
+    new = {key: uncached(value) for key, value in cast("Tables", tree).items()}
+    return {**new, "use_cache": False} if "use_cache" in new else new
 
 
 def load(folder: Path, kind: str) -> Any:
     """Return the model of a folder in a class of transformers."""
-    import transformers
-
-    return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+    return getattr(library("transformers"), kind).from_pretrained(folder, local_files_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.dolls.slice import parts_of
+from matryoshkafy.graph.copies import forked, seed_torch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,7 +36,11 @@ def _free_dims(small: nn.Module) -> tuple[tuple[int, ...], ...]:
 
 def _grown(call: Call, dims: tuple[int, ...]) -> Call:
     """Every batch grows by one; a length by half, so that windows and masks see another one."""
-    return pytree.tree_map(lambda v: _grow(v, dims) if isinstance(v, Tensor) else v, call)
+
+    def grow(value: object) -> object:
+        return _grow(value, dims) if isinstance(value, Tensor) else value
+
+    return pytree.tree_map(grow, call)
 
 
 def _grow(value: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -60,8 +65,8 @@ def _runs(small: nn.Module, call: Call) -> bool:
     return True
 
 
-def outputs(model: nn.Module, call: tuple[Any, Mapping[str, Any]]) -> Any:
+def outputs(model: nn.Module, call: tuple[Sequence[object], Mapping[str, object]]) -> Any:
     """Return what a model computes, the same random numbers drawn at each call."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), forked(devices=[]):
+        seed_torch(0)
         return model(*call[0], **call[1])

@@ -13,7 +13,7 @@ from matryoshkafy.natives import huggingface, open_clip_models, timm_models
 from matryoshkafy.natives.recipe import NativeError, Recipe, arguments, defaults
 
 
-def recipe_of(like: Any) -> Recipe:
+def recipe_of(like: object) -> Recipe:
     """Return the recipe of a module, of a builder with defaults, or of `functools.partial`.
 
     Raises NativeError that says what was given and what is expected.
@@ -29,11 +29,11 @@ def recipe_of(like: Any) -> Recipe:
     )
 
 
-def _same(like: Any) -> Recipe | None:
+def _same(like: object) -> Recipe | None:
     return like if isinstance(like, Recipe) else None
 
 
-def _builder(like: Any) -> Recipe | None:
+def _builder(like: object) -> Recipe | None:
     """A function or class with values for its arguments; its name is where it can be imported."""
     if isinstance(like, nn.Module) or not callable(like):
         return None
@@ -45,7 +45,7 @@ def _builder(like: Any) -> Recipe | None:
     return Recipe(_name(function), "class", tree, lambda t: function(*args, **t))
 
 
-def _module(like: Any) -> Recipe | None:
+def _module(like: object) -> Recipe | None:
     """A module of the user's: its constructor's arguments stand in its attributes."""
     if not isinstance(like, nn.Module):
         return None
@@ -71,7 +71,7 @@ def _held(module: nn.Module, wanted: list[inspect.Parameter]) -> Iterator[tuple[
                 break
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
 
 

@@ -47,7 +47,7 @@ class Native:
     unread: tuple[str, ...] = ()
 
 
-def native(small: nn.Module, *, like: Any, tables: bool = False) -> nn.Module:
+def native(small: nn.Module, *, like: object, tables: bool = False) -> nn.Module:
     """Return a slice as the user's own class at a smaller configuration, equal to the slice.
 
     Which fields of the configuration shrink is found: one is changed at a time and the shapes that
@@ -76,7 +76,7 @@ def native(small: nn.Module, *, like: Any, tables: bool = False) -> nn.Module:
 
 def find(
     small: nn.Module,
-    like: Any,
+    like: object,
     *,
     tables: bool = False,
     spare: Callable[[], Mapping[str, Tensor]] | None = None,
@@ -156,7 +156,7 @@ def _first(space: Space, check: Check) -> tuple[Native | None, str]:
     return None, reason
 
 
-def _quiet_changes(space: Space, shaped: Mapping[Field, Any]) -> Iterator[dict[Field, Any]]:
+def _quiet_changes(space: Space, shaped: Mapping[Field, object]) -> Iterator[dict[Field, Any]]:
     """Yield changes of fields that move no shape: all counts of heads, none, some, then scales."""
     counts = {f: v for f, v in heads(space).items() if f not in shaped}
     fields = list(counts)
@@ -174,7 +174,7 @@ def _quiet_changes(space: Space, shaped: Mapping[Field, Any]) -> Iterator[dict[F
             yield {**counts, field: type(space.fields[field])(scaled)}
 
 
-def _made(space: Space, changes: Mapping[Field, Any], check: Check) -> Native | None:
+def _made(space: Space, changes: Mapping[Field, object], check: Check) -> Native | None:
     """Build, load and compare; None where the class refuses the configuration."""
     if not space.fits(changes):
         return None
@@ -221,7 +221,7 @@ def load_slice(
         elif isinstance(tensor, nn.Parameter):
             left[name] = tensor
     left = {name: t for name, t in left.items() if id(t) not in filled}
-    full = spare() if left else {}
+    full: Mapping[str, Tensor] = spare() if left else {}
     for name, tensor in left.items():
         if name in full and full[name].dim() == tensor.dim():
             _put(tensor, full[name][tuple(slice(n) for n in tensor.shape)])
@@ -238,7 +238,7 @@ def take_tables(module: nn.Module, small: nn.Module) -> tuple[str, ...]:
     A buffer that the state_dict does not show is made anew by the class, from its own width.
     """
     state, shown = state_of(small), module.state_dict().keys()
-    taken = []
+    taken: list[str] = []
     for name, tensor in module.named_buffers(remove_duplicate=False):
         given = state.get(name)
         if name in shown or given is None or given.shape != tensor.shape:

@@ -7,14 +7,15 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from matryoshkafy.natives.recipe import Recipe
+from matryoshkafy.natives.recipe import Recipe, library
+from matryoshkafy.natives.tree import Tree
 
 
-def recipe(like: Any) -> Recipe | None:
+def recipe(like: object) -> Recipe | None:
     """Return the recipe of `functools.partial(open_clip.create_model, NAME)`, else None."""
     open_clip = sys.modules.get("open_clip")
     if open_clip is None or not isinstance(like, functools.partial) or not like.args:
@@ -26,19 +27,17 @@ def recipe(like: Any) -> Recipe | None:
     return None if tree is None else Recipe(f"open_clip:{name}", "open_clip", tree, made)
 
 
-def made(config: Mapping[str, Any]) -> nn.Module:
+def made(config: Mapping[str, object]) -> nn.Module:
     """Return the module of a configuration, in the class that open_clip's factory takes."""
-    from open_clip.coca_model import CoCa
-    from open_clip.model import CLIP, CustomTextCLIP
-
-    values = copy.deepcopy(dict(config))
+    values: dict[str, Any] = copy.deepcopy(dict(config))
     own_text = values.pop("custom_text", False) or "hf_model_name" in values.get("text_cfg", {})
-    if not own_text:
-        return CLIP(**values)
-    return CoCa(**values) if "multimodal_cfg" in values else CustomTextCLIP(**values)
+    if "multimodal_cfg" in values and own_text:
+        return library("open_clip.coca_model").CoCa(**values)
+    models = library("open_clip.model")
+    return models.CustomTextCLIP(**values) if own_text else models.CLIP(**values)
 
 
-def config_of(module: nn.Module, tree: Any) -> dict[str, Any]:
+def config_of(module: nn.Module, tree: Tree) -> dict[str, Tree]:
     """Return arguments of a class of open_clip as its factory reads them from a file.
 
     The factory takes the class from which keys are there, so what is None is left out.
@@ -47,9 +46,10 @@ def config_of(module: nn.Module, tree: Any) -> dict[str, Any]:
     return {**_present(tree), **({"custom_text": True} if kind != "CLIP" else {})}
 
 
-def _present(tree: Any) -> Any:
+def _present(tree: Tree) -> Tree:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        tree = dataclasses.asdict(tree)
+        return _present(dataclasses.asdict(tree))
     if isinstance(tree, Mapping):
-        return {key: _present(value) for key, value in tree.items() if value is not None}
+        given = cast("Mapping[str, Tree]", tree).items()
+        return {key: _present(value) for key, value in given if value is not None}
     return tree

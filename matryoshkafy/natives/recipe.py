@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.natives.tree import Changes, changed
+from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.natives.tree import Changes, Tree, changed
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,10 +32,10 @@ class Recipe:
 
     name: str
     library: str
-    tree: Any
-    make: Callable[[Any], nn.Module]
+    tree: Tree
+    make: Callable[[Tree], nn.Module]
     source: nn.Module | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[object, Any] = field(default_factory=dict[object, Any], compare=False, repr=False)
 
     def shapes(self, changes: Changes) -> Shapes | None:
         """Return the shape of every parameter and buffer, None where no such module is built."""
@@ -44,16 +46,16 @@ class Recipe:
 
     def build(self, changes: Changes) -> nn.Module:
         """Return the module in evaluation mode, with fresh weights on the CPU."""
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(0)
+        with forked(devices=[]), torch.device("cpu"):
+            seed_torch(0)
             return self.make(changed(self.tree, changes)).eval()
 
 
-def _shapes(recipe: Recipe, tree: Any) -> Shapes | None:
+def _shapes(recipe: Recipe, tree: Tree) -> Shapes | None:
     """Build where nothing is allocated; a class that reads values as it is built, on the CPU."""
     for device in recipe.memo.get("devices", ("meta", "cpu")):
         try:
-            with torch.random.fork_rng(devices=[]), torch.device(device):
+            with forked(devices=[]), torch.device(device):
                 module = recipe.make(tree)
         except Exception:  # noqa: BLE001  a constructor may raise anything
             continue
@@ -62,13 +64,18 @@ def _shapes(recipe: Recipe, tree: Any) -> Shapes | None:
     return None
 
 
+def library(name: str) -> Any:
+    """Return a library that need not be installed; what it gives has no types that we could use."""
+    return importlib.import_module(name)
+
+
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return every parameter and buffer by name, ties under each of their names."""
     named = dict(module.named_parameters(remove_duplicate=False))
     return named | dict(module.named_buffers(remove_duplicate=False))
 
 
-def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+def defaults(function: Callable[..., object]) -> dict[str, object]:
     """Return the arguments of a function that have plain values of their own."""
     try:
         found = list(arguments(function))
@@ -77,14 +84,14 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in found if _is_number(p.default)}
 
 
-def arguments(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+def arguments(function: Callable[..., object]) -> Iterator[inspect.Parameter]:
     """Yield what a function takes by name."""
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             yield parameter
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_is_number, value))
+        return bool(value) and all(map(_is_number, cast("Sequence[object]", value)))
     return isinstance(value, (int, float)) and not isinstance(value, bool)

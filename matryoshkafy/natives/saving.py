@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives import huggingface
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.native import Native, NativeWarning, find, unchecked
-from matryoshkafy.natives.recipe import NativeError, Recipe
+from matryoshkafy.natives.recipe import NativeError, Recipe, library
 from matryoshkafy.natives.source import SOURCE, Source, source_from_json, source_of
 from matryoshkafy.natives.trees import check_free, write_tree
 from matryoshkafy.natives.writing import WRITERS, Package, write
@@ -33,7 +33,7 @@ def save(  # noqa: PLR0913  the public signature
     folder: str | os.PathLike[str],
     *,
     to: str | None = None,
-    like: Any = None,
+    like: object = None,
     source: str | os.PathLike[str] | Source | None = None,
     tables: bool = False,
     force: bool = False,
@@ -73,7 +73,7 @@ def save_native(  # noqa: PLR0913  the public signature
     folder: str | os.PathLike[str],
     *,
     to: str,
-    like: Any,
+    like: object,
     source: Source | None = None,
     tables: bool = False,
     force: bool = False,
@@ -99,27 +99,28 @@ def save_native(  # noqa: PLR0913  the public signature
         return write_tree(target, lambda path: write(package, path, to), force=force)
 
 
-def _source(given: Any) -> Source | None:
+def _source(given: Source | str | Path | None) -> Source | None:
     if given is None or isinstance(given, Source):
         return given
     return source_of(given)
 
 
-def _like(like: Any) -> tuple[Any, Source | None]:
+def _like(like: object) -> tuple[Any, Source | None]:
     """Return what `find` takes, and the side files that come with it."""
     if isinstance(like, (str, os.PathLike)):
-        source = source_at(Path(like))
+        source = source_at(Path(cast("str | os.PathLike[str]", like)))
         return recipe_of_source(source), source
     where = getattr(getattr(like, "config", None), "_name_or_path", "")
     local = bool(where) and (Path(where) / "config.json").is_file()
     return like, source_of(where) if local else None
 
 
-def _spare(like: Any) -> Callable[[], Mapping[str, Tensor]] | None:
+def _spare(like: object) -> Callable[[], Mapping[str, Tensor]] | None:
     """A checkpoint holds the full model's tensors, those too that the slice's graph leaves out."""
-    if isinstance(like, (str, os.PathLike)) and (Path(like) / MANIFEST).is_file():
-        return lambda: state_of(checkpoint.load(like))
-    return None
+    if not isinstance(like, (str, os.PathLike)):
+        return None
+    folder = Path(cast("str | os.PathLike[str]", like))
+    return (lambda: state_of(checkpoint.load(folder))) if (folder / MANIFEST).is_file() else None
 
 
 def source_at(folder: Path) -> Source:
@@ -146,13 +147,9 @@ def recipe_of_source(source: Source) -> Recipe:
     if source.library in ("hf", "st"):
         return huggingface.from_source(source)
     if source.library == "timm":
-        import timm
-
-        return recipe_of(functools.partial(timm.create_model, source.name))
+        return recipe_of(functools.partial(library("timm").create_model, source.name))
     if source.library == "open_clip":
-        import open_clip
-
-        return recipe_of(functools.partial(open_clip.create_model, source.name))
+        return recipe_of(functools.partial(library("open_clip").create_model, source.name))
     raise NativeError(
         f"the model came from {source.name}, code that is run only if you name it; expected "
         f"--class {source.name}, with a value for every argument."

@@ -59,7 +59,7 @@ class Space:
             if shapes[name][i : i + 1] != wanted[name][i : i + 1]
         ]
 
-    def fits(self, changes: Mapping[Field, Any]) -> bool:
+    def fits(self, changes: Mapping[Field, object]) -> bool:
         """Tell whether changes give every shape that is wanted."""
         shapes = self.recipe.shapes(changes)
         return shapes is not None and shapes.keys() == self.base.keys() and not self.off(shapes)
@@ -123,7 +123,7 @@ def assignments(space: Space) -> Iterator[dict[Field, Any]]:
     if space.fits(first):
         yield first
     steps = [0]
-    seen = []
+    seen: list[dict[Field, Any]] = []
     for found in _assigned(space, {}, steps):
         if found not in (first, *seen):
             seen.append(found)
@@ -187,7 +187,7 @@ def _implied(space: Space, done: dict[Field, Any], place: Place, field: Field) -
     have, wanted = now[name][i], space.wanted.shapes[name][i]
     before, after = space.base[name][i], probed[name][i]
     step = then[name][i] - have if then is not None else after - before
-    found = {value + (wanted - have) * (other - value) / step} if step else set()
+    found: set[float] = {value + (wanted - have) * (other - value) / step} if step else set()
     if abs(after * other - before * value) <= other:
         found.add(value * have / wanted)
     if isinstance(value, float):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, cast
 
 from torch import nn
 
-from matryoshkafy.natives.recipe import Recipe, defaults
+from matryoshkafy.natives.recipe import Recipe, defaults, library
+
+Build = Callable[..., nn.Module]
 
 # What the factory itself consumes; the class never sees it.
 FACTORY = frozenset(
@@ -19,27 +21,27 @@ FACTORY = frozenset(
 )
 
 
-def recipe(like: Any) -> Recipe | None:
+def recipe(like: object) -> Recipe | None:
     """Return the recipe of a model of timm, or of `functools.partial(timm.create_model, NAME)`."""
     timm = sys.modules.get("timm")
     if timm is None:
         return None
-    if isinstance(like, functools.partial) and like.func is timm.create_model and like.args:
-        return _recipe(str(like.args[0]), like.keywords, None)
-    name = getattr(like, "pretrained_cfg", None)
-    name = name.get("architecture") if isinstance(name, Mapping) else None
+    if isinstance(like, functools.partial):
+        held = cast("functools.partial[object]", like)
+        if held.func is timm.create_model and held.args:
+            return _recipe(str(held.args[0]), held.keywords, None)
+    cfg: Any = getattr(like, "pretrained_cfg", None)
+    name = cast("Mapping[str, object]", cfg).get("architecture") if hasattr(cfg, "get") else None
     if isinstance(like, nn.Module) and isinstance(name, str) and timm.is_model(name):
         return _recipe(name, getattr(like, "_model_args", {}), like)
     return None
 
 
-def _recipe(name: str, given: Mapping[str, Any], source: nn.Module | None) -> Recipe:
-    import timm
-
-    create = functools.partial(timm.create_model, name, **given)
+def _recipe(name: str, given: Mapping[str, object], source: nn.Module | None) -> Recipe:
+    create = functools.partial(library("timm").create_model, name, **given)
     tree = handed(create)
 
-    def make(new: Mapping[str, Any]) -> nn.Module:
+    def make(new: Mapping[str, object]) -> nn.Module:
         other = {key: value for key, value in new.items() if value is not tree[key]}
         try:
             return create(**other)
@@ -49,11 +51,11 @@ def _recipe(name: str, given: Mapping[str, Any], source: nn.Module | None) -> Re
     return Recipe(f"timm:{name}", "timm", tree, make, source)
 
 
-def handed(create: Callable[[], nn.Module]) -> dict[str, Any]:
+def handed(create: Callable[[], nn.Module]) -> dict[str, object]:
     """Return the arguments that an entry point hands to its class, and the class's defaults."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
 
-    def record(build: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
+    def record(build: Build, kind: Build, *args: object, **kwargs: object) -> object:
         found.update({k: v for k, v in kwargs.items() if k not in FACTORY})
         for key, value in defaults(kind).items():
             found.setdefault(key, value)
@@ -66,10 +68,10 @@ def handed(create: Callable[[], nn.Module]) -> dict[str, Any]:
     return found
 
 
-def _injected(create: Callable[[], nn.Module], other: Mapping[str, Any]) -> nn.Module:
+def _injected(create: Callable[[], nn.Module], other: Mapping[str, object]) -> nn.Module:
     """Where an entry point fixes an argument, it is replaced on the way to the class."""
 
-    def replace(build: Callable[..., Any], kind: Any, *args: Any, **kwargs: Any) -> Any:
+    def replace(build: Build, kind: Build, *args: object, **kwargs: object) -> object:
         return build(kind, *args, **{**kwargs, **other})
 
     with _building(replace):
@@ -77,10 +79,9 @@ def _injected(create: Callable[[], nn.Module], other: Mapping[str, Any]) -> nn.M
 
 
 @contextlib.contextmanager
-def _building(instead: Callable[..., Any]) -> Iterator[None]:
+def _building(instead: Callable[..., object]) -> Generator[None, None, None]:
     """Every model of timm is made by `build_model_with_cfg`, which each module holds by name."""
-    from timm.models._builder import build_model_with_cfg as build
-
+    build: Build = library("timm.models._builder").build_model_with_cfg
     holders = [
         module
         for name, module in list(sys.modules.items())

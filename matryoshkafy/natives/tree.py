@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 Field = tuple[Any, ...]
 """Where a number stands: the keys, attribute names and positions that lead to it."""
 
 Changes = Mapping[Field, Any]
+Tree = Any
+"""Mappings, sequences, dataclasses and partial functions down to numbers, as a class takes them."""
 
 
-def numbers(tree: Any, at: Field = ()) -> Iterator[tuple[Field, int | float]]:
+def numbers(tree: Tree, at: Field = ()) -> Iterator[tuple[Field, int | float]]:
     """Yield every number of a tree with its field; truth values are none."""
     if isinstance(tree, (int, float)) and not isinstance(tree, bool):
         yield at, tree
@@ -21,11 +23,11 @@ def numbers(tree: Any, at: Field = ()) -> Iterator[tuple[Field, int | float]]:
         yield from numbers(child, (*at, key))
 
 
-def changed(tree: Any, changes: Changes) -> Any:
+def changed(tree: Tree, changes: Changes) -> Tree:
     """Return a copy of a tree with other values at some of its fields."""
     if () in changes:
         return changes[()]
-    below: dict[Any, dict[Field, Any]] = {}
+    below: dict[object, dict[Field, Any]] = {}
     for field, value in changes.items():
         below.setdefault(field[0], {})[field[1:]] = value
     if not below:
@@ -33,7 +35,7 @@ def changed(tree: Any, changes: Changes) -> Any:
     return _rebuilt(tree, {key: changed(_child(tree, key), sub) for key, sub in below.items()})
 
 
-def value_at(tree: Any, field: Field) -> Any:
+def value_at(tree: Tree, field: Field) -> Tree:
     """Return the value that stands at a field."""
     return functools.reduce(_child, field, tree)
 
@@ -44,28 +46,30 @@ def named(field: Field) -> str:
     return text.removeprefix(".")
 
 
-def _children(tree: Any) -> list[tuple[Any, Any]]:
+def _children(tree: Tree) -> list[tuple[Any, Tree]]:
     if isinstance(tree, Mapping):
-        return list(tree.items())
+        return list(cast("Mapping[object, object]", tree).items())
     if isinstance(tree, (list, tuple)):
-        return list(enumerate(tree))
+        return list(enumerate(cast("Sequence[object]", tree)))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init]
     if isinstance(tree, functools.partial):
-        return list(tree.keywords.items())
+        return list(cast("functools.partial[object]", tree).keywords.items())
     return []
 
 
-def _child(tree: Any, key: Any) -> Any:
+def _child(tree: Tree, key: object) -> Tree:
     return dict(_children(tree))[key]
 
 
-def _rebuilt(tree: Any, new: Mapping[Any, Any]) -> Any:
+def _rebuilt(tree: Tree, new: Mapping[Any, Tree]) -> Tree:
     if isinstance(tree, Mapping):
-        return {**tree, **new}
+        return {**cast("Mapping[object, object]", tree), **new}
     if isinstance(tree, (list, tuple)):
-        items = [new.get(i, item) for i, item in enumerate(tree)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        items = [new.get(i, item) for i, item in enumerate(cast("Sequence[object]", tree))]
+        kind = cast("Callable[..., object]", type(cast("object", tree)))
+        return kind(*items) if hasattr(cast("object", tree), "_fields") else kind(items)
     if isinstance(tree, functools.partial):
-        return functools.partial(tree.func, *tree.args, **{**tree.keywords, **new})
+        held = cast("functools.partial[object]", tree)
+        return functools.partial(held.func, *held.args, **{**held.keywords, **new})
     return dataclasses.replace(tree, **new)

@@ -16,7 +16,7 @@ from torch import nn
 from matryoshkafy.natives import card, huggingface, open_clip_models, sentences
 from matryoshkafy.natives.native import Native
 from matryoshkafy.natives.plain import as_json, from_json
-from matryoshkafy.natives.recipe import NativeError, tensors_of
+from matryoshkafy.natives.recipe import NativeError, library, tensors_of
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import changed
 from matryoshkafy.natives.trees import MARK
@@ -25,6 +25,8 @@ from matryoshkafy.plan.plan import Plan
 FORMAT = 1
 TABLES = "tables.safetensors"
 WEIGHTS = "model.safetensors"
+Told = Mapping[str, Any]  # what a folder says of itself
+Build = Callable[[Any], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write(package: Package, folder: Path, to: str) -> None:
     _compare(native, load(folder, build=native.recipe.make))
 
 
-def _described(package: Package, to: str) -> dict[str, Any]:
+def _described(package: Package, to: str) -> dict[str, object]:
     native = package.native
     full, size = package.widths
     return {
@@ -87,7 +89,7 @@ def _changes(native: Native) -> Mapping[str, tuple[Any, Any]]:
 
 def _versions() -> dict[str, str]:
     names = ("matryoshkafy", "torch", "transformers", "sentence-transformers", "timm")
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
@@ -97,7 +99,8 @@ def _versions() -> dict[str, str]:
 
 
 def _facts(package: Package, to: str) -> card.Facts:
-    native, notes = package.native, []
+    native = package.native
+    notes: list[str] = []
     if native.tables:
         notes.append(
             f"The class makes {', '.join(native.tables)} from its own width; the values of the "
@@ -140,36 +143,33 @@ def _write_st(package: Package, folder: Path) -> None:
 
 
 def _write_timm(package: Package, folder: Path) -> None:
-    from timm.models import save_for_hf
-
     native = package.native
     given = getattr(native.recipe.source, "_model_args", {})
     tree = native.recipe.tree
     new = changed(tree, native.changes)
     arguments = {**given, **{key: new[key] for key in new if new[key] is not tree[key]}}
-    save_for_hf(native.module, str(folder), model_args=arguments, safe_serialization=True)
+    save = library("timm.models").save_for_hf
+    save(native.module, str(folder), model_args=arguments, safe_serialization=True)
 
 
 def _write_open_clip(package: Package, folder: Path) -> None:
-    from open_clip.transform import PreprocessCfg
-    from safetensors.torch import save_model
-
     native = package.native
     config = open_clip_models.config_of(native.module, changed(native.recipe.tree, native.changes))
-    save_model(native.module, str(folder / "open_clip_model.safetensors"))
+    tensors = library("safetensors.torch")
+    tensors.save_model(native.module, str(folder / "open_clip_model.safetensors"))
     given = getattr(native.recipe.source, "visual", None)
-    pictures = getattr(given, "preprocess_cfg", None) or dataclasses.asdict(PreprocessCfg())
+    pictures = getattr(given, "preprocess_cfg", None) or dataclasses.asdict(
+        library("open_clip.transform").PreprocessCfg()
+    )
     held = {"model_cfg": config, "preprocess_cfg": pictures}
     (folder / "open_clip_config.json").write_text(json.dumps(held, indent=2))
 
 
 def _write_class(package: Package, folder: Path) -> None:
-    from safetensors.torch import save_model
-
-    save_model(package.native.module, str(folder / WEIGHTS))
+    library("safetensors.torch").save_model(package.native.module, str(folder / WEIGHTS))
 
 
-def _arguments(native: Native) -> Any:
+def _arguments(native: Native) -> object:
     return as_json(changed(native.recipe.tree, native.changes))
 
 
@@ -183,13 +183,12 @@ WRITERS: Mapping[str, Callable[[Package, Path], None]] = {
 
 
 def _write_tables(native: Native, folder: Path) -> None:
-    from safetensors.torch import save_file
-
     held = tensors_of(native.module)
-    save_file({name: held[name].contiguous() for name in native.tables}, str(folder / TABLES))
+    tables = {name: held[name].contiguous() for name in native.tables}
+    library("safetensors.torch").save_file(tables, str(folder / TABLES))
 
 
-def load(folder: str | Path, *, build: Callable[[Any], nn.Module] | None = None) -> Any:
+def load(folder: str | Path, *, build: Build | None = None) -> Any:
     """Return the model of a folder, by its own library, tables in place.
 
     build: for "class", the function that makes the module from its dictionary of arguments.
@@ -203,44 +202,36 @@ def load(folder: str | Path, *, build: Callable[[Any], nn.Module] | None = None)
 
 
 def _load_timm(path: Path) -> Any:
-    import timm
-
-    return timm.create_model(f"local-dir:{path}", pretrained=True)
+    return library("timm").create_model(f"local-dir:{path}", pretrained=True)
 
 
 def _load_open_clip(path: Path) -> Any:
-    import open_clip
-
-    return open_clip.create_model(f"local-dir:{path}")
+    return library("open_clip").create_model(f"local-dir:{path}")
 
 
-def _load_class(path: Path, described: Mapping[str, Any], build: Any) -> nn.Module:
-    from safetensors.torch import load_model
-
+def _load_class(path: Path, described: Told, build: Build | None) -> nn.Module:
     if build is None:
         raise NativeError(
             f"{path} holds a {described['class']}, which no library makes; expected build, the "
             "class or function that makes it from its arguments. Give build=YOUR_CLASS."
         )
     model = build(from_json(described["arguments"]))
-    load_model(model, str(path / WEIGHTS))
+    library("safetensors.torch").load_model(model, str(path / WEIGHTS))
     return model
 
 
-_READERS: Mapping[str, Callable[[Path, Mapping[str, Any], Any], Any]] = {
-    "hf": lambda path, told, _: huggingface.load(path, told["class"].rpartition(":")[2]),
-    "st": lambda path, *_: sentences.load(path),
-    "timm": lambda path, *_: _load_timm(path),
-    "open_clip": lambda path, *_: _load_open_clip(path),
+_READERS: Mapping[str, Callable[[Path, Told, Build | None], Any]] = {
+    "hf": lambda path, told, build: huggingface.load(path, told["class"].rpartition(":")[2]),
+    "st": lambda path, told, build: sentences.load(path),
+    "timm": lambda path, told, build: _load_timm(path),
+    "open_clip": lambda path, told, build: _load_open_clip(path),
     "class": _load_class,
 }
 
 
 def _read_tables(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import load_file
-
     held = tensors_of(model)
-    for name, table in load_file(str(path / TABLES)).items():
+    for name, table in library("safetensors.torch").load_file(str(path / TABLES)).items():
         held[name].data.copy_(table)
 
 
@@ -253,7 +244,7 @@ def encoder_of(model: Any) -> nn.Module:
     return getattr(held, "auto_model", None) or held.model
 
 
-def _compare(native: Native, loaded: Any) -> None:
+def _compare(native: Native, loaded: object) -> None:
     """Refuse a folder from which the library does not load these very values."""
     written, found = native.module, encoder_of(loaded)
     # Hidden buffers follow from the configuration; some classes fill them as they run.

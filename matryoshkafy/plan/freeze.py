@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Cat, Dim, Nested
+from matryoshkafy.axes.dims import Dim, Factor, Nested
 from matryoshkafy.axes.terms import COPIES, Axis, Sum, Term
 from matryoshkafy.errors import NothingNests
 from matryoshkafy.graph.nodes import (
     bound_args,
-    info_of,
     is_tensor,
     op_key,
     outputs_of,
@@ -25,15 +24,15 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import held, is_reparametrised
-from matryoshkafy.plan.masking import Choice
-from matryoshkafy.plan.plan import Action, Group, Many, Options, Plan, Unknown, Whole, ladder_of
-from matryoshkafy.plan.policies import heaviest, trainable
+from matryoshkafy.plan.masking import Choice, Masking
+from matryoshkafy.plan.plan import Action, Group, Options, Plan, Shape, Unknown, Whole, ladder_of
+from matryoshkafy.plan.policies import ByName, heaviest, trainable
 from matryoshkafy.plan.scalars import find_scalars
 from matryoshkafy.plan.snapping import snapped
 from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import Findings
-from matryoshkafy.rules import op_of
-from matryoshkafy.sizes import parse_sizes
+from matryoshkafy.rules import Terms, op_of
+from matryoshkafy.sizes import Rungs, parse_sizes
 
 DEFAULT_LADDER = [0.25, 0.5, 1.0]
 
@@ -43,13 +42,13 @@ class Request:
     """What the user asked of the analysis."""
 
     options: Options
-    sizes: Any = None
-    overrides: Mapping[str, Any] | None = None
+    sizes: Rungs | None = None
+    overrides: Mapping[str, Sequence[int]] | None = None
     multiple_of: int = 1
 
 
-def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan:
-    parameters, masking = solved
+def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> Plan:
+    parameters, masking = solved.parameters, solved.masking
     main = heaviest(trainable(trace, parameters))
     if main is None:
         raise NothingNests(_nothing(trace, parameters, found, request))
@@ -61,7 +60,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Any) -> Plan
     unit = _main_unit(solved_parameters, order.index(main))
     width = main.size * unit
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
-    nodes = {n.name: _frozen_node(n, found, dim_of) for n in found.terms if n.op != "output"}
+    nodes = {n.name: _frozen(found.terms[n], dim_of) for n in found.terms if n.op != "output"}
     options = request.options
     full = held(found, masked=options.nesting == "masked" and options.scope == "full")
     plan = Plan(
@@ -92,15 +91,23 @@ def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[D
     return {n.name: tuple(map(dim_of, t)) for n, t in (sums | found.contracted).items()}
 
 
+@dataclass(frozen=True)
+class Solved:
+    """Axes of which it is known whether they nest, and what masked nesting does at each node."""
+
+    parameters: ByName
+    masking: Masking
+
+
 def _action(choice: Choice, order: list[Axis]) -> Action:
     return Action(choice.kind, tuple(order.index(a) for a in choice.axes if a in order))
 
 
-def _default(width: int) -> Any:
+def _default(width: int) -> Rungs:
     return DEFAULT_LADDER if width >= 4 else [width]
 
 
-def _nothing(trace: Trace, parameters: Mapping[str, Any], found: Findings, request: Request) -> str:
+def _nothing(trace: Trace, parameters: ByName, found: Findings, request: Request) -> str:
     """Say why no axis is a width: each reason with its first place, and what may help."""
     if not parameters:
         return "the model has no parameters, so there is nothing to nest; give a model with weights"
@@ -136,7 +143,7 @@ def _nothing(trace: Trace, parameters: Mapping[str, Any], found: Findings, reque
     )
 
 
-def _group_order(parameters: Mapping[str, Any]) -> list[Axis]:
+def _group_order(parameters: ByName) -> list[Axis]:
     seen: dict[Axis, None] = {}
     for terms in parameters.values():
         for term in terms:
@@ -148,10 +155,10 @@ def _group_order(parameters: Mapping[str, Any]) -> list[Axis]:
 
 def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
     def dim_of(term: Term) -> Dim:
-        out: list[Any] = []
+        out: list[Factor] = []
         for factor in axes.resolve(term):
             if isinstance(factor, Sum):
-                out.append(_cat([dim_of(s) for s in factor.segments]))
+                out.append(_sum([dim_of(s) for s in factor.segments]))
             elif factor in index and factor.fixed is None:
                 out.append(Nested(index[factor], factor.size))
             else:
@@ -161,27 +168,25 @@ def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
     return dim_of
 
 
-def _cat(parts: list[Dim]) -> Any:
-    whole = sum(map(dims.size, parts))
-    return Cat(tuple(parts)) if any(map(dims.is_nested, parts)) else whole
+def _sum(segments: list[Dim]) -> Factor:
+    whole = sum(map(dims.size, segments))
+    return dims.Sum(tuple(segments)) if any(map(dims.is_nested, segments)) else whole
 
 
-def _simple(factors: Iterable[Any]) -> Dim:
+def _simple(factors: Iterable[Factor]) -> Dim:
     """Adjacent whole factors are one."""
-    out: list[Any] = []
+    out: list[Factor] = []
     for factor in factors:
-        if isinstance(factor, int) and out and isinstance(out[-1], int):
-            out[-1] *= factor
+        last = out[-1] if out else None
+        if isinstance(factor, int) and isinstance(last, int):
+            out[-1] = last * factor
         else:
             out.append(factor)
     return tuple(out) or (1,)
 
 
-def _frozen_node(node: fx.Node, found: Findings, dim_of: Callable[[Term], Dim]) -> Any:
-    terms = found.terms[node]
-    if isinstance(info_of(node), tuple) and terms:
-        return Many(tuple(map(dim_of, ts)) for ts in terms)
-    return tuple(map(dim_of, terms))
+def _frozen(outputs: tuple[Terms, ...], dim_of: Callable[[Term], Dim]) -> tuple[Shape, ...]:
+    return tuple(tuple(map(dim_of, terms)) for terms in outputs)
 
 
 PLACES = {"0": "out", "1": "in"}
@@ -207,7 +212,7 @@ def _group_name(axis: Axis, tables: Collection[str]) -> str:
     return f"{name}.{position}{piece}" if position else name + piece
 
 
-def _members(parameters: Mapping[str, Any], axis: Axis) -> tuple[str, ...]:
+def _members(parameters: ByName, axis: Axis) -> tuple[str, ...]:
     return tuple(
         f"{name}:{i}"
         for name, terms in parameters.items()
@@ -234,7 +239,7 @@ def _held_remark(node: fx.Node) -> str:
     return f"held at full width: {op_key(node)} at {source_of(node) or node.name} is {what}"
 
 
-def _whole(trace: Trace, parameters: Mapping[str, Any]) -> Iterable[Whole]:
+def _whole(trace: Trace, parameters: ByName) -> Iterable[Whole]:
     """What stays whole, at the user's line where a node asked for it."""
     lines = {node.name: source_of(node) for node in trace.graph.nodes}
     seen: set[int] = set()
@@ -258,8 +263,9 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     """
     outputs = outputs_of(trace.graph)
     shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs]
-    names = trace.signature.unflatten(list(range(len(outputs))))
-    first = [names[n] for n in EMBEDDINGS if isinstance(names, Mapping) and n in names]
+    named: Any = trace.signature.unflatten(list(range(len(outputs))))
+    names: Mapping[str, object] = named if isinstance(named, Mapping) else {}
+    first = [names[n] for n in EMBEDDINGS if n in names]
     order = [*[i for i in first if isinstance(i, int)], *range(len(outputs))]
     width = next((shape[-1] for shape in (shapes[i] for i in order) if shape), None)
     if width is None or width < 2:
@@ -285,12 +291,9 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     return decided(trace, plan)
 
 
-GUARDED = ("clamp_min", "clamp", "expand", "expand_as")
-
-
-def is_unit_length(node: fx.Node) -> bool:
+def is_unit_length(node: object) -> bool:
     """Tell whether a value is x / |x| over its last axis, as torch.nn.functional.normalize is."""
-    if op_key(node) != "div" or len(node.args) < 2:
+    if not isinstance(node, fx.Node) or op_key(node) != "div" or len(node.args) < 2:
         return False
     source, norm = node.args[:2]
     while isinstance(norm, fx.Node) and op_key(norm) in (

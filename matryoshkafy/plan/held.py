@@ -15,14 +15,14 @@ of its own. Two kinds of statistics are different:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import bound_args, is_op, op_key
-from matryoshkafy.plan.walk import Findings, flat_terms
+from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
 
@@ -54,7 +54,7 @@ def weights_of(found: Findings) -> set[fx.Node]:
 
 def held(found: Findings, *, masked: bool) -> list[fx.Node]:
     """Return the statistics of weights that are taken at full width, then cut."""
-    weights = weights_of(found) if masked else set()
+    weights = weights_of(found) if masked else set[fx.Node]()
     statistics: set[fx.Node] = set()
     for node in found.terms:
         over = (*found.mixed.get(node, ()), *found.contracted.get(node, ()))
@@ -89,7 +89,7 @@ def _reads_weight(node: fx.Node, user: fx.Node, found: Findings) -> bool:
         return False
     places = weight_places(user)
     if node in places:
-        terms = list(flat_terms(found.terms[node]))
+        terms = found.flat(node)
         return any(nests(terms[o]) for o in places[node].outs)
     return set(_slots(node, user)) <= set(op_of(user).weight_arguments())
 
@@ -101,5 +101,6 @@ def _slots(node: fx.Node, user: fx.Node) -> Iterator[str]:
             yield name
 
 
-def _holds(value: Any, node: fx.Node) -> bool:
-    return value is node or (isinstance(value, (list, tuple)) and any(v is node for v in value))
+def _holds(value: object, node: fx.Node) -> bool:
+    several = isinstance(value, (list, tuple))
+    return value is node or (several and any(v is node for v in cast("list[object]", value)))

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import bound_args, info_of, op_key, output_node
+from matryoshkafy.graph.nodes import bound_args, gives_several, is_tensor, op_key, output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import nests, weights_of
 from matryoshkafy.plan.regions import region
-from matryoshkafy.plan.walk import Findings, flat_terms
-from matryoshkafy.rules import op_of
+from matryoshkafy.plan.walk import Findings
+from matryoshkafy.rules import Terms, op_of
 from matryoshkafy.rules.weights import weight_places
 
 # How much of the graph may be computed once per size: with layers in it, and without any.
@@ -84,7 +83,7 @@ class _Planner:
         self.work = [n for n in self.nodes if n not in weights]
         self.count = sum(map(_is_tensor, self.work))
         self.after = _descendants(self.work)
-        closings = []
+        closings: list[fx.Node] = []
         for node in self.work:
             kind = self._local(node)
             if kind == "closing":
@@ -121,10 +120,10 @@ class _Planner:
             choice = self.choices.get(node.name)
             if choice is not None and choice.kind == "level":
                 for other, terms in (widened(node, self.found) or {}).items():
-                    self.found.terms[other] = terms
+                    self.found.terms[other] = (terms,)
 
     def _keeps_dim(self, node: fx.Node) -> bool:
-        if op_of(node).statistic in ("", "normalise") or isinstance(info_of(node), tuple):
+        if op_of(node).statistic in ("", "normalise") or gives_several(node):
             return False
         args = bound_args(node)
         if args.get("ord", args.get("p", 2)) not in (2, None) or args.get("dtype") is not None:
@@ -137,7 +136,7 @@ class _Planner:
         """Every summed axis stands in a weight whose outputs nest, which therefore is masked."""
         masked: set[Axis] = set()
         for weight, place in weight_places(node).items():
-            terms = list(flat_terms(self.found.terms[weight]))
+            terms = self.found.flat(weight)
             if any(nests(terms[o]) for o in place.outs):
                 masked.update(leaf for i in place.into for leaf in free(terms[i]))
         return set(self._summed(node)) <= masked
@@ -158,7 +157,7 @@ class _Planner:
 
     def _reenters(self, node: fx.Node) -> bool:
         """Tell whether what follows is nested again: the tail would be a model of its own."""
-        return any(nests(t) for n in self.after[node] for t in flat_terms(self.found.terms[n]))
+        return any(nests(t) for n in self.after[node] for t in self.found.flat(n))
 
     def _computed_per_size(self, node: fx.Node, place: str) -> bool:
         """Compute what follows once per size, until it meets a width again."""
@@ -204,22 +203,21 @@ class _Planner:
         return False
 
 
-def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Any] | None:
+def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Terms] | None:
     """Return the terms of a statistic kept at full length, and of what is computed from it.
 
     None where something other than an elementwise op reads it before it meets its axis again.
     """
-    source = node.args[0]
-    terms = dict(enumerate(found.terms[source]))  # type: ignore[index]
+    terms = dict(enumerate(found.of(node.all_input_nodes[0])))
     dims = {d % len(terms) for d in _dims_of(node)}
     if sum(nests(terms[d]) for d in dims) != 1:
         return None
     axis = next(d for d in dims if nests(terms[d]))
-    out = {node: tuple(terms[d] if d == axis else t for d, t in enumerate(found.terms[node]))}
+    out = {node: tuple(terms[d] if d == axis else t for d, t in enumerate(found.of(node)))}
     queue = [node]
     while queue:
         for user in queue.pop().users:
-            step = _widened_user(user, out, found, terms[axis])
+            step = _widened_user(user, out, found)
             if step is None:
                 return None
             if step and user not in out:
@@ -233,21 +231,20 @@ def _dims_of(node: fx.Node) -> list[int]:
     return [dim] if isinstance(dim, int) else list(dim)
 
 
-def _widened_user(user: fx.Node, out: dict[fx.Node, Any], found: Findings, axis: Term) -> Any:
+def _widened_user(user: fx.Node, out: Mapping[fx.Node, Terms], found: Findings) -> Terms | None:
     """() where the user has the axis anyway; its new terms where it grows; None where it cannot."""
     if not op_of(user).elementwise:
         return None
-    rank = len(found.terms[user])
-    grown: list[Term] = list(found.terms[user])
+    before = found.of(user)
+    rank, grown = len(before), list(before)
     for argument in user.all_input_nodes:
-        mine = out.get(argument)
-        for i, term in enumerate(mine or (), rank - len(mine or ())):
+        mine = out.get(argument, ())
+        for i, term in enumerate(mine, rank - len(mine)):
             if term and not grown[i]:
                 grown[i] = term
             elif term and _leaves(term) != _leaves(grown[i]):
                 return None
-    del axis
-    return () if tuple(grown) == tuple(found.terms[user]) else tuple(grown)
+    return () if tuple(grown) == before else tuple(grown)
 
 
 def _leaves(term: Term) -> list[Axis]:
@@ -265,8 +262,7 @@ def free(term: Term) -> list[Axis]:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    info = info_of(node)
-    return hasattr(info, "shape") or isinstance(info, tuple)
+    return is_tensor(node) or gives_several(node)
 
 
 def _descendants(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:

@@ -104,7 +104,7 @@ class Stored:
     mask: Mask | None = None
     source: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain JSON values."""
         mask = {} if self.mask is None else {"mask": [self.mask.out, self.mask.into]}
         source = {"source": self.source} if self.source else {}

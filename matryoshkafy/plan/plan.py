@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
@@ -27,24 +27,18 @@ from matryoshkafy.plan.parts import Whole as Whole
 from matryoshkafy.plan.text import table
 from matryoshkafy.sizes import SizesError, one_size, width_at
 
-PLAN_FORMAT = 2
-READS = (1, 2)
+PLAN_FORMAT = 3
+READS = (1, 2, 3)
 
 
-class Many(tuple[Any, ...]):
-    """The dims of a node with several outputs: one tuple of Dims each."""
-
-    __slots__ = ()
-
-
-NodeDims = tuple[Dim, ...] | Many
+Shape = tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which axes nest, and what every node does about it.
 
-    `nodes` gives each node's dims (a tuple of Dims, or a tuple of those for several outputs);
+    `nodes` gives the dims of each output of each node: one for a tensor, none for a number;
     `notes` the extra dims of a node (groups of a convolution); `actions` what masked nesting does
     at a node; `tail` the nodes computed once per size; `full` the parameter-only statistics that
     are taken at full width before they are cut; `masks` {node: {weight's node: its masks}};
@@ -59,7 +53,7 @@ class Plan:
     groups: tuple[Group, ...]
     ladder: tuple[Widths, ...]
     parameters: Mapping[str, tuple[Dim, ...]]
-    nodes: Mapping[str, Any]
+    nodes: Mapping[str, tuple[Shape, ...]]
     notes: Mapping[str, Mapping[str, Dim]] = field(default_factory=dict[str, Mapping[str, Dim]])
     actions: Mapping[str, Action] = field(default_factory=dict[str, Action])
     tail: frozenset[str] = frozenset()
@@ -77,12 +71,14 @@ class Plan:
         """Whether masked nesting masks weights of a node."""
         return self.masked and node in self.actions and self.actions[node].kind == "mask"
 
-    def outputs(self, node: str) -> tuple[tuple[Dim, ...], ...]:
+    def outputs(self, node: str) -> tuple[Shape, ...]:
         """Return the dims of each output of a node: one for a tensor, none where it is unknown."""
-        found: NodeDims | None = self.nodes.get(node)
-        if found is None:
-            return ()
-        return tuple(cast("tuple[Any, ...]", found)) if isinstance(found, Many) else (found,)
+        return self.nodes.get(node, ())
+
+    def dims(self, node: str) -> Shape:
+        """Return the dims of the one tensor that a node gives; () where it is no single one."""
+        found = self.outputs(node)
+        return found[0] if len(found) == 1 else ()
 
     @property
     def width(self) -> int:
@@ -179,20 +175,14 @@ def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> 
     return tuple(tuple(width_at(g.size, size, width) for g in groups) for size in sizes)
 
 
-def _node_dims_to_json(value: NodeDims) -> Any:
-    if isinstance(value, Many):
-        return {"many": [[dims.to_json(d) for d in v] for v in value]}
-    return [dims.to_json(d) for d in value]
+def _outputs_from_json(saved: Any, version: int) -> tuple[Shape, ...]:
+    """Formats 1 and 2 have the dims of one tensor as they are, and a word before several."""
+    several = isinstance(saved, Mapping) if version < 3 else True
+    shapes: list[Any] = [saved] if not several else saved["many"] if version < 3 else saved
+    return tuple(tuple(map(dims.from_json, shape)) for shape in shapes)
 
 
-def _node_dims_from_json(value: Any) -> NodeDims:
-    if isinstance(value, Mapping):
-        saved = cast("Mapping[str, Any]", value)
-        return Many(tuple(map(dims.from_json, each)) for each in saved["many"])
-    return tuple(map(dims.from_json, value))
-
-
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: Plan) -> dict[str, object]:
     """Return the plan as plain JSON values."""
     return {
         "format": PLAN_FORMAT,
@@ -203,7 +193,9 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "groups": [asdict(g) for g in plan.groups],
         "ladder": [list(w) for w in plan.ladder],
         "parameters": {k: [dims.to_json(d) for d in v] for k, v in plan.parameters.items()},
-        "nodes": {k: _node_dims_to_json(v) for k, v in plan.nodes.items()},
+        "nodes": {
+            k: [[dims.to_json(d) for d in shape] for shape in v] for k, v in plan.nodes.items()
+        },
         "notes": {k: {n: dims.to_json(d) for n, d in v.items()} for k, v in plan.notes.items()},
         "actions": {k: [a.kind, *a.groups] for k, a in plan.actions.items()},
         "tail": sorted(plan.tail),
@@ -240,7 +232,7 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
         groups=tuple(Group(g["name"], g["size"], tuple(g["parameters"])) for g in data["groups"]),
         ladder=tuple(tuple(w) for w in data["ladder"]),
         parameters={k: tuple(dims.from_json(d) for d in v) for k, v in data["parameters"].items()},
-        nodes={k: _node_dims_from_json(v) for k, v in data["nodes"].items()},
+        nodes={k: _outputs_from_json(v, data["format"]) for k, v in data["nodes"].items()},
         notes={k: {n: dims.from_json(d) for n, d in v.items()} for k, v in data["notes"].items()},
         actions={k: Action(v[0], tuple(v[1:])) for k, v in data["actions"].items()},
         tail=frozenset(data["tail"]),

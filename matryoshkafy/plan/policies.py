@@ -14,7 +14,6 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -24,23 +23,21 @@ from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.scalars import KEEP
-from matryoshkafy.plan.walk import Findings, flat_terms
-from matryoshkafy.rules import op_of
+from matryoshkafy.plan.walk import Findings
+from matryoshkafy.rules import Terms, op_of
+
+ByName = Mapping[str, Terms]  # the terms of each parameter and buffer
 
 
-def parameter_terms(trace: Trace, found: Findings) -> dict[str, Any]:
-    out = {}
+def parameter_terms(trace: Trace, found: Findings) -> dict[str, Terms]:
+    out: dict[str, Terms] = {}
     for node in trace.graph.nodes:
-        if (
-            node.op == "get_attr"
-            and found.terms.get(node) is not None
-            and node.target != "training"
-        ):
-            out[str(node.target)] = found.terms[node]
+        if node.op == "get_attr" and node in found.terms and node.target != "training":
+            out[str(node.target)] = found.of(node)
     return out | _aliases(trace, out)
 
 
-def _aliases(trace: Trace, read: Mapping[str, Any]) -> dict[str, Any]:
+def _aliases(trace: Trace, read: ByName) -> dict[str, Terms]:
     """Ties stay ties: a second name of a tensor that the graph reads has the same axes."""
     state = trace.state()
     owners = {id(state[name]): name for name in read if name in state}
@@ -49,13 +46,13 @@ def _aliases(trace: Trace, read: Mapping[str, Any]) -> dict[str, Any]:
 
 def hold_kept(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
     patterns = [p for p in patterns if not p.startswith(KEEP)]
-    used = set()
+    used: set[str] = set()
     for node in trace.graph.nodes:
         name = str(node.target) if node.op == "get_attr" else node.name
         for pattern in patterns:
             if name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatch(name, pattern):
                 used.add(pattern)
-                for term in flat_terms(found.terms.get(node, ())):
+                for term in found.flat(node):
                     axes.fix(term, Reason("kept", pattern))
     missing = [p for p in patterns if p not in used]
     if missing:
@@ -76,15 +73,15 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     A pooled representation (behind a nonlinearity) is no head although nothing contracts it here.
     """
     largest = max((axes.size(t) for t in found.features), default=0)
-    summed = set()
+    summed: set[Axis] = set()
     for terms in (*found.contracted.values(), *found.mixed.values()):
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
     for node in found.terms:
         if op_of(node).nonlinear and node not in found.pure:
-            summed.update(leaf for t in flat_terms(found.terms[node]) for leaf in axes.leaves(t))
+            summed.update(leaf for t in found.flat(node) for leaf in axes.leaves(t))
     output = output_node(trace.graph)
     for node in output.all_input_nodes:
-        for term in flat_terms(found.terms.get(node, ())):
+        for term in found.flat(node):
             # The dim is judged, not its factors: four groups of 16 channels are no four classes.
             few = axes.size(term) <= FEW and axes.size(term) * 4 <= largest
             for leaf in axes.leaves(term):
@@ -95,7 +92,7 @@ def fix_heads(trace: Trace, found: Findings) -> None:
 def settle(found: Findings) -> None:
     """Fix what is no feature, then all but the outermost free factor of every product."""
     features = {leaf for t in found.features for leaf in axes.leaves(t)}
-    products: dict[Any, Term] = {}
+    products: dict[str, Term] = {}
     for term in found.all_terms():
         resolved = axes.resolve(term)
         for leaf in axes.leaves(resolved):
@@ -123,7 +120,7 @@ def _outermost(term: Term) -> bool:
     return changed
 
 
-def _inside_products(parameters: Mapping[str, Any]) -> set[Axis]:
+def _inside_products(parameters: ByName) -> set[Axis]:
     """Return the axes that are one factor among several of some dimension, copies not counted."""
     inside: set[Axis] = set()
     for term in (t for terms in parameters.values() for t in terms):
@@ -133,7 +130,7 @@ def _inside_products(parameters: Mapping[str, Any]) -> set[Axis]:
     return inside
 
 
-def only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, Any]) -> None:
+def only_feed_forward(trace: Trace, found: Findings, parameters: ByName) -> None:
     """Keep the hidden axes between two contractions with the residual stream, fix the rest.
 
     An attention head axis is a factor of a product (heads x head_dim), a hidden axis stands alone.
@@ -144,7 +141,7 @@ def only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, An
     for terms in parameters.values():
         free = [{leaf for leaf in axes.leaves(t) if leaf.fixed is None} for t in terms]
         for i, mine in enumerate(free):
-            others = set().union(*(f for j, f in enumerate(free) if j != i))
+            others: set[Axis] = set[Axis]().union(*(f for j, f in enumerate(free) if j != i))
             for leaf in mine:
                 partners.setdefault(leaf, set()).update(others)
     for leaf, others in partners.items():
@@ -157,7 +154,7 @@ def only_feed_forward(trace: Trace, found: Findings, parameters: Mapping[str, An
                 leaf.fixed = Reason("scope", "ffn")
 
 
-def trainable(trace: Trace, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def trainable(trace: Trace, parameters: ByName) -> dict[str, Terms]:
     """Leave out buffers, whose size says nothing of the model's; keep them where there is no
     other.
     """
@@ -167,12 +164,12 @@ def trainable(trace: Trace, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {n: t for n, t in parameters.items() if n in names} or dict(parameters)
 
 
-def heaviest(parameters: Mapping[str, Any]) -> Axis | None:
+def heaviest(parameters: ByName) -> Axis | None:
     mine = shares(parameters)
     return max(mine, key=lambda axis: mine[axis]) if mine else None
 
 
-def shares(parameters: Mapping[str, Any]) -> dict[Axis, float]:
+def shares(parameters: ByName) -> dict[Axis, float]:
     """Return for every free axis the part of all parameters that it belongs to."""
     weight: Counter[Axis] = Counter()
     whole = 0
@@ -182,6 +179,3 @@ def shares(parameters: Mapping[str, Any]) -> dict[Axis, float]:
         for leaf in {leaf for t in terms for leaf in axes.leaves(t) if leaf.fixed is None}:
             weight[leaf] += total
     return {axis: total / whole for axis, total in weight.most_common()}
-
-
-# --- freezing ---------------------------------------------------------------------------------

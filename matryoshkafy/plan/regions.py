@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, info_of, is_op
+from matryoshkafy.graph.nodes import bound_args, gives_several, is_op
 from matryoshkafy.plan.held import nests
-from matryoshkafy.plan.walk import Findings, flat_terms
+from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 
 # A longer stretch is a model of its own: it would be computed once per size, layers and all.
@@ -49,7 +49,7 @@ def region(first: fx.Node, found: Findings, known: Callable[[fx.Node], bool]) ->
         for user in queue.pop().users:
             if user.op != "call_function" or user in inner or user in meetings:
                 continue
-            if isinstance(info_of(user), tuple) or known(user) or len(inner) > LONGEST:
+            if gives_several(user) or known(user) or len(inner) > LONGEST:
                 return None
             if not _nested_dims(user, found):
                 inner.add(user)
@@ -69,13 +69,11 @@ def is_attention(node: fx.Node) -> bool:
 def meets(node: fx.Node, found: Findings) -> bool:
     """Tell whether a block of the node's one nested dim can be computed from that block alone."""
     summed = (*found.contracted.get(node, ()), *found.mixed.get(node, ()))
-    dims, rank = _nested_dims(node, found), len(tuple(flat_terms(found.terms[node])))
+    dims, rank = _nested_dims(node, found), len(found.flat(node))
     if len(dims) != 1 or any(map(nests, summed)):
         return False
     return op_of(node).elementwise or (op_of(node).product and dims[0] >= rank - 2)
 
 
 def _nested_dims(node: fx.Node, found: Findings) -> list[int]:
-    if isinstance(info_of(node), tuple):
-        return []
-    return [d for d, term in enumerate(found.terms[node]) if nests(term)]
+    return [d for d, term in enumerate(found.of(node)) if nests(term)]

@@ -131,7 +131,7 @@ def _derived(
 def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the widths that a constant at this node may come from."""
     plan = search.plan
-    shape = _shape(node, plan)
+    shape = plan.dims(node.name)
     alone = [dim[0] if len(dim) == 1 else None for dim in shape]
     if alone and isinstance(alone[-1], dims.Nested):
         yield alone[-1], alone[-1].size, POWERS
@@ -143,7 +143,7 @@ def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
 
 
 def _own_widths(node: fx.Node, plan: Plan, powers: tuple[float, ...]) -> Iterator[Candidate]:
-    for dim in _shape(node, plan)[-1:]:
+    for dim in plan.dims(node.name)[-1:]:
         for factor, width, _ in _factors(dim):
             yield factor, width, powers
 
@@ -151,15 +151,10 @@ def _own_widths(node: fx.Node, plan: Plan, powers: tuple[float, ...]) -> Iterato
 def _factors(dim: Dim) -> Iterator[Candidate]:
     """Yield the one width in a product: by its own units where they stand last, and the whole."""
     nested = [f for f in dim if isinstance(f, dims.Nested)]
-    if len(nested) == 1 and not any(isinstance(f, dims.Cat) for f in dim):
+    if len(nested) == 1 and not any(isinstance(f, dims.Sum) for f in dim):
         if dim[-1] is nested[0]:
             yield nested[0], nested[0].size, ROOTS
         yield nested[0], dims.size(dim), ROOTS
-
-
-def _shape(node: fx.Node, plan: Plan) -> tuple[Dim, ...]:
-    outputs = plan.outputs(node.name)
-    return outputs[0] if len(outputs) == 1 else ()
 
 
 def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
@@ -232,7 +227,7 @@ def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
 
 def _slopes_of(node: fx.Node, search: _Search) -> list[Scalar]:
     """The slopes of ALiBi are base ** (1, 2, ..., heads)."""
-    shape = _shape(node, search.plan)
+    shape = search.plan.dims(node.name)
     value, _ = _constant(node.args[0], search.state)
     factor = _alone(shape[-1]) if shape else None
     if factor is None or not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):

@@ -13,7 +13,7 @@ from matryoshkafy.errors import PlanError
 from matryoshkafy.plan.plan import Plan
 
 
-def snapped(plan: Plan, multiple: int) -> Plan:
+def snapped(plan: Plan, multiple: object) -> Plan:
     """Return the plan with every width rounded up to a multiple, at most to the full width.
 
     A group counts in what its units span: with 12 heads of 64, multiples of 128 are pairs of heads.
@@ -66,13 +66,13 @@ def _nested(dim: dims.Dim) -> Iterator[tuple[int, int]]:
     for i, factor in enumerate(dim):
         if isinstance(factor, Nested):
             yield factor.group, dims.size(dim[i + 1 :])
-        elif isinstance(factor, dims.Cat):
+        elif isinstance(factor, dims.Sum):
             inner = dims.size(dim[i + 1 :])
-            for part in factor.parts:
+            for part in factor.segments:
                 yield from ((group, span * inner) for group, span in _nested(part))
 
 
-def _remarks(moved: dict[int, int], multiple: int) -> Iterator[str]:
+def _remarks(moved: dict[int, int], multiple: object) -> Iterator[str]:
     if moved:
         pairs = ", ".join(f"{old} became {new}" for old, new in moved.items())
         yield f"sizes are multiples of {multiple}: {pairs}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.freeze import Request, freeze
+from matryoshkafy.plan.freeze import Request, Solved, freeze
 from matryoshkafy.plan.masking import Masking, choose
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.policies import (
@@ -34,4 +34,4 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
     masking = Masking({}, frozenset(), ())
     if request.options.nesting == "masked" and request.options.scope == "full":
         masking = choose(trace, found, lambda: settle(found), shares(trainable(trace, parameters)))
-    return freeze(trace, found, request, (parameters, masking))
+    return freeze(trace, found, request, Solved(parameters, masking))

@@ -35,7 +35,7 @@ def _masks(node: fx.Node, plan: Plan) -> dict[str, Masks]:
     """Which weights of a masked contraction are zero where, over which of their dims."""
     found: dict[str, Masks] = {}
     for weight, place in weight_places(node).items():
-        shape = plan.nodes[weight.name]
+        shape = plan.dims(weight.name)
         into = [i for i in place.into if dims.is_nested(shape[i])]
         masks = tuple(Mask(o, i) for i in into for o in place.outs)
         # What a weight meets with no dim that nests going out is a table, no weight.
@@ -55,7 +55,7 @@ def _stored(trace: Trace, plan: Plan) -> Iterator[tuple[str, Stored]]:
             yield name, Stored(shape, masks.get(name))
     for node in read:
         if node.op == "call_function":
-            yield baked_name(node.name), Stored(plan.nodes[node.name], source=node.name)
+            yield baked_name(node.name), Stored(plan.dims(node.name), source=node.name)
 
 
 def _read_by_sub_models(graph: fx.Graph, plan: Plan) -> list[fx.Node]:

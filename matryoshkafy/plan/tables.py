@@ -21,7 +21,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
 from matryoshkafy.graph.nodes import is_op
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.walk import Findings, flat_terms
+from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import Place, weight_places
 
@@ -56,7 +56,7 @@ class _Owners:
                 continue
             for weight, place in _layer(node, found).items():
                 if weight not in data:
-                    terms = list(flat_terms(found.terms[weight]))
+                    terms = found.flat(weight)
                     self.written.update(_axes(terms[o] for o in place.outs))
                     self.read.update(_axes(terms[i] for i in place.into))
 
@@ -64,7 +64,7 @@ class _Owners:
 def _layer(node: fx.Node, found: Findings) -> dict[fx.Node, Place]:
     """Return the weights of a layer; a product of parameters with each other is none."""
     if op_of(node).lookup:
-        sources = [n for n in node.all_input_nodes[:1] if len(found.terms[n]) == 2]
+        sources = [n for n in node.all_input_nodes[:1] if len(found.of(n)) == 2]
         return {n: Place((1,), ()) for n in sources if n.op == "get_attr"}
     places = weight_places(node) if is_op(node) else {}
     alone = op_of(node).product and len(places) > 1
@@ -116,7 +116,7 @@ def _made_of(found: Findings, tables: set[fx.Node]) -> set[fx.Node]:
     """Return the tables, and what is computed from tables and numbers alone."""
     out: set[fx.Node] = set()
     for node in found.terms:
-        inputs = [n for n in node.all_input_nodes if found.terms.get(n)]
+        inputs = [n for n in node.all_input_nodes if any(found.terms.get(n, ()))]
         made = node.op == "call_function" and bool(inputs) and all(n in out for n in inputs)
         if node in tables or made:
             out.add(node)
@@ -124,7 +124,7 @@ def _made_of(found: Findings, tables: set[fx.Node]) -> set[fx.Node]:
 
 
 def _leaves(found: Findings, node: fx.Node) -> set[Axis]:
-    return _axes(flat_terms(found.terms[node]))
+    return _axes(found.flat(node))
 
 
 def _axes(terms: Iterable[Term]) -> set[Axis]:

@@ -34,7 +34,7 @@ def _heading(plan: Plan) -> Iterator[str]:
 
 
 def _groups(plan: Plan) -> Iterator[str]:
-    rows = []
+    rows: list[Row] = []
     for i, group in enumerate(plan.groups):
         widths = _few([str(w[i]) for w in plan.ladder], 5)
         name = group.name + (" (main)" if i == plan.main else "")
@@ -120,7 +120,7 @@ def _folded_at(rows: list[tuple[list[str], Row]], at: int) -> list[tuple[list[st
         fits = at < len(parts) and parts[at].isdecimal()
         key = (*parts[:at], None, *parts[at + 1 :], cells) if fits else (number,)
         same.setdefault(key, []).append((parts, cells))
-    out = []
+    out: list[tuple[list[str], Row]] = []
     for group in same.values():
         parts, cells = group[0]
         if len(group) > 1:

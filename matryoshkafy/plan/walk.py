@@ -5,13 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
+import torch
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import TensorInfo, bound_args, info_of, is_item, op_key
+from matryoshkafy.graph.nodes import (
+    Info,
+    TensorInfo,
+    bound_args,
+    gives_several,
+    info_of,
+    is_item,
+    op_key,
+)
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rules import Terms, op_of
 from matryoshkafy.rules.weights import is_weight
@@ -19,36 +28,37 @@ from matryoshkafy.rules.weights import is_weight
 UNKNOWN_SIZE = 1_000_003
 
 
+Outputs = tuple[Terms, ...]
+
+
 @dataclass
 class Findings:
-    """What one walk found: terms per node, and what each node sums over or takes statistics of."""
+    """What one walk found: terms of each output of each node, and what each node sums over or takes
+    statistics of.
+    """
 
-    terms: dict[fx.Node, Any] = field(default_factory=dict)
-    notes: dict[fx.Node, dict[str, Term]] = field(default_factory=dict)
-    contracted: dict[fx.Node, list[Term]] = field(default_factory=dict)
-    mixed: dict[fx.Node, list[Term]] = field(default_factory=dict)
-    features: list[Term] = field(default_factory=list)
-    pure: set[fx.Node] = field(default_factory=set)
-    unknown: list[tuple[str, str, str]] = field(default_factory=list)
-    roots: dict[int, str] = field(default_factory=dict)
+    terms: dict[fx.Node, tuple[Terms, ...]] = field(default_factory=dict[fx.Node, Outputs])
+    notes: dict[fx.Node, dict[str, Term]] = field(default_factory=dict[fx.Node, dict[str, Term]])
+    contracted: dict[fx.Node, list[Term]] = field(default_factory=dict[fx.Node, list[Term]])
+    mixed: dict[fx.Node, list[Term]] = field(default_factory=dict[fx.Node, list[Term]])
+    features: list[Term] = field(default_factory=list[Term])
+    pure: set[fx.Node] = field(default_factory=set[fx.Node])
+    unknown: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+    roots: dict[int, str] = field(default_factory=dict[int, str])
+
+    def of(self, node: fx.Node) -> Terms:
+        """Return the terms of the one tensor that a node gives; () of several, or of none."""
+        outputs = self.terms[node]
+        return outputs[0] if len(outputs) == 1 else ()
+
+    def flat(self, node: fx.Node) -> list[Term]:
+        """Return the terms of every dimension of every output of a node."""
+        return [term for terms in self.terms.get(node, ()) for term in terms]
 
     def all_terms(self) -> Iterator[Term]:
         """Yield the term of every dimension of every value."""
-        for terms in self.terms.values():
-            yield from flat_terms(terms)
-
-
-def flat_terms(terms: Any) -> Iterator[Term]:
-    """Yield the terms of one value, or of each of several."""
-    if (
-        terms
-        and isinstance(terms[0], tuple)
-        and any(isinstance(t, tuple) and t and isinstance(t[0], tuple) for t in terms)
-    ):
-        for inner in terms:
-            yield from inner
-    else:
-        yield from terms
+        for node in self.terms:
+            yield from self.flat(node)
 
 
 def propagate(trace: Trace, free: tuple[str, ...] = ()) -> Findings:
@@ -65,7 +75,7 @@ def _fix_counted(graph: fx.Graph, found: Findings) -> None:
     for node in graph.nodes:
         if not op_of(node).counts:
             continue
-        for term in found.terms[node]:
+        for term in found.flat(node):
             factors = axes.resolve(term)
             if len(factors) != 1 or not isinstance(factors[0], Axis):
                 axes.fix(term, Reason("range", node.name))
@@ -83,10 +93,10 @@ class _Walker:
 
     # What rules ask for.
 
-    def of(self, value: Any) -> Terms:
-        return self.found.terms[value] if isinstance(value, fx.Node) else ()
+    def of(self, value: object) -> Terms:
+        return self.found.of(value) if isinstance(value, fx.Node) else ()
 
-    def shape(self, value: Any) -> tuple[int, ...]:
+    def shape(self, value: object) -> tuple[int, ...]:
         info = info_of(value) if isinstance(value, fx.Node) else None
         return _known(info.shape) if isinstance(info, TensorInfo) else ()
 
@@ -110,8 +120,8 @@ class _Walker:
         called = f"{self.node}.{name}" if name else str(self.node)
         return (Axis(size, called, reason, self.births),)
 
-    def weight(self, value: Any, *dims: int) -> None:
-        if value in self.found.pure or is_weight(value):
+    def weight(self, value: object, *dims: int) -> None:
+        if isinstance(value, fx.Node) and (value in self.found.pure or is_weight(value)):
             terms = self.of(value)
             self.found.features.extend(terms[d] for d in dims if -len(terms) <= d < len(terms))
 
@@ -129,10 +139,10 @@ class _Walker:
     def visit(self, node: fx.Node) -> None:
         self.node = node
         if node.op == "placeholder":
-            self.found.terms[node] = self._input(node)
+            self.found.terms[node] = (self._input(node),)
         elif node.op == "get_attr":
             self.found.pure.add(node)
-            self.found.terms[node] = self._state(node)
+            self.found.terms[node] = (self._state(node),)
         elif node.op == "call_function":
             self._call(node)
 
@@ -160,13 +170,9 @@ class _Walker:
             self.tied[id(tensor)] = self._born(str(node.target), self.shape(node), tensor)
         return self.tied[id(tensor)]
 
-    def _born(self, name: str, shape: tuple[int, ...], tensor: Any) -> Terms:
+    def _born(self, name: str, shape: tuple[int, ...], tensor: torch.Tensor) -> Terms:
         integers = not (tensor.is_floating_point() or tensor.is_complex())
-        reason = (
-            Reason("indexed", name)
-            if integers or tensor.layout.__str__() != "torch.strided"
-            else None
-        )
+        reason = Reason("indexed", name) if integers or tensor.layout != torch.strided else None
         return tuple(
             (Axis(n, f"{name}:{i}", reason, self.births),) if n != 1 else ()
             for i, n in enumerate(shape)
@@ -181,37 +187,36 @@ class _Walker:
         if tensors and all(a in self.found.pure for a in tensors):
             self.found.pure.add(node)
         if is_item(node):
-            self.found.terms[node] = self.found.terms[node.args[0]][node.args[1]]  # type: ignore[index]
+            source, index = node.all_input_nodes[0], cast("int", node.args[1])
+            self.found.terms[node] = (self.found.terms[source][index],)
             return
         self.found.terms[node] = self._applied(node)
 
-    def _applied(self, node: fx.Node) -> Any:
+    def _applied(self, node: fx.Node) -> Outputs:
         row, name = op_of(node), op_key(node)
         try:
             terms = row.axes(self, node, bound_args(node)) if row.axes else None
-            if terms is not None and self._fits(node, terms):
-                return terms
+            outputs = terms if gives_several(node) or terms is None else (terms,)
+            if outputs is not None and self._fits(node, cast("Outputs", outputs)):
+                return cast("Outputs", outputs)
         except Exception as error:  # noqa: BLE001  a use that a rule did not foresee stays whole
             name = f"{name} (its rule raised {type(error).__name__}: {error})"
         self.found.unknown.append((name, node.name, node.meta.get("source") or ""))
         return self._frozen(node)
 
-    def _fits(self, node: fx.Node, terms: Any) -> bool:
-        info = info_of(node)
-        groups = terms if isinstance(info, tuple) else (terms,)
+    def _fits(self, node: fx.Node, outputs: Outputs) -> bool:
         shapes = self.shapes(node)
-        return len(groups) >= len(shapes) and all(
+        return len(outputs) >= len(shapes) and all(
             len(t) == len(s) and all(axes.size(x) == n for x, n in zip(t, s, strict=True))
-            for t, s in zip(groups, shapes, strict=False)
+            for t, s in zip(outputs, shapes, strict=False)
         )
 
-    def _frozen(self, node: fx.Node) -> Any:
+    def _frozen(self, node: fx.Node) -> Outputs:
         """No rule: whatever the op touches stays whole, on both sides."""
         for value in node.all_input_nodes:
-            for term in flat_terms(self.found.terms.get(value, ())):
+            for term in self.found.flat(value):
                 self.fix(term, "unknown op")
-        outs = tuple(tuple(self.fresh(n, "unknown op") for n in s) for s in self.shapes(node))
-        return outs if isinstance(info_of(node), tuple) else outs[0]
+        return tuple(tuple(self.fresh(n, "unknown op") for n in s) for s in self.shapes(node))
 
 
 def _known(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -219,7 +224,7 @@ def _known(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(UNKNOWN_SIZE if n < 0 else n for n in shape)
 
 
-def _has_tensor(info: Any) -> bool:
+def _has_tensor(info: Info) -> bool:
     if isinstance(info, tuple):
         return any(_has_tensor(i) for i in info)
     return isinstance(info, TensorInfo)

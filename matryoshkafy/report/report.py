@@ -8,12 +8,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.deploy.profile import device_of, profile
+from matryoshkafy.deploy.profile import Cost, device_of, profile
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.files.checkpoint import open_checkpoint
 from matryoshkafy.plan.plan import Plan
@@ -49,7 +48,8 @@ def report_of(
     place = device_of(device)
     checkpoint = open_checkpoint(folder)
     found = {} if metrics is None else read_metrics(metrics, checkpoint.sizes)
-    costs, shapes = {}, ""
+    costs: dict[int, Cost] = {}
+    shapes = ""
     for size in checkpoint.sizes:
         model = checkpoint.sub_model(size).to(place).eval()
         args, kwargs = example_inputs(model, device=place, batch=batch, length=length)
@@ -58,7 +58,7 @@ def report_of(
     return Report(Path(folder).resolve().name, checkpoint.plan, costs, found, made)
 
 
-def _shapes(args: Any, kwargs: Any) -> str:
+def _shapes(args: object, kwargs: object) -> str:
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     return ", ".join(" x ".join(map(str, t.shape)) for t in tensors[:4])
 

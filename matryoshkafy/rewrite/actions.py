@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
-from matryoshkafy.plan.plan import Action, Many, Plan
+from matryoshkafy.graph.nodes import bound_args, gives_several, is_op, tensor_info
+from matryoshkafy.plan.plan import Action, Plan, Shape
 from matryoshkafy.rewrite.blocks import write_blocks
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rewrite.writer import Actions, Rewriter, nested
@@ -39,8 +39,8 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
 
     def narrowed(value: fx.Node) -> Any:
         new = writer.written[writer.key(value, level)]
-        shape = writer.plan.nodes.get(value.name, ())
-        if isinstance(shape, Many) or not isinstance(new, fx.Node) or value is spared:
+        shape = writer.plan.dims(value.name)
+        if gives_several(value) or not isinstance(new, fx.Node) or value is spared:
             return new
         for i, dim in enumerate(shape):
             if groups & set(dims.groups_of(dim)):
@@ -79,7 +79,7 @@ def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -
 
     def masked(value: fx.Node) -> Any:
         new = writer.written[writer.key(value, level)]
-        shape = writer.plan.nodes.get(value.name, ())
+        shape = writer.plan.dims(value.name)
         for mask in masks.get(value.name, ()):
             runs = [writer.runs(shape[d], level) for d in (mask.out, mask.into)]
             new = writer.graph.call_function(nested.mask.default, (new, mask.out, mask.into, *runs))
@@ -94,7 +94,7 @@ def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -
 
 def _fast_linear(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     a = bound_args(node)
-    if len(writer.plan.nodes[a["weight"].name]) != 2:
+    if len(writer.plan.dims(a["weight"].name)) != 2:
         return None
     new = {
         k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
@@ -104,11 +104,13 @@ def _fast_linear(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
         writer,
         node,
         (new["input"], new["weight"], new["bias"]),
-        (writer.plan.nodes[a["weight"].name], level),
+        (writer.plan.dims(a["weight"].name), level),
     )
 
 
-def _linear(writer: Rewriter, node: fx.Node, operands: Any, place: Any) -> fx.Node:
+def _linear(
+    writer: Rewriter, node: fx.Node, operands: tuple[Any, Any, Any], place: tuple[Shape, int]
+) -> fx.Node:
     shape, level = place
     runs = [writer.runs(d, level) for d in shape]
     return writer.graph.create_node(
@@ -122,7 +124,7 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     a = bound_args(node)
     biased = "beta" in names
     x, weight = (a[n] for n in (names[1:3] if biased else names[:2]))
-    shape = writer.plan.nodes[weight.name]
+    shape = writer.plan.dims(weight.name)
     masks = writer.plan.masks.get(node.name, {})
     if (
         len(shape) != 2
@@ -131,7 +133,7 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     ):
         return None
     bias = a["self"] if biased else None
-    if bias is not None and len(writer.plan.nodes[bias.name]) != 1:
+    if bias is not None and len(writer.plan.dims(bias.name)) != 1:
         return None
     new = [
         writer.written[writer.key(v, level)] if v is not None else None for v in (x, weight, bias)
@@ -142,7 +144,7 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
 
 def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     a = bound_args(node)
-    shape = writer.plan.nodes[a["weight"].name]
+    shape = writer.plan.dims(a["weight"].name)
     if isinstance(a["padding"], str) or a["groups"] != 1:
         return None
     transposed = weight_places(node)[a["weight"]] == Place((1,), (0,))
@@ -165,7 +167,7 @@ def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     return writer.graph.create_node("call_function", nested.conv.default, args, {}, name=node.name)
 
 
-def _spread(value: Any, rank: int) -> list[int]:
+def _spread(value: int | Sequence[int], rank: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * rank if len(values) == 1 else values
 
@@ -202,7 +204,7 @@ def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
         for name in ("input", *norm.affine)
     ]
     eps = a["eps"] if a["eps"] is not None else torch.finfo(tensor_info(node).dtype).eps
-    runs = writer.runs(writer.plan.nodes[a["input"].name][norm.dim], level)
+    runs = writer.runs(writer.plan.dims(a["input"].name)[norm.dim], level)
     prefix = writer.plan.options.norm == "prefix"
     args = (*tensors, eps, runs, prefix)
     return writer.graph.create_node("call_function", norm.target, args, {}, name=node.name)
@@ -213,7 +215,7 @@ def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     del action
     a = bound_args(node)
     source: Any = node.args[0]
-    shape = writer.plan.nodes[source.name]
+    shape = writer.plan.dims(source.name)
     over = [d % len(shape) for d in ([a["dim"]] if isinstance(a["dim"], int) else a["dim"])]
     dim = next(d for d in over if dims.is_nested(shape[d]))
     biased = a.get("correction") == 0 or a.get("unbiased") is False

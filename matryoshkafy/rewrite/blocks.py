@@ -31,7 +31,7 @@ class Block:
 def write_blocks(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
     """Compute each level's units from what that level has, and lay them one after the other."""
     del action
-    shape = writer.plan.nodes[node.name]
+    shape = writer.plan.dims(node.name)
     dim = next(d for d, axis in enumerate(shape) if dims.is_nested(axis))
     parts = [_block(writer, node, level, b) for b in _blocks(writer, shape[dim], level, dim)]
     if len(parts) == 1:
@@ -48,11 +48,11 @@ def _blocks(writer: Rewriter, axis: dims.Dim, level: int, dim: int) -> Iterator[
 
 
 def _block(writer: Rewriter, node: fx.Node, level: int, block: Block) -> fx.Node:
-    rank = len(writer.plan.nodes[node.name])
+    rank = len(writer.plan.dims(node.name))
 
     def narrowed(value: fx.Node) -> Any:
         at = _aligned(node, value, block.dim - rank)
-        shape = writer.plan.nodes.get(value.name, ())
+        shape = writer.plan.dims(value.name)
         if at is None or len(shape) < -at or not dims.is_nested(shape[at]):
             return writer.written[writer.key(value, block.level)]
         new = writer.written[writer.key(value, level)]
@@ -64,7 +64,7 @@ def _block(writer: Rewriter, node: fx.Node, level: int, block: Block) -> fx.Node
     return writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
 
 
-def _lettered(equation: str, operands: Sequence[Any], value: fx.Node, dim: int) -> int | None:
+def _lettered(equation: str, operands: Sequence[object], value: fx.Node, dim: int) -> int | None:
     """The same for einsum "ab,bc->ac": the dim of the operand that has the output's letter."""
     terms, _, out = equation.replace(" ", "").partition("->")
     term = terms.split(",")[list(operands).index(value)]

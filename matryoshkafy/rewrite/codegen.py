@@ -23,7 +23,9 @@ class CallCodeGen(CodeGen):
         """The signature, under a name that no node can have."""
         return [("_call_signature", self.signature)]
 
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **kwargs: Any) -> str:
+    def gen_fn_def(
+        self, free_vars: list[str], maybe_return_annotation: str, **kwargs: object
+    ) -> str:
         """def forward(self, *args, **kwargs), then the flat inputs under their names."""
         del maybe_return_annotation, kwargs
         names = [v.partition(":")[0].partition("=")[0].strip() for v in free_vars if v != "self"]
@@ -33,7 +35,7 @@ class CallCodeGen(CodeGen):
             f"    {flat} = _call_signature.flatten(args, kwargs)"
         )
 
-    def generate_output(self, output_args: Any, *args: Any, **kwargs: Any) -> str:
+    def generate_output(self, output_args: object, *args: object, **kwargs: object) -> str:
         """return the outputs in the user's structure"""
         del args, kwargs
         values = f"{output_args!r}"

@@ -30,7 +30,7 @@ def _narrow_signature(trace: Trace, plan: Plan, level: int) -> Signature:
     sizes = {
         Size(leaf, d): dims.size_at(axis, widths)
         for leaf, name in enumerate(holes)
-        for d, axis in enumerate(plan.nodes.get(name, ()))
+        for d, axis in enumerate(plan.dims(name))
         if dims.is_nested(axis)
     }
     return replace(trace.signature, guards=trace.signature.guards.resized(sizes))

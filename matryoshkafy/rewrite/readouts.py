@@ -65,9 +65,10 @@ def last_linear(trace: Trace, plan: Plan) -> LastLinear | None:
     """Return the last linear that the scores are, where the whole tail of the scores is one."""
     flat = outputs_of(trace.graph)
     position = scores_of(trace.signature.unflatten(list(range(len(flat)))))
-    if not isinstance(position, int) or not isinstance(flat[position], fx.Node):
+    scores = flat[position] if isinstance(position, int) else None
+    if not isinstance(position, int) or not isinstance(scores, fx.Node):
         return None
-    found = _unwound(position, flat[position], alone=len(flat) == 1)
+    found = _unwound(position, scores, alone=len(flat) == 1)
     return found if found is not None and _is_plain(found, plan) else None
 
 
@@ -81,7 +82,7 @@ def readout_graph(trace: Trace, plan: Plan, found: LastLinear, level: int) -> fx
 
 def inner_width(plan: Plan, found: LastLinear, level: int) -> int:
     """Return how many units of the hidden value the scores of a level read."""
-    return dims.size_at(plan.nodes[found.hidden.name][-1], plan.ladder[level])
+    return dims.size_at(plan.dims(found.hidden.name)[-1], plan.ladder[level])
 
 
 def _unwound(position: int, node: fx.Node, *, alone: bool) -> LastLinear | None:
@@ -136,7 +137,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
     return (other, one) if turned else None
 
 
-def _is_small(node: fx.Node, value: Any) -> bool:
+def _is_small(node: fx.Node, value: object) -> bool:
     """Whether a value is a factor (one number) or, in an addition, a bias (one number a class)."""
     if not isinstance(value, fx.Node):
         return op_key(node) != "add" and isinstance(value, (int, float))
@@ -150,7 +151,7 @@ def _is_small(node: fx.Node, value: Any) -> bool:
 
 def _is_plain(found: LastLinear, plan: Plan) -> bool:
     """Whether product and chain are all that is computed per size, over a plain table."""
-    hidden, table = plan.nodes.get(found.hidden.name, ()), plan.nodes.get(found.table.name, ())
+    hidden, table = plan.dims(found.hidden.name), plan.dims(found.table.name)
     if len(table) != 2 or not hidden or any(map(dims.is_nested, hidden[:-1])):
         return False
     if not plan.masked:

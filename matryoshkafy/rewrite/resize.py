@@ -10,7 +10,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import bound_args, set_arg
+from matryoshkafy.graph.nodes import Argument, bound_args, set_arg
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules.table import op_of
 
@@ -45,7 +45,7 @@ class Resize:
     def kept_before(self, dim: Dim, index: int) -> int:
         return sum(min(b, index) - a for a, b in dims.kept(dim, self.widths) if a < index)
 
-    def scaled(self, value: Any, dim: Dim) -> Any:
+    def scaled(self, value: Argument, dim: Dim) -> Any:
         if not dims.is_nested(dim) or (isinstance(value, int) and value < 0):
             return value
         if isinstance(value, int):
@@ -55,10 +55,10 @@ class Resize:
             product = graph.call_function(operator.mul, (value, self.at(dim)))
             return graph.call_function(_FLOORDIV, (product, dims.size(dim)))
 
-    def set(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: Argument) -> None:
         set_arg(self.new, name, value)
 
-    def replace(self, target: Any, *args: Any) -> None:
+    def replace(self, target: Callable[..., object], *args: Argument) -> None:
         self.new.target = target
         self.new.args, self.new.kwargs = (self.new.args[0], *args), {}
 

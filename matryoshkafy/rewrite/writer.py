@@ -15,11 +15,18 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.graph.nodes import is_item, is_op, output_node, set_arg, tensor_info
+from matryoshkafy.graph.nodes import (
+    gives_several,
+    is_item,
+    is_op,
+    outputs_of,
+    set_arg,
+    tensor_info,
+)
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan.held import is_reparametrised
-from matryoshkafy.plan.plan import Action, Many, Plan, Scalar
+from matryoshkafy.plan.plan import Action, Plan, Scalar
 from matryoshkafy.plan.stored import baked_name
 from matryoshkafy.rewrite.codegen import CallCodeGen
 from matryoshkafy.rewrite.resize import resize
@@ -76,10 +83,9 @@ class Rewriter:
         for node in self.trace.graph.nodes:
             if node.op == "placeholder":
                 self._put(node, None, self.graph.placeholder(str(node.target)))
-        output = output_node(self.trace.graph)
         flat: list[Any] = []
         for level in levels:
-            for position, value in enumerate(output.args[0]):  # type: ignore[arg-type]
+            for position, value in enumerate(outputs_of(self.trace.graph)):
                 flat.append(self._output(position, value, level))
         self.graph.output(flat)
         self.graph.eliminate_dead_code()
@@ -96,7 +102,7 @@ class Rewriter:
         self.graph.lint()
         return self.graph
 
-    def _output(self, position: int, value: Any, level: int) -> Any:
+    def _output(self, position: int, value: object, level: int) -> Any:
         if not isinstance(value, fx.Node):
             return value
         written = self.at(value, level)
@@ -117,7 +123,7 @@ class Rewriter:
 
     # Values.
 
-    def at(self, node: Any, level: int) -> Any:
+    def at(self, node: object, level: int) -> Any:
         """Return the value of an old node at a level, writing whatever it needs."""
         if not isinstance(node, fx.Node):
             return node
@@ -130,7 +136,7 @@ class Rewriter:
         """Return at which level a node is written where `level` is asked for."""
         if node.op != "placeholder":
             return node, level
-        freed = any(map(dims.is_nested, self.plan.nodes.get(node.name, ())))
+        freed = any(map(dims.is_nested, self.plan.dims(node.name)))
         return node, (level if freed else None)
 
     def _trunk(self, node: fx.Node) -> bool:
@@ -180,7 +186,7 @@ class Rewriter:
             return self.written[node, None]
         return self._cut_value(node, None, level)
 
-    def _put(self, node: fx.Node, level: Level, new: Any) -> Any:
+    def _put(self, node: fx.Node, level: Level, new: fx.Node) -> fx.Node:
         new.meta = {k: node.meta[k] for k in ("source",) if k in node.meta}
         new.meta["origin"] = (node.name, level)
         self.written[node, level] = new
@@ -189,10 +195,7 @@ class Rewriter:
     def _cut_value(self, node: fx.Node, have: Level, want: int) -> Any:
         value = self.written[node, have]
         widths = self.plan.ladder[want]
-        shape = self.plan.nodes.get(node.name, ())
-        if isinstance(shape, Many):
-            return value
-        return self.cut(value, shape, widths)
+        return value if gives_several(node) else self.cut(value, self.plan.dims(node.name), widths)
 
     def cut(self, value: fx.Node, shape: tuple[Dim, ...], widths: Widths) -> fx.Node:
         """Return the part of a value that is kept at the given widths."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
@@ -73,14 +72,14 @@ def product(walk: Walk, left: object, right: object) -> Terms:
     return (*batch, *rows, *cols)
 
 
-def _features_of(value: Any, other: Any, dims: tuple[int, int]) -> tuple[int, ...]:
+def _features_of(value: fx.Node, other: fx.Node, dims: tuple[int, int]) -> tuple[int, ...]:
     """Return which of (summed, leaving) dims of a factor are features, if it is a weight.
 
     A parameter that meets an activation is a weight on both sides. What is computed from
     parameters (a table of items, learned tokens) has rows that are no width. Of two parameters
     only what is summed over is one (the rank of a factorised weight).
     """
-    if not isinstance(other, fx.Node) or not is_weight(other):
+    if not is_weight(other):
         return dims if is_picked(value) else dims[:1]
     return dims[:1] if is_picked(value) and is_picked(other) else ()
 

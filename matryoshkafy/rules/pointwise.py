@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
@@ -150,13 +149,13 @@ def triangle(walk: Walk, node: fx.Node, args: Args) -> Result:
     return terms
 
 
-def _constant_along(walk: Walk, mask: Any) -> bool:
+def _constant_along(walk: Walk, mask: fx.Node) -> bool:
     """Tell whether a mask is one value along its last dim: it was expanded from size 1."""
     while walk.shape(mask)[-1:] != (1,):
         row = op_of(mask)
         if not (row.casts or op_key(mask) in ("expand", "expand_as", "broadcast_to", "contiguous")):
             return False
-        mask = mask.args[0]
+        mask = mask.all_input_nodes[0]
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
@@ -21,7 +20,7 @@ def _matrices(args: Args) -> dict[fx.Node, Weight]:
     return {w: LINEAR for w in args["params"] if len(tensor_info(w).shape) == 2}
 
 
-def _states(given: Any) -> list[fx.Node]:
+def _states(given: fx.Node | Sequence[fx.Node]) -> list[fx.Node]:
     return [given] if isinstance(given, fx.Node) else list(given)
 
 

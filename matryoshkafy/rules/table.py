@@ -19,7 +19,7 @@ from torch import fx
 
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.graph.nodes import Argument, op_key
 from matryoshkafy.graph.normalise import TRAINING_FLAGS
 
 if TYPE_CHECKING:
@@ -103,15 +103,15 @@ class Sizes(Protocol):
         """Return how many of the first `index` units of a dim are kept at this size."""
         ...
 
-    def scaled(self, value: Any, dim: Dim) -> Any:
+    def scaled(self, value: Argument, dim: Dim) -> Any:
         """Return a constant that is the size of a dim at this size (a symbol keeps its ratio)."""
         ...
 
-    def set(self, name: str, value: object) -> None:
+    def set(self, name: str, value: Argument) -> None:
         """Write an argument of the new node."""
         ...
 
-    def replace(self, target: Callable[..., Any], *args: object) -> None:
+    def replace(self, target: Callable[..., object], *args: Argument) -> None:
         """Make the new node a call of another op."""
         ...
 

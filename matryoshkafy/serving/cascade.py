@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from matryoshkafy.serving.vectors import ServingError
 
-Logits = NDArray[np.floating]
+Logits = NDArray[np.floating[Any]]
 GRID = 100
 ROUNDS = 8
 # No probability is above 1: a size with this threshold answers nothing.
@@ -77,7 +78,7 @@ class Cascade:
         stacked = _stacked(logits, self.sizes)
         sure, answers = _confidence(stacked, self.temperatures)
         level = _level(sure, self.thresholds)
-        each = np.arange(stacked.shape[1])
+        each = np.arange(stacked.shape[1], dtype=np.int64)
         return Routed(
             answers[level, each],
             np.asarray(self.sizes, dtype=np.int64)[level],
@@ -166,12 +167,13 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Return the temperature of least negative log likelihood."""
-    each = np.arange(len(labels))
+    each = np.arange(len(labels), dtype=np.int64)
 
     def loss(log_temperature: float) -> float:
         return float(-_log_softmax(logits / np.exp(log_temperature))[each, labels].mean())
 
-    found = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
+    search: Any = optimize
+    found = search.minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
     return float(np.exp(found.x))
 
 
@@ -197,13 +199,13 @@ def _grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _best_accuracy(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> list[float]:
     """From the second largest size down, the smallest threshold of best accuracy."""
     thresholds = [NEVER] * (len(sure) - 1) + [0.0]
-    each = np.arange(sure.shape[1])
+    each = np.arange(sure.shape[1], dtype=np.int64)
     for size in reversed(range(len(sure) - 1)):
-        scored = []
+        scored: list[tuple[float, float]] = []
         for threshold in _grid(sure[size]):
             tried = [*thresholds[:size], threshold, *thresholds[size + 1 :]]
-            scored.append((-right[_level(sure, tried), each].mean(), threshold))
-        thresholds[size] = float(min(scored)[1])
+            scored.append((-float(right[_level(sure, tried), each].mean()), float(threshold)))
+        thresholds[size] = min(scored)[1]
     return thresholds
 
 
@@ -215,7 +217,7 @@ def _cheapest(
 ) -> list[float]:
     """Lower one threshold at a time, the one that saves most, while the accuracy holds."""
     thresholds = [NEVER] * (len(sure) - 1) + [0.0]
-    each = np.arange(sure.shape[1])
+    each = np.arange(sure.shape[1], dtype=np.int64)
 
     def judged(tried: list[float]) -> tuple[float, float]:
         level = _level(sure, tried)

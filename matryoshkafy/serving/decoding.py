@@ -135,7 +135,8 @@ class Decoder:
     def _checked(self, writing: _Writing, levels: tuple[int, int], window: int) -> None:
         """Let the small size propose, then let the large one say how far it agrees."""
         small, large = levels
-        proposed, cached = [writing.tokens[-1]], []
+        proposed = [writing.tokens[-1]]
+        cached: list[Values] = []
         for i in range(window):
             token = torch.tensor([proposed[-1:]])
             logits, values = self._window(token, writing.length + i, (-1, small), {})
@@ -143,7 +144,7 @@ class Decoder:
             proposed.append(int(logits[0, -1].argmax()))
         asked = torch.tensor([proposed[:-1]])
         logits, _ = self._window(asked, writing.length, (small, large), self._joined(cached))
-        wanted = logits[0].argmax(-1).tolist()
+        wanted = [int(token) for token in logits[0].argmax(-1)]
         agreed = next((i for i in range(window) if wanted[i] != proposed[i + 1]), window)
         writing.drafted, writing.accepted = writing.drafted + window, writing.accepted + agreed
         written = wanted[: agreed + 1]
@@ -238,7 +239,7 @@ class _Writing:
     accepted: int = 0
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(output: object) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.ndim != 3:
         raise ServingError(
@@ -249,7 +250,11 @@ def _logits(output: Any) -> Tensor:
 
 
 def attend(
-    query: Tensor, new: tuple[Tensor, Tensor], past: tuple[Any, Any], mask: Tensor, how: Any
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    past: tuple[object, object],
+    mask: Tensor,
+    how: tuple[float | None, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return attention over past and new keys, and both with the past before them.
 

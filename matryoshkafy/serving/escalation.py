@@ -21,9 +21,9 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments, Widths
-from matryoshkafy.graph.nodes import is_tensor, op_key, outputs_of
+from matryoshkafy.graph.nodes import Argument, is_tensor, op_key, outputs_of
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rules.weights import weight_places
 from matryoshkafy.serving.vectors import ServingError
@@ -87,7 +87,7 @@ class Writer:
         self.holes: dict[str, fx.Node] = {}
         self.extra: dict[str, fx.Node] = {}
 
-    def finish(self, values: Sequence[Any], returns: tuple[str, ...]) -> Step:
+    def finish(self, values: Sequence[Argument], returns: tuple[str, ...]) -> Step:
         """Write the values whole and return the step."""
         inputs = [n for n in self.trace.graph.nodes if n.op == "placeholder"]
         for node in inputs:
@@ -103,8 +103,7 @@ class Writer:
 
     def shapes(self, node: fx.Node) -> tuple[tuple[Dim, ...], ...]:
         """Return the dims of each output of a node."""
-        value = self.plan.nodes.get(node.name, ())
-        return tuple(value) if isinstance(value, Many) else (value,)
+        return self.plan.outputs(node.name)
 
     def grows(self, node: fx.Node) -> bool:
         """Tell whether a value of the trunk has units at this level that the one below lacks."""
@@ -216,7 +215,7 @@ class Writer:
             value = self.kept(value, i, dims.relative(dim, self.full, self.widths))
         return self.new_units(value, shape) if how == PART else value
 
-    def new_units(self, value: Any, shape: tuple[Dim, ...]) -> Any:
+    def new_units(self, value: fx.Node, shape: tuple[Dim, ...]) -> fx.Node:
         """Return the units of a whole value that the level below lacks."""
         for i, dim in enumerate(shape):
             value = self.kept(value, i, self._new(dim))
@@ -323,7 +322,8 @@ def _complement(segments: Segments | None, size: int) -> Segments:
     """Return what segments leave of 0..size; None keeps all of it."""
     if segments is None:
         return ()
-    out, at = [], 0
+    out: list[tuple[int, int]] = []
+    at = 0
     for a, b in (*segments, (size, size)):
         if a > at:
             out.append((at, a))
@@ -335,7 +335,7 @@ def _order(new: Segments, size: int) -> Segments:
     """Return the pieces of [old | new] that, laid one after the other, stand in natural order."""
     old = _complement(new, size)
     behind = sum(b - a for a, b in old)
-    starts = {}
+    starts: dict[int, tuple[int, int]] = {}
     for group, start in ((old, 0), (new, behind)):
         for a, b in group:
             starts[a] = (start, start + b - a)

@@ -117,7 +117,7 @@ def _search(
     (size, kept), level = stages[0], documents.level(stages[0][0])
     asked = queries.values[rows]
     if index is None:
-        dots = asked[:, :size] @ documents.values[:, :size].T
+        dots: Floats = asked[:, :size] @ np.transpose(documents.values[:, :size])
         ids = _best(dots * documents.inverse_lengths[:, level], kept)
         dots = _taken(dots, ids)
     else:
@@ -142,7 +142,7 @@ def _taken(values: NDArray[Any], order: Ids) -> NDArray[Any]:
 def _best(scores: Floats, k: int) -> Ids:
     """Return the columns of the k largest scores of each row, in no order."""
     if k >= scores.shape[1]:
-        return np.tile(np.arange(scores.shape[1]), (len(scores), 1))
+        return np.tile(np.arange(scores.shape[1], dtype=np.int64), (len(scores), 1))
     return np.argpartition(-scores, k - 1, axis=1)[:, :k].astype(np.int64)
 
 

@@ -110,7 +110,7 @@ def _usearch(vectors: Floats, effort: int) -> Search:
 
     def search(queries: Floats, k: int) -> NDArray[np.int64]:
         found = index.search(queries, k)
-        return np.asarray(found.keys, dtype=np.int64).reshape(len(queries), -1)
+        return np.reshape(np.asarray(found.keys, dtype=np.int64), (len(queries), -1))
 
     return search
 

@@ -15,7 +15,7 @@ def recall_of(ids: Ids, relevant: Ids) -> float:
         ids: int64 [queries, k].
         relevant: int64 [queries] (one each) or [queries, r].
     """
-    wanted = relevant.reshape(len(ids), -1)
+    wanted = np.reshape(relevant, (len(ids), -1))
     return float((wanted[:, :, None] == ids[:, None, :]).any(axis=2).mean())
 
 
@@ -41,5 +41,5 @@ def ndcg_of(ids: Ids, relevant: Ids) -> float:
 
 def _ranks(ids: Ids, relevant: Ids) -> NDArray[np.float64]:
     """Return the place of each query's relevant document, from 1; infinite where it is missing."""
-    hits = ids == relevant.reshape(-1, 1)
+    hits = ids == np.reshape(relevant, (-1, 1))
     return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, np.inf)

@@ -51,5 +51,5 @@ def fit_rotation(vectors: Vectors) -> Rotation:
         vectors: a sample of some thousands of rows is enough.
     """
     full = vectors.at(vectors.width).astype(np.float64)
-    _, directions = np.linalg.eigh(full.T @ full)
+    _, directions = np.linalg.eigh(np.transpose(full) @ full)
     return Rotation(np.ascontiguousarray(directions[:, ::-1], dtype=np.float32), vectors.model)

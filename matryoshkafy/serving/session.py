@@ -58,7 +58,7 @@ class Session:
         """The size of the last answer; None before the first."""
         return None if self._level < 0 else self._plan.sizes[self._level]
 
-    def answer(self, *args: Any, size: int, **kwargs: Any) -> Any:
+    def answer(self, *args: object, size: int, **kwargs: object) -> Any:
         """Return the model's outputs at a size, in the user's structure.
 
         Args:

@@ -12,11 +12,11 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, numpy, safe_open
 
 from matryoshkafy.errors import MatryoshkafyError
 
@@ -135,7 +135,8 @@ class Vectors:
         beside = target.with_name(f".{target.name}.{os.getpid()}.part")
         about = {"format": FORMAT, "sizes": ",".join(map(str, self.sizes)), "model": self.model}
         try:
-            save_file({"vectors": self.values}, beside, metadata=about)
+            save: Any = numpy.save_file  # pyright: ignore[reportUnknownMemberType]
+            save({"vectors": self.values}, beside, metadata=about)
             os.replace(beside, target)
         finally:
             beside.unlink(missing_ok=True)
@@ -144,7 +145,8 @@ class Vectors:
     def load(path: str | os.PathLike[str]) -> Vectors:
         """Read a table that `save` wrote; raises `ServingError` for anything else."""
         try:
-            with safe_open(os.fspath(path), "np") as file:
+            opened: Any = safe_open  # its module says nothing of types
+            with opened(os.fspath(path), "np") as file:
                 about = file.metadata() or {}
                 values = file.get_tensor("vectors")
         except (OSError, SafetensorError) as error:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses import MatryoshkaLoss
 from matryoshkafy.training.blaming import NonFiniteLoss, explain
 
 IGNORED = -100
+Targets = tuple[object, ...]
 TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -32,7 +33,7 @@ class StepLoss(NamedTuple):
 def own_loss(output: Any) -> Tensor:
     """The loss that a model computed itself: its output's "loss", .loss, or first part."""
     if isinstance(output, Mapping):
-        return output["loss"]
+        return cast("Mapping[str, Tensor]", output)["loss"]
     return output.loss if hasattr(output, "loss") else output[0]
 
 
@@ -68,7 +69,7 @@ class AllSizes(nn.Module):
     def __init__(
         self,
         doll: Doll,
-        loss: Callable[..., Any] | None = None,
+        loss: Callable[..., object] | None = None,
         *,
         check: bool = True,
         shift_labels: bool | None = None,
@@ -90,7 +91,7 @@ class AllSizes(nn.Module):
         """The sizes of the doll, ascending."""
         return self.doll.sizes
 
-    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> StepLoss:
+    def forward(self, *args: object, labels: object = None, **kwargs: object) -> StepLoss:
         """The doll's own arguments, and labels -> the loss and {size: loss}."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         targets, kwargs = self.targets(labels, kwargs)
@@ -102,17 +103,20 @@ class AllSizes(nn.Module):
             raise NonFiniteLoss(explain(found.loss, self.doll, args, kwargs))
         return found
 
-    def targets(self, labels: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def targets(
+        self, labels: object, kwargs: dict[str, object]
+    ) -> tuple[Targets, dict[str, object]]:
         """What the loss gets, and the keywords that the model gets."""
         if labels is None:
             return (), kwargs
         if self.labels_inside:
             return (), {**kwargs, "labels": labels}
-        return (labels if isinstance(labels, tuple) else (labels,)), kwargs
+        several = isinstance(labels, tuple)
+        return cast("Targets", labels) if several else (labels,), kwargs
 
-    def shifted(self, target: Any, ids: Any) -> Any:
+    def shifted(self, target: object, ids: object) -> object:
         """What each position learns: the label of the next one, where labels are to be shifted."""
-        if self.shift_labels:
+        if self.shift_labels and isinstance(target, Tensor):
             return F.pad(target[:, 1:], (0, 1), value=IGNORED)
         if are_inputs(target, ids):
             raise AllSizesError(
@@ -122,7 +126,7 @@ class AllSizes(nn.Module):
             )
         return target
 
-    def evaluated(self, outputs: Mapping[int, Any], targets: tuple) -> StepLoss:
+    def evaluated(self, outputs: Mapping[int, object], targets: Targets) -> StepLoss:
         """The loss, per size where it is a MatryoshkaLoss."""
         if isinstance(self.loss, MatryoshkaLoss):
             return StepLoss(*self.loss(outputs, *targets, return_per_size=True))
@@ -136,18 +140,20 @@ class AllSizes(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AllSizes:
         """Class weights and the like follow the model to its device."""
-        super()._apply(fn, recurse)
-        if isinstance(self.loss, nn.Module) and self.loss not in self._modules.values():
-            self.loss._apply(fn, recurse)
+        applied: Any = super()  # torch leaves it untyped
+        applied._apply(fn, recurse)
+        loss: Any = self.loss
+        if isinstance(loss, nn.Module) and loss not in self._modules.values():
+            loss._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
         return self
 
 
 def input_names(doll: Doll) -> list[str]:
     """The names of the arguments that a doll was traced with."""
-    return [item.name for item in doll._trace.signature.inputs]
+    return [item.name for item in trace_of(doll).signature.inputs]
 
 
-def check_loss(loss: Callable[..., Any] | None, inside: bool) -> None:
+def check_loss(loss: Callable[..., object] | None, inside: bool) -> None:
     """Raises AllSizesError with the remedy."""
     if loss is None and not inside:
         raise AllSizesError(
@@ -158,21 +164,23 @@ def check_loss(loss: Callable[..., Any] | None, inside: bool) -> None:
 
 def beside(doll: Doll, loss: nn.Module) -> dict[str, nn.Module | None]:
     """The modules of a doll, and the loss under a name of its own."""
-    if "loss" in doll._modules:
+    parts: dict[str, nn.Module | None] = doll.__dict__["_modules"]
+    if "loss" in parts:
         raise AllSizesError(
             "the loss has parameters of its own, which would be called loss.*, but the model has "
             "a part of that name; make the parameters part of the model before convert"
         )
-    return {**doll._modules, "loss": loss}
+    return {**parts, "loss": loss}
 
 
-def are_inputs(labels: Any, ids: Any) -> bool:
+def are_inputs(labels: object, ids: object) -> bool:
     """Whether labels are the input ids wherever they count, in more than one position."""
-    both = isinstance(labels, Tensor) and isinstance(ids, Tensor)
-    if not both or labels.shape != ids.shape or ids.ndim != 2 or ids.is_floating_point():
+    if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return False
-    real = labels != IGNORED
-    return ids.shape[1] > 1 and bool(real.any()) and bool((labels == ids)[real].all())
+    if labels.shape != ids.shape or ids.ndim != 2 or ids.is_floating_point():
+        return False
+    real, same = torch.ne(labels, IGNORED), torch.eq(labels, ids)
+    return ids.shape[1] > 1 and bool(real.any()) and bool(same[real].all())
 
 
 def is_finite(loss: Tensor) -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.graph.copies import forked
 from matryoshkafy.graph.nodes import op_key, output_node
 from matryoshkafy.rewrite.graphs import outputs_graph
 from matryoshkafy.rules import op_of
@@ -47,9 +48,9 @@ class Blame:
         return f"{module}: {self.name} gives {self.value} ({self.source or 'unknown line'}{size})"
 
 
-def explain(loss: Tensor, doll: Doll, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def explain(loss: Tensor, doll: Doll, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
     """The message about a loss that is not finite."""
-    value = loss.detach().flatten()[:1].tolist()
+    value = [float(v) for v in loss.detach().flatten()[:1]]
     found = first_non_finite(doll, args, kwargs)
     if found is None:
         return (
@@ -60,7 +61,7 @@ def explain(loss: Tensor, doll: Doll, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 def first_non_finite(
-    doll: Doll, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    doll: Doll, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
 ) -> Blame | None:
     """Return the first culprit behind non-finite outputs, or None where every output is finite.
 
@@ -68,12 +69,12 @@ def first_non_finite(
     and the buffers alone. Infinities that an op takes in and does not pass on, such as those of an
     attention mask, are no culprits.
     """
-    trace, plan = doll._trace, doll._plan
+    trace, plan = trace_of(doll), doll.plan
     flat = trace.signature.flatten(args, kwargs or {})
     graph = outputs_graph(trace, plan, list(range(plan.levels)))
     watcher = Watcher(graph, doll)
     kept = {name: buffer.clone() for name, buffer in doll.named_buffers()}
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(), torch.no_grad():
         watcher.run(*flat, enable_io_processing=False)
         for name, buffer in doll.named_buffers():
             buffer.copy_(kept[name])
@@ -84,7 +85,7 @@ class Watcher(fx.Interpreter):
     """Runs a graph and keeps "nan" or "inf" of each node that has either."""
 
     def __init__(self, graph: fx.Graph, doll: Doll) -> None:
-        super().__init__(doll._trace.root, graph=graph)
+        super().__init__(trace_of(doll).root, graph=graph)
         self.found: dict[fx.Node, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -96,7 +97,7 @@ class Watcher(fx.Interpreter):
         return value
 
 
-def worst(value: Any) -> str:
+def worst(value: object) -> str:
     """ "nan", "inf" or "" of a value's tensors."""
     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
@@ -147,9 +148,10 @@ def blame(node: fx.Node, value: str, doll: Doll) -> Blame:
         kind = "input" if node.op == "placeholder" else "parameter"
         return Blame(kind, str(node.target), "", source, None, value)
     name, level = node.meta.get("origin", (node.name, None))
-    own = {n.name: n for n in doll._trace.graph.nodes}
+    own = {n.name: n for n in trace_of(doll).graph.nodes}
     op = op_key(own.get(name, node))
-    size = doll.sizes[level] if level in range(len(doll.sizes)) else None
+    known = isinstance(level, int) and level in range(len(doll.sizes))
+    size = doll.sizes[level] if known else None
     return Blame("op", op, module_of(node), source, size, value)
 
 

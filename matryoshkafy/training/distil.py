@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.dolls.batches import call_of
+from matryoshkafy.dolls.batches import arguments_of
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses.distillation import KINDS
@@ -31,7 +31,7 @@ class DistilError(MatryoshkafyError):
     """A recipe that does not fit the doll, the teacher or the data."""
 
 
-def first_tensor(output: Any, batch: Any) -> Tensor:
+def first_tensor(output: object, batch: object) -> Tensor:
     """Return the first floating tensor of an output: the embedding, or the logits."""
     del batch
     found = (v for v in pytree.tree_leaves(output) if isinstance(v, Tensor))
@@ -99,7 +99,7 @@ class Recipe:
     clip: float = 1.0
     terms: tuple[Term, ...] = (Term(),)
     sizes: str = "rows"
-    weights: Mapping[int, float] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict[int, float])
     widen: float = 0.0
     last: float = 0.0
     precision: str = "float32"
@@ -143,10 +143,10 @@ class DistilReport:
 def distil(
     doll: Doll,
     teacher: nn.Module | Tensor | None,
-    data: Sequence[Any],
+    data: Sequence[object],
     recipe: Recipe = Recipe(),  # noqa: B008  frozen
     *,
-    collate: Callable[[list[Any]], Any] = torch.stack,
+    collate: Callable[[list[Any]], object] = torch.stack,
     folder: str | os.PathLike[str] | None = None,
 ) -> DistilReport:
     """Train every size of a doll on a frozen teacher's outputs, in place.
@@ -203,9 +203,9 @@ class _Run:
         self,
         doll: Doll,
         teacher: nn.Module | Tensor,
-        data: Sequence[Any],
+        data: Sequence[object],
         recipe: Recipe,
-        collate: Callable[[list[Any]], Any],
+        collate: Callable[[list[Any]], object],
     ) -> None:
         self.doll, self.teacher, self.data, self.recipe = doll, teacher, data, recipe
         self.collate = collate
@@ -216,7 +216,8 @@ class _Run:
 
     def carried_out(self, folder: str | os.PathLike[str] | None) -> DistilReport:
         """Do the steps that are left."""
-        recipe, losses = self.recipe, {m: [] for m in self.doll.sizes}
+        recipe = self.recipe
+        losses: dict[int, list[float]] = {m: [] for m in self.doll.sizes}
         parts = {"model": self.doll, "projections": self.projections, "optimizer": self.optimizer}
         position = None if folder is None else resume_run(folder, parts)
         start = 0 if position is None else position["step"]
@@ -241,7 +242,8 @@ class _Run:
 
     def _step(self, step: int, rows: Tensor) -> dict[int, float]:
         """One optimizer step; returns {size: unweighted loss}."""
-        recipe, per_size = self.recipe, {}
+        recipe = self.recipe
+        per_size: dict[int, float] = {}
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -251,7 +253,8 @@ class _Run:
             for size, loss in self._backward(shares):
                 per_size[size] = loss
         nn.utils.clip_grad_norm_(self._parameters(), recipe.clip)
-        self.optimizer.step()
+        advance: Any = self.optimizer.step  # pyright: ignore[reportUnknownMemberType]
+        advance()
         return per_size
 
     def _backward(self, shares: list[Share]) -> Iterator[tuple[int, float]]:
@@ -259,31 +262,31 @@ class _Run:
         rows = shares[0].rows
         batch = self.collate([self.data[int(i)] for i in rows])
         lessons = self.lessons(rows, batch)
-        args, kwargs = call_of(batch)
+        args, kwargs = arguments_of(batch)
         outputs = self.doll.outputs(*args, **kwargs)
         for share in shares:
             with self._precision():
                 loss = self.loss(share.size, outputs[share.size], batch, lessons)
-            (loss * share.weight).backward(retain_graph=self.doll.plan.masked)
+            torch.autograd.backward(loss * share.weight, retain_graph=self.doll.plan.masked)
             yield share.size, float(loss.detach())
 
-    def _precision(self) -> Any:
+    def _precision(self) -> torch.autocast:
         return torch.autocast(
             self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
         )
 
-    def lessons(self, rows: Tensor, batch: Any) -> list[Tensor]:
+    def lessons(self, rows: Tensor, batch: object) -> list[Tensor]:
         """What the teacher says about the rows, for each term."""
         with torch.no_grad(), self._precision():
             if isinstance(self.teacher, Tensor):
                 output: Any = self.teacher[rows]
             else:
-                args, kwargs = call_of(batch)
+                args, kwargs = arguments_of(batch)
                 output = self.teacher(*args, **kwargs)
         picks = [term.of_teacher or term.of for term in self.recipe.terms]
         return [pick(output, batch) for pick in picks]
 
-    def loss(self, size: int, output: Any, batch: Any, lessons: list[Tensor]) -> Tensor:
+    def loss(self, size: int, output: object, batch: object, lessons: list[Tensor]) -> Tensor:
         """The weighted sum of the terms of one size, mean over the rows."""
         total = torch.zeros(())
         for number, (term, lesson) in enumerate(zip(self.recipe.terms, lessons, strict=True)):
@@ -299,7 +302,7 @@ class _Run:
         """A projection for each size and term whose width differs from the teacher's."""
         rows = torch.arange(min(2, len(self.data)))
         batch = self.collate([self.data[int(i)] for i in rows])
-        args, kwargs = call_of(batch)
+        args, kwargs = arguments_of(batch)
         lessons, made = self.lessons(rows, batch), nn.ModuleDict()
         with torch.no_grad():
             outputs = self.doll.outputs(*args, **kwargs)

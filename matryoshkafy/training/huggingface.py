@@ -16,6 +16,7 @@ from matryoshkafy.losses import scores_of
 from matryoshkafy.training.all_sizes import AllSizes, are_inputs, input_names
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
+Batch = dict[str, Any]  # what a collator makes
 
 
 class NestedTrainer(Trainer):
@@ -37,7 +38,7 @@ class NestedTrainer(Trainer):
         self,
         model: Doll | AllSizes,
         *args: Any,
-        loss: Callable[..., Any] | None = None,
+        loss: Callable[..., object] | None = None,
         compute_metrics: Metrics | None = None,
         shift_labels: bool | None = None,
         **kwargs: Any,
@@ -47,12 +48,13 @@ class NestedTrainer(Trainer):
         metrics = None if compute_metrics is None else per_size(compute_metrics, everything.sizes)
         self._everything, self._seen = everything, dict[int, list[Tensor]]()
         self._judged = dict[int, list[Tensor]]()
-        super().__init__(everything, *args, compute_metrics=metrics, **kwargs)
+        start: Any = super().__init__  # pyright: ignore[reportUnknownMemberType]
+        start(everything, *args, compute_metrics=metrics, **kwargs)
         self._columns = input_names(everything.doll)
         self._signature_columns = [*self._columns, "label", "label_ids", "labels"]
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: Any, inputs: Batch, return_outputs: bool = False, **kwargs: object
     ) -> Any:
         """The loss of all sizes; what each size lost is kept for the log."""
         whole = self._everything
@@ -75,22 +77,25 @@ class NestedTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the mean loss of each size over the batches."""
         self._judged = {}
-        found: Any = super().evaluation_loop(*args, **kwargs)
+        judge: Any = super().evaluation_loop  # pyright: ignore[reportUnknownMemberType]
+        found = judge(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         for size, values in self._judged.items():
-            mean: Any = self.accelerator.reduce(torch.stack(values).mean(), "mean")
+            shared: Any = self.accelerator  # accelerate has no types
+            mean = shared.reduce(torch.stack(values).mean(), "mean")
             found.metrics[f"{prefix}_{size}_loss"] = mean.item()
         return found
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a checkpoint of the doll beside what Trainer reads, unless it is sharded."""
-        super()._save(output_dir, state_dict=state_dict)
+        write: Any = super()._save  # pyright: ignore[reportUnknownMemberType]
+        write(output_dir, state_dict=state_dict)
         doll, folder = self._everything.doll, output_dir or self.args.output_dir
         if folder is not None and all(type(p) is nn.Parameter for p in doll.parameters()):
             save(doll, Path(folder) / "doll", force=True)
 
     def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """(loss, a tuple of every size's predictions, labels)."""
         inputs = self._prepare_inputs(inputs)
@@ -104,9 +109,11 @@ class NestedTrainer(Trainer):
         return loss, tuple(scores(outputs[size]) for size in outputs), labels
 
 
-def scores(output: Any) -> Tensor:
+def scores(output: object) -> Tensor:
     """The logits of a model's output."""
-    return scores_of(output).detach()
+    found = scores_of(output)
+    assert isinstance(found, Tensor), f"a size gives {type(found).__name__}, no scores"
+    return found.detach()
 
 
 def per_size(metrics: Metrics, sizes: list[int]) -> Metrics:

@@ -20,7 +20,8 @@ def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
     several layers share is scaled once. Call it once.
     """
     plan = doll.plan
-    state, done, factors = dict(doll.named_parameters(remove_duplicate=False)), set[int](), {}
+    state, done = dict(doll.named_parameters(remove_duplicate=False)), set[int]()
+    factors: dict[str, tuple[float, ...]] = {}
     for name, kept in plan.stored.items():
         if kept.mask is not None and name in state and id(state[name]) not in done:
             done.add(id(state[name]))

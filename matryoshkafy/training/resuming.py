@@ -13,7 +13,7 @@ import json
 import os
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from torch import Tensor
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.folders import Writer, digest_file, recover_folder, write_folder
 from matryoshkafy.files.held import check_digests
-from matryoshkafy.files.json_text import parse_json, shown
+from matryoshkafy.files.json_text import is_object, parse_json, shown
 from matryoshkafy.files.tensors import TensorFile, entry_of, write_tensors
 from matryoshkafy.training.sharding import placed_like, whole
 
 RUN, TENSORS, FORMAT = "run.json", "tensors.safetensors", 1
 PLAIN = (type(None), bool, int, str)
 RANDOM = "random state"
+State = dict[str, Any]  # a state_dict: what is in it is the part's own
+Tensors = dict[str, Tensor]
+Reader = Callable[[Any, TensorFile | None], object]
 
 
 class ResumeError(MatryoshkafyError):
@@ -39,7 +42,7 @@ class ResumeError(MatryoshkafyError):
 
 
 def save_run(
-    folder: str | os.PathLike[str], parts: Mapping[str, Any], position: Any = None
+    folder: str | os.PathLike[str], parts: Mapping[str, object], position: object = None
 ) -> Path:
     """Save the parts of a run, the random states and the position in the data; return the path.
 
@@ -77,7 +80,7 @@ def any_failed(failed: bool) -> bool:
     return bool(told.item())
 
 
-def writers(content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Writer]:
+def writers(content: Mapping[str, object], tensors: dict[str, Tensor]) -> dict[str, Writer]:
     """How each file is written."""
 
     def described(path: Path) -> None:
@@ -90,7 +93,7 @@ def writers(content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Wr
     return {TENSORS: stored, RUN: described}
 
 
-def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, Any]) -> Any:
+def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, object]) -> Any:
     """Load a saved run into its parts and the random states; return the position, None without one.
 
     A folder that does not exist is the start of a new run: nothing is changed and None returned.
@@ -115,13 +118,13 @@ def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, Any]) -> Any:
     return position
 
 
-def read(target: Path) -> dict[str, Any]:
+def read(target: Path) -> State:
     """The checked content of run.json."""
     path = target / RUN
     if not path.is_file():
         raise ResumeError(f"{target} is no saved run: it has no {RUN}; give a folder of save_run")
     content = parse_json(path.read_bytes(), str(path))
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not is_object(content) or content.get("format") != FORMAT:
         raise ResumeError(f"{path} is not of format {FORMAT}: resume where it was saved")
     check_digests(target, content.get("digests"))
     return content
@@ -135,7 +138,7 @@ def batches(count: int, batch: int, *, seed: int, epoch: int, start: int = 0) ->
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
-    yield from order.split(batch)[start:]
+    yield from torch.split(order, batch)[start:]
 
 
 def is_first() -> bool:
@@ -158,13 +161,13 @@ def load(part: Any, state: Any) -> None:
     elif isinstance(part, torch.optim.Optimizer):
         part.load_state_dict(sharded_optimizer(part, state))
     elif isinstance(part, torch.nn.Module):
-        own = part.state_dict()
+        own: dict[str, Tensor] = part.state_dict()
         part.load_state_dict({k: placed_like(v, own.get(k)) for k, v in state.items()})
     else:
         part.load_state_dict(state)
 
 
-def sharded_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def sharded_optimizer(optimizer: torch.optim.Optimizer, state: State) -> State:
     """The optimizer's state with tensors of a parameter's shape placed as the parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in state["param_groups"] for i in group["params"]]
@@ -179,18 +182,18 @@ def sharded_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 # Random states.
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """The states of Python's, numpy's and torch's global generators."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), *map(float, rest)],
+        "numpy": [str(name), torch.as_tensor(np.array(keys, dtype=np.int64)), *map(float, rest)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: State) -> None:
     """Put back what `random_state` gave; the states of absent CUDA devices are left out."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -204,7 +207,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 # Trees of states as JSON and tensors.
 
 
-def pairs(value: Mapping[Any, Any], place: str, tensors: dict[str, Tensor]) -> list[Any]:
+def pairs(value: Mapping[object, object], place: str, tensors: Tensors) -> list[object]:
     """[[key, value], ...]: JSON's own objects have texts as keys only."""
     return [
         [encode(k, f"{place}.{k}", tensors), encode(v, f"{place}.{k}", tensors)]
@@ -212,29 +215,53 @@ def pairs(value: Mapping[Any, Any], place: str, tensors: dict[str, Tensor]) -> l
     ]
 
 
-def items(value: Any, place: str, tensors: dict[str, Tensor]) -> list[Any]:
+def items(value: Sequence[object], place: str, tensors: Tensors) -> list[object]:
     """[value, ...]."""
     return [encode(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
 
 
-def as_dict(rows: list[Any], file: TensorFile | None) -> dict[Any, Any]:
+def as_dict(rows: list[Any], file: TensorFile | None) -> dict[object, object]:
     """What `pairs` was made of."""
     return {decode(k, file): decode(v, file) for k, v in rows}
 
 
+def as_list(rows: list[Any], file: TensorFile | None) -> list[object]:
+    """What `items` was made of."""
+    return [decode(row, file) for row in rows]
+
+
+def as_float(text: str, file: TensorFile | None) -> float:
+    """A float, bit for bit."""
+    return float.fromhex(text)
+
+
+def hexed(value: float, place: str, tensors: Tensors) -> str:
+    """A float as a text that loses nothing."""
+    return value.hex()
+
+
+def made(kind: Callable[[Any], object], read: Reader) -> Reader:
+    """A reader whose result becomes another type."""
+
+    def reader(rows: Any, file: TensorFile | None) -> object:
+        return kind(read(rows, file))
+
+    return reader
+
+
 # type -> (its name in the file, to JSON, from JSON)
-KINDS: dict[type, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-    list: ("list", items, lambda rows, file: [decode(v, file) for v in rows]),
-    tuple: ("tuple", items, lambda rows, file: tuple(decode(v, file) for v in rows)),
+KINDS: Mapping[type, tuple[str, Callable[[Any, str, Tensors], object], Reader]] = {
+    list: ("list", items, as_list),
+    tuple: ("tuple", items, made(tuple, as_list)),
     dict: ("dict", pairs, as_dict),
-    OrderedDict: ("ordered", pairs, lambda rows, file: OrderedDict(as_dict(rows, file))),
-    Counter: ("counter", pairs, lambda rows, file: Counter(as_dict(rows, file))),
-    float: ("float", lambda value, *_: value.hex(), lambda text, _: float.fromhex(text)),
+    OrderedDict: ("ordered", pairs, made(OrderedDict, as_dict)),
+    Counter: ("counter", pairs, made(Counter, as_dict)),
+    float: ("float", hexed, as_float),
 }
 READERS = {name: reader for name, _, reader in KINDS.values()}
 
 
-def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def encode(value: object, place: str, tensors: Tensors) -> object:
     """A state as JSON; its tensors go into `tensors` under their places. Raises ResumeError."""
     if type(value) in PLAIN:
         return value
@@ -251,11 +278,11 @@ def encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     return {name: writer(value, place, tensors)}
 
 
-def decode(tree: Any, file: TensorFile | None) -> Any:
+def decode(tree: object, file: TensorFile | None) -> Any:
     """What `encode` was given. Raises ResumeError."""
     if type(tree) in PLAIN:
         return tree
-    name, value = next(iter(tree.items())) if isinstance(tree, dict) and tree else ("", None)
+    name, value = next(iter(tree.items())) if is_object(tree) and tree else ("", None)
     if name == "tensor" and file is not None and isinstance(value, str):
         return file.read(value)
     if name not in READERS:

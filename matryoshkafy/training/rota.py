@@ -55,7 +55,7 @@ class Rota:
 
 def every(sizes: list[int], weights: Tensor, rows: Tensor, _: torch.Generator) -> list[list[Share]]:
     """All sizes over all rows; the weights sum to 1."""
-    parts = (weights / weights.sum()).tolist()
+    parts = [float(w) for w in weights / weights.sum()]
     return [[Share(m, rows, w) for m, w in zip(sizes, parts, strict=True)]]
 
 
@@ -96,7 +96,7 @@ def by_rows(
     counts[:-1][counts[:-1] < 2] = 0
     counts[-1] = len(rows) - counts[:-1].sum()
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
-    parts = shuffled.split(counts.tolist())
+    parts = torch.split(shuffled, [int(n) for n in counts])
     return [
         [Share(m, part, len(part) / len(rows))]
         for m, part in zip(sizes, parts, strict=True)

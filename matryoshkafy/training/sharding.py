@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -13,10 +11,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(value: Any, like: Any) -> Any:
+def placed_like(value: object, like: object) -> object:
     """A whole value sharded as `like` is, where that is sharded and of the same shape."""
-    fits = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
-    return distribute_tensor(value, like.device_mesh, like.placements) if fits else value
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

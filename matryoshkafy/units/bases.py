@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
+from matryoshkafy.kernels.untyped import vector_norm
 from matryoshkafy.plan.plan import Plan
 
 
 def principal(moment: Tensor) -> Tensor:
     """Return [n, n] the directions of a second moment as rows, the strongest first."""
     moment = moment.to(torch.float64)
-    return torch.linalg.eigh((moment + moment.t()) / 2).eigenvectors.flip(1).t()
+    eigh: Callable[[Tensor], tuple[Tensor, Tensor]]
+    eigh = torch.linalg.eigh  # pyright: ignore[reportUnknownMemberType]
+    return eigh((moment + moment.t()) / 2)[1].flip(1).t()
 
 
 def mean_kept(moment: Tensor, widths: Sequence[int]) -> Tensor:
@@ -40,7 +43,8 @@ def mean_kept(moment: Tensor, widths: Sequence[int]) -> Tensor:
 def _blocks(widths: Sequence[int]) -> Tensor:
     """Return [n, n - 1] orthonormal columns free of the mean, block by block."""
     ends = [0, *dict.fromkeys(widths)]
-    n, columns = ends[-1], []
+    n = ends[-1]
+    columns: list[Tensor] = []
     for start, end in zip(ends, ends[1:], strict=False):
         block = torch.zeros(n, end - start - 1, dtype=torch.float64)
         block[start:end] = _contrasts(end - start)
@@ -62,12 +66,11 @@ def _free_of(direction: Tensor) -> Tensor:
     that sends the first axis there, without its first column.
     """
     n = len(direction)
-    v = direction / direction.norm()
-    u = v.clone()
+    u = direction / vector_norm(direction, (0,))
     u[0] -= 1.0
-    if float(u.norm()) < 1e-12:
+    if float(vector_norm(u, (0,))) < 1e-12:
         return torch.eye(n, dtype=torch.float64)[:, 1:]
-    u = u / u.norm()
+    u = u / vector_norm(u, (0,))
     return (torch.eye(n, dtype=torch.float64) - 2 * torch.outer(u, u))[:, 1:]
 
 

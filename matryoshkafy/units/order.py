@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, replan, trace_of
 from matryoshkafy.dolls.verify import TOLERANCE, relative_error
 from matryoshkafy.graph.nodes import op_key
-from matryoshkafy.plan.plan import Many
 from matryoshkafy.rewrite.graphs import outputs_graph
 from matryoshkafy.units import scores as scoring
 from matryoshkafy.units.permute import OrderError, Orders, inverse, noted, permute, put_back
@@ -39,7 +38,7 @@ ROWS = 4096
 
 def order(  # noqa: PLR0913  the public signature
     doll: Doll,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     by: str = "activation",
     loss: Loss | None = None,
@@ -82,7 +81,7 @@ def order(  # noqa: PLR0913  the public signature
 
 
 def checked(
-    doll: Doll, batches: Sequence[Any], by: str, loss: Loss | None, unread: str
+    doll: Doll, batches: Sequence[object], by: str, loss: Loss | None, unread: str
 ) -> tuple[str, ...]:
     """Return the tensors that the traced path does not read; raises `OrderError`."""
     _check(doll, by, loss, unread)
@@ -100,7 +99,7 @@ def checked(
 
 def _check(doll: Doll, by: str, loss: Loss | None, unread: str) -> None:
     known = (*SCORES, "taylor")
-    if not isinstance(doll, Doll):
+    if not isinstance(cast("object", doll), Doll):
         raise OrderError(
             f"a {type(doll).__name__} was given; expected the doll that convert returns"
         )
@@ -128,8 +127,8 @@ def _check(doll: Doll, by: str, loss: Loss | None, unread: str) -> None:
 
 def _unread(doll: Doll) -> tuple[str, ...]:
     """Return the floating tensors of the model that no node of the graph reads."""
-    state = doll._trace.state()
-    targets = (str(n.target) for n in doll._trace.graph.nodes if n.op == "get_attr")
+    state = trace_of(doll).state()
+    targets = (str(n.target) for n in trace_of(doll).graph.nodes if n.op == "get_attr")
     read = {id(state[name]) for name in targets if name in state}
     return tuple(
         name
@@ -139,7 +138,10 @@ def _unread(doll: Doll) -> tuple[str, ...]:
 
 
 def _ordered(
-    doll: Doll, batches: list[Any], how: tuple[str, Loss | None], what: tuple[Any, Any]
+    doll: Doll,
+    batches: list[Any],
+    how: tuple[str, Loss | None],
+    what: tuple[Sequence[str], tuple[str, ...]],
 ) -> OrderReport:
     plan, (by, loss), (keep, left) = doll.plan, how, what
     scores = _scores(doll, batches, by, loss)
@@ -152,7 +154,7 @@ def _ordered(
     probe = flat_inputs(doll, batches[0])
     before = _agreements(doll, probe)
     orders, error, differing = _applied(doll, wanted, probe)
-    doll._plan = noted(plan, orders)
+    replan(doll, noted(plan, orders))
     kept |= differing
     after = _agreements(doll, probe)
     return OrderReport(
@@ -160,7 +162,7 @@ def _ordered(
         sizes=plan.sizes,
         groups=group_orders(plan, scores, orders, kept),
         orders=tuple(
-            tuple(orders[g].tolist()) if g in orders else None for g in range(len(plan.groups))
+            tuple(map(int, orders[g])) if g in orders else None for g in range(len(plan.groups))
         ),
         error=error,
         agreement=tuple(zip(before, after, strict=True)),
@@ -180,14 +182,15 @@ def _scores(doll: Doll, batches: list[Any], by: str, loss: Loss | None) -> list[
 
 def _kept(doll: Doll, patterns: Sequence[str]) -> dict[int, str]:
     """Return the groups that keep their order, with the reason, as far as the graph says."""
-    plan, kept = doll.plan, {}
+    plan = doll.plan
+    kept: dict[int, str] = {}
     for g, group in enumerate(plan.groups):
         if any(fnmatch.fnmatch(group.name, pattern) for pattern in patterns):
             kept[g] = "named in keep="
-    for node in doll._trace.graph.nodes:
+    for node in trace_of(doll).graph.nodes:
         why = _meaning(node)
-        shape = plan.nodes.get(node.name, ())
-        for dim in () if isinstance(shape, Many) or not why else shape:
+        shape = plan.dims(node.name)
+        for dim in shape if why else ():
             kept |= {g: f"{why} {node.name}" for g in dims.groups_of(dim) if g not in kept}
     return kept
 
@@ -204,13 +207,13 @@ def _applied(
     doll: Doll, wanted: Orders, probe: list[Any]
 ) -> tuple[dict[int, Tensor], float, dict[int, str]]:
     """Permute; return the orders applied, the full model's error, and the groups left out."""
-    reference = run_graph(doll, doll._trace.graph, probe)
+    reference = run_graph(doll, trace_of(doll).graph, probe)
     tolerance = _tolerance(doll)
     error = _tried(doll, wanted, probe, reference)
     if error <= tolerance:
         return dict(wanted), error, {}
     _undo(doll, wanted)
-    alone = {}
+    alone: dict[int, float] = {}
     for group, one in wanted.items():
         alone[group] = _tried(doll, {group: one}, probe, reference)
         _undo(doll, {group: one})
@@ -231,12 +234,12 @@ def _applied(
 
 
 def _undo(doll: Doll, orders: Orders) -> None:
-    permute(doll._trace.state(), doll.plan, inverse(orders))
+    permute(trace_of(doll).state(), doll.plan, inverse(orders))
 
 
 def _tried(doll: Doll, orders: Orders, probe: list[Any], reference: list[Any]) -> float:
-    permute(doll._trace.state(), doll.plan, orders)
-    found = run_graph(doll, doll._trace.graph, probe)
+    permute(trace_of(doll).state(), doll.plan, orders)
+    found = run_graph(doll, trace_of(doll).graph, probe)
     return relative_error(put_back(doll, orders, found), reference)
 
 
@@ -247,9 +250,9 @@ def _tolerance(doll: Doll) -> float:
 
 def _agreements(doll: Doll, probe: list[Any]) -> list[float]:
     """Return per size the linear CKA of its first floating output with the full model's."""
-    values = []
+    values: list[Tensor] = []
     for level in range(doll.plan.levels):
-        graph = outputs_graph(doll._trace, doll.plan, [level])
+        graph = outputs_graph(trace_of(doll), doll.plan, [level])
         values.append(_first(run_graph(doll, graph, probe)))
     return [cka(value, values[-1]) for value in values]
 

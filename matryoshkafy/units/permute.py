@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Cat, Dim, Factor, Nested
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.axes.dims import Dim, Factor, Nested, Sum
+from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.plan.plan import Plan
@@ -35,15 +35,16 @@ def positions(dim: Dim, orders: Orders) -> Tensor:
 
 
 def _factor_positions(factor: Factor, orders: Orders) -> Tensor:
-    if isinstance(factor, Cat):
-        return _concatenated([positions(part, orders) for part in factor.parts])
+    if isinstance(factor, Sum):
+        return _concatenated([positions(part, orders) for part in factor.segments])
     if isinstance(factor, Nested):
         return orders.get(factor.group, torch.arange(factor.size))
     return torch.arange(factor)
 
 
 def _concatenated(parts: list[Tensor]) -> Tensor:
-    out, offset = [], 0
+    out: list[Tensor] = []
+    offset = 0
     for part in parts:
         out.append(part + offset)
         offset += len(part)
@@ -61,8 +62,8 @@ def owners(dim: Dim, group: int) -> Tensor:
 
 
 def _factor_owners(factor: Factor, group: int) -> Tensor:
-    if isinstance(factor, Cat):
-        return torch.cat([owners(part, group) for part in factor.parts])
+    if isinstance(factor, Sum):
+        return torch.cat([owners(part, group) for part in factor.segments])
     if isinstance(factor, Nested) and factor.group == group:
         return torch.arange(factor.size)
     return torch.full((factor if isinstance(factor, int) else factor.size,), -1)
@@ -121,7 +122,7 @@ def noted(plan: Plan, orders: Orders, turned: Collection[int] = ()) -> Plan:
     return replace(plan, order={n: units for n, units in found.items() if n not in out})
 
 
-def users_order(doll: Doll, output: Any) -> Any:
+def users_order(doll: Doll, output: object) -> Any:
     """Return a full-size output of an ordered doll, or a loaded one, in the user's own order."""
     index = {g.name: i for i, g in enumerate(doll.plan.groups)}
     orders = {index[name]: torch.tensor(units) for name, units in doll.plan.order.items()}
@@ -131,10 +132,10 @@ def users_order(doll: Doll, output: Any) -> Any:
 
 def put_back(doll: Doll, orders: Orders, outputs: list[Any]) -> list[Any]:
     """Return flat full-size outputs with the units of nested output axes in their old places."""
-    undo, shapes = inverse(orders), doll.plan.nodes
-    back = []
-    for source, value in zip(outputs_of(doll._trace.graph), outputs, strict=True):
-        shape = shapes.get(getattr(source, "name", ""), ())
+    undo = inverse(orders)
+    back: list[Any] = []
+    for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
+        shape = doll.plan.dims(getattr(source, "name", ""))
         known = isinstance(value, Tensor) and len(shape) == value.dim()
         back.append(moved(value, shape, undo) if known else value)
     return back

@@ -46,7 +46,7 @@ class OrderReport:
     agreement: tuple[tuple[float, float], ...]
     unread: tuple[str, ...] = ()
 
-    def put_back(self, doll: Doll, output: Any) -> Any:
+    def put_back(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the doll with the units of its axes in their old places."""
         flat, spec = pytree.tree_flatten(output)
         return pytree.tree_unflatten(put_back(doll, self.permutations, flat), spec)
@@ -91,7 +91,7 @@ def group_orders(
     plan: Plan, scores: Sequence[Tensor], orders: Orders, kept: dict[int, str]
 ) -> tuple[GroupOrder, ...]:
     """Return the row of each group."""
-    rows = []
+    rows: list[GroupOrder] = []
     for g, group in enumerate(plan.groups):
         widths = [w[g] for w in plan.ladder]
         after = scores[g][orders[g]] if g in orders else scores[g]

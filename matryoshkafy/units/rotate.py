@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, replan, trace_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.plan.plan import Plan
@@ -55,7 +55,7 @@ class RotateReport:
     order: OrderReport
     error: float
 
-    def put_back(self, doll: Doll, output: Any) -> Any:
+    def put_back(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the doll in the old basis and order."""
         output = self.order.put_back(doll, output)
         flat, spec = pytree.tree_flatten(output)
@@ -75,7 +75,7 @@ class RotateReport:
 
 def rotate(
     doll: Doll,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     by: str = "activation",
     keep: Sequence[str] = (),
@@ -109,16 +109,17 @@ def rotate(
     doll.eval()
     try:
         probe = flat_inputs(doll, batches[0])
-        reference = run_graph(doll, doll._trace.graph, probe)
+        reference = run_graph(doll, trace_of(doll).graph, probe)
         found, obstacles = _surveyed(doll, keep)
         rotated, bases = _rotated(doll, batches, found, obstacles)
         names = [*keep, *(doll.plan.groups[g].name.replace("[", "[[]") for g in bases)]
         ordered = order(doll, batches, by=by, keep=names, unread="leave" if left else unread)
-        now = ordered.put_back(doll, run_graph(doll, doll._trace.graph, probe))
+        now = ordered.put_back(doll, run_graph(doll, trace_of(doll).graph, probe))
         error = relative_error(_turned_back(doll, bases, now), reference)
     finally:
         doll.train(training)
-    plan = doll._plan = noted(doll.plan, {}, bases)
+    plan = noted(doll.plan, {}, bases)
+    replan(doll, plan)
     texts = tuple((plan.groups[g].name, why) for g, why in obstacles.items() if _stream(plan, g))
     return RotateReport(plan.sizes, rotated, bases, texts, ordered, error)
 
@@ -132,8 +133,9 @@ def _surveyed(doll: Doll, keep: Sequence[str]) -> tuple[dict[int, Survey], dict[
     """Survey every group; return those that rotate and why the others do not."""
     from fnmatch import fnmatch
 
-    trace, plan = doll._trace, doll.plan
-    found, obstacles = {}, {}
+    trace, plan = trace_of(doll), doll.plan
+    found: dict[int, Survey] = {}
+    obstacles: dict[int, str] = {}
     for g, group in enumerate(plan.groups):
         if any(fnmatch(group.name, pattern) for pattern in keep):
             continue
@@ -149,19 +151,20 @@ def _rotated(
     doll: Doll, batches: list[Any], found: Mapping[int, Survey], obstacles: dict[int, str]
 ) -> tuple[tuple[GroupBasis, ...], dict[int, Tensor]]:
     """Fold and turn one group after the other; a group that moves the model is put back."""
-    rows, bases = [], {}
+    rows: list[GroupBasis] = []
+    bases: dict[int, Tensor] = {}
     probe = flat_inputs(doll, batches[0])
     for g, seen in found.items():
         kept = _copies(doll, g, seen)
-        before = run_graph(doll, doll._trace.graph, probe)
+        before = run_graph(doll, trace_of(doll).graph, probe)
         _fold(doll, seen)
         flat = (flat_inputs(doll, batch) for batch in batches)
         measured = measure(doll, flat, moments=True, groups={g})
         moment = _moment(measured, doll.plan.groups[g].size)
         widths = [w[g] for w in doll.plan.ladder]
         basis = mean_kept(moment, widths) if seen.mean else principal(moment)
-        turn(doll._trace.state(), doll.plan, {g: basis}, seen.scales)
-        after = _turned_back(doll, {g: basis}, run_graph(doll, doll._trace.graph, probe))
+        turn(trace_of(doll).state(), doll.plan, {g: basis}, seen.scales)
+        after = _turned_back(doll, {g: basis}, run_graph(doll, trace_of(doll).graph, probe))
         error = relative_error(after, before)
         if not error <= TOLERANCE:
             _restore(doll, kept)
@@ -182,19 +185,20 @@ def _copies(doll: Doll, group: int, seen: Survey) -> dict[str, Tensor]:
         for name, shape in doll.plan.parameters.items()
         if any(group in dims.groups_of(d) for d in shape)
     }
-    state = doll._trace.state()
+    state = trace_of(doll).state()
     return {n: state[n].detach().clone() for n in names | carrying if n in state}
 
 
 def _restore(doll: Doll, copies: Mapping[str, Tensor]) -> None:
-    state = doll._trace.state()
+    state = trace_of(doll).state()
     for name, tensor in copies.items():
         state[name].data.copy_(tensor)
 
 
 def _fold(doll: Doll, seen: Survey) -> None:
     """g n + b read by W becomes n + b / g read by W diag(g): gains become ones, biases stay."""
-    state, done = doll._trace.state(), set()
+    state = trace_of(doll).state()
+    done: set[int] = set()
     for name, gained in seen.gains.items():
         gain = state[name].detach().to(torch.float64) + gained.offset
         for weight, dim in seen.readers.get(name, ()):
@@ -231,9 +235,9 @@ def _energy(moment: Tensor, basis: Tensor, widths: Sequence[int]) -> tuple[float
 def _turned_back(doll: Doll, bases: Mapping[int, Tensor], outputs: list[Any]) -> list[Any]:
     """Return flat full-size outputs in the old bases."""
     undo = {g: q.t() for g, q in bases.items()}
-    back = []
-    for source, value in zip(outputs_of(doll._trace.graph), outputs, strict=True):
-        shape = doll.plan.nodes.get(getattr(source, "name", ""), ())
+    back: list[Any] = []
+    for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
+        shape = doll.plan.dims(getattr(source, "name", ""))
         known = isinstance(value, Tensor) and len(shape) == value.dim()
         back.append(turned(value, shape, undo) if known else value)
     return back

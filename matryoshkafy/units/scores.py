@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
-from matryoshkafy.dolls.batches import call_of
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.batches import arguments_of
+from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.units.permute import carriers, owners
 from matryoshkafy.units.sites import Measured, Site
@@ -86,19 +86,20 @@ def _removal(interaction: Tensor) -> Tensor:
     return rounds
 
 
-def taylor(doll: Doll, batches: Iterable[Any], loss: Loss) -> dict[int, Tensor]:
+def taylor(doll: Doll, batches: Iterable[object], loss: Loss) -> dict[int, Tensor]:
     """First-order Taylor (DynaBERT, arXiv 2004.04037): per unit |w . g| of each tensor that holds
     it, summed over tensors and batches; {group: [units]}.
     """
-    plan, state = doll.plan, doll._trace.state()
+    plan, state = doll.plan, trace_of(doll).state()
     everything = dict.fromkeys(range(len(plan.groups)), torch.empty(0))
     weights = {n: t for n, t in carriers(state, plan, everything).items() if t.requires_grad}
     scores = {g: torch.zeros(group.size) for g, group in enumerate(plan.groups)}
     for batch in batches:
-        args, kwargs = call_of(batch)
+        args, kwargs = arguments_of(batch)
         with torch.enable_grad():
             value = loss(doll(*args, **kwargs), batch)
-            grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            grads = cast("tuple[Tensor | None, ...]", found)
         for (name, weight), grad in zip(weights.items(), grads, strict=True):
             if grad is not None:
                 _add_products(scores, plan, name, (weight.detach() * grad).float())

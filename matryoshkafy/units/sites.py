@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
-from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
+from matryoshkafy.graph.nodes import bound_args, gives_several, op_key, tensor_info
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules.weights import weight_places
 
 # Where the summed dim of the activation stands, by op; of a convolution it comes after the batch.
@@ -60,7 +60,7 @@ class Measured:
     moment: Tensor | None = None
     weight: Tensor | None = None
     rows: int = 0
-    weighed: set[str] = field(default_factory=set)
+    weighed: set[str] = field(default_factory=set[str])
 
 
 def sites_of(graph: fx.Graph, plan: Plan) -> list[Site]:
@@ -85,9 +85,9 @@ def _read_by(node: fx.Node, plan: Plan) -> list[Site]:
     weights = [w for w in places if w is not value and places[w].into]
     if not isinstance(value, fx.Node) or not weights or value in places:
         return []
-    shape = plan.nodes.get(value.name, ())
+    shape = plan.dims(value.name)
     position = len(shape) - 1 - CONVOLUTIONS.get(name, 0)
-    plain = shape and not isinstance(shape, Many) and 0 <= position < len(shape)
+    plain = not gives_several(value) and 0 <= position < len(shape)
     if not plain or not dims.is_nested(shape[position]):
         return []
     weight = weights[0]
@@ -98,10 +98,10 @@ def _read_by(node: fx.Node, plan: Plan) -> list[Site]:
 
 
 def _last_values(graph: fx.Graph, plan: Plan, missing: set[int]) -> list[Site]:
-    found = []
+    found: list[Site] = []
     for node in reversed(list(graph.nodes)):
-        shape = plan.nodes.get(node.name, ())
-        if node.op != "call_function" or isinstance(shape, Many):
+        shape = plan.dims(node.name)
+        if node.op != "call_function" or gives_several(node):
             continue
         for position, dim in enumerate(shape):
             if missing & set(dims.groups_of(dim)):
@@ -114,12 +114,12 @@ class _Meter(fx.Interpreter):
     """Runs the graph and adds what passes the sites to what was measured."""
 
     def __init__(self, doll: Doll, sites: Iterable[Site], *, moments: bool) -> None:
-        super().__init__(doll.__dict__["_root"], graph=doll._trace.graph)
+        super().__init__(root_of(doll), graph=trace_of(doll).graph)
         self.moments = moments
         self.sites: dict[str, list[Site]] = {}
         self.readers: dict[str, list[tuple[Site, fx.Node, int]]] = {}
         self.measured: dict[Site, Measured] = {}
-        nodes = {n.name: n for n in doll._trace.graph.nodes}
+        nodes = {n.name: n for n in trace_of(doll).graph.nodes}
         self.mask = next((n for n in nodes.values() if str(n.target) == "attention_mask"), None)
         self.keep: Tensor | None = None
         for site in sites:
@@ -216,7 +216,7 @@ def measure(
         moments: whether the matrices [n, n] are measured too.
         groups: measure the sites of these groups alone; None: of all.
     """
-    sites = sites_of(doll._trace.graph, doll.plan)
+    sites = sites_of(trace_of(doll).graph, doll.plan)
     wanted = [s for s in sites if groups is None or s.groups & set(groups)]
     meter = _Meter(doll, wanted, moments=moments)
     with torch.no_grad():

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, op_key, outputs_of, source_of
-from matryoshkafy.plan.plan import Many, Plan
+from matryoshkafy.graph.nodes import bound_args, gives_several, op_key, outputs_of, source_of
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules.weights import weight_places
 
 
@@ -67,10 +66,10 @@ class Survey:
     """
 
     group: int
-    obstacles: list[str] = field(default_factory=list)
-    gains: dict[str, Gained] = field(default_factory=dict)
-    readers: dict[str, set[Reader]] = field(default_factory=dict)
-    scales: set[str] = field(default_factory=set)
+    obstacles: list[str] = field(default_factory=list[str])
+    gains: dict[str, Gained] = field(default_factory=dict[str, Gained])
+    readers: dict[str, set[Reader]] = field(default_factory=dict[str, set[Reader]])
+    scales: set[str] = field(default_factory=set[str])
     mean: bool = False
     contracted: bool = False
 
@@ -104,8 +103,9 @@ class _Walk:
             elif node.op == "call_function":
                 self._visit(node)
         for value in outputs_of(self.graph):
-            known = self.states.get(value) if isinstance(value, fx.Node) else None
-            if known is not None and not isinstance(known, Stream | Weight):
+            if not isinstance(value, fx.Node):
+                continue
+            if not isinstance(self.states.get(value, Stream()), Stream | Weight):
                 self.obstacle(value, "the gain of the last norm stands at the output")
         self._check_gains()
         return self.found
@@ -114,9 +114,7 @@ class _Walk:
 
     def places(self, node: fx.Node) -> list[int] | None:
         """Return the dims that are the group's axis; None where the axis is part of a dim."""
-        shape = self.plan.nodes.get(node.name, ())
-        if isinstance(shape, Many):
-            return []
+        shape = () if gives_several(node) else self.plan.dims(node.name)
         mine = [i for i, d in enumerate(shape) if self.group in dims.groups_of(d)]
         plain = all(len(shape[i]) == 1 and isinstance(shape[i][0], dims.Nested) for i in mine)
         return mine if plain else None
@@ -147,7 +145,7 @@ class _Walk:
         if isinstance(result, str):
             self.obstacle(node, result)
             result = Stream()
-        if result is not None and (places or isinstance(self.plan.nodes.get(node.name), Many)):
+        if result is not None and (places or gives_several(node)):
             self.states[node] = result
 
     def _result(
@@ -169,7 +167,7 @@ class _Walk:
 
     # Gains.
 
-    def gained(self, gain: Any, offset: float = 0.0, bias: str = "") -> State:
+    def gained(self, gain: str | None, offset: float = 0.0, bias: str = "") -> State:
         """Return what a stream becomes behind a gain; a gain of ones changes nothing."""
         if gain is None:
             return Stream()
@@ -230,7 +228,7 @@ Known = dict[fx.Node, State]
 
 def _carried(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
     """The op acts on other dims: what comes in goes out."""
-    several = isinstance(walk.plan.nodes.get(node.name), Many)
+    several = gives_several(node)
     states = {Stream() if isinstance(s, Weight) and not s.offset else s for s in known.values()}
     if not places and not several:
         return _summed(walk, node, states)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Cat, Dim, Nested
+from matryoshkafy.axes.dims import Dim, Nested, Sum
 from matryoshkafy.errors import MatryoshkafyError
 
 GROUPS = (5, 8, 3)
@@ -25,7 +25,7 @@ def random_dim(source: random.Random, depth: int = 2) -> Dim:
         factors.append(source.randint(1, 3))
     if depth and source.random() < 0.4:
         factors.append(
-            Cat(tuple(random_dim(source, depth - 1) for _ in range(source.randint(1, 3))))
+            Sum(tuple(random_dim(source, depth - 1) for _ in range(source.randint(1, 3))))
         )
     elif source.random() < 0.8:
         group = source.randrange(len(GROUPS))
@@ -50,8 +50,8 @@ def inside(dim: Dim, widths: dims.Widths) -> np.ndarray:
 
 
 def factor_inside(factor: dims.Factor, widths: dims.Widths) -> np.ndarray:
-    if isinstance(factor, Cat):
-        return np.concatenate([inside(p, widths) for p in factor.parts])
+    if isinstance(factor, Sum):
+        return np.concatenate([inside(p, widths) for p in factor.segments])
     if isinstance(factor, Nested):
         return np.arange(factor.size) < widths[factor.group]
     return np.ones(factor, dtype=bool)

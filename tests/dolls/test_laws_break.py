@@ -177,11 +177,9 @@ def test_10_a_node_of_another_size_than_the_plan_says() -> None:
     doll = doll_of("sliced")
     name = next(n for n, dims in doll.plan.nodes.items() if n.startswith("gelu"))
     nodes = dict(doll.plan.nodes)
-    (*rest, last) = nodes[name]
+    (*rest, last) = doll.plan.dims(name)
     assert isinstance(last[0], Nested)
-    nodes[name] = type(nodes[name])(
-        (*rest, (dataclasses.replace(last[0], group=1 - last[0].group),))
-    )
+    nodes[name] = ((*rest, (dataclasses.replace(last[0], group=1 - last[0].group),)),)
     broken = with_plan(doll, replace(doll.plan, nodes=nodes))
     found = law(mk.verify(broken, ids()), 10)
     assert found.holds is False and "gelu" in found.detail

@@ -67,13 +67,13 @@ def test_every_node_is_compared(name: str, nesting: str) -> None:
     nested = [
         n.name
         for n in trace.graph.nodes
-        if n.op == "call_function" and n.name not in plan.full and _nests(plan.nodes.get(n.name))
+        if n.op == "call_function" and n.name not in plan.full and _nests(plan.dims(n.name))
     ]
     assert nested
     for wrong in (nested[0], nested[len(nested) // 2], nested[-1]):
-        shape = tuple((3, *dim) if _nests((dim,)) else dim for dim in plan.nodes[wrong])
+        shape = tuple((3, *dim) if _nests((dim,)) else dim for dim in plan.dims(wrong))
         with pytest.raises(PlanError, match="the plan says"):
-            check_sizes(trace, replace(plan, nodes={**plan.nodes, wrong: shape}))
+            check_sizes(trace, replace(plan, nodes={**plan.nodes, wrong: (shape,)}))
 
 
 def _nests(shape: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from matryoshkafy.axes.dims import Cat, Nested
+from matryoshkafy.axes.dims import Nested, Sum
 from matryoshkafy.axes.dims import kept as kept_indices
 from matryoshkafy.axes.dims import size as size_of
 from matryoshkafy.dolls.doll import Doll
@@ -34,8 +34,8 @@ KEPT = {"bloom": "meaning"}
 DIMS = [
     (Nested(0, 5),),
     (3, Nested(0, 5), 2),
-    (Cat(((Nested(0, 5),), (Nested(1, 4), 2), (3,))),),
-    (2, Cat(((Nested(0, 5), 2), (Nested(0, 5),))), 3),
+    (Sum(((Nested(0, 5),), (Nested(1, 4), 2), (3,))),),
+    (2, Sum(((Nested(0, 5), 2), (Nested(0, 5),))), 3),
 ]
 
 

@@ -58,7 +58,12 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _place(metrics: Mapping[str, dict], series: str, row: Mapping[str, str], path: str) -> None:
+def _place(
+    metrics: Mapping[str, dict[str, dict[int, float]]],
+    series: str,
+    row: Mapping[str, str],
+    path: str,
+) -> None:
     size = int(row["size"])
     for name, placed in metrics.items():
         if size in placed[series]:

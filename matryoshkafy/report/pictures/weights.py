@@ -11,6 +11,7 @@ from matryoshkafy.report.pictures.svg import Box, rect, segment, svg, tag, text
 
 MOST_RUNS = 64
 SLIMMEST = 0.7
+Span = tuple[float, float, int]
 
 
 def drawn_layer(plan: Plan) -> str | None:
@@ -54,16 +55,17 @@ def weight(plan: Plan, name: str, side: float = 300) -> str:
     return svg(body + words, box.x + box.width + 4, box.y + box.height + 6, label)
 
 
-def _scaled(dim: Dim, plan: Plan, length: float) -> list[tuple[float, float, int]]:
+def _scaled(dim: Dim, plan: Plan, length: float) -> list[Span]:
     """Return (start, stop, level) of each run of a dim, scaled to a length."""
-    runs, unit, start, out = dims.runs(dim, plan.ladder), length / dims.size(dim), 0, []
+    runs, unit, start = dims.runs(dim, plan.ladder), length / dims.size(dim), 0
+    out: list[Span] = []
     for count, level in zip(runs[::2], runs[1::2], strict=True):
         out.append((start * unit, (start + count) * unit, level))
         start += count
     return out
 
 
-def _blocks(plan: Plan, rows: list, columns: list) -> Iterator[str]:
+def _blocks(plan: Plan, rows: list[Span], columns: list[Span]) -> Iterator[str]:
     for top, bottom, row in rows:
         for left, right, column in columns:
             if row >= column or not plan.masked:
