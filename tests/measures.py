@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests import imports
-from tests.test_house import body_lines
+from tests.test_house import body_lines, uses_of_any
 
 
 def sources() -> list[Path]:
@@ -39,12 +39,6 @@ def comments(path: Path) -> int:
         found = [t for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
     tools = ("# noqa", "# type:", "# pyright:", "# pragma", "# fmt:")
     return len([t for t in found if not t.string.startswith(tools)])
-
-
-def uses_of_any(path: Path) -> int:
-    """Return how often a file says `Any`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -17,11 +17,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("matryoshkafy", "cli", "examples", "docs")
-LIMITS = {"body": 40, "nesting": 3, "parameters": 6, "module": 500, "bare raise": 0}
+LIMITS = {"body": 40, "nesting": 3, "parameters": 6, "module": 400, "bare raise": 0}
+ANY_PER_THOUSAND = 12
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-# Signatures that are fixed, as public API or as options of a command; then what is left to mend.
+# Signatures that are fixed, as public API or as options of a command.
 KNOWN = {
     "cli/matryoshkafy_cli/converting.py:convert parameters": 13,
     "cli/matryoshkafy_cli/describing.py:info parameters": 9,
@@ -34,20 +35,14 @@ KNOWN = {
     "cli/matryoshkafy_cli/cascading.py:cascade parameters": 8,
     "cli/matryoshkafy_cli/family.py:family parameters": 11,
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 12,
-    "matryoshkafy/dolls/convert.py:convert parameters": 15,
-    "matryoshkafy/dolls/convert.py:inspect parameters": 13,
+    "matryoshkafy/dolls/convert.py:convert parameters": 14,
+    "matryoshkafy/dolls/convert.py:inspect parameters": 12,
     "matryoshkafy/kernels/norm_ops.py:norm parameters": 7,
     "matryoshkafy/losses/fused.py:nested_cross_entropy parameters": 11,
     "matryoshkafy/losses/matryoshka.py:__init__ parameters": 9,
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,
     "matryoshkafy/natives/saving.py:save parameters": 7,
     "matryoshkafy/natives/saving.py:save_native parameters": 7,
-    "matryoshkafy/axes/unify.py:_cut_segments nesting": 4,
-    "matryoshkafy/graph/mutations.py:_all_users nesting": 4,
-    "matryoshkafy/plan/policies.py:fix_heads nesting": 4,
-    "matryoshkafy/plan/freeze.py:_group_order nesting": 4,
-    "matryoshkafy/plan/policies.py:hold_kept nesting": 4,
-    "matryoshkafy/plan/freeze.py:_whole nesting": 4,
 }
 
 
@@ -143,6 +138,23 @@ def test_the_measures_count_what_they_say(code: str, wanted: tuple[int, int, int
     assert body_lines(node) == wanted[0]
     assert nesting(node.body) == wanted[1]
     assert parameters(node) == wanted[2]
+
+
+def test_any_is_rare() -> None:
+    """A type that says nothing stands only where another library's values have none to say."""
+    library = ROOT / "matryoshkafy"
+    paths = sorted(library.rglob("*.py"))
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+    used = {path: uses_of_any(path) for path in paths}
+    most = sorted(used, key=lambda path: -used[path])[:5]
+    told = ", ".join(f"{path.relative_to(ROOT)} {used[path]}" for path in most)
+    assert 1000 * sum(used.values()) <= ANY_PER_THOUSAND * lines, told
+
+
+def uses_of_any(path: Path) -> int:
+    """Return how often a file says `Any`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
 
 
 def main() -> None:

@@ -183,19 +183,27 @@ def _cut_segments(segments: list[Term], counts: list[int]) -> list[Term] | None:
     out: list[Term] = []
     queue = segments[::-1]
     for count in counts:
-        taken: list[Term] = []
-        while count:
-            segment = resolve(queue.pop())
-            if size(segment) > count:
-                pieces = _cut_front(segment, count)
-                if pieces is None:
-                    return None
-                segment, rest = pieces
-                queue.append(rest)
-            taken.append(segment)
-            count -= size(segment)
+        taken = _taken_front(queue, count)
+        if taken is None:
+            return None
         out.append(concatenate(taken))
     return out
+
+
+def _taken_front(queue: list[Term], count: int) -> list[Term] | None:
+    """Take so many units off a queue of segments, the last of which may be cut."""
+    taken: list[Term] = []
+    while count:
+        segment = resolve(queue.pop())
+        if size(segment) > count:
+            pieces = _cut_front(segment, count)
+            if pieces is None:
+                return None
+            segment, rest = pieces
+            queue.append(rest)
+        taken.append(segment)
+        count -= size(segment)
+    return taken
 
 
 def concatenate(terms: Iterable[Term]) -> Term:

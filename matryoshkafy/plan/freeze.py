@@ -144,13 +144,8 @@ def _nothing(trace: Trace, parameters: ByName, found: Findings, request: Request
 
 
 def _group_order(parameters: ByName) -> list[Axis]:
-    seen: dict[Axis, None] = {}
-    for terms in parameters.values():
-        for term in terms:
-            for leaf in axes.leaves(term):
-                if leaf.fixed is None:
-                    seen.setdefault(leaf)
-    return list(seen)
+    leaves = (leaf for terms in parameters.values() for t in terms for leaf in axes.leaves(t))
+    return list(dict.fromkeys(leaf for leaf in leaves if leaf.fixed is None))
 
 
 def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
@@ -242,14 +237,17 @@ def _held_remark(node: fx.Node) -> str:
 def _whole(trace: Trace, parameters: ByName) -> Iterable[Whole]:
     """What stays whole, at the user's line where a node asked for it."""
     lines = {node.name: source_of(node) for node in trace.graph.nodes}
-    seen: set[int] = set()
-    for name, terms in parameters.items():
-        for i, term in enumerate(terms):
-            for leaf in axes.leaves(term):
-                if leaf.fixed and leaf.fixed is not COPIES and id(leaf) not in seen:
-                    seen.add(id(leaf))
-                    place = lines.get(leaf.fixed.place) or leaf.fixed.place
-                    yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, place)
+    first: dict[Axis, str] = {}
+    dims_of = (
+        (f"{n}:{i}", term) for n, terms in parameters.items() for i, term in enumerate(terms)
+    )
+    for where, term in dims_of:
+        for leaf in axes.leaves(term):
+            first.setdefault(leaf, where)
+    for leaf, where in first.items():
+        if leaf.fixed and leaf.fixed is not COPIES:
+            place = lines.get(leaf.fixed.place) or leaf.fixed.place
+            yield Whole(where, leaf.size, leaf.fixed.kind, place)
 
 
 EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output", "embedding")

@@ -49,17 +49,21 @@ def hold_kept(trace: Trace, found: Findings, patterns: Sequence[str]) -> None:
     used: set[str] = set()
     for node in trace.graph.nodes:
         name = str(node.target) if node.op == "get_attr" else node.name
-        for pattern in patterns:
-            if name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatch(name, pattern):
-                used.add(pattern)
-                for term in found.flat(node):
-                    axes.fix(term, Reason("kept", pattern))
+        matching = [p for p in patterns if _names(p, name)]
+        used.update(matching)
+        for term in found.flat(node) if matching else ():
+            axes.fix(term, Reason("kept", matching[0]))
     missing = [p for p in patterns if p not in used]
     if missing:
         raise PlanError(
             f"keep={missing[0]!r} matches no parameter, module or node; use a name such as "
             f"{next((str(n.target) for n in trace.graph.nodes if n.op == 'get_attr'), '')!r}"
         )
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Tell whether a pattern of `keep` means a tensor, a node, or the module that holds it."""
+    return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatch(name, pattern)
 
 
 # An output of at most so many units, in a model whose largest width is four times that, is a head
@@ -84,9 +88,8 @@ def fix_heads(trace: Trace, found: Findings) -> None:
         for term in found.flat(node):
             # The dim is judged, not its factors: four groups of 16 channels are no four classes.
             few = axes.size(term) <= FEW and axes.size(term) * 4 <= largest
-            for leaf in axes.leaves(term):
-                if (leaf not in summed or few) and leaf.fixed is None:
-                    leaf.fixed = Reason("classes", node.name)
+            for leaf in (a for a in axes.leaves(term) if few or a not in summed):
+                leaf.fixed = leaf.fixed or Reason("classes", node.name)
 
 
 def settle(found: Findings) -> None:
