@@ -39,7 +39,7 @@ def export(  # noqa: PLR0913  an option is a parameter
         from matryoshkafy.deploy import export as exporting
         from matryoshkafy.files.checkpoint import open_checkpoint
 
-        exporting.check_target(target, to, force=force)
+        exporting.check_file(target, to, force=force)
         found = open_checkpoint(checkpoint)
         small = found.sub_model(found.sizes[-1] if size is None else size)
     with screen.step(f"exporting to {to} and checking"):

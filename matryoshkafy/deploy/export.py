@@ -70,7 +70,7 @@ def export(
     takes the model's tensors by name and returns dictionaries for the output classes of libraries.
     Raises ExportError, also where the file's outputs differ by more than 1e-3.
     """
-    target = check_target(path, to, force=force)
+    target = check_file(path, to, force=force)
     small = _sub_model(model)
     given = example_inputs(small) if args is None and kwargs is None else (args or (), kwargs or {})
     trace, _ = parts_of(small)
@@ -98,7 +98,7 @@ def _sub_model(model: nn.Module) -> fx.GraphModule:
     return model
 
 
-def check_target(path: str | os.PathLike[str], to: str, *, force: bool = False) -> Path:
+def check_file(path: str | os.PathLike[str], to: str, *, force: bool = False) -> Path:
     """Return the file to write; raises ExportError now where `export` would later."""
     if to not in FORMATS:
         raise ExportError(f"to={to!r} was given; expected one of {', '.join(FORMATS)}")

@@ -32,8 +32,8 @@ from matryoshkafy.files.description import (
     description_from_json,
     description_to_json,
     fitting,
-    kind_of,
-    tensors_of,
+    saved_tensors,
+    standing_of,
 )
 from matryoshkafy.files.fitting import check_fit
 from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
@@ -80,9 +80,9 @@ def save(
     saved (both name the part).
     """
     trace, plan = parts_of(model)
-    state = tensors_of(model, trace, plan)
+    state = saved_tensors(model, trace, plan)
     own = set(state_of(model))
-    kinds = {name: kind_of(name, tensor, trace, own) for name, tensor in state.items()}
+    kinds = {name: standing_of(name, tensor, trace, own) for name, tensor in state.items()}
     records = [record_of(name, tensor, kinds[name]) for name, tensor in state.items()]
     warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     writers = {**dense_files(state, records), **side_writers(side or {})}

@@ -126,7 +126,7 @@ def description_from_json(saved: Json, graph: object, place: Path) -> Descriptio
     )
 
 
-def tensors_of(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
+def saved_tensors(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
     """Every tensor to save, in the model's order; hidden buffers only if the graph reads them."""
     read = {str(node.target) for node in trace.graph.nodes if node.op == "get_attr"}
     kept = {n: t for n, t in state_of(model).items() if trace.is_persistent(n) or n in read}
@@ -134,7 +134,7 @@ def tensors_of(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:
     return kept | {n: t for n, t in full_statistics(holder, plan).items() if n not in kept}
 
 
-def kind_of(name: str, tensor: Tensor, trace: Trace, own: Container[str]) -> str:
+def standing_of(name: str, tensor: Tensor, trace: Trace, own: Container[str]) -> str:
     """Return how a tensor stands in the model; own: the names of those that the model holds."""
     if isinstance(tensor, nn.Parameter):
         return "parameter"

@@ -72,7 +72,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Stored:
+class Spot:
     """Where a tensor lies in its file, the shape and dtype there, and the dtype it stands for."""
 
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ class Stored:
 class Header:
     """What a checked header says: the tensors, the file's texts, further names of tensors."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, Spot]
     metadata: dict[str, str]
     aliases: dict[str, str]
 
@@ -150,7 +150,7 @@ def check_header(text: bytes, data_bytes: int) -> Header:
     return Header({**stored, **pairs}, metadata, extra["aliases"])
 
 
-def _check_record(name: str, record: object) -> Stored:
+def _check_record(name: str, record: object) -> Spot:
     fields = ("dtype", "shape", "data_offsets")
     if not is_object(record) or sorted(record) != sorted(fields):
         raise TensorFileError(f"tensor {shown(name)} has not just {', '.join(fields)}.")
@@ -169,14 +169,14 @@ def _check_record(name: str, record: object) -> Stored:
             f"tensor {shown(name)} of {code} and shape {shown(shape)} needs {size} bytes, but its "
             f"data_offsets {begin} to {end} hold {end - begin}."
         )
-    return Stored(tuple(shape), DTYPES[code], begin, end, DTYPES[code])
+    return Spot(tuple(shape), DTYPES[code], begin, end, DTYPES[code])
 
 
 def _are_counts(items: object) -> TypeGuard[list[int]]:
     return is_list(items) and all(type(n) is int and 0 <= n < 2**63 for n in items)
 
 
-def _check_layout(stored: Mapping[str, Stored], data_bytes: int) -> None:
+def _check_layout(stored: Mapping[str, Spot], data_bytes: int) -> None:
     end = 0
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
@@ -200,13 +200,13 @@ def _texts(items: object) -> TypeGuard[dict[str, str]]:
     return is_object(items) and all(isinstance(item, str) for item in items.values())
 
 
-def _check_aliases(aliases: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
+def _check_aliases(aliases: Mapping[str, str], stored: Mapping[str, Spot]) -> None:
     for alias, name in aliases.items():
         if name not in stored or alias in stored:
             raise TensorFileError(f"its alias {shown(alias)} is taken, or of no tensor.")
 
 
-def _pair(name: str, code: str, stored: Mapping[str, Stored]) -> Stored:
+def _pair(name: str, code: str, stored: Mapping[str, Spot]) -> Spot:
     tensor, meant = stored.get(name), PAIRS.get(code)
     if tensor and meant and tensor.dtype is meant.to_real() and tensor.shape[-1:] == (2,):
         return replace(tensor, meant=meant)

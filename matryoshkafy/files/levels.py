@@ -45,7 +45,7 @@ def level_file(level: int) -> str:
 
 
 @dataclass(frozen=True)
-class Box:
+class _Box:
     """A part of a tensor that a level adds: the indices along each dim, at full width.
 
     dim: the dim along which the tensor grows; -1 for a tensor that is stored in one piece.
@@ -84,13 +84,13 @@ class Part:
         pairs = zip(found, self.info.shape, strict=True)
         return tuple(((0, n),) if segments is None else segments for segments, n in pairs)
 
-    def boxes(self, plan: Plan, level: int) -> Iterator[Box]:
+    def boxes(self, plan: Plan, level: int) -> Iterator[_Box]:
         """Yield what a level adds, without what is zero by the masks, and without empty boxes."""
         before, after = self.kept(plan, level - 1), self.kept(plan, level)
         rank = len(after)
         order = [d for d in self._order(rank) if before[d] != after[d]]
         if rank == 0 and level == (plan.levels - 1 if self.dims is None else 0):
-            yield Box(-1, ())
+            yield _Box(-1, ())
         for i, dim in enumerate(order):
             if level and self.mask is not None and dim == self.mask.into:
                 continue  # read by outputs of lower levels alone, if by any: zeros
@@ -98,7 +98,7 @@ class Part:
             place[dim] = _without(after[dim], before[dim])
             for earlier in order[:i]:
                 place[earlier] = before[earlier]
-            box = Box(-1 if self._whole(plan) else dim, tuple(place))
+            box = _Box(-1 if self._whole(plan) else dim, tuple(place))
             if math.prod(box.shape):
                 yield box
 
@@ -110,7 +110,7 @@ class Part:
     def _whole(self, plan: Plan) -> bool:
         return self.kept(plan, 0) == self.kept(plan, plan.levels - 1) or self.dims is None
 
-    def entry(self, box: Box) -> str:
+    def entry(self, box: _Box) -> str:
         """Return the name of a box in its file; no tensor of a model is called so."""
         return self.name if box.dim < 0 else f"{self.name}#{box.dim}"
 
@@ -230,7 +230,7 @@ def _write(layout: Layout, read: Read, level: int, path: Path) -> None:
     write_tensors(path, entries)
 
 
-def _supply(read: Read, part: Part, box: Box) -> Tensor:
+def _supply(read: Read, part: Part, box: _Box) -> Tensor:
     whole = box.shape == part.info.shape
     return read(part.name, None if whole else box.place)
 

@@ -16,7 +16,7 @@ from matryoshkafy.files.checkpoint import (
     warn_of_nan,
     write_checkpoint,
 )
-from matryoshkafy.files.description import kind_of, tensors_of
+from matryoshkafy.files.description import saved_tensors, standing_of
 from matryoshkafy.files.levels import Place, layout_of, level_writers
 from matryoshkafy.files.records import (
     CheckpointError,
@@ -71,8 +71,8 @@ def _pack_model(
 ) -> Path:
     trace, plan = parts_of(model)
     _check_packable(trace, plan)
-    state, own = tensors_of(model, trace, plan), set(state_of(model))
-    kinds = {name: kind_of(name, tensor, trace, own) for name, tensor in state.items()}
+    state, own = saved_tensors(model, trace, plan), set(state_of(model))
+    kinds = {name: standing_of(name, tensor, trace, own) for name, tensor in state.items()}
     records = [record_of(name, tensor, kinds[name]) for name, tensor in state.items()]
     warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     owners = owners_of(state)

@@ -24,7 +24,7 @@ from matryoshkafy.files.header import (
     MAX_HEADER,
     PAIRS,
     Entry,
-    Stored,
+    Spot,
     TensorFileError,
     check_header,
     header_of,
@@ -159,7 +159,7 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _find(self, name: str) -> Stored:
+    def _find(self, name: str) -> Spot:
         stored = self._header.stored.get(self.aliases.get(name, name))
         if stored is None:
             raise TensorFileError(f"{self.path} holds no tensor {shown(name)}.")
@@ -367,7 +367,7 @@ def _select(chunk: Tensor, cuts: list[Segments | None]) -> Tensor:
     return chunk
 
 
-def _as_meant(out: Tensor, stored: Stored, name: str) -> Tensor:
+def _as_meant(out: Tensor, stored: Spot, name: str) -> Tensor:
     if stored.dtype is torch.bool and out.numel() and int(out.max()) > 1:
         raise TensorFileError(f"{name} is of BOOL, but has bytes other than 0 and 1: damaged.")
     values = out.view(stored.dtype)

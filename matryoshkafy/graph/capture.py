@@ -46,7 +46,7 @@ class Captured:
 
 
 @dataclass(frozen=True)
-class Call:
+class Example:
     """Example inputs of a forward."""
 
     args: tuple[Any, ...]
@@ -60,7 +60,7 @@ def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) 
     Each attempt has a spare of the model to itself, since a trace that fails half way may leave
     traced values in it. Raises `TraceError` that names the user's line.
     """
-    call = Call(args, kwargs)
+    call = Example(args, kwargs)
     with silent():
         errors: list[BaseException] = []
         larger = _enlarged(model, call)
@@ -84,7 +84,7 @@ ATTEMPTS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
 
 
 def _attempt(
-    model: nn.Module, call: Call, dims: tuple[int, ...], notes: tuple[str, ...]
+    model: nn.Module, call: Example, dims: tuple[int, ...], notes: tuple[str, ...]
 ) -> Captured:
     """Export once; a model that makes attributes at its first call is called before."""
     shapes = _dynamic_shapes(model, call.args, call.kwargs, dims) if dims else None
@@ -101,7 +101,7 @@ def _attempt(
         return _exported(_export(twin, call, shapes), asked, notes)
 
 
-def _asked(call: Call, dims: tuple[int, ...]) -> tuple[Size, ...]:
+def _asked(call: Example, dims: tuple[int, ...]) -> tuple[Size, ...]:
     """Return the sizes that an attempt leaves open."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -116,7 +116,7 @@ def _is_open(value: torch.Tensor, dim: int) -> bool:
     return value.dim() > 0 if dim == 0 else value.dim() == 3 if floating else value.dim() >= 2
 
 
-def _enlarged(model: nn.Module, call: Call) -> Call:
+def _enlarged(model: nn.Module, call: Example) -> Example:
     """Return an example of batch and length 2 where they are 1, which torch.export takes as fixed.
 
     Only where the model accepts it.
@@ -128,7 +128,7 @@ def _enlarged(model: nn.Module, call: Call) -> Call:
     return call
 
 
-def _repeated(call: Call, dims: tuple[int, ...]) -> Call | None:
+def _repeated(call: Example, dims: tuple[int, ...]) -> Example | None:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     for dim in dims:
         at = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and _is_open(v, dim)]
@@ -136,10 +136,10 @@ def _repeated(call: Call, dims: tuple[int, ...]) -> Call | None:
             return None
         for i in at:
             leaves[i] = torch.cat([leaves[i].detach()] * 2, dim)
-    return Call(*pytree.tree_unflatten(leaves, spec))
+    return Example(*pytree.tree_unflatten(leaves, spec))
 
 
-def _runs(model: nn.Module, call: Call) -> bool:
+def _runs(model: nn.Module, call: Example) -> bool:
     args, kwargs = copied_inputs(call.args, call.kwargs)
     try:
         with _prepared(model) as twin, torch.no_grad():
@@ -182,7 +182,7 @@ def _depends_on_values(error: BaseException) -> bool:
     return "data-dependent" in str(error) or "DataDependent" in type(error).__name__
 
 
-def _recorded(model: nn.Module, call: Call, error: BaseException) -> Captured:
+def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured:
     """Run the example and record every op on its way: branches are taken as the example takes
     them.
     """
@@ -280,11 +280,11 @@ def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield config, before
 
 
-def _export(model: nn.Module, call: Call, shapes: Shapes) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, call: Example, shapes: Shapes) -> torch.export.ExportedProgram:
     return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _explain(model: nn.Module, call: Call, error: BaseException) -> str:
+def _explain(model: nn.Module, call: Example, error: BaseException) -> str:
     """Say whether the forward itself fails on the example, or only its capture."""
     args, kwargs = copied_inputs(call.args, call.kwargs)
     try:

@@ -40,7 +40,7 @@ Expr = int | Size | Apply
 
 
 @dataclass(frozen=True)
-class Op:
+class _Op:
     """How an operation is computed, how many arguments it takes, and how it is written."""
 
     compute: Callable[..., int]
@@ -52,22 +52,22 @@ def _floordiv(a: int, b: int) -> int:
     return a // b
 
 
-OPS: Mapping[str, Op] = {
-    "eq": Op(operator.eq, 2, "{} == {}"),
-    "ne": Op(operator.ne, 2, "{} != {}"),
-    "lt": Op(operator.lt, 2, "{} < {}"),
-    "le": Op(operator.le, 2, "{} <= {}"),
-    "gt": Op(operator.gt, 2, "{} > {}"),
-    "ge": Op(operator.ge, 2, "{} >= {}"),
-    "and": Op(lambda *args: all(args), None, " and "),
-    "or": Op(lambda *args: any(args), None, " or "),
-    "not": Op(operator.not_, 1, "not {}"),
-    "add": Op(lambda *args: sum(args), None, " + "),
-    "mul": Op(lambda *args: math.prod(args), None, " * "),
-    "floordiv": Op(_floordiv, 2, "{} // {}"),
-    "mod": Op(operator.mod, 2, "{} % {}"),
-    "max": Op(max, None, "max, "),
-    "min": Op(min, None, "min, "),
+OPS: Mapping[str, _Op] = {
+    "eq": _Op(operator.eq, 2, "{} == {}"),
+    "ne": _Op(operator.ne, 2, "{} != {}"),
+    "lt": _Op(operator.lt, 2, "{} < {}"),
+    "le": _Op(operator.le, 2, "{} <= {}"),
+    "gt": _Op(operator.gt, 2, "{} > {}"),
+    "ge": _Op(operator.ge, 2, "{} >= {}"),
+    "and": _Op(lambda *args: all(args), None, " and "),
+    "or": _Op(lambda *args: any(args), None, " or "),
+    "not": _Op(operator.not_, 1, "not {}"),
+    "add": _Op(lambda *args: sum(args), None, " + "),
+    "mul": _Op(lambda *args: math.prod(args), None, " * "),
+    "floordiv": _Op(_floordiv, 2, "{} // {}"),
+    "mod": _Op(operator.mod, 2, "{} % {}"),
+    "max": _Op(max, None, "max, "),
+    "min": _Op(min, None, "min, "),
 }
 RELATIONS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not")
 MAX_GUARDS, MAX_NODES, MAX_INT = 4096, 256, 2**63

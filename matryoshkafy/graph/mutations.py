@@ -11,6 +11,7 @@ decides dropout and batch norm for evaluation mode, and leaves `aten.copy`, whic
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import fx
@@ -135,7 +136,7 @@ def _pure(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     """Return the node that computes what an op writes."""
     key, args, kwargs = op_key(node), node.args, dict(node.kwargs)
     if key == "copy_":
-        return _copy(graph, target, node.all_input_nodes[1])
+        return _copy(graph, target, cast("fx.Node", args[1]))
     if key in DRAWS and getattr(node.target, "_overloadname", "") != "Tensor":
         # What was there before matters for its shape alone.
         shape = graph.call_function(aten.detach.default, (target,))

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.capture import Call, Captured, capture
+from matryoshkafy.graph.capture import Captured, Example, capture
 from matryoshkafy.graph.guards import Guards, Size, kind_of
 from matryoshkafy.graph.nodes import (
     Argument,
@@ -78,7 +78,7 @@ def trace(
     Raises `TraceError` that names the user's line where the model cannot be traced.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    given = Call(*pytree.tree_map(as_tensor, (args, dict(kwargs or {}))))
+    given = Example(*pytree.tree_map(as_tensor, (args, dict(kwargs or {}))))
     captured = capture(model, given.args, given.kwargs)
     root = _root_of(model, captured)
     graph = _unlifted(captured, root)

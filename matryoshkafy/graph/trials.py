@@ -42,7 +42,7 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
             fixed |= {s: shapes[s.leaf][s.dim] for s in group}
     guards = guards.with_fixed(fixed, "the traced graph is not the model at other sizes")
     groups = classes(guards)
-    ones = [changed(guards, shapes, g, 1) for g in groups]
+    ones = [_changed(guards, shapes, g, 1) for g in groups]
     jointly = verdict(_jointly(guards, shapes, ones)) is True
     least = [
         (g[0], 1 if jointly or verdict(one) else min(2, shapes[g[0].leaf][g[0].dim]))
@@ -69,12 +69,12 @@ def candidates(
     """Yield other sizes of a class, near the example's, that the guards allow."""
     now = shapes[group[0].leaf][group[0].dim]
     for n in dict.fromkeys((now + 1, now - 1, 2 * now, now // 2)):
-        sizes = changed(guards, shapes, group, n) if n > 1 and n != now else None
+        sizes = _changed(guards, shapes, group, n) if n > 1 and n != now else None
         if sizes is not None:
             yield sizes
 
 
-def changed(
+def _changed(
     guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size], size: int
 ) -> Sizes | None:
     """Return all sizes that change when a class has another size; None outside the guards."""

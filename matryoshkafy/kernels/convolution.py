@@ -52,7 +52,7 @@ class Geometry:
         return self.groups == 1 and not self.transposed
 
 
-def plan(weight: Tensor, positions: int, geometry: Geometry) -> Tiling | None:
+def _plan(weight: Tensor, positions: int, geometry: Geometry) -> Tiling | None:
     """The cut for so many output positions, or None for one dense convolution."""
     if not geometry.plain:
         return None
@@ -67,7 +67,7 @@ def positions(y: Tensor) -> int:
     return y.shape[0] * prod(y.shape[2:])
 
 
-def masked(weight: Tensor, geometry: Geometry) -> Tensor:
+def _masked(weight: Tensor, geometry: Geometry) -> Tensor:
     """The weight with its structural zeros written out."""
     keep = kept(geometry.out_runs, geometry.in_runs, weight.device)
     keep = (keep.t() if geometry.transposed else keep).repeat(geometry.groups, 1)
@@ -75,7 +75,7 @@ def masked(weight: Tensor, geometry: Geometry) -> Tensor:
     return weight.where(keep, zero(weight.dtype, weight.device))
 
 
-def block(weight: Tensor, tile: Tile, geometry: Geometry) -> Tensor:
+def _block(weight: Tensor, tile: Tile, geometry: Geometry) -> Tensor:
     """A tile of the weight, free of garbage."""
     part = tile.of(weight)
     return part.masked_fill(hidden(part, tile, geometry), 0) if tile.masked else part
@@ -113,13 +113,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution over the whole weight, with its structural zeros written out."""
-    return torch.convolution(x, masked(weight, geometry), bias, *geometry.arguments)
+    return torch.convolution(x, _masked(weight, geometry), bias, *geometry.arguments)
 
 
 def cut_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The same by tiles."""
     shape = output_shape(x, weight, geometry) if geometry.plain else None
-    cut = plan(weight, shape[0] * prod(shape[2:]), geometry) if shape else None
+    cut = _plan(weight, shape[0] * prod(shape[2:]), geometry) if shape else None
     if cut is None or shape is None:
         return dense_forward(x, weight, bias, geometry)
     y = x.new_empty(shape)
@@ -129,7 +129,7 @@ def cut_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
         if not strip.tiles:
             part.zero_() if start is None else part.copy_(start.view(-1, *[1] * (x.ndim - 2)))
         for number, tile in enumerate(strip.tiles):
-            piece, kernel = span_of(x, 1, tile.columns), block(weight, tile, geometry)
+            piece, kernel = span_of(x, 1, tile.columns), _block(weight, tile, geometry)
             product = torch.convolution(
                 piece, kernel, None if number else start, *geometry.arguments
             )
@@ -147,12 +147,12 @@ def derivative(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, wan
 
 def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx, of the shape of x (whose values are not read)."""
-    cut = plan(weight, positions(dy), geometry)
+    cut = _plan(weight, positions(dy), geometry)
     if cut is None:
-        return derivative(dy, x, masked(weight, geometry), geometry, wanted=0)
+        return derivative(dy, x, _masked(weight, geometry), geometry, wanted=0)
     dx = x.new_zeros(x.shape)
     for number, tile in enumerate(cut.widest_first):
-        piece, kernel = span_of(x, 1, tile.columns), block(weight, tile, geometry)
+        piece, kernel = span_of(x, 1, tile.columns), _block(weight, tile, geometry)
         product = derivative(span_of(dy, 1, tile.rows), piece, kernel, geometry, wanted=0)
         if number == 0 and cut.covering:
             dx = product
@@ -163,9 +163,9 @@ def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
 
 def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """dW, zero at the structural zeros; weight gives the shape (its values are not read)."""
-    cut = plan(weight, positions(dy), geometry)
+    cut = _plan(weight, positions(dy), geometry)
     if cut is None:
-        return masked(derivative(dy, x, weight, geometry, wanted=1), geometry)
+        return _masked(derivative(dy, x, weight, geometry, wanted=1), geometry)
     dw = weight.new_zeros(weight.shape)
     for tile in cut.widest_first:
         part, piece = tile.of(dw), span_of(x, 1, tile.columns)

@@ -35,7 +35,7 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Options:
+class LossOptions:
     """Widths ascend; weights and scales belong to them; smoothing is that of F.cross_entropy."""
 
     widths: tuple[int, ...]
@@ -110,7 +110,7 @@ class Chunk:
 
 def evaluate(
     problem: Problem,
-    options: Options,
+    options: LossOptions,
     *,
     scale: float | Tensor = 1.0,
     needs: tuple[bool, ...] = (False, False, False),
@@ -126,7 +126,7 @@ def evaluate(
     tiles, rows = layout(problem, options, len(real), needed=grads.needed)
     scratch = allocate_scratch(problem, options, rows, tiles, needed=grads.needed)
     for index in torch.split(real, rows) if len(real) else ():
-        chunk = take(problem, index, scale, scratch, sizes=len(options.widths))
+        chunk = _take(problem, index, scale, scratch, sizes=len(options.widths))
         losses[:, index] = one_chunk(chunk, problem, options, tiles=tiles, grads=grads)
         if grads.scales is not None:
             grads.scales.add_((chunk.moments * chunk.scale).sum(1))
@@ -147,7 +147,7 @@ def allocate(
     return Gradients(hidden, table, bias, scales)
 
 
-def cast_back(grads: Gradients, problem: Problem, options: Options) -> Gradients:
+def cast_back(grads: Gradients, problem: Problem, options: LossOptions) -> Gradients:
     """The gradients in the dtypes of what they belong to."""
     table = None if grads.table is None else grads.table.to(problem.table.dtype)
     bias = None if grads.bias is None or problem.bias is None else grads.bias.to(problem.bias.dtype)
@@ -158,7 +158,7 @@ def cast_back(grads: Gradients, problem: Problem, options: Options) -> Gradients
 
 
 def layout(
-    problem: Problem, options: Options, rows: int, *, needed: bool
+    problem: Problem, options: LossOptions, rows: int, *, needed: bool
 ) -> tuple[list[Range], int]:
     """The tiles of classes and the rows of a chunk that keep the scratch within the budget."""
     classes = len(problem.table)
@@ -180,7 +180,7 @@ def even(total: int, most: int) -> int:
 
 
 def allocate_scratch(
-    problem: Problem, options: Options, rows: int, tiles: list[Range], *, needed: bool
+    problem: Problem, options: LossOptions, rows: int, tiles: list[Range], *, needed: bool
 ) -> list[Tensor]:
     """The running logits and one slot per size (a single one without gradients)."""
     width = max(hi - lo for lo, hi in tiles)
@@ -189,7 +189,7 @@ def allocate_scratch(
     return [problem.hidden.new_empty(rows, width, dtype=dtype) for _ in range(count)]
 
 
-def take(
+def _take(
     problem: Problem,
     index: Tensor,
     scale: float | Tensor,
@@ -212,7 +212,7 @@ def take(
 
 
 def one_chunk(
-    chunk: Chunk, problem: Problem, options: Options, *, tiles: list[Range], grads: Gradients
+    chunk: Chunk, problem: Problem, options: LossOptions, *, tiles: list[Range], grads: Gradients
 ) -> Tensor:
     """Losses [sizes, R] of a chunk; leaves dx without its scale, adds the rest to grads."""
     if len(tiles) == 1:
@@ -242,7 +242,7 @@ def narrowed(chunk: Chunk, tile: Range) -> Chunk:
 
 
 def running_logits(
-    chunk: Chunk, problem: Problem, options: Options, tile: Range
+    chunk: Chunk, problem: Problem, options: LossOptions, tile: Range
 ) -> Iterator[Tensor]:
     """The logits [R, tile] of each size in turn, in one buffer."""
     logits, table = chunk.logits, span_of(problem.table, 0, tile)
@@ -271,7 +271,7 @@ def accumulate_block(out: Tensor, a: Tensor, b: Tensor, block: Range) -> None:
     span_of(out, 1, block).add_(span_of(product, 1, (lo - start, hi - start)))
 
 
-def whole_rows(chunk: Chunk, problem: Problem, options: Options) -> Tensor:
+def whole_rows(chunk: Chunk, problem: Problem, options: LossOptions) -> Tensor:
     """Losses [sizes, R]; leaves the probabilities of size j in slot j."""
     losses: list[Tensor] = []
     classes = (0, len(problem.table))
@@ -297,7 +297,9 @@ def normalizer(logits: Tensor, probabilities: Tensor, picked: Tensor, target: Te
     return norm
 
 
-def smoothed(norm: Tensor, picked: Tensor, total: Tensor, options: Options, classes: int) -> Tensor:
+def smoothed(
+    norm: Tensor, picked: Tensor, total: Tensor, options: LossOptions, classes: int
+) -> Tensor:
     """The loss from logsumexp, the target's logit and the sum of logits."""
     if not options.smoothing:
         return norm - picked
@@ -305,7 +307,7 @@ def smoothed(norm: Tensor, picked: Tensor, total: Tensor, options: Options, clas
 
 
 def two_sweeps(
-    chunk: Chunk, problem: Problem, options: Options, tiles: list[Range]
+    chunk: Chunk, problem: Problem, options: LossOptions, tiles: list[Range]
 ) -> tuple[list[Tensor], Tensor]:
     """logsumexp of each size and losses [sizes, R], tile by tile."""
     shape = (len(options.widths), len(chunk.x))
@@ -330,7 +332,7 @@ def located(target: Tensor, tile: Range) -> tuple[Tensor, Tensor]:
 
 
 def add_gradients(
-    chunk: Chunk, problem: Problem, options: Options, *, tile: Range, grads: Gradients
+    chunk: Chunk, problem: Problem, options: LossOptions, *, tile: Range, grads: Gradients
 ) -> None:
     """Turns the slots into suffix sums of dlogits and multiplies them out."""
     table = span_of(problem.table, 0, tile)
@@ -348,7 +350,7 @@ def add_gradients(
 
 
 def suffixes(
-    chunk: Chunk, options: Options, tile: Range, classes: int
+    chunk: Chunk, options: LossOptions, tile: Range, classes: int
 ) -> Iterator[tuple[Range, Tensor]]:
     """Each block, last first, with the sum over its and all larger sizes of w dlogits [R, tile].
 
@@ -370,7 +372,7 @@ def suffixes(
         yield block, slot
 
 
-def weighted(losses: Tensor, options: Options) -> Tensor:
+def weighted(losses: Tensor, options: LossOptions) -> Tensor:
     """The losses [sizes, N] of a row added up by weight, [N]."""
     return (losses * losses.new_tensor(options.weights)[:, None]).sum(0)
 

@@ -9,14 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from matryoshkafy.kernels.cross_entropy import Options, Problem, evaluate, row_scale, weighted
+from matryoshkafy.kernels.cross_entropy import LossOptions, Problem, evaluate, row_scale, weighted
 from matryoshkafy.kernels.dispatch import Context, DoubleBackward, Grads
 
 
 class RowContext(Context, Protocol):
     """What the loss of each row keeps."""
 
-    options: Options
+    options: LossOptions
 
 
 class NestedCrossEntropy(torch.autograd.Function):
@@ -27,7 +27,7 @@ class NestedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context, problem: Problem, options: Options, mean: bool, *tensors: Tensor | None
+        ctx: Context, problem: Problem, options: LossOptions, mean: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         scale = row_scale(problem.target, options.ignore_index, mean=mean)
         needs = ctx.needs_input_grad[3:]
@@ -65,7 +65,7 @@ class RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: RowContext, problem: Problem, options: Options, *tensors: Tensor | None
+        ctx: RowContext, problem: Problem, options: LossOptions, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         losses, _ = evaluate(problem, options)
         ctx.options = options
@@ -85,7 +85,7 @@ class RowCrossEntropy(torch.autograd.Function):
 
 
 def apply(
-    problem: Problem, options: Options, *, reduction: str, scales: Tensor | None = None
+    problem: Problem, options: LossOptions, *, reduction: str, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The reduced weighted loss and the losses [sizes, N], for eager mode.
 

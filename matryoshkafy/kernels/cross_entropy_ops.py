@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.kernels import cross_entropy, norms
-from matryoshkafy.kernels.cross_entropy import Gradients, Options, Problem
+from matryoshkafy.kernels.cross_entropy import Gradients, LossOptions, Problem
 from matryoshkafy.kernels.dispatch import Context, Grads
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LossContext(Context, Protocol):
     needs: list[bool]
 
 
-def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, empty where not needed: an operator returns tensors only."""
     none = like.new_empty(0)
     hidden, table, bias = grads.hidden, grads.table, grads.bias
@@ -43,21 +43,21 @@ def optional(grads: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def options_of(settings: Settings) -> Options:
+def _options_of(settings: Settings) -> LossOptions:
     widths, weights, ignore_index, smoothing = settings
-    return Options(tuple(widths), tuple(weights), ignore_index, smoothing)
+    return LossOptions(tuple(widths), tuple(weights), ignore_index, smoothing)
 
 
 def nested_cross_entropy(
     hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Unpack[Call]
 ) -> tuple[Tensor, ...]:
     *_, reduction, needs = args
-    options, problem = options_of(args[:4]), Problem(hidden, table, bias, target)
+    options, problem = _options_of(args[:4]), Problem(hidden, table, bias, target)
     scale = cross_entropy.row_scale(target, options.ignore_index, mean=reduction == "mean")
     losses, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
     total = cross_entropy.weighted(losses, options)
     total = total if reduction == "none" else total.sum() * scale
-    return total, losses, *optional(grads, hidden)
+    return total, losses, *_optional(grads, hidden)
 
 
 def nested_cross_entropy_shape(
@@ -104,9 +104,9 @@ def nested_cross_entropy_grads(
     hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, *args: Unpack[GradsCall]
 ) -> tuple[Tensor, ...]:
     *_, scale, needs = args
-    problem, options = Problem(hidden, table, bias, target), options_of(args[:4])
+    problem, options = Problem(hidden, table, bias, target), _options_of(args[:4])
     _, grads = cross_entropy.evaluate(problem, options, scale=scale, needs=tuple(needs))
-    return optional(grads, hidden)
+    return _optional(grads, hidden)
 
 
 def nested_cross_entropy_grads_shape(

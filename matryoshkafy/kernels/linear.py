@@ -21,17 +21,17 @@ from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, span_of, tiling
 Pair = tuple[Runs, Runs]
 
 
-def rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x [..., I] as a matrix [N, I]."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def plan(x: Tensor, out_runs: Runs, in_runs: Runs) -> Tiling:
+def _plan(x: Tensor, out_runs: Runs, in_runs: Runs) -> Tiling:
     """The tiles for the rows of x [N, ...]."""
     return tiling(out_runs, in_runs, x.shape[0].bit_length(), x.dtype, x.device.type)
 
 
-def block(weight: Tensor, tile: Tile, out_runs: Runs, in_runs: Runs) -> Tensor:
+def _block(weight: Tensor, tile: Tile, out_runs: Runs, in_runs: Runs) -> Tensor:
     """A tile of the weight, free of garbage."""
     part = tile.of(weight)
     if not tile.masked:
@@ -50,13 +50,13 @@ def forward(
     """x [N, I], weight [O, I] -> [N, O]."""
     x, runs = strided(x), (out_runs, in_runs)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for strip in plan(x, *runs).strips:
+    for strip in _plan(x, *runs).strips:
         part = span_of(y, 1, strip.rows)
         start = None if bias is None else span_of(bias, 0, strip.rows)
         if not strip.tiles:
             part.copy_(start) if start is not None else part.zero_()
         for tile in strip.tiles:
-            product(part, span_of(x, 1, tile.columns), block(weight, tile, *runs).t(), start)
+            _product(part, span_of(x, 1, tile.columns), _block(weight, tile, *runs).t(), start)
             start = part
         if strip.masked and overflowed(part, out_runs, start=strip.rows[0]):
             exact = by_level(lambda seen: dense(seen, weight, bias, runs), x, runs, dim=1)
@@ -70,7 +70,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair) -> Tensor:
     return F.linear(x, weight.where(keep, zero(weight.dtype, weight.device)), bias)
 
 
-def product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
+def _product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
     """out = start + a @ b."""
     if start is None:
         torch.mm(a, b, out=out)
@@ -81,20 +81,20 @@ def product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
 def grad_input(dy: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs) -> Tensor:
     """dy [N, O], weight [O, I] -> dx [N, I]: summed into prefixes, the widest first."""
     dy, runs = strided(dy), (out_runs, in_runs)
-    cut = plan(dy, *runs)
+    cut = _plan(dy, *runs)
     dx = dy.new_empty(dy.shape[0], weight.shape[1])
     dx = dx if cut.covering else dx.zero_()
     for number, tile in enumerate(cut.widest_first):
         part = span_of(dx, 1, tile.columns)
         start = None if cut.covering and number == 0 else part
-        product(part, span_of(dy, 1, tile.rows), block(weight, tile, *runs), start)
+        _product(part, span_of(dy, 1, tile.rows), _block(weight, tile, *runs), start)
     return dx
 
 
 def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs) -> Tensor:
     """dy [N, O], x [N, I] -> dW, laid out as weight [O, I] is, zero at the structural zeros."""
     dy, x, runs = strided(dy), strided(x), (out_runs, in_runs)
-    cut, dw = plan(x, *runs), torch.empty_like(weight)
+    cut, dw = _plan(x, *runs), torch.empty_like(weight)
     for hole in cut.holes:
         hole.of(dw).zero_()
     for tile in cut.widest_first:
@@ -135,8 +135,8 @@ class Triangular(torch.autograd.Function):
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs) -> Tensor:
     """x [..., I] -> [..., O], differentiable once."""
-    flat = rows(x)
-    if plan(flat, out_runs, in_runs).dense:
+    flat = as_rows(x)
+    if _plan(flat, out_runs, in_runs).dense:
         runs = (out_runs, in_runs)
         y = dense(x, weight, bias, runs)
         if not overflowed(y, out_runs, dim=x.ndim - 1):

@@ -67,7 +67,7 @@ def unsort_dim(x: Tensor, bands: Bands, dim: int) -> Tensor:
     return torch.empty_like(x).index_copy_(dim, index_tensor(bands.order, x.device), x)
 
 
-def optional(x: Tensor | None, bands: Bands, dtype: torch.dtype) -> Tensor | None:
+def _optional(x: Tensor | None, bands: Bands, dtype: torch.dtype) -> Tensor | None:
     """A weight or bias in the order of the bands and the dtype of the sums."""
     return None if x is None else sort_dim(x.to(dtype), bands, 0)
 
@@ -82,7 +82,7 @@ def row_chunks(x: Tensor) -> list[slice]:
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Triple:
     """x [N, C, S] -> y [N, C, S], mean [N, L], rstd [N, L]."""
     dtype, bands = accumulation_dtype(x.dtype), norm.bands
-    weight, bias = optional(weight, bands, dtype), optional(bias, bands, dtype)
+    weight, bias = _optional(weight, bands, dtype), _optional(bias, bands, dtype)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean = x.new_empty(len(x), len(bands.pairs()), dtype=dtype)
     rstd = torch.empty_like(mean)
@@ -117,13 +117,13 @@ def forward_native(
     for lo, hi in norm.bands.pairs():
         w = None if weight is None else weight[lo:hi]
         b = None if bias is None else bias[lo:hi]
-        out[:, lo:hi], mean, rstd = native(x[:, lo:hi].contiguous(), w, b, norm.eps)
+        out[:, lo:hi], mean, rstd = _native(x[:, lo:hi].contiguous(), w, b, norm.eps)
         means.append(mean)
         rstds.append(rstd)
     return torch.cat(means, 1), torch.cat(rstds, 1)
 
 
-def native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Triple:
+def _native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Triple:
     """The norm of x [N, c, S] over c and S, mean and rstd [N, 1]: the faster of two kernels."""
     rows, width, inner = x.shape
     if inner > 1:
@@ -216,7 +216,7 @@ def backward(dy: Tensor, saved: Saved, norm: Norm) -> Triple:
     dtype, bands = saved.mean.dtype, norm.bands
     dx = torch.empty_like(saved.x, memory_format=torch.contiguous_format)
     dweight, dbias = saved.mean.new_zeros(2, saved.x.shape[1])
-    weight = optional(saved.weight, bands, dtype)
+    weight = _optional(saved.weight, bands, dtype)
     kernel = backward_native if norm.centred and not norm.prefix else backward_general
     for part in row_chunks(saved.x):
         slope = sort_dim(dy[part], bands, 1).to(dtype)

@@ -35,7 +35,7 @@ from matryoshkafy.kernels.cross_entropy_ops import (
 )
 from matryoshkafy.kernels.dispatch import ArgsContext, Context, DoubleBackward, Grads, is_plain
 from matryoshkafy.kernels.levels import check_runs, kept
-from matryoshkafy.kernels.linear import rows
+from matryoshkafy.kernels.linear import as_rows
 from matryoshkafy.kernels.norm_ops import (
     group_norm,
     layer_norm,
@@ -116,7 +116,7 @@ def cast(value: object, dtype: torch.dtype) -> object:
     return value if value.dtype == torch.float64 else value.to(dtype)
 
 
-def autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
+def _autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
     """Under autocast, casts the operator's tensors to dtype (None: the one autocast was given)."""
     key = f"Autocast{device.upper()}"
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -130,7 +130,7 @@ def autocast(name: str, device: str, dtype: torch.dtype | None) -> None:
     LIBRARY.impl(name, kernel, key)
 
 
-def linear(
+def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
     if not is_plain(x):
@@ -154,7 +154,7 @@ def linear_opaque(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
     check_linear(x, weight, out_runs, in_runs)
-    y = triangular.forward(rows(x), weight, bias, tuple(out_runs), tuple(in_runs))
+    y = triangular.forward(as_rows(x), weight, bias, tuple(out_runs), tuple(in_runs))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -168,7 +168,7 @@ def linear_shape(
 def linear_grad_input(
     dy: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
-    dx = triangular.grad_input(rows(dy), weight, tuple(out_runs), tuple(in_runs))
+    dx = triangular.grad_input(as_rows(dy), weight, tuple(out_runs), tuple(in_runs))
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
@@ -181,7 +181,7 @@ def linear_grad_input_shape(
 def linear_grad_weight(
     dy: Tensor, x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
-    return triangular.grad_weight(rows(dy), rows(x), weight, tuple(out_runs), tuple(in_runs))
+    return triangular.grad_weight(as_rows(dy), as_rows(x), weight, tuple(out_runs), tuple(in_runs))
 
 
 def linear_grad_weight_shape(
@@ -209,7 +209,7 @@ def linear_backward(ctx: LinearContext, dy: Tensor) -> Grads:
     runs = (ctx.out_runs, ctx.in_runs)
     dx = ops.linear_grad_input(dy, weight, *runs) if needs_x else None
     dw = ops.linear_grad_weight(dy, x, weight, *runs) if needs_weight else None
-    db = rows(dy).sum(0) if needs_bias else None
+    db = as_rows(dy).sum(0) if needs_bias else None
     return dx, dw, db, None, None
 
 
@@ -279,7 +279,7 @@ def conv_backward(ctx: ArgsContext, dy: Tensor) -> Grads:
     return dx, dw, db, *[None] * len(ctx.args)
 
 
-def mask(
+def _mask(
     weight: Tensor, dim_out: int, dim_in: int, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
     mask_shape(weight, dim_out, dim_in, out_runs, in_runs)
@@ -316,14 +316,14 @@ define("linear_grad_weight", linear_grad_weight, linear_grad_weight_shape)
 define("conv", conv, conv_shape)
 define("conv_grad_input", conv_grad_input, conv_grad_input_shape)
 define("conv_grad_weight", conv_grad_weight, conv_grad_weight_shape)
-define("mask", mask, mask_shape)
+define("mask", _mask, mask_shape)
 define("norm", norm, norm_shape)
 define("norm_backward", norm_backward, norm_backward_shape)
 define("nested_cross_entropy", nested_cross_entropy, nested_cross_entropy_shape)
 define("nested_cross_entropy_grads", nested_cross_entropy_grads, nested_cross_entropy_grads_shape)
 
 # Compositions of other operators: autograd, autocast and shapes come from their parts.
-LIBRARY.impl("linear", linear, "CompositeImplicitAutograd")
+LIBRARY.impl("linear", _linear, "CompositeImplicitAutograd")
 LIBRARY.impl("layer_norm", layer_norm, "CompositeImplicitAutograd")
 LIBRARY.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
 LIBRARY.impl("group_norm", group_norm, "CompositeImplicitAutograd")
@@ -349,6 +349,6 @@ for name in (
     refuse_double_backward(name)
 
 for device in ("cpu", "cuda"):
-    autocast("linear", device, None)
-    autocast("conv", device, None)
-autocast("norm", "cuda", torch.float32)
+    _autocast("linear", device, None)
+    _autocast("conv", device, None)
+_autocast("norm", "cuda", torch.float32)

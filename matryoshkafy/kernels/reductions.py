@@ -37,7 +37,7 @@ def reduction(kind: str) -> Reduce:
     return KINDS[kind]
 
 
-def reached(x: Tensor, dim: int, runs: Runs, level: int, *, prefix: bool) -> Tensor:
+def _reached(x: Tensor, dim: int, runs: Runs, level: int, *, prefix: bool) -> Tensor:
     """The units of x whose values enter the statistic of a level."""
     spans = spans_of(runs)
     pieces = joined([s for s in spans if s.level == level or (prefix and s.level < level)])
@@ -62,5 +62,5 @@ def level_reduce(
 ) -> Tensor:
     """reduce(units that a level reaches along dim), at each index of that level."""
     levels = sorted({span.level for span in spans_of(runs)})
-    parts = {level: reduce(reached(x, dim, runs, level, prefix=prefix)) for level in levels}
+    parts = {level: reduce(_reached(x, dim, runs, level, prefix=prefix)) for level in levels}
     return spread(parts, dim, runs)

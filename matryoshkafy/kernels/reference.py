@@ -43,7 +43,7 @@ def linear(
     return F.linear(x, mask(weight, 0, 1, out_runs, in_runs), bias)
 
 
-def reached(runs: Sequence[int], level: int, *, prefix: bool) -> Tensor:
+def _reached(runs: Sequence[int], level: int, *, prefix: bool) -> Tensor:
     """The indices whose values enter the statistics of a level."""
     found = levels(runs)
     return torch.nonzero(found <= level if prefix else found == level).flatten()
@@ -52,7 +52,7 @@ def reached(runs: Sequence[int], level: int, *, prefix: bool) -> Tensor:
 def per_level(x: Tensor, dim: int, runs: Sequence[int], *, prefix: bool, f: Reduce) -> Tensor:
     """f of the units that each index's level reaches, at that index."""
     columns = [
-        f(x.index_select(dim, reached(runs, int(level), prefix=prefix))) for level in levels(runs)
+        f(x.index_select(dim, _reached(runs, int(level), prefix=prefix))) for level in levels(runs)
     ]
     return torch.cat(columns, dim) if columns else x.sum(dim, keepdim=True)[:0]
 

@@ -20,7 +20,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Cost:
+class Estimate:
     """Seconds of a product [N, k] x [k, n]: call + 2 N n k / flops, + n k / masked if masked."""
 
     call: float
@@ -29,19 +29,19 @@ class Cost:
 
 
 # Measured on one core of an EPYC (Zen 4), torch 2.15, for cpu; from data sheets for cuda.
-COSTS: dict[tuple[str, torch.dtype], Cost] = {
-    ("cpu", torch.float32): Cost(40e-6, 1.0e11, 1e9),
-    ("cpu", torch.float64): Cost(40e-6, 0.5e11, 1e9),
-    ("cpu", torch.bfloat16): Cost(100e-6, 2.2e11, 1e9),
-    ("cpu", torch.float16): Cost(100e-6, 2.2e11, 1e9),
-    ("cuda", torch.float32): Cost(8e-6, 2e13, 2e11),
-    ("cuda", torch.float64): Cost(8e-6, 1e13, 2e11),
-    ("cuda", torch.bfloat16): Cost(8e-6, 3e14, 4e11),
-    ("cuda", torch.float16): Cost(8e-6, 3e14, 4e11),
+COSTS: dict[tuple[str, torch.dtype], Estimate] = {
+    ("cpu", torch.float32): Estimate(40e-6, 1.0e11, 1e9),
+    ("cpu", torch.float64): Estimate(40e-6, 0.5e11, 1e9),
+    ("cpu", torch.bfloat16): Estimate(100e-6, 2.2e11, 1e9),
+    ("cpu", torch.float16): Estimate(100e-6, 2.2e11, 1e9),
+    ("cuda", torch.float32): Estimate(8e-6, 2e13, 2e11),
+    ("cuda", torch.float64): Estimate(8e-6, 1e13, 2e11),
+    ("cuda", torch.bfloat16): Estimate(8e-6, 3e14, 4e11),
+    ("cuda", torch.float16): Estimate(8e-6, 3e14, 4e11),
 }
 # A convolution call costs so many product calls: it reorders its inputs and copies its output.
 CONV_CALL = 3
-DEFAULT = Cost(10e-6, 1e13, 1e11)
+DEFAULT = Estimate(10e-6, 1e13, 1e11)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def span_of(x: Tensor, dim: int, bounds: Range) -> Tensor:
     return x.narrow(dim, bounds[0], bounds[1] - bounds[0])
 
 
-def estimate(strip: Strip, rows: int, cost: Cost) -> float:
+def estimate(strip: Strip, rows: int, cost: Estimate) -> float:
     """The seconds of a strip for `rows` rows of x."""
     height = strip.rows[1] - strip.rows[0]
     area = height * sum(hi - lo for lo, hi in strip.columns)
@@ -104,7 +104,7 @@ def estimate(strip: Strip, rows: int, cost: Cost) -> float:
     return max(len(strip.columns), 1) * cost.call + 2 * rows * area / cost.flops + fill
 
 
-def candidates(spans: tuple[Span, ...], inner: tuple[Span, ...]) -> list[Strip]:
+def _candidates(spans: tuple[Span, ...], inner: tuple[Span, ...]) -> list[Strip]:
     """The ways to do neighbouring row spans in one strip: exact column ranges, or their hull."""
     top, low = max(s.level for s in spans), min(s.level for s in spans)
     pieces = tuple(joined([s for s in inner if s.level <= top]))
@@ -116,14 +116,16 @@ def candidates(spans: tuple[Span, ...], inner: tuple[Span, ...]) -> list[Strip]:
     return [exact, Strip(rows, ((pieces[0][0], pieces[-1][1]),), True)]
 
 
-def cut(outer: tuple[Span, ...], inner: tuple[Span, ...], rows: int, cost: Cost) -> list[Strip]:
+def _cut(
+    outer: tuple[Span, ...], inner: tuple[Span, ...], rows: int, cost: Estimate
+) -> list[Strip]:
     """The strips of least estimated time."""
     best: list[tuple[float, list[Strip]]] = [(0.0, [])]
     for end in range(1, len(outer) + 1):
         options = [
             (best[start][0] + estimate(strip, rows, cost), [*best[start][1], strip])
             for start in range(end)
-            for strip in candidates(outer[start:end], inner)
+            for strip in _candidates(outer[start:end], inner)
         ]
         best.append(min(options, key=lambda option: option[0]))
     return best[-1][1]
@@ -150,9 +152,9 @@ def conv_tiling(
     return cut_all(out_runs, in_runs, bits, replace(cost, call=cost.call * CONV_CALL))
 
 
-def cut_all(out_runs: Runs, in_runs: Runs, bits: int, cost: Cost) -> Tiling:
+def cut_all(out_runs: Runs, in_runs: Runs, bits: int, cost: Estimate) -> Tiling:
     """The cut of least estimated time, and what follows from it."""
-    strips = tuple(cut(spans_of(out_runs), spans_of(in_runs), 1 << bits, cost))
+    strips = tuple(_cut(spans_of(out_runs), spans_of(in_runs), 1 << bits, cost))
     total = sum(in_runs[::2])
     tiles = sorted((tile for s in strips for tile in s.tiles), key=lambda tile: -tile.width)
     holes = [Tile(s.rows, part, True) for s in strips for part in complement(s.columns, total)]

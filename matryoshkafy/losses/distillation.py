@@ -40,7 +40,7 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class Kind:
+class _Kind:
     """What is made of the teacher's outputs once, and a student's divergence per row [N]."""
 
     lesson: Callable[[Tensor, float], Any]
@@ -82,16 +82,16 @@ def cosines(outputs: Tensor, _: float) -> Tensor:
     return rows @ rows.t()
 
 
-def similarity(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
+def _similarity(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:
     """Per row [N]."""
     return (cosines(student, temperature) - lesson).square().mean(-1)
 
 
 KINDS = {
-    "kl": Kind(chances, kl),
-    "mse": Kind(lambda outputs, _: outputs, mse),
-    "cosine": Kind(lambda outputs, _: outputs, cosine),
-    "similarity": Kind(cosines, similarity),
+    "kl": _Kind(chances, kl),
+    "mse": _Kind(lambda outputs, _: outputs, mse),
+    "cosine": _Kind(lambda outputs, _: outputs, cosine),
+    "similarity": _Kind(cosines, _similarity),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import matryoshkafy.kernels.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import cross_entropy_grads
-from matryoshkafy.kernels.cross_entropy import Options, Problem
+from matryoshkafy.kernels.cross_entropy import LossOptions, Problem
 from matryoshkafy.kernels.dispatch import is_plain
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -48,22 +48,22 @@ def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
     """
     if reduction not in REDUCTIONS:
         raise LossError(f"nested_cross_entropy: reduction {reduction!r} is not of {REDUCTIONS}")
-    check(hidden, table, target, sizes, weights=weights, scales=scales)
+    _check(hidden, table, target, sizes, weights=weights, scales=scales)
     flat = target.reshape(-1)
-    hidden, table = autocast(hidden.reshape(-1, hidden.shape[-1])), autocast(table)
+    hidden, table = _autocast(hidden.reshape(-1, hidden.shape[-1])), _autocast(table)
     ordered = options_of(sizes, weights, ignore_index, label_smoothing)
     ranks = [ordered.widths.index(size) for size in sizes]
     if scales is not None:
         scales = scales[sorted(range(len(sizes)), key=ranks.__getitem__)]
     problem = Problem(hidden, table, None if bias is None else bias.to(table.dtype), flat)
-    total, losses = run(problem, ordered, reduction, scales)
+    total, losses = _run(problem, ordered, reduction, scales)
     total = total.view(target.shape) if reduction == "none" else total
     if not return_per_size:
         return total
-    return total, reduced(losses[ranks], flat != ignore_index, target.shape, reduction)
+    return total, _reduced(losses[ranks], flat != ignore_index, target.shape, reduction)
 
 
-def check(
+def _check(
     hidden: Tensor,
     table: Tensor,
     target: Tensor,
@@ -101,14 +101,14 @@ def check(
 
 def options_of(
     sizes: Sequence[int], weights: Sequence[float] | None, ignore_index: int, smoothing: float
-) -> Options:
+) -> LossOptions:
     """The sizes ascending, each with its weight."""
     pairs = sorted(zip(sizes, weights or [1.0] * len(sizes), strict=True))
     widths, ordered = zip(*pairs, strict=True)
-    return Options(tuple(widths), tuple(float(w) for w in ordered), ignore_index, smoothing)
+    return LossOptions(tuple(widths), tuple(float(w) for w in ordered), ignore_index, smoothing)
 
 
-def autocast(x: Tensor) -> Tensor:
+def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast would give a matmul's operand."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
@@ -116,8 +116,8 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def run(
-    problem: Problem, options: Options, reduction: str, scales: Tensor | None
+def _run(
+    problem: Problem, options: LossOptions, reduction: str, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The total and the losses [sizes, N]: directly in eager mode, one operator while tracing."""
     if is_plain(problem.hidden):
@@ -135,7 +135,7 @@ def run(
 
 
 def size_by_size(
-    problem: Problem, options: Options, reduction: str, scales: Tensor
+    problem: Problem, options: LossOptions, reduction: str, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same with scales while tracing, where they are no numbers: one operator per size."""
     totals: list[Tensor] = []
@@ -143,7 +143,7 @@ def size_by_size(
     for width, weight, scale in zip(options.widths, options.weights, scales, strict=True):
         bias = None if problem.bias is None else problem.bias * scale
         one = replace(problem, hidden=problem.hidden * scale, bias=bias)
-        total, loss = run(
+        total, loss = _run(
             one, replace(options, widths=(width,), weights=(weight,)), reduction, None
         )
         totals.append(total)
@@ -151,7 +151,7 @@ def size_by_size(
     return torch.stack(totals).sum(0), torch.cat(losses)
 
 
-def reduced(losses: Tensor, real: Tensor, shape: Sequence[int], reduction: str) -> Tensor:
+def _reduced(losses: Tensor, real: Tensor, shape: Sequence[int], reduction: str) -> Tensor:
     """Losses [sizes, N] reduced over the real rows."""
     if reduction == "none":
         return losses.view(-1, *shape)

@@ -24,10 +24,10 @@ def recipe(like: object) -> Recipe | None:
         return None
     name = str(like.args[0])
     tree = open_clip.get_model_config(name)
-    return None if tree is None else Recipe(f"open_clip:{name}", "open_clip", tree, made)
+    return None if tree is None else Recipe(f"open_clip:{name}", "open_clip", tree, _made)
 
 
-def made(config: Mapping[str, object]) -> nn.Module:
+def _made(config: Mapping[str, object]) -> nn.Module:
     """Return the module of a configuration, in the class that open_clip's factory takes."""
     values: dict[str, Any] = copy.deepcopy(dict(config))
     own_text = values.pop("custom_text", False) or "hf_model_name" in values.get("text_cfg", {})

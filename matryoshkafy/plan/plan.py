@@ -177,9 +177,10 @@ def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> 
 
 def _outputs_from_json(saved: Any, version: int) -> tuple[Shape, ...]:
     """Formats 1 and 2 have the dims of one tensor as they are, and a word before several."""
-    several = isinstance(saved, Mapping) if version < 3 else True
-    shapes: list[Any] = [saved] if not several else saved["many"] if version < 3 else saved
-    return tuple(tuple(map(dims.from_json, shape)) for shape in shapes)
+    if version < 3:
+        one = [saved] if saved else []
+        saved = saved["many"] if isinstance(saved, Mapping) else one
+    return tuple(tuple(map(dims.from_json, shape)) for shape in saved)
 
 
 def plan_to_dict(plan: Plan) -> dict[str, object]:

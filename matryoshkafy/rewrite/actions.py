@@ -180,7 +180,7 @@ FAST: Mapping[str, Callable[[Rewriter, fx.Node, int], fx.Node | None]] = {
 
 
 @dataclass(frozen=True)
-class Norm:
+class _Norm:
     """A norm layer with statistics per level: operator, dim of its units, what is learned."""
 
     target: Any
@@ -188,10 +188,10 @@ class Norm:
     affine: tuple[str, ...]
 
 
-NORMS: Mapping[str, Norm] = {
-    "layer_norm": Norm(nested.layer_norm.default, -1, ("weight", "bias")),
-    "rms_norm": Norm(nested.rms_norm.default, -1, ("weight",)),
-    "group_norm": Norm(nested.group_norm.default, 1, ("weight", "bias")),
+NORMS: Mapping[str, _Norm] = {
+    "layer_norm": _Norm(nested.layer_norm.default, -1, ("weight", "bias")),
+    "rms_norm": _Norm(nested.rms_norm.default, -1, ("weight",)),
+    "group_norm": _Norm(nested.group_norm.default, 1, ("weight", "bias")),
 }
 
 

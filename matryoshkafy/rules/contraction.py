@@ -34,7 +34,7 @@ def _bias(walk: Walk, bias: object, out: Term) -> None:
 
 
 @rule("linear", weights={"weight": LINEAR}, parameters=("bias",), nested="linear")
-def linear(walk: Walk, node: fx.Node, args: Args) -> Terms:
+def linear_layer(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """The last axis of x meets the inner axis of the weight and leaves as the outer one."""
     del node
     x, weight = walk.of(args["input"]), walk.of(args["weight"])
@@ -56,10 +56,10 @@ def matmul(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Batch dims broadcast, the last of a meets the second last of b."""
     del node
     names = list(args)
-    return product(walk, args[names[0]], args[names[1]])
+    return _product(walk, args[names[0]], args[names[1]])
 
 
-def product(walk: Walk, left: object, right: object) -> Terms:
+def _product(walk: Walk, left: object, right: object) -> Terms:
     """Return the terms of left @ right."""
     a, b = walk.of(left), walk.of(right)
     inner = b[-2:][0]
@@ -103,7 +103,7 @@ def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """A product plus a broadcast bias."""
     del node
     names = list(args)
-    out = product(walk, args[names[1]], args[names[2]])
+    out = _product(walk, args[names[1]], args[names[2]])
     for mine, theirs in zip(walk.of(args["self"])[::-1], out[::-1], strict=False):
         if mine and theirs:
             walk.unify(mine, theirs)
@@ -114,7 +114,7 @@ def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
 def addbmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Products summed over the batch, plus a broadcast bias."""
     del node
-    batch, rows, cols = product(walk, args["batch1"], args["batch2"])
+    batch, rows, cols = _product(walk, args["batch1"], args["batch2"])
     walk.contract(batch)
     for mine, theirs in zip(walk.of(args["self"])[::-1], (cols, rows), strict=False):
         if mine and theirs:

@@ -55,7 +55,7 @@ def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "bucketize",
     "searchsorted",
 )
-def counted(walk: Walk, node: fx.Node, args: Args) -> Result:
+def count_up(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Values depend on the size: whole."""
     for value in args.values():
         for term in walk.of(value) if isinstance(value, fx.Node) else ():

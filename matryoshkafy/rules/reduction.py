@@ -29,7 +29,7 @@ from matryoshkafy.rules.table import Args, Result, Terms, Walk, dims_of, rule
 )
 @rule("_fused_rms_norm", sizes="normalized_shape", parameters=("weight",))
 @rule("native_layer_norm", sizes="normalized_shape", parameters=("weight", "bias"))
-def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Result:
+def norm_of_last(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Statistics over the trailing dims; weight and bias belong to them."""
     terms = walk.of(args["input"])
     dims = len(args["normalized_shape"])
@@ -53,7 +53,7 @@ def layer_norm(walk: Walk, node: fx.Node, args: Args) -> Result:
     parameters=("weight", "bias"),
     nested="group_norm",
 )
-def group_norm(walk: Walk, node: fx.Node, args: Args) -> Result:
+def norm_of_groups(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Statistics over the channels of a group and over space: whole groups shrink."""
     del node
     terms, channels = walk.of(args["input"]), walk.shape(args["input"])[1]
@@ -128,7 +128,7 @@ def _each(node: fx.Node, terms: Terms) -> Result:
     "nanmean",
     "aminmax",
 )
-def reduction(walk: Walk, node: fx.Node, args: Args) -> Result:
+def reduce_dims(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Statistics over dims; torch.max of two tensors is pointwise."""
     if isinstance(args.get("other"), fx.Node):
         return broadcast(walk, [args["self"], args["other"]])
@@ -206,7 +206,7 @@ def glu(walk: Walk, node: fx.Node, args: Args) -> Result:
 
 @rule("cosine_similarity", clamps=True)
 @rule("pairwise_distance")
-def similarity(walk: Walk, node: fx.Node, args: Args) -> Result:
+def cosine(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A statistic over one dim of two tensors."""
     names = list(args)
     terms = broadcast(walk, [args[names[0]], args[names[1]]])

@@ -30,7 +30,7 @@ def reshape(walk: Walk, node: fx.Node, args: Args) -> Result:
     source = node.args[0]
     if op_key(node) == "view" and _item_size(source) != _item_size(node):
         return None
-    return regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
+    return _regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
 
 
 def _item_size(value: object) -> int:
@@ -42,18 +42,18 @@ def _item_size(value: object) -> int:
 def reshape_as(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A reshape to the dims of another tensor, which are the same axes."""
     source, other = args["self"], walk.of(args["other"])
-    terms = regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
+    terms = _regroup(walk, walk.of(source), walk.shape(source), walk.shape(node))
     return tuple(walk.unify(a, b) for a, b in zip(terms, other, strict=True))
 
 
-def regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]) -> Terms:
+def _regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]) -> Terms:
     """Return the terms of `old` dims seen as `new` ones (row-major)."""
     if not math.prod(new):  # no unit says which dim of `old` a dim of `new` is
         for term in terms:
             walk.fix(term, "reshaped")
         return tuple(walk.fresh(n, "reshaped") for n in new)
     out: list[Term] = []
-    for ins, outs in runs(old, new):
+    for ins, outs in _runs(old, new):
         whole = tuple(f for i in ins for f in axes.resolve(terms[i]))
         sizes = [new[o] for o in outs]
         pieces = axes.regroup(whole, sizes)
@@ -64,7 +64,7 @@ def regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]
     return tuple(out)
 
 
-def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """Pair minimal consecutive dims of two shapes whose products agree."""
     out: list[tuple[list[int], list[int]]] = []
     i = j = 0
@@ -98,7 +98,7 @@ def transpose(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 
 @rule("t", "numpy_T", "mT", "mH", "adjoint", "matrix_H", picks=True)
-def turned(walk: Walk, node: fx.Node, args: Args) -> Terms:
+def transposed(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """The last two dims change places."""
     del args
     terms = walk.of(node.args[0])
@@ -108,7 +108,7 @@ def turned(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 
 @rule("permute", picks=True)
-def permute(walk: Walk, node: fx.Node, args: Args) -> Terms:
+def permuted(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Dims are reordered."""
     del node
     terms = walk.of(args["self"])

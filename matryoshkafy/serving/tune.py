@@ -78,7 +78,7 @@ def tune(
         )
     allowed = [
         stages
-        for stages in candidates(documents, k)
+        for stages in _candidates(documents, k)
         if budget is None or products(len(documents), stages) <= budget
     ]
     if not allowed:
@@ -91,7 +91,7 @@ def tune(
     return frontier([measured(queries, documents, relevant, stages) for stages in allowed])
 
 
-def candidates(documents: Vectors, k: int) -> Iterator[tuple[tuple[int, int], ...]]:
+def _candidates(documents: Vectors, k: int) -> Iterator[tuple[tuple[int, int], ...]]:
     """Yield the stages to try: (size, kept) pairs, the last size is the full one or any alone."""
     lists = sorted({min(k * times, len(documents)) for times in SHORTLISTS}, reverse=True)
     for size in documents.sizes:

@@ -54,7 +54,7 @@ def save_run(
     where the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    states = {name: state_of(part) for name, part in parts.items()} | {RANDOM: random_state()}
+    states = {name: _state_of(part) for name, part in parts.items()} | {RANDOM: random_state()}
     tree = {name: encode(state, name, tensors) for name, state in states.items()}
     content = {"format": FORMAT, "parts": tree, "position": encode(position, "position", {})}
     failure = None
@@ -113,7 +113,7 @@ def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, object]) -> A
         states = {name: decode(tree, file) for name, tree in content["parts"].items()}
     position = decode(content["position"], None)
     for name, part in parts.items():
-        load(part, states[name])
+        _load(part, states[name])
     set_random_state(states[RANDOM])
     return position
 
@@ -149,12 +149,12 @@ def is_first() -> bool:
 # Parts.
 
 
-def state_of(part: Any) -> Any:
+def _state_of(part: Any) -> Any:
     """The state of a part."""
     return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
 
 
-def load(part: Any, state: Any) -> None:
+def _load(part: Any, state: Any) -> None:
     """Put a state back into a part; tensors become sharded where the part's are."""
     if isinstance(part, torch.Generator):
         part.set_state(state)
@@ -240,7 +240,7 @@ def hexed(value: float, place: str, tensors: Tensors) -> str:
     return value.hex()
 
 
-def made(kind: Callable[[Any], object], read: Reader) -> Reader:
+def _made(kind: Callable[[Any], object], read: Reader) -> Reader:
     """A reader whose result becomes another type."""
 
     def reader(rows: Any, file: TensorFile | None) -> object:
@@ -252,10 +252,10 @@ def made(kind: Callable[[Any], object], read: Reader) -> Reader:
 # type -> (its name in the file, to JSON, from JSON)
 KINDS: Mapping[type, tuple[str, Callable[[Any, str, Tensors], object], Reader]] = {
     list: ("list", items, as_list),
-    tuple: ("tuple", items, made(tuple, as_list)),
+    tuple: ("tuple", items, _made(tuple, as_list)),
     dict: ("dict", pairs, as_dict),
-    OrderedDict: ("ordered", pairs, made(OrderedDict, as_dict)),
-    Counter: ("counter", pairs, made(Counter, as_dict)),
+    OrderedDict: ("ordered", pairs, _made(OrderedDict, as_dict)),
+    Counter: ("counter", pairs, _made(Counter, as_dict)),
     float: ("float", hexed, as_float),
 }
 READERS = {name: reader for name, _, reader in KINDS.values()}

@@ -26,7 +26,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Weight:
+class _Weight:
     """A parameter in the group's basis, or `offset` + one: a gain, where it multiplies a stream."""
 
     name: str
@@ -52,7 +52,7 @@ class Uniform:
     """The same number at every unit."""
 
 
-State = Stream | Weight | Gained | Squared | Uniform
+State = Stream | _Weight | Gained | Squared | Uniform
 Reader = tuple[str, int]
 
 
@@ -105,7 +105,7 @@ class _Walk:
         for value in outputs_of(self.graph):
             if not isinstance(value, fx.Node):
                 continue
-            if not isinstance(self.states.get(value, Stream()), Stream | Weight):
+            if not isinstance(self.states.get(value, Stream()), Stream | _Weight):
                 self.obstacle(value, "the gain of the last norm stands at the output")
         self._check_gains()
         return self.found
@@ -131,7 +131,7 @@ class _Walk:
             self.obstacle(node, f"{node.target} holds it as a part of a larger dim")
         elif node.op == "placeholder":
             self.obstacle(node, "it comes in with an input")
-        self.states[node] = Weight(str(node.target))
+        self.states[node] = _Weight(str(node.target))
 
     def _visit(self, node: fx.Node) -> None:
         places = self.places(node)
@@ -229,7 +229,7 @@ Known = dict[fx.Node, State]
 def _carried(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
     """The op acts on other dims: what comes in goes out."""
     several = gives_several(node)
-    states = {Stream() if isinstance(s, Weight) and not s.offset else s for s in known.values()}
+    states = {Stream() if isinstance(s, _Weight) and not s.offset else s for s in known.values()}
     if not places and not several:
         return _summed(walk, node, states)
     if op_key(node) == "expand_as" and node.args[0] not in known:
@@ -259,9 +259,9 @@ def _added(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> State
     if any(isinstance(s, Squared | Uniform) for s in values):
         return f"{op_key(node)} adds to squares"
     other = [a for a in node.args[:2] if a not in known]
-    if len(values) == 1 and isinstance(values[0], Weight) and other:
+    if len(values) == 1 and isinstance(values[0], _Weight) and other:
         if isinstance(other[0], int | float):
-            return Weight(values[0].name, values[0].offset + float(other[0]))
+            return _Weight(values[0].name, values[0].offset + float(other[0]))
         return "a number is added to a weight"
     walk.found.mean = walk.found.mean or bool(other)
     return Stream()
@@ -272,8 +272,8 @@ def _multiplied(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> 
     states = [s for s in known.values() if not isinstance(s, Uniform)]
     if len(node.args) > 1 and node.args[0] is node.args[1] and len(states) == 1:
         return Squared() if isinstance(states[0], Stream) else "a square of a gained stream"
-    weights = [s for s in states if isinstance(s, Weight)]
-    streams = [s for s in states if not isinstance(s, Weight)]
+    weights = [s for s in states if isinstance(s, _Weight)]
+    streams = [s for s in states if not isinstance(s, _Weight)]
     if len(states) <= 1:
         return states[0] if states else Uniform()
     if len(weights) == 1 and len(streams) == 1 and isinstance(streams[0], Stream):
@@ -329,7 +329,7 @@ def _product(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> Sta
     args = bound_args(node)
     bias = args.get("bias", args.get("self") if op_key(node) in ("addmm", "baddbmm") else None)
     values = {n: s for n, s in known.items() if n not in weights and n is not bias}
-    if any(not isinstance(s, Stream | Weight | Gained) for s in values.values()):
+    if any(not isinstance(s, Stream | _Weight | Gained) for s in values.values()):
         return "squares are multiplied by a weight"
     if into:
         walk.found.contracted = True
@@ -355,7 +355,7 @@ def _met(walk: _Walk, values: Known, places: list[int]) -> State | str | None:
     """No weight carries the axis: it is kept by a product over positions, or summed on both
     sides.
     """
-    states = {Stream() if isinstance(s, Weight) else s for s in values.values()}
+    states = {Stream() if isinstance(s, _Weight) else s for s in values.values()}
     if len(values) == 1 and places:
         return next(iter(states))
     if len(values) in (1, 2) and not places and states == {Stream()}:

@@ -26,8 +26,8 @@ RUNS = {
     "gaps": [2, 1, 0, 3, 3, 5],
     "ones": [1, 0, 1, 1, 1, 2],
 }
-CHEAP = tiling.Cost(1e-12, 1e9, 1e15)
-DEAR = tiling.Cost(1e3, 1e15, 1e15)
+CHEAP = tiling.Estimate(1e-12, 1e9, 1e15)
+DEAR = tiling.Estimate(1e3, 1e15, 1e15)
 
 
 @pytest.fixture(params=["tiled", "dense"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def test_the_plan_alone_says_what_a_slice_holds() -> None:
 
 def test_format_1_is_completed_from_the_graph() -> None:
     doll, plan = planned()
-    old = {k: v for k, v in plan_to_dict(plan).items() if k not in NEW} | {"format": 1}
+    old = {k: v for k, v in before_3(plan).items() if k not in NEW} | {"format": 1}
     read = plan_from_dict(json.loads(json.dumps(old)))
     assert not read.stored and not read.masks
     assert decided(doll._trace, read) == plan
@@ -66,7 +67,34 @@ def test_format_1_is_completed_from_the_graph() -> None:
 NEW = {"masks", "stored", "order", "blocks"}
 
 
-def test_format_2_round_trips_whole() -> None:
+def before_3(plan: Plan) -> dict[str, Any]:
+    """A plan as formats 1 and 2 have it: one tensor's dims as they are, a word before several."""
+    saved: dict[str, Any] = plan_to_dict(plan)
+    nodes = {
+        name: (outputs or [[]])[0] if len(outputs) < 2 else {"many": outputs}
+        for name, outputs in saved["nodes"].items()
+    }
+    return saved | {"format": 2, "nodes": nodes}
+
+
+def test_format_2_has_a_word_before_several_outputs() -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 16), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.first(x).chunk(2, -1)
+            return self.last(a * torch.sigmoid(b))
+
+    plan = mk.inspect(Split(), (torch.randn(2, 4),), sizes=[0.5, 1.0])
+    old = before_3(plan)
+    assert any(isinstance(v, dict) for v in old["nodes"].values())
+    assert plan_from_dict(json.loads(json.dumps(old))) == plan
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_format_3_round_trips_whole() -> None:
     plan = planned()[1]
     group = plan.groups[0].name
     plan = replace(plan, order={group: tuple(range(7, -1, -1))}, blocks=(("relu",), ("linear",)))
