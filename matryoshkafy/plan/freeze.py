@@ -291,17 +291,12 @@ def output_plan(trace: Trace, request: Request) -> Plan:
 
 def is_unit_length(node: object) -> bool:
     """Tell whether a value is x / |x| over its last axis, as torch.nn.functional.normalize is."""
-    if not isinstance(node, fx.Node) or op_key(node) != "div" or len(node.args) < 2:
+    if not isinstance(node, fx.Node) or op_of(node).algebra != "divide" or len(node.args) < 2:
         return False
     source, norm = node.args[:2]
-    while isinstance(norm, fx.Node) and op_key(norm) in (
-        "clamp_min",
-        "clamp",
-        "expand",
-        "expand_as",
-    ):
+    while isinstance(norm, fx.Node) and op_of(norm).algebra in ("bound", "spread"):
         norm = norm.args[0]
-    if not isinstance(norm, fx.Node) or op_key(norm) not in ("linalg_vector_norm", "norm"):
+    if not isinstance(norm, fx.Node) or op_of(norm).algebra != "length":
         return False
     given = bound_args(norm)
     of, last = given.get("self", given.get("x")), len(tensor_info(node).shape) - 1

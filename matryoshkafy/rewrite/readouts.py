@@ -10,15 +10,14 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, is_tensor, op_key, outputs_of, tensor_info
+from matryoshkafy.graph.nodes import bound_args, is_op, is_tensor, outputs_of, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.outputs import scores_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.actions import ACTIONS
 from matryoshkafy.rewrite.codegen import CallCodeGen
 from matryoshkafy.rewrite.writer import Live, Rewriter
-
-PRODUCTS = ("linear", "matmul", "mm")
+from matryoshkafy.rules import op_of
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,24 @@ def _unwound(position: int, node: fx.Node, *, alone: bool) -> LastLinear | None:
     chain: list[fx.Node] = []
     factors: list[tuple[fx.Node | float, bool, bool]] = []
     bias: fx.Node | None = None
-    while op_key(node) not in PRODUCTS:
+    while not _is_product(node):
         pair = _operands(node)
         if pair is None:
             return None
         inner, other = pair
-        if op_key(node) == "add":
+        if op_of(node).algebra == "add":
             if bias is not None or not isinstance(other, fx.Node):
                 return None
             bias = other
         else:
-            factors.append((other, op_key(node) == "div", bias is None))
+            factors.append((other, op_of(node).algebra == "divide", bias is None))
         chain.append(node)
         node = inner
     own = bound_args(node).get("bias")
     if own is not None and bias is not None:
         return None
     hidden, table = node.args[:2]
-    turned = op_key(node) != "linear"
+    turned = op_of(node).product
     if not isinstance(hidden, fx.Node) or not isinstance(table, fx.Node):
         return None
     return LastLinear(
@@ -123,9 +122,15 @@ def _unwound(position: int, node: fx.Node, *, alone: bool) -> LastLinear | None:
     )
 
 
+def _is_product(node: fx.Node) -> bool:
+    """Whether a node is hidden @ table, in this order and with nothing but a bias added."""
+    reads = op_of(node).reads
+    return reads is not None and reads[1] == -1 and next(iter(bound_args(node))) == reads[0]
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
     """Return the scores that an add, mul or div goes on with, and its bias or factor."""
-    if op_key(node) not in ("add", "mul", "div") or not hasattr(node.target, "_schema"):
+    if op_of(node).algebra not in ("add", "multiply", "divide") or not is_op(node):
         return None
     given = bound_args(node)
     if given.get("alpha", 1) != 1 or given.get("rounding_mode") is not None:
@@ -133,18 +138,18 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
     one, other = given["self"], given["other"]
     if isinstance(one, fx.Node) and _is_small(node, other):
         return one, other
-    turned = op_key(node) != "div" and isinstance(other, fx.Node) and _is_small(node, one)
+    turned = op_of(node).algebra != "divide" and isinstance(other, fx.Node) and _is_small(node, one)
     return (other, one) if turned else None
 
 
 def _is_small(node: fx.Node, value: object) -> bool:
     """Whether a value is a factor (one number) or, in an addition, a bias (one number a class)."""
     if not isinstance(value, fx.Node):
-        return op_key(node) != "add" and isinstance(value, (int, float))
+        return op_of(node).algebra != "add" and isinstance(value, (int, float))
     if not is_tensor(value):
         return False
     shape, whole = tensor_info(value).shape, tensor_info(node).shape
-    if op_key(node) == "add":
+    if op_of(node).algebra == "add":
         return bool(shape) and prod(shape) == shape[-1] == whole[-1] and whole[-1] > 1
     return prod(shape) == 1
 

@@ -10,6 +10,8 @@ from matryoshkafy.rules import recurrent as recurrent
 from matryoshkafy.rules import reduction as reduction
 from matryoshkafy.rules import space as space
 from matryoshkafy.rules import view as view
+
+from matryoshkafy.rules import algebra as algebra  # isort: skip  it says more of rows that stand
 from matryoshkafy.rules.table import OPS as OPS
 from matryoshkafy.rules.table import Args as Args
 from matryoshkafy.rules.table import Op as Op

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from torch import fx
@@ -166,6 +166,9 @@ class Op:
         casts: whether it changes the dtype alone.
         counts: whether its values count its units (arange).
         fills: whether it writes a constant, which may be infinite (masked_fill).
+        algebra: what it does to the units of an axis seen as a vector, a word of `rules/algebra.py`
+            ("same", "carry", "add", ...); "" where it acts on each of them in a way of its own.
+        reads: of a product, the argument whose dim is summed over, and that dim.
     """
 
     key: str
@@ -186,6 +189,8 @@ class Op:
     casts: bool = False
     counts: bool = False
     fills: bool = False
+    algebra: str = ""
+    reads: tuple[str, int] | None = None
 
     @property
     def clampable(self) -> bool:
@@ -224,6 +229,8 @@ class Facts(TypedDict, total=False):
     casts: bool
     counts: bool
     fills: bool
+    algebra: str
+    reads: tuple[str, int] | None
 
 
 OPS: dict[str, Op] = {}
@@ -263,6 +270,12 @@ def rule(*ops: object, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def also(keys: Iterable[str], **facts: Unpack[Facts]) -> None:
+    """Say more of ops that have a row."""
+    for key in keys:
+        OPS[key] = replace(OPS[key], **facts)  # type: ignore[arg-type]
 
 
 def op_of(node: fx.Node) -> Op:

@@ -13,8 +13,8 @@ from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll, replan, trace_of
 from matryoshkafy.dolls.verify import TOLERANCE, relative_error
-from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.rewrite.graphs import outputs_graph
+from matryoshkafy.rules import op_of
 from matryoshkafy.units import scores as scoring
 from matryoshkafy.units.permute import OrderError, Orders, inverse, noted, permute, put_back
 from matryoshkafy.units.report import OrderReport, cka, group_orders
@@ -22,17 +22,6 @@ from matryoshkafy.units.scores import SCORES, Loss
 from matryoshkafy.units.sites import measure
 
 UNREAD = ("refuse", "leave")
-# A constant made of these is the same at every index, so that its axis has no order to lose.
-UNIFORM = (
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "scalar_tensor",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-)
 ROWS = 4096
 
 
@@ -200,7 +189,9 @@ def _meaning(node: fx.Node) -> str:
     if node.op == "placeholder":
         return "it comes in with the input"
     constant = node.op == "call_function" and not node.all_input_nodes
-    return "it is counted at" if constant and op_key(node) not in UNIFORM else ""
+    # The same at every index: such an axis has no order to lose.
+    uniform = op_of(node).algebra == "uniform"
+    return "it is counted at" if constant and not uniform else ""
 
 
 def _applied(

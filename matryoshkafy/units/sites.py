@@ -17,13 +17,10 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
-from matryoshkafy.graph.nodes import bound_args, gives_several, op_key, tensor_info
+from matryoshkafy.graph.nodes import bound_args, gives_several, tensor_info
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
-
-# Where the summed dim of the activation stands, by op; of a convolution it comes after the batch.
-LAST = {"linear": "input", "addmm": "mat1", "matmul": "self", "mm": "self", "bmm": "self"}
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "convolution": 2}
 
 
 @dataclass(frozen=True)
@@ -77,16 +74,16 @@ def sites_of(graph: fx.Graph, plan: Plan) -> list[Site]:
 
 
 def _read_by(node: fx.Node, plan: Plan) -> list[Site]:
-    name = op_key(node)
-    if name not in LAST and name not in CONVOLUTIONS:
+    reads = op_of(node).reads
+    if reads is None:
         return []
     args, places = bound_args(node), weight_places(node)
-    value = args.get(LAST.get(name, "input"))
+    value = args.get(reads[0])
     weights = [w for w in places if w is not value and places[w].into]
     if not isinstance(value, fx.Node) or not weights or value in places:
         return []
     shape = plan.dims(value.name)
-    position = len(shape) - 1 - CONVOLUTIONS.get(name, 0)
+    position = len(shape) + reads[1]
     plain = not gives_several(value) and 0 <= position < len(shape)
     if not plain or not dims.is_nested(shape[position]):
         return []

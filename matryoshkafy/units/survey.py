@@ -15,8 +15,17 @@ import torch
 from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, gives_several, op_key, outputs_of, source_of
+from matryoshkafy.graph.nodes import (
+    bound_args,
+    gives_several,
+    is_item,
+    is_tensor,
+    op_key,
+    outputs_of,
+    source_of,
+)
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
 
 
@@ -72,18 +81,6 @@ class Survey:
     scales: set[str] = field(default_factory=set[str])
     mean: bool = False
     contracted: bool = False
-
-
-CARRY = frozenset(
-    """to _to_copy clone contiguous detach alias dropout native_dropout feature_dropout view reshape
-    permute transpose t numpy_T expand expand_as unsqueeze squeeze select slice index index_select
-    gather cat stack flatten unflatten movedim narrow embedding neg split split_with_sizes chunk
-    unbind repeat operator::getitem type_as sum mean matryoshkafy::dropout""".split()
-)
-UNIFORM = frozenset("zeros ones full zeros_like ones_like full_like new_zeros new_full".split())
-PRODUCTS = frozenset(
-    "linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d convolution".split()
-)
 
 
 class _Walk:
@@ -152,18 +149,19 @@ class _Walk:
         self, node: fx.Node, known: dict[fx.Node, State], places: list[int]
     ) -> State | str | None:
         """Return the state of a node's value, None without the axis, or an obstacle's text."""
-        key = op_key(node)
-        if key in UNIFORM or (not known and key in ("expand", "expand_as", "to", "_to_copy")):
+        row = op_of(node)
+        if row.algebra == "uniform" or (not known and row.algebra in ("spread", "same")):
             return Uniform()
-        if key == "builtins::getattr" or key.startswith("sym_"):
+        if not is_tensor(node) and not gives_several(node):
             return None
-        if key in PRODUCTS:
+        if row.weights and not gives_several(node):
             return _product(self, node, known, places)
-        if key in RULES:
-            return RULES[key](self, node, known, places)
-        if key in CARRY:
-            return _carried(self, node, known, places)
-        return f"{key} acts on each of its units"
+        if row.nested in NORMS:
+            return _norm(self, node, known, places)
+        handler = _carried if is_item(node) else RULES.get(row.algebra)
+        if handler is None:
+            return f"{op_key(node)} acts on each of its units"
+        return handler(self, node, known, places)
 
     # Gains.
 
@@ -185,7 +183,7 @@ class _Walk:
 
     def reader(self, node: fx.Node, weight: fx.Node, dim: int, gained: Gained) -> str | None:
         """Note that a weight reads a gained stream; return the obstacle where it cannot fold it."""
-        while op_key(weight) in ("t", "numpy_T", "transpose"):
+        while op_of(weight).algebra == "turn":
             weight, dim = weight.all_input_nodes[0], 1 - dim
         if weight.op != "get_attr":
             return f"a weight that is computed reads it behind the gain {gained.gain}"
@@ -216,7 +214,7 @@ def _uses(node: fx.Node, walk: _Walk) -> int:
     """Count the uses of a weight other than reading a gained stream."""
     count = 0
     for user in node.users:
-        if op_key(user) in ("t", "numpy_T", "transpose"):
+        if op_of(user).algebra == "turn":
             count += _uses(user, walk)
         elif not any(isinstance(walk.states.get(n), Gained) for n in user.all_input_nodes):
             count += 1
@@ -232,9 +230,9 @@ def _carried(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> Sta
     states = {Stream() if isinstance(s, _Weight) and not s.offset else s for s in known.values()}
     if not places and not several:
         return _summed(walk, node, states)
-    if op_key(node) == "expand_as" and node.args[0] not in known:
+    if op_of(node).algebra == "spread" and node.args[0] not in known:
         return Uniform()
-    if len(known) == 1 and op_key(node) in ("to", "_to_copy", "alias", "detach", "clone"):
+    if len(known) == 1 and op_of(node).algebra == "same":
         return next(iter(known.values()))
     if len(states) != 1:
         return f"{op_key(node)} joins values in different bases"
@@ -243,7 +241,7 @@ def _carried(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> Sta
 
 def _summed(walk: _Walk, node: fx.Node, states: set[State]) -> str | None:
     """The axis ends here: sums of squares stay, a mean asks for the direction of ones."""
-    if op_key(node) not in ("sum", "mean") or len(states) != 1:
+    if op_of(node).statistic not in ("sum", "mean") or len(states) != 1:
         return f"{op_key(node)} picks among its units"
     (state,) = states
     if isinstance(state, Stream):
@@ -295,7 +293,7 @@ def _divided(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> Sta
 def _power(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
     """Squares."""
     (state,) = known.values()
-    square = op_key(node) == "square" or node.args[1] == 2
+    square = len(node.args) == 1 or node.args[1] == 2
     return Squared() if square and isinstance(state, Stream) else "a power of its units"
 
 
@@ -305,7 +303,7 @@ def _norm(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> State 
     state = known.get(args["input"])
     if not isinstance(state, Stream) or len(args["normalized_shape"]) != 1:
         return "a norm reads a gained stream" if state is not None else "a norm of other dims"
-    walk.found.mean = walk.found.mean or op_key(node) == "layer_norm"
+    walk.found.mean = walk.found.mean or op_of(node).nested == "layer_norm"
     gain, bias = args.get("weight"), args.get("bias")
     named = [None if n is None else str(n.target) for n in (gain, bias)]
     if any(n is not None and n.op != "get_attr" for n in (gain, bias)):
@@ -327,7 +325,9 @@ def _product(walk: _Walk, node: fx.Node, known: Known, places: list[int]) -> Sta
     into = [(w, d) for w, p in weights.items() for d in p.into if d in _own(walk, w)]
     outs = [w for w, p in weights.items() if any(d in _own(walk, w) for d in p.outs)]
     args = bound_args(node)
-    bias = args.get("bias", args.get("self") if op_key(node) in ("addmm", "baddbmm") else None)
+    reads = op_of(node).reads
+    # addmm adds `self` to the product; matmul reads it.
+    bias = args.get("bias", args.get("self") if reads and reads[0] != "self" else None)
     values = {n: s for n, s in known.items() if n not in weights and n is not bias}
     if any(not isinstance(s, Stream | _Weight | Gained) for s in values.values()):
         return "squares are multiplied by a weight"
@@ -365,13 +365,16 @@ def _met(walk: _Walk, values: Known, places: list[int]) -> State | str | None:
 
 
 Handler = Callable[[_Walk, fx.Node, Known, list[int]], State | str | None]
-RULES: dict[str, Handler] = {
-    **dict.fromkeys(("add", "sub", "rsub"), _added),
-    **dict.fromkeys(("mul",), _multiplied),
-    **dict.fromkeys(("div",), _divided),
-    **dict.fromkeys(("pow", "square"), _power),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _norm),
-    **dict.fromkeys(("linalg_vector_norm", "norm"), _length),
+NORMS = ("layer_norm", "rms_norm")
+# By the word of the op's row.
+RULES: Mapping[str, Handler] = {
+    **dict.fromkeys(("carry", "same", "turn", "spread"), _carried),
+    "add": _added,
+    "subtract": _added,
+    "multiply": _multiplied,
+    "divide": _divided,
+    "power": _power,
+    "length": _length,
 }
 
 

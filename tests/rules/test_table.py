@@ -119,6 +119,142 @@ def test_products_have_two_tensors_without_a_place_for_parameters() -> None:
         assert not row.weight_arguments(), row.key
 
 
+ROW_IDS, PAIR = torch.tensor([1, 0]), (0.3, 1.7)
+UNIFORM = {
+    **{f"{n}_like": lambda op, x: op(x) for n in ("zeros", "ones")},
+    **{n: lambda op, x: op([5]) for n in ("zeros", "ones")},
+    **{f"new_{n}": lambda op, x: op(x, [5]) for n in ("zeros", "ones")},
+    "full": lambda op, x: op([5], 0.5),
+    "full_like": lambda op, x: op(x, 0.5),
+    "new_full": lambda op, x: op(x, [5], 0.5),
+    "scalar_tensor": lambda op, x: op(0.5),
+}
+# On the rows of x [4, 6]: what they do passes through a matrix on the columns.
+CARRY = {
+    "dropout": lambda op, x: op(x, 0.0, False),
+    "native_dropout": lambda op, x: op(x, 0.0, False)[0],
+    "feature_dropout": lambda op, x: op(x, 0.0, False),
+    "view": lambda op, x: op(x.contiguous(), [2, 2, 6]),
+    "reshape": lambda op, x: op(x, [2, 2, 6]),
+    "permute": lambda op, x: op(x.reshape(2, 2, 6), [1, 0, 2]),
+    "unsqueeze": lambda op, x: op(x, 0),
+    "squeeze": lambda op, x: op(x[None], 0),
+    "select": lambda op, x: op(x, 0, 1),
+    "slice": lambda op, x: op(x, 0, 1, 3),
+    "index": lambda op, x: op(x, [ROW_IDS]),
+    "index_select": lambda op, x: op(x, 0, ROW_IDS),
+    "gather": lambda op, x: op(x, 0, ROW_IDS[:, None].expand(2, 6)),
+    "cat": lambda op, x: op([x, x], 0),
+    "stack": lambda op, x: op([x, x], 0),
+    "flatten": lambda op, x: op(x.reshape(2, 2, 6), 0, 1),
+    "unflatten": lambda op, x: op(x, 0, [2, 2]),
+    "movedim": lambda op, x: op(x.reshape(2, 2, 6), 0, 1),
+    "narrow": lambda op, x: op(x, 0, 1, 2),
+    "embedding": lambda op, x: op(x, ROW_IDS),
+    "neg": lambda op, x: op(x),
+    "split": lambda op, x: op(x, 2, 0)[1],
+    "split_with_sizes": lambda op, x: op(x, [1, 3], 0)[1],
+    "chunk": lambda op, x: op(x, 2, 0)[1],
+    "unbind": lambda op, x: op(x, 0)[1],
+    "repeat": lambda op, x: op(x, [2, 1]),
+    "type_as": lambda op, x: op(x, x),
+    "sum": lambda op, x: op(x, [0]),
+    "mean": lambda op, x: op(x, [0]),
+}
+SAME = {
+    **{n: lambda op, x: op(x) for n in ("clone", "contiguous", "detach", "alias")},
+    **{n: lambda op, x: op(x, dtype=torch.float32) for n in ("to", "_to_copy")},
+}
+ARITHMETIC = {
+    "add": operator.add, "sub": operator.sub, "rsub": lambda a, b: b - a,
+    "mul": operator.mul, "div": operator.truediv, "pow": operator.pow,
+}  # fmt: skip
+WORDS = {
+    "add": "add", "sub": "subtract", "rsub": "subtract", "mul": "multiply", "div": "divide",
+    "pow": "power",
+}  # fmt: skip
+
+
+def of(word: str) -> set[str]:
+    """Return the ops whose algebra is a word."""
+    return {key for key in ROWS if OPS[key].algebra == word}
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_what_is_uniform_has_one_value() -> None:
+    assert of("uniform") <= set(UNIFORM) | {"empty"}
+    for key in of("uniform") - {"empty"}:
+        assert UNIFORM[key](getattr(torch.ops.aten, key), drawn(5)).unique().numel() == 1, key
+
+
+def test_what_carries_passes_a_change_of_basis() -> None:
+    x, basis = drawn(4, 6), torch.linalg.qr(drawn(6, 6))[0]
+    assert of("carry") <= set(CARRY)
+    for key in of("carry"):
+        op = getattr(torch.ops.aten, key)
+        torch.testing.assert_close(CARRY[key](op, x @ basis), CARRY[key](op, x) @ basis, msg=key)
+
+
+def test_what_is_the_same_turned_spread_bound_or_a_length() -> None:
+    x = drawn(3, 5)
+    aten = torch.ops.aten
+    assert of("same") <= set(SAME)
+    assert all(torch.equal(SAME[k](getattr(aten, k), x.float()), x.float()) for k in of("same"))
+    turned = {"t": (), "numpy_T": (), "transpose": (0, 1)}
+    assert of("turn") <= set(turned)
+    assert all(torch.equal(getattr(aten, k)(x, *turned[k]), x.mT) for k in of("turn"))
+    spread = {"expand": [3, 5], "expand_as": x, "broadcast_to": [3, 5]}
+    assert of("spread") <= set(spread)
+    for key in of("spread"):
+        assert torch.equal(getattr(aten, key)(x[:, :1], spread[key])[:, 4], x[:, 0]), key
+    assert of("bound") == {"clamp", "clamp_min"}
+    assert all(torch.equal(getattr(aten, k)(x, -1e9), x) for k in of("bound"))
+    for key in of("length"):
+        found = getattr(aten, key)(x, 2, [-1])
+        torch.testing.assert_close(found, x.square().sum(-1).sqrt(), msg=key)
+
+
+def test_arithmetic_is_what_its_word_says() -> None:
+    a, b = (torch.tensor([n], dtype=torch.float64) for n in PAIR)
+    for key, word in WORDS.items():
+        assert OPS[key].algebra == word
+        found = getattr(torch.ops.aten, key)(a, b)
+        torch.testing.assert_close(found, ARITHMETIC[key](a, b), msg=key)
+    assert of("power") == {"pow", "square"}
+    assert torch.equal(torch.ops.aten.square(a), a * a)
+
+
+READ = {
+    "linear": ((2, 5), (3, 5), 1), "matmul": ((2, 5), (5, 3), 0), "mm": ((2, 5), (5, 3), 0),
+    "bmm": ((2, 2, 5), (2, 5, 3), 1), "conv1d": ((1, 5, 4), (3, 5, 2), 1),
+    "conv2d": ((1, 5, 4, 4), (3, 5, 2, 2), 1), "conv3d": ((1, 5, 4, 4, 4), (3, 5, 2, 2, 2), 1),
+    "convolution": ((1, 5, 4, 4), (3, 5, 2, 2), 1), "addmm": ((2, 5), (5, 3), 0),
+}  # fmt: skip
+
+
+def test_what_is_read_may_change_places_with_the_weights() -> None:
+    """A sum has no order: the same permutation on both sides changes nothing."""
+    rows = {key: OPS[key].reads for key in ROWS if OPS[key].reads is not None}
+    assert set(rows) == set(READ)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    for key, reads in rows.items():
+        shape, weights, into = READ[key]
+        x, w = drawn(*shape), drawn(*weights)
+        assert reads is not None and reads[0] in arguments(key), key
+        moved = x.index_select(reads[1], order), w.index_select(into, order)
+        torch.testing.assert_close(_product(key, *moved), _product(key, x, w), msg=key)
+
+
+def _product(key: str, x: Tensor, w: Tensor) -> Tensor:
+    op, ones = getattr(torch.ops.aten, key), [1, 1]
+    if key == "convolution":
+        return op(x, w, None, ones, [0, 0], ones, False, [0, 0], 1)
+    return op(torch.zeros(3, dtype=x.dtype), x, w) if key == "addmm" else op(x, w)
+
+
 def test_the_words_of_rule_are_the_fields_of_a_row() -> None:
     own = {f.name for f in fields(Op)} - {"key", "axes"}
     assert set(Facts.__annotations__) == own | {"training"}

@@ -1,0 +1,47 @@
+"""What each op does to the units of an axis seen as a vector: one word a row, for rotating and
+for reading a model's last product.
+
+    uniform    every unit is one number               zeros, full
+    same       the value itself                       clone, to
+    turn       the last two dims change places        t
+    spread     one unit becomes many alike            expand
+    carry      other dims are acted on                reshape, dropout, a sum over another dim
+    add, subtract, multiply, divide, power            of two values, unit by unit
+    length     the Euclidean length                   linalg_vector_norm
+    bound      limits that nothing usual reaches      clamp_min
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matryoshkafy.rules.table import OPS, also
+
+WORDS: Mapping[str, str] = {
+    "uniform": """zeros ones full empty scalar_tensor zeros_like ones_like full_like new_zeros
+        new_ones new_full""",
+    "same": "to _to_copy clone contiguous detach alias",
+    "turn": "t numpy_T transpose",
+    "spread": "expand expand_as broadcast_to",
+    "carry": """dropout native_dropout feature_dropout view reshape permute unsqueeze squeeze select
+        slice index index_select gather cat stack flatten unflatten movedim narrow embedding neg
+        split split_with_sizes chunk unbind repeat type_as sum mean""",
+    "add": "add",
+    "subtract": "sub rsub",
+    "multiply": "mul",
+    "divide": "div",
+    "power": "pow square",
+    "length": "linalg_vector_norm norm",
+    "bound": "clamp clamp_min",
+}
+
+for word, ops in WORDS.items():
+    also([op for op in ops.split() if op in OPS], algebra=word)
+
+# The argument whose dim is summed over, beside a weight; of a convolution it comes after the batch.
+also(["linear"], reads=("input", -1))
+also(["matmul", "mm", "bmm"], reads=("self", -1))
+also(["addmm"], reads=("mat1", -1))
+also(["conv1d"], reads=("input", -2))
+also(["conv2d", "convolution"], reads=("input", -3))
+also(["conv3d"], reads=("input", -4))
