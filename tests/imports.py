@@ -69,6 +69,23 @@ def module_imports() -> Mapping[str, frozenset[str]]:
     }
 
 
+def dynamic_imports() -> dict[str, str]:
+    """Return {module: what it imports by name}: import_module of one of the library's own."""
+    found: dict[str, str] = {}
+    for module, path in modules().items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        looks_up = any(_name_of(n) == "import_module" for n in nodes)
+        texts = [str(n.value) for n in nodes if isinstance(n, ast.Constant)]
+        named = [t for t in texts if t.startswith(f"{NAME}.") and t.split(".", 1)[1] in modules()]
+        if looks_up and named:
+            found[module] = named[0].split(".", 1)[1]
+    return found
+
+
+def _name_of(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+
+
 def room_imports() -> dict[str, set[str]]:
     """Return {room: rooms that it imports from}."""
     out: dict[str, set[str]] = {}

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import time
 import traceback
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.zoo.registry import Entry, entries
+from tests.zoo.workers import Worker
 
 if TYPE_CHECKING:
     from torch import fx
@@ -106,56 +104,32 @@ def _graphs(graph: fx.Graph) -> Iterable[fx.Graph]:
             yield from _graphs(child.graph)
 
 
-def _serve(pipe: Connection) -> None:
-    import torch
-
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    known = {entry.name: entry for entry in entries()}
-    for name in iter(pipe.recv, None):
-        pipe.send(export(known[name]))
+def answer(name: str) -> Record:
+    """Exports the entry of a name."""
+    return export({entry.name: entry for entry in entries()}[name])
 
 
-class Worker:
-    """A process that exports entries one after the other."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.served = 0
-
-    def ask(self, entry: Entry, limit: float) -> Record:
-        """Gives the record of one entry, or a record of the time-out or crash."""
-        self.served += 1
-        base: Record = {"name": entry.name, "family": entry.family, "stage": "?", "ok": False}
-        try:
-            self.pipe.send(entry.name)
-            if self.pipe.poll(limit):
-                return self.pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return base | {"error": "Crash", "message": ["the process died"], "place": ""}
-        return base | {"error": "Timeout", "message": [f"over {limit} s"], "place": ""}
-
-    def end(self) -> None:
-        """Ends the process."""
-        self.process.terminate()
-        self.process.join()
+def asked(worker: Worker, entry: Entry, limit: float) -> Record:
+    """Gives the record of one entry, or a record of the time-out or crash."""
+    found, failure = worker.ask(entry.name, limit)
+    if not failure:
+        return found
+    message = f"over {limit} s" if failure == "Timeout" else "the process died"
+    base: Record = {"name": entry.name, "family": entry.family, "stage": "?", "ok": False}
+    return base | {"error": failure, "message": [message], "place": ""}
 
 
 def run(wanted: Iterable[Entry], *, limit: float = 60.0, per_worker: int = 40) -> list[Record]:
     """Exports every entry wanted and gives one record for each."""
     records: list[Record] = []
-    worker = Worker()
+    worker = Worker(answer)
     for entry in wanted:
-        record = worker.ask(entry, limit + (20.0 if worker.served == 0 else 0.0))
+        record = asked(worker, entry, limit + (20.0 if worker.served == 0 else 0.0))
         records.append(record)
         print(_line(record), flush=True)
         if record.get("error") in {"Timeout", "Crash"} or worker.served >= per_worker:
             worker.end()
-            worker = Worker()
+            worker = Worker(answer)
     worker.end()
     return records
 

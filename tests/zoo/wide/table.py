@@ -13,15 +13,12 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import platform
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import torch
 from tests.zoo.judge import Verdict, exports, judge
 from tests.zoo.registry import Entry
 from tests.zoo.wide.registry import wide_entries
+from tests.zoo.workers import Worker
 
 Row = dict[str, Any]
 NESTINGS = ("sliced", "masked")
@@ -54,49 +52,22 @@ def _row(verdict: Verdict, traced: bool) -> Row:
     return asdict(verdict) | {"exports": traced}
 
 
-def _serve(pipe: Connection) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    known = {entry.name: entry for entry in wide_entries()}
-    for name in iter(pipe.recv, None):
-        pipe.send(measure(known[name]))
-
-
-class Worker:
-    """A process that judges models one after the other."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, entry: Entry, limit: float) -> list[Row] | None:
-        """Return the rows of one model; None where the process ended or took too long."""
-        try:
-            self.pipe.send(entry.name)
-            return self.pipe.recv() if self.pipe.poll(limit) else None
-        except (EOFError, OSError):
-            return None
-
-    def end(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.join()
+def answer(name: str) -> list[Row]:
+    """Return the rows of the model of a name."""
+    return measure({entry.name: entry for entry in wide_entries()}[name])
 
 
 def judged(chosen: Iterable[Entry], path: Path, limit: float) -> list[Row]:
     """Return the rows of the models chosen; those already in the file are not judged again."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done, worker = {row["name"] for row in rows}, Worker()
+    done, worker = {row["name"] for row in rows}, Worker(answer)
     for entry in chosen:
         if entry.name in done:
             continue
-        found = worker.ask(entry, limit)
-        if found is None:
+        found, failure = worker.ask(entry.name, limit)
+        if failure:
             worker.end()
-            worker = Worker()
+            worker = Worker(answer)
             text = f"crash: the process ended, or took over {limit:g} s"
             checks = {"convert": text}
             blank = (Verdict(entry.name, entry.family, n, "crash", checks) for n in NESTINGS)
