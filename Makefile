@@ -8,12 +8,13 @@ WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest \
 	-n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 25
 
-.PHONY: help demo test test-all install lint docs clean
+.PHONY: help demo test test-all coverage install lint docs clean
 
 help:
 	@echo "make demo      the fmrlrec example on its embedded data, from nothing to sliced models"
 	@echo "make test      the tests that need no GPU and no patience"
 	@echo "make test-all  every test: minutes to hours, GPU tests where there is one"
+	@echo "make coverage  the quick tests in random order, and which branches of the library they take"
 	@echo "make lint      ruff and pyright, as CI runs them"
 	@echo "make docs      the documentation, built strictly into site/"
 	@echo "make clean     remove the environment and what was built"
@@ -26,6 +27,14 @@ test: $(VENV)/all.stamp
 
 test-all: $(VENV)/all.stamp
 	$(PYTEST)
+
+# One process, one file of measures: in any order the tests must pass, and the seed is printed.
+SEED ?= 0
+coverage: $(VENV)/all.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -m "not slow and not gpu" \
+		--random-order --random-order-seed=$(SEED)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 install: $(VENV)/all.stamp
 

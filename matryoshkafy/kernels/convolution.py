@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from matryoshkafy.kernels.levels import Runs, kept, zero
+from matryoshkafy.kernels.levels import Runs, keep_mask, zero
 from matryoshkafy.kernels.overflow import by_level, overflowed
 from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, conv_tiling, span_of
 
@@ -62,14 +62,14 @@ def _plan(weight: Tensor, positions: int, geometry: Geometry) -> Tiling | None:
     return None if cut.dense else cut
 
 
-def positions(y: Tensor) -> int:
+def places_of(y: Tensor) -> int:
     """The number of output positions of y [N, O, *spatial]."""
     return y.shape[0] * prod(y.shape[2:])
 
 
 def _masked(weight: Tensor, geometry: Geometry) -> Tensor:
     """The weight with its structural zeros written out."""
-    keep = kept(geometry.out_runs, geometry.in_runs, weight.device)
+    keep = keep_mask(geometry.out_runs, geometry.in_runs, weight.device)
     keep = (keep.t() if geometry.transposed else keep).repeat(geometry.groups, 1)
     keep = keep.view(*keep.shape, *[1] * (weight.ndim - 2))
     return weight.where(keep, zero(weight.dtype, weight.device))
@@ -147,7 +147,7 @@ def derivative(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, wan
 
 def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx, of the shape of x (whose values are not read)."""
-    cut = _plan(weight, positions(dy), geometry)
+    cut = _plan(weight, places_of(dy), geometry)
     if cut is None:
         return derivative(dy, x, _masked(weight, geometry), geometry, wanted=0)
     dx = x.new_zeros(x.shape)
@@ -163,7 +163,7 @@ def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
 
 def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """dW, zero at the structural zeros; weight gives the shape (its values are not read)."""
-    cut = _plan(weight, positions(dy), geometry)
+    cut = _plan(weight, places_of(dy), geometry)
     if cut is None:
         return _masked(derivative(dy, x, weight, geometry, wanted=1), geometry)
     dw = weight.new_zeros(weight.shape)

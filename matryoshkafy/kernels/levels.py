@@ -113,7 +113,7 @@ def index_tensor(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def kept(out_runs: Runs, in_runs: Runs, device: torch.device) -> Tensor:
+def keep_mask(out_runs: Runs, in_runs: Runs, device: torch.device) -> Tensor:
     """The bool matrix [out, in] of entries that are not structural zeros, cached."""
     return level_tensor(out_runs, device)[:, None] >= level_tensor(in_runs, device)[None, :]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matryoshkafy.kernels.dispatch import Context, DoubleBackward, Grads
-from matryoshkafy.kernels.levels import Runs, kept, zero
+from matryoshkafy.kernels.levels import Runs, keep_mask, zero
 from matryoshkafy.kernels.overflow import by_level, overflowed
 from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, span_of, tiling
 
@@ -66,7 +66,7 @@ def forward(
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair) -> Tensor:
     """The product over the whole weight, with its structural zeros written out."""
-    keep = kept(*runs, weight.device)
+    keep = keep_mask(*runs, weight.device)
     return F.linear(x, weight.where(keep, zero(weight.dtype, weight.device)), bias)
 
 

@@ -34,7 +34,7 @@ from matryoshkafy.kernels.cross_entropy_ops import (
     nested_cross_entropy_shape,
 )
 from matryoshkafy.kernels.dispatch import ArgsContext, Context, DoubleBackward, Grads, is_plain
-from matryoshkafy.kernels.levels import check_runs, kept
+from matryoshkafy.kernels.levels import check_runs, keep_mask
 from matryoshkafy.kernels.linear import as_rows
 from matryoshkafy.kernels.norm_ops import (
     group_norm,
@@ -284,7 +284,7 @@ def _mask(
 ) -> Tensor:
     mask_shape(weight, dim_out, dim_in, out_runs, in_runs)
     dim_out, dim_in = dim_out % weight.ndim, dim_in % weight.ndim
-    keep = kept(tuple(out_runs), tuple(in_runs), weight.device)
+    keep = keep_mask(tuple(out_runs), tuple(in_runs), weight.device)
     keep = keep if dim_out < dim_in else keep.t()
     shape = [n if d in (dim_out, dim_in) else 1 for d, n in enumerate(weight.shape)]
     out = torch.empty_like(weight)

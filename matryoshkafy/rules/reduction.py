@@ -206,7 +206,7 @@ def glu(walk: Walk, node: fx.Node, args: Args) -> Result:
 
 @rule("cosine_similarity", clamps=True)
 @rule("pairwise_distance")
-def cosine(walk: Walk, node: fx.Node, args: Args) -> Result:
+def pair_similarity(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A statistic over one dim of two tensors."""
     names = list(args)
     terms = broadcast(walk, [args[names[0]], args[names[1]]])

@@ -102,7 +102,7 @@ def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, object]) -> A
     target = recover_folder(folder)
     if not target.exists():
         return None
-    content = read(target)
+    content = _content(target)
     saved, names = set(content["parts"]) - {RANDOM}, set(parts)
     if saved != names:
         raise ResumeError(
@@ -118,7 +118,7 @@ def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, object]) -> A
     return position
 
 
-def read(target: Path) -> State:
+def _content(target: Path) -> State:
     """The checked content of run.json."""
     path = target / RUN
     if not path.is_file():
