@@ -277,7 +277,10 @@ def _added(total: Tensor | None, part: Tensor, rows: Tensor) -> Tensor:
 def scores_of(output: Any) -> Any:
     """Return the logits of a model's output: the output itself, its "logits", or its first part.
 
-    The same for every nesting and criterion; an output that has neither is returned as it is.
+    The same for every nesting and criterion.
+
+    Args:
+        output: what a model returned; one that has neither is returned as it is.
     """
     if hasattr(output, "logits"):
         return output.logits

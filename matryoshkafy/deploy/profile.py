@@ -28,9 +28,12 @@ class ProfileError(MatryoshkafyError):
 class Cost:
     """What one forward pass costs.
 
-    parameters: scalars, ties once. bytes: of parameters and buffers. flops: two for each
-    multiply-add of products, convolutions and attention; structural zeros that are stored count.
-    latency: seconds, the median of the runs.
+    Args:
+        parameters: scalars, ties once.
+        bytes: of parameters and buffers.
+        flops: two for each multiply-add of products, convolutions and attention; structural zeros
+            that are stored count.
+        latency: seconds, the median of the runs.
     """
 
     parameters: int
@@ -46,7 +49,14 @@ def profile(
     *,
     runs: int = 7,
 ) -> Cost:
-    """Return the cost of a forward pass on these inputs, without gradients."""
+    """Return the cost of a forward pass on these inputs, without gradients.
+
+    Args:
+        model: any module.
+        args: its positional inputs.
+        kwargs: its inputs by name.
+        runs: timed passes, after one that is not counted.
+    """
 
     def call() -> Any:
         return model(*args, **(kwargs or {}))
