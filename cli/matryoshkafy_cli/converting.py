@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from matryoshkafy.report.page.numbers import counted, stored
 from matryoshkafy_cli.options import (
     Debug,
     Force,
@@ -19,7 +20,7 @@ from matryoshkafy_cli.options import (
     Scope,
     Weights,
 )
-from matryoshkafy_cli.screen import Screen, heed, human_bytes, human_count
+from matryoshkafy_cli.screen import Screen, heed
 
 
 def convert(  # noqa: PLR0913  an option is a parameter
@@ -93,7 +94,7 @@ def _text(summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['checkpoint']}: a doll of width {summary['width']} with the sizes "
         f"{', '.join(map(str, summary['sizes']))}",
-        f"{human_count(summary['parameters'])} parameters, {human_bytes(summary['bytes'])}, "
+        f"{counted(summary['parameters'])} parameters, {stored(summary['bytes'])}, "
         f"{summary['groups']} groups, {summary['nesting']} nesting",
         *(f"weights: {summary['weights']}" for _ in range(bool(summary["weights"]))),
         *(f"remark: {remark}" for remark in summary["remarks"]),

@@ -6,15 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from matryoshkafy.report.page.numbers import counted, stored, timed
 from matryoshkafy_cli.options import Batch, Debug, Device, Folder, Imports, Json, Length, Quiet
-from matryoshkafy_cli.screen import (
-    Screen,
-    human_bytes,
-    human_count,
-    human_seconds,
-    import_all,
-    table,
-)
+from matryoshkafy_cli.screen import Screen, import_all, table
 
 COLUMNS = ("size", "parameters", "bytes", "FLOPs", "latency")
 
@@ -101,8 +95,8 @@ def _text(described: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(row["size"]),
-        human_count(row["parameters"]),
-        human_bytes(row["bytes"]),
-        human_count(row["flops"]),
-        human_seconds(row["latency_seconds"]),
+        counted(row["parameters"]),
+        stored(row["bytes"]),
+        counted(row["flops"]),
+        timed(row["latency_seconds"]),
     )

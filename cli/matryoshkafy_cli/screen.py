@@ -162,30 +162,3 @@ def import_all(names: Sequence[str] | None) -> None:
                 f"--import {name} was given, but it cannot be imported ({error}); expected a "
                 "module that is installed here. Check the name, or install it."
             ) from error
-
-
-def human_bytes(count: float) -> str:
-    """Return a number of bytes as text: 912, 3.4 kB, 438 MB."""
-    return _human(count, ("", " kB", " MB", " GB", " TB"))
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a time as text: 850 us, 12.3 ms, 1.13 s, 3 min 20 s."""
-    for unit, size in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
-        if seconds < (59.5 if unit == "s" else 999.5 * size):
-            return f"{seconds / size:.3g} {unit}"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
-
-
-def human_count(count: float) -> str:
-    """Return a number as text: 912, 3.4 k, 110 M."""
-    return _human(count, ("", " k", " M", " G", " T"))
-
-
-def _human(count: float, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}{units[-1]}"

@@ -236,15 +236,29 @@ def _held_remark(node: fx.Node) -> str:
 
 def _whole(trace: Trace, parameters: Mapping[str, Any]) -> Iterable[Whole]:
     """What stays whole, at the user's line where a node asked for it."""
-    lines = {node.name: source_of(node) for node in trace.graph.nodes}
+    places = {node.name: _place(node) for node in trace.graph.nodes}
     seen: set[int] = set()
     for name, terms in parameters.items():
         for i, term in enumerate(terms):
             for leaf in axes.leaves(term):
                 if leaf.fixed and leaf.fixed is not COPIES and id(leaf) not in seen:
                     seen.add(id(leaf))
-                    place = lines.get(leaf.fixed.place) or leaf.fixed.place
+                    place = _told(leaf.fixed.place, places)
                     yield Whole(f"{name}:{i}", leaf.size, leaf.fixed.kind, place)
+
+
+def _told(asked: str, places: Mapping[str, str]) -> str:
+    """Where a person finds what asked: a node, an axis called "node.name", or words as they are."""
+    born = asked.partition(".")[0] if ":" not in asked else asked
+    return places.get(asked, places.get(born, asked))
+
+
+def _place(node: fx.Node) -> str:
+    """The user's line that made a node, else the module; an input or a tensor by its own name."""
+    if node.op in ("placeholder", "get_attr"):
+        return str(node.target)
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return source_of(node) or (modules[-1] if modules else "")
 
 
 EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output", "embedding")

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 import typer
 from matryoshkafy_cli.main import app
-from matryoshkafy_cli.screen import human_seconds
 from typer.testing import CliRunner
 
 import matryoshkafy as mk
+from matryoshkafy.report.page.numbers import timed
 
 MODEL = """
 import torch
@@ -290,7 +290,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     [(8.5e-4, "850 us"), (0.0123, "12.3 ms"), (1.13, "1.13 s"), (59.9, "1 min 0 s")],
 )
 def test_times_are_in_human_units(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
+    assert timed(seconds) == text
 
 
 def test_costs_of_another_batch(tmp_path: Path) -> None:
