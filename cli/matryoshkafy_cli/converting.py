@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy.report.page.numbers import counted, stored
 from matryoshkafy_cli.options import (
     Debug,
     Force,
@@ -20,7 +19,7 @@ from matryoshkafy_cli.options import (
     Scope,
     Weights,
 )
-from matryoshkafy_cli.screen import Screen, heed
+from matryoshkafy_cli.screen import Screen, counted, heed, stored
 
 
 def convert(  # noqa: PLR0913  an option is a parameter

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from matryoshkafy.report.page.numbers import stored
 from matryoshkafy_cli.options import Batch, Debug, Folder, Force, Imports, Json, Length, Quiet
-from matryoshkafy_cli.screen import Screen, import_all
+from matryoshkafy_cli.screen import Screen, import_all, stored
 
 
 def export(  # noqa: PLR0913  an option is a parameter

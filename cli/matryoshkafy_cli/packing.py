@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy.report.page.numbers import stored
 from matryoshkafy_cli.options import Debug, Folder, Force, Imports, Json, Quiet
-from matryoshkafy_cli.screen import Screen, heed, import_all, table
+from matryoshkafy_cli.screen import Screen, heed, import_all, stored, table
 
 COLUMNS = ("size", "file", "bytes", "with those before")
 

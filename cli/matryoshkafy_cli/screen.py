@@ -162,3 +162,24 @@ def import_all(names: Sequence[str] | None) -> None:
                 f"--import {name} was given, but it cannot be imported ({error}); expected a "
                 "module that is installed here. Check the name, or install it."
             ) from error
+
+
+def counted(value: float) -> str:
+    """Return a count as the report says it: 110M."""
+    from matryoshkafy.report.page import numbers
+
+    return numbers.counted(value)
+
+
+def stored(value: float) -> str:
+    """Return bytes as the report says them: 438 MB."""
+    from matryoshkafy.report.page import numbers
+
+    return numbers.stored(value)
+
+
+def timed(seconds: float) -> str:
+    """Return a time as the report says it: 12.3 ms."""
+    from matryoshkafy.report.page import numbers
+
+    return numbers.timed(seconds)

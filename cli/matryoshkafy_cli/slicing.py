@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy.report.page.numbers import counted, stored
 from matryoshkafy_cli.options import Debug, Folder, Force, Imports, Json, Output, Quiet
-from matryoshkafy_cli.screen import CommandError, Screen, heed, import_all
+from matryoshkafy_cli.screen import CommandError, Screen, counted, heed, import_all, stored
 
 
 def slice_(  # noqa: PLR0913  an option is a parameter

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy.report.page.numbers import counted, stored
 from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Quiet
-from matryoshkafy_cli.screen import Screen, import_all, table
+from matryoshkafy_cli.screen import Screen, counted, import_all, stored, table
 
 BROKEN = 1
 COLUMNS = ("size", "output", "trunk", "beyond", "resliced", "parameters", "bytes")

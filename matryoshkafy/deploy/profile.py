@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 
+TIMES = "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
 nested = torch.ops.matryoshkafy
 assert _ops
 
@@ -64,6 +66,13 @@ def profile(
     parameters, held = size_of(model)
     with torch.no_grad():
         return Cost(parameters, held, flops_of(call), latency_of(call, runs))
+
+
+def shapes_of(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> str:
+    """Return the shapes of a call's tensors as text, "2 × 7, 2 × 7"; the first four of them."""
+    leaves = pytree.tree_leaves((args, kwargs or {}))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return ", ".join(TIMES.join(map(str, t.shape)) for t in tensors[:4])
 
 
 def size_of(model: nn.Module) -> tuple[int, int]:

@@ -9,12 +9,10 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from matryoshkafy.deploy.profile import device_of, profile
+from matryoshkafy.deploy.profile import device_of, profile, shapes_of
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.files.checkpoint import open_checkpoint
 from matryoshkafy.plan.plan import Plan
@@ -54,14 +52,9 @@ def report_of(
     for size in checkpoint.sizes:
         model = checkpoint.sub_model(size).to(place).eval()
         args, kwargs = example_inputs(model, device=place, batch=batch, length=length)
-        costs[size], shapes = profile(model, args, kwargs), _shapes(args, kwargs)
+        costs[size], shapes = profile(model, args, kwargs), shapes_of(args, kwargs)
     name = Path(folder).resolve().name
     return Report(name, checkpoint.plan, costs, found, _made_with(place, shapes), shapes)
-
-
-def _shapes(args: Any, kwargs: Any) -> str:
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    return ", ".join(" × ".join(map(str, t.shape)) for t in tensors[:4])
 
 
 def _made_with(device: torch.device, shapes: str) -> str:

@@ -29,6 +29,11 @@ COSTS: tuple[tuple[str, Callable[[float], str], str], ...] = (
 TITLES = {"flops": "FLOPs"}
 # Shapes up to this length stand beside the word latency; longer ones below the table.
 SHORT = 24
+MASKED = (
+    "In the weight each block of outputs reads the inputs of its own size and of the smaller ones; "
+    "what is left blank is never read."
+)
+SLICED = "Of the weight a size holds the top left corner: a prefix of the rows and of the columns."
 DRAWN = ("parameters", "flops", "latency")
 
 
@@ -42,12 +47,15 @@ def costs_section(report: Report) -> str:
         for name, form, _ in COSTS
         if name in DRAWN
     ]
-    head = ("size", *(_title(name, report) for name, _, _ in COSTS), "share of parameters")
+    head = ("size", *(TITLES.get(name, name) for name, _, _ in COSTS), "share")
     rows = [
         (size, *(form(getattr(cost, name)) for name, form, _ in COSTS), _share(report, size))
         for size, cost in report.costs.items()
     ]
-    inputs = f"FLOPs and latency are of one call with inputs of {report.inputs}."
+    inputs = (
+        f"FLOPs and latency are of one call with inputs of {report.inputs}; the share is that of "
+        "all parameters."
+    )
     body = grid(charts) + table(head, rows, rungs=True)
     body += tag("p", escape(inputs), class_="soft") if report.inputs else ""
     return section("What each size costs", body)
@@ -97,9 +105,10 @@ def plan_section(report: Report) -> str:
         (g.name, str(g.size), *(str(w[i]) for w in plan.ladder), _members(g.parameters))
         for i, g in enumerate(plan.groups)
     )
-    words = tag("figcaption", "A bar is a group of axes that shrink together.")
-    drawn = figure("groups", pictures.groups(plan, wide=WIDE), _shades(plan), words)
-    shown = grid([drawn, *_layer(plan)])
+    drawn = [figure("groups", pictures.groups(plan, wide=WIDE), _shades(plan)), *_layer(plan)]
+    words = [tag("p", "A bar is a group of axes that shrink together, drawn for each size.")]
+    words += [tag("p", MASKED if plan.masked else SLICED)] if len(drawn) > 1 else []
+    shown = grid([*drawn, tag("div", *words, class_="fill soft")])
     return section("What nests", shown + folded("All groups", table(head, rows)))
 
 
@@ -108,13 +117,7 @@ def _layer(plan: Plan) -> Iterator[str]:
     name = pictures.drawn_layer(plan)
     if name is None:
         return
-    masked = (
-        "Each block of outputs reads the inputs of its own size and of the smaller ones; "
-        "what is left blank is never read."
-    )
-    sliced = "The model of a size is the top left corner: a prefix of the rows and of the columns."
-    words = tag("figcaption", masked if plan.masked else sliced)
-    yield figure(name, pictures.weight(plan, name, SIDE), _shades(plan), words)
+    yield figure(name, pictures.weight(plan, name, SIDE), _shades(plan))
 
 
 def _members(parameters: Sequence[str]) -> str:

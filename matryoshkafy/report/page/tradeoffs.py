@@ -46,32 +46,22 @@ def _over(
 
 
 def retrieval(searches: Sequence[Search]) -> str:
-    """Recall and MRR over multiply-adds, and the stages; nothing where none were given."""
+    """Recall and MRR over multiply-adds, and the stages; nothing where there are none."""
     if not searches:
         return ""
     series = {
-        "recall": [Point(s.products, s.recall, s.stages) for s in searches],
-        "MRR": [Point(s.products, s.reciprocal_rank, s.stages) for s in searches],
+        "recall": [Point(s.products, s.recall, str(k)) for k, s in enumerate(searches, 1)],
+        "MRR": [Point(s.products, s.reciprocal_rank, str(k)) for k, s in enumerate(searches, 1)],
     }
-    charts = [
-        figure(
-            f"{name} against multiply-adds",
-            pictures.tradeoff({"": _unnamed(line)}, counted, f"{name} over multiply-adds a query"),
-        )
-        for name, line in series.items()
-    ]
+    drawn = pictures.tradeoff(series, counted, "recall and MRR over multiply-adds of a query")
+    chart = figure("recall and MRR against multiply-adds", drawn, key(series))
     rows = [
         (k, counted(s.products), f"{s.recall:.4f}", f"{s.reciprocal_rank:.4f}", _staged(s.stages))
         for k, s in enumerate(searches, 1)
     ]
     words = tag("p", "A stage is a size and how many documents it hands on.")
     head = ("", "multiply-adds", "recall", "MRR", "stages")
-    return section("Search in stages", words + beside(charts, head, rows))
-
-
-def _unnamed(line: Sequence[Point]) -> list[Point]:
-    """Number the ways to search: their stages are too long for a drawing, the table tells them."""
-    return [Point(p.cost, p.value, str(k)) for k, p in enumerate(line, 1)]
+    return section("Search in stages", words + beside([chart], head, rows))
 
 
 def _staged(stages: str) -> str:
