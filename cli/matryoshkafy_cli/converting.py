@@ -19,7 +19,7 @@ from matryoshkafy_cli.options import (
     Scope,
     Weights,
 )
-from matryoshkafy_cli.screen import Screen, counted, heed, stored
+from matryoshkafy_cli.screen import Screen, counted, heed, stored, wrapped
 
 
 def convert(  # noqa: PLR0913  an option is a parameter
@@ -98,4 +98,4 @@ def _text(summary: dict[str, Any]) -> str:
         *(f"weights: {summary['weights']}" for _ in range(bool(summary["weights"]))),
         *(f"remark: {remark}" for remark in summary["remarks"]),
     ]
-    return "\n".join(lines)
+    return wrapped("\n".join(lines))

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import typer
 
 FAILED = 2
 STOPPED = 130
+WIDTH = 80
 
 
 class CommandError(ValueError):
@@ -67,11 +69,24 @@ def _printable(text: str) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table as text; the first column left, the others right."""
+    """Return an aligned table as text; the first column left, the others right.
+
+    The title is wrapped at the width of a screen, line by line; the table is not.
+    """
     cells = [list(columns), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [_aligned(row, widths) for row in cells]
-    return "\n".join([title, "", lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    return "\n".join([wrapped(title), "", lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def wrapped(text: str) -> str:
+    """Return text of which no line is wider than a screen, where words allow it."""
+    lines = (
+        textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False,
+                      break_on_hyphens=False)
+        for line in text.splitlines()
+    )  # fmt: skip
+    return "\n".join(lines)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

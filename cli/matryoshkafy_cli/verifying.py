@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Quiet
-from matryoshkafy_cli.screen import Screen, counted, import_all, stored, table
+from matryoshkafy_cli.screen import Screen, counted, import_all, stored, table, wrapped
 
 BROKEN = 1
 COLUMNS = ("size", "output", "trunk", "beyond", "resliced", "parameters", "bytes")
@@ -90,7 +90,7 @@ def _text(described: dict[str, Any]) -> str:
         for law in described["laws"]
         if law["holds"] is False
     ]
-    return "\n".join([table(title, COLUMNS, rows), *broken])
+    return "\n".join([table(title, COLUMNS, rows), *map(wrapped, broken)])
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
