@@ -31,7 +31,9 @@ def exported(module: str) -> Iterator[tuple[str, str]]:
     """Yield (module, name) of what a front door hands on."""
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("matryoshkafy."):
-            yield from ((node.module or "", alias.name) for alias in node.names)
+            for alias in node.names:
+                if not (alias.asname or alias.name).startswith("_"):
+                    yield node.module or "", alias.name
 
 
 def shown() -> Iterator[tuple[str, str]]:
