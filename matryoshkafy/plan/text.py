@@ -45,7 +45,8 @@ def _heading(plan: Plan) -> Iterator[str]:
     yield f"nesting {o.nesting}, scope {o.scope}{norm}"
     if plan.tail:
         share = len(plan.tail) / max(1, sum(1 for _ in plan.nodes))
-        yield f"tail: {len(plan.tail)} nodes ({share:.0%}) are computed once per size"
+        nodes = "1 node is" if len(plan.tail) == 1 else f"{len(plan.tail)} nodes are"
+        yield f"tail: {nodes} computed once per size ({share:.0%} of all)"
 
 
 def _groups(plan: Plan) -> Iterator[str]:
@@ -68,7 +69,7 @@ def _rest(plan: Plan) -> Iterator[str]:
              if w.why != "no feature"]  # fmt: skip
     unknown = [(u.op, place_of(u.source) or u.node) for u in plan.unknown]
     scalars = [(f"scalar:{s.node}", str(s), place_of(s.source)) for s in plan.scalars]
-    yield from _section("stays whole", whole)
+    yield from _section("stays whole (tensor:dim, size, why, where)", whole)
     yield from _meanings({row[2] for row in whole})
     yield from _section("ops without a rule (their axes stay whole)", unknown)
     yield from _section("scalars derived from a width (keep one with its name)", scalars)
