@@ -20,8 +20,8 @@ def section(title: str, body: str) -> str:
 
 
 def figure(title: str, drawing: str, *rest: str) -> str:
-    """Return a titled drawing, and what belongs under it."""
-    return tag("figure", tag("h3", escape(title)), sized(drawing), *rest)
+    """Return a titled drawing, and what belongs under it; a long name breaks after its dots."""
+    return tag("figure", tag("h3", escape(title).replace(".", ".<wbr>")), sized(drawing), *rest)
 
 
 def grid(figures: Iterable[str]) -> str:
