@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from matryoshkafy.old_names import find as _find
+
 if TYPE_CHECKING:
     from matryoshkafy.deploy.export import export as export
     from matryoshkafy.dolls.convert import convert as convert
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from matryoshkafy.units.rotate import rotate as rotate
 
     __version__: str
+
+_find()
 
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
 _HOMES = {

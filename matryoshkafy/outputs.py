@@ -279,7 +279,10 @@ def _added(total: Tensor | None, part: Tensor, rows: Tensor) -> Tensor:
 def scores_of(output: object) -> object:
     """Return the logits of a model's output: the output itself, its "logits", or its first part.
 
-    The same for every nesting and criterion; an output that has neither is returned as it is.
+    The same for every nesting and criterion.
+
+    Args:
+        output: what a model returned; one that has neither is returned as it is.
     """
     if hasattr(output, "logits"):
         return getattr(output, "logits")  # noqa: B009  an attribute that not every output has

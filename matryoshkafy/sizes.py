@@ -34,7 +34,9 @@ class SizesError(MatryoshkafyError):
 class Ladder:
     """A ladder as the user wrote it, read before the model's width is known.
 
-    rungs: positive and strictly ascending; all of them int, or all of them Fraction in (0, 1].
+    Args:
+        given: the user's words.
+        rungs: positive and strictly ascending; all of them int, or all of them Fraction in (0, 1].
     """
 
     given: str
@@ -66,9 +68,14 @@ class Ladder:
 def parse_sizes(sizes: Rungs, width: int) -> tuple[int, ...]:
     """Return the sizes that the user asks for: ascending integers, the last is the width.
 
-    A text doubles ("64..1024", both ends included), steps ("64..768:64") or lists its rungs
-    ("64,128,1024", "0.25,0.5,1"). A list holds integers, or ratios in (0, 1], each of which
-    gives ceil(ratio * width). Raises SizesError, which states the width, for anything else.
+    Args:
+        sizes: a text that doubles ("64..1024", both ends included), steps ("64..768:64") or lists
+            its rungs ("64,128,1024", "0.25,0.5,1"); or a list of integers, or of ratios in (0, 1],
+            each of which gives ceil(ratio * width).
+        width: of the model.
+
+    Raises:
+        SizesError: states the width, for anything else.
     """
     try:
         ladder = parse_ladder(sizes)
@@ -78,7 +85,14 @@ def parse_sizes(sizes: Rungs, width: int) -> tuple[int, ...]:
 
 
 def parse_ladder(sizes: str | Sequence[int] | Sequence[float]) -> Ladder:
-    """Return the ladder of a text or list; raises SizesError where no width could fit it."""
+    """Return the ladder of a text or list.
+
+    Args:
+        sizes: as `parse_sizes` takes them.
+
+    Raises:
+        SizesError: where no width could fit it.
+    """
     given = _shown(sizes)
     rungs = _read_text(sizes, given) if isinstance(sizes, str) else _read_items(sizes, given)
     _check_rungs(rungs, given)
@@ -99,7 +113,12 @@ def one_size(given: float, width: int) -> int:
 def width_at(n: int, size: int, width: int) -> int:
     """Return a group's width at a size: ceil(n * size / width), at least 1.
 
-    n: the group's full width; width: the main group's. Exact, for integers of any length.
+    Exact, for integers of any length.
+
+    Args:
+        n: the group's full width.
+        size: the size.
+        width: the main group's full width.
     """
     return max(1, -(-n * size // width))
 

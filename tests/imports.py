@@ -16,9 +16,9 @@ PACKAGE = ROOT / "matryoshkafy"
 NAME = PACKAGE.name
 # The flow, from the ground up: a room imports only from rooms that stand before it.
 ROOMS = (
-    *("errors", "sizes", "outputs"),
+    *("old_names", "errors", "sizes", "outputs"),
     *("axes", "graph", "rules", "plan", "kernels", "rewrite", "dolls", "files"),
-    *("deploy", "units", "natives", "serving", "losses", "training", "report", "heads"),
+    *("deploy", "units", "natives", "serving", "losses", "training", "report"),
     *("__init__", "__main__"),
 )
 

@@ -25,8 +25,8 @@ def test_nothing_imports_upward(module: str) -> None:
 
 
 # What may be looked up by name although it stands above: pickle asks a model for the words of a
-# checkpoint, and an old name leads to the new one.
-BY_NAME = {"dolls.pickling": "files.pickles", "heads": "losses.heads"}
+# checkpoint. Old names lead to the new ones by a table (tests/test_old_names.py).
+BY_NAME = {"dolls.pickling": "files.pickles"}
 
 
 def test_what_is_imported_by_name_is_known() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy_cli.options import Debug, Json, Quiet
+from matryoshkafy_cli.options import Debug, Json, Page, Quiet
 from matryoshkafy_cli.screen import CommandError, Screen, table
 
 Logits = Annotated[
@@ -42,6 +42,7 @@ def cascade(  # noqa: PLR0913  an option is a parameter
     floor: Floor = None,
     costs: Costs = None,
     shared: Shared = False,
+    report: Page = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -59,6 +60,11 @@ def cascade(  # noqa: PLR0913  an option is a parameter
             shared=shared,
         )  # fmt: skip
     described = _described(learned, learned.route(judged), judged, truth)
+    if report is not None:
+        from matryoshkafy.report.page.tables import cascade_of
+        from matryoshkafy.report.report import write_tradeoffs
+
+        write_tradeoffs(f"Cascade of {logits.name}", report, cascade=cascade_of(described))
     screen.result(described, lambda: _text(described))
 
 

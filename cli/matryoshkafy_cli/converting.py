@@ -19,7 +19,7 @@ from matryoshkafy_cli.options import (
     Scope,
     Weights,
 )
-from matryoshkafy_cli.screen import Screen, heed, human_bytes, human_count
+from matryoshkafy_cli.screen import Screen, counted, heed, stored, wrapped
 
 
 def convert(  # noqa: PLR0913  an option is a parameter
@@ -93,9 +93,9 @@ def _text(summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['checkpoint']}: a doll of width {summary['width']} with the sizes "
         f"{', '.join(map(str, summary['sizes']))}",
-        f"{human_count(summary['parameters'])} parameters, {human_bytes(summary['bytes'])}, "
+        f"{counted(summary['parameters'])} parameters, {stored(summary['bytes'])}, "
         f"{summary['groups']} groups, {summary['nesting']} nesting",
         *(f"weights: {summary['weights']}" for _ in range(bool(summary["weights"]))),
         *(f"remark: {remark}" for remark in summary["remarks"]),
     ]
-    return "\n".join(lines)
+    return wrapped("\n".join(lines))

@@ -7,14 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from matryoshkafy_cli.options import Batch, Debug, Device, Folder, Imports, Json, Length, Quiet
-from matryoshkafy_cli.screen import (
-    Screen,
-    human_bytes,
-    human_count,
-    human_seconds,
-    import_all,
-    table,
-)
+from matryoshkafy_cli.screen import Screen, counted, import_all, stored, table, timed
 
 COLUMNS = ("size", "parameters", "bytes", "FLOPs", "latency")
 
@@ -39,19 +32,20 @@ def info(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"checking {checkpoint}"):
-        from matryoshkafy.deploy.profile import device_of
+        from matryoshkafy.deploy.profile import device_of, shapes_of
         from matryoshkafy.dolls.example_inputs import example_inputs
         from matryoshkafy.files.checkpoint import open_checkpoint
 
         place = device_of(device)
         found = open_checkpoint(checkpoint)
-    rows = []
+    rows, inputs = [], ""
     for size in found.sizes:
         with screen.step(f"measuring size {size}"):
             small = found.sub_model(size).to(place).eval()
             call = example_inputs(small, device=place, batch=batch, length=length)
             rows.append(_measure(small, size, call, runs))
-    described = _described(found, device, rows)
+            inputs = shapes_of(*call)
+    described = _described(found, device, inputs, rows)
     screen.result(described, lambda: _text(described))
 
 
@@ -69,7 +63,7 @@ def _measure(small: Any, size: int, call: Any, runs: int) -> dict[str, Any]:
     }
 
 
-def _described(found: Any, device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _described(found: Any, device: str, inputs: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "checkpoint": str(found.folder),
         "kind": found.kind,
@@ -79,6 +73,7 @@ def _described(found: Any, device: str, rows: list[dict[str, Any]]) -> dict[str,
         "notes": list(found.described.trace.notes),
         "versions": dict(found.described.versions),
         "device": device,
+        "inputs": inputs,
         "sizes": rows,
     }
 
@@ -88,21 +83,21 @@ def _text(described: dict[str, Any]) -> str:
     what = f"doll of width {described['width']}"
     if described["kind"] == "submodel":
         what = f"sub-model of size {described['sizes'][-1]['size']} of width {described['width']}"
-    title = (
-        f"{described['checkpoint']}: {what}, "
-        f"{described['nesting']} nesting, saved by {made}; latency on {described['device']}"
-    )
+    lines = [
+        f"{described['checkpoint']}: {what}, {described['nesting']} nesting",
+        f"saved by {made}; a call on {described['device']} takes {described['inputs']}",
+    ]
     if described["specialised"]:
-        title += "\nspecialised: it holds the branch that the example inputs took"
+        lines.append("specialised: it holds the branch that the example inputs took")
     rows = [_row(row) for row in described["sizes"]]
-    return table("\n".join([title, *described["notes"]]), COLUMNS, rows)
+    return table("\n".join([*lines, *described["notes"]]), COLUMNS, rows)
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(row["size"]),
-        human_count(row["parameters"]),
-        human_bytes(row["bytes"]),
-        human_count(row["flops"]),
-        human_seconds(row["latency_seconds"]),
+        counted(row["parameters"]),
+        stored(row["bytes"]),
+        counted(row["flops"]),
+        timed(row["latency_seconds"]),
     )

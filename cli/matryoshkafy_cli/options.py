@@ -58,6 +58,10 @@ Length = Annotated[
     int | None,
     typer.Option("--length", min=1, help="Length of the random inputs: tokens, steps."),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write the table and its plot as a page, too."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from matryoshkafy_cli.options import Debug, Folder, Force, Imports, Json, Quiet
-from matryoshkafy_cli.screen import Screen, heed, human_bytes, import_all, table
+from matryoshkafy_cli.screen import Screen, heed, import_all, stored, table
 
 COLUMNS = ("size", "file", "bytes", "with those before")
 
@@ -53,4 +53,4 @@ def pack(  # noqa: PLR0913  an option is a parameter
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    return str(row["size"]), row["file"], human_bytes(row["bytes"]), human_bytes(row["total"])
+    return str(row["size"]), row["file"], stored(row["bytes"]), stored(row["total"])

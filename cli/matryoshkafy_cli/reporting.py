@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +29,13 @@ def report(  # noqa: PLR0913  an option is a parameter
         Path | None,
         typer.Option("--metrics", help="CSV: a column `size`, and one for each metric."),
     ] = None,
+    searches: Annotated[
+        Path | None,
+        typer.Option("--retrieval", help="JSON that `retrieve --tune COLUMN --json` printed."),
+    ] = None,
+    cascade: Annotated[
+        Path | None, typer.Option("--cascade", help="JSON that `cascade --json` printed.")
+    ] = None,
     device: Device = "cpu",
     batch: Batch = None,
     length: Length = None,
@@ -43,9 +51,22 @@ def report(  # noqa: PLR0913  an option is a parameter
     """
     screen = Screen(quiet, json)
     import_all(imports)
+    given = _tables(searches, cascade)
     with screen.step(f"measuring every size of {checkpoint}"):
         from matryoshkafy.report.report import report_of, write_report
 
         found = report_of(checkpoint, metrics, device=device, batch=batch, length=length)
-        page = write_report(found, output)
+        page = write_report(replace(found, **given), output)
     screen.result({"report": str(page)}, lambda: str(page))
+
+
+def _tables(searches: Path | None, cascade: Path | None) -> dict[str, Any]:
+    """Read the tables of trade-offs first: what cannot be read is told before anything is timed."""
+    from matryoshkafy.report.page.tables import read_cascade, read_searches
+
+    found: dict[str, Any] = {}
+    if searches is not None:
+        found["searches"] = read_searches(searches)
+    if cascade is not None:
+        found["cascade"] = read_cascade(cascade)
+    return found

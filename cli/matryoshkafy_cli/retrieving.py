@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from matryoshkafy_cli.options import Debug, Json, Quiet
+from matryoshkafy_cli.options import Debug, Json, Page, Quiet
 from matryoshkafy_cli.screen import CommandError, Screen, table
 
 Texts = Annotated[
@@ -50,6 +50,7 @@ def retrieve(  # noqa: PLR0913  an option is a parameter
     stages: Stages = None,
     budget: Budget = None,
     k: Most = 10,
+    report: Page = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -70,7 +71,8 @@ def retrieve(  # noqa: PLR0913  an option is a parameter
     with screen.step(f"vectors of {len(rows[text]):,} texts"):
         documents, turn = _documents(model, rows[text], vectors)
     if tune:
-        _tuned(screen, (model, turn), (rows[tune], documents), (budget, k))
+        settings = _tuned(screen, (model, turn), (rows[tune], documents), (budget, k))
+        _drawn(settings, texts.name, report)
         return
     asked = turn(serving.encode(model, query or [], documents.sizes))
     sizes, keep = _stages(stages, documents.width, k)
@@ -122,7 +124,15 @@ def _stages(text: str | None, width: int, k: int) -> tuple[list[int], list[int]]
     return [int(a) for a, _ in pairs], [int(b) for _, b in pairs]
 
 
-def _tuned(screen: Screen, how: Any, data: Any, limits: tuple[float | None, int]) -> None:
+def _drawn(settings: dict[str, Any], name: str, path: Path | None) -> None:
+    if path is not None:
+        from matryoshkafy.report.page.tables import searches_of
+        from matryoshkafy.report.report import write_tradeoffs
+
+        write_tradeoffs(f"Search in {name}", path, searches=searches_of(settings))
+
+
+def _tuned(screen: Screen, how: Any, data: Any, limits: tuple[float | None, int]) -> dict[str, Any]:
     import numpy
 
     from matryoshkafy.serving import texts as serving
@@ -151,6 +161,7 @@ def _tuned(screen: Screen, how: Any, data: Any, limits: tuple[float | None, int]
     title = f"each line is better than all cheaper ones ({len(chosen)} queries)"
     head = ("--stages", f"recall@{k}", f"MRR@{k}", "multiply-adds")
     screen.result({"settings": described}, lambda: table(title, head, lines))
+    return {"settings": described}
 
 
 def _found(screen: Screen, asked: Any, documents: Any, about: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import typer
 
 FAILED = 2
 STOPPED = 130
+WIDTH = 80
 
 
 class CommandError(ValueError):
@@ -67,11 +69,24 @@ def _printable(text: str) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table as text; the first column left, the others right."""
+    """Return an aligned table as text; the first column left, the others right.
+
+    The title is wrapped at the width of a screen, line by line; the table is not.
+    """
     cells = [list(columns), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [_aligned(row, widths) for row in cells]
-    return "\n".join([title, "", lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    return "\n".join([wrapped(title), "", lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def wrapped(text: str) -> str:
+    """Return text of which no line is wider than a screen, where words allow it."""
+    lines = (
+        textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False,
+                      break_on_hyphens=False)
+        for line in text.splitlines()
+    )  # fmt: skip
+    return "\n".join(lines)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -164,28 +179,22 @@ def import_all(names: Sequence[str] | None) -> None:
             ) from error
 
 
-def human_bytes(count: float) -> str:
-    """Return a number of bytes as text: 912, 3.4 kB, 438 MB."""
-    return _human(count, ("", " kB", " MB", " GB", " TB"))
+def counted(value: float) -> str:
+    """Return a count as the report says it: 110M."""
+    from matryoshkafy.report.page import numbers
+
+    return numbers.counted(value)
 
 
-def human_seconds(seconds: float) -> str:
-    """Return a time as text: 850 us, 12.3 ms, 1.13 s, 3 min 20 s."""
-    for unit, size in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
-        if seconds < (59.5 if unit == "s" else 999.5 * size):
-            return f"{seconds / size:.3g} {unit}"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
+def stored(value: float) -> str:
+    """Return bytes as the report says them: 438 MB."""
+    from matryoshkafy.report.page import numbers
+
+    return numbers.stored(value)
 
 
-def human_count(count: float) -> str:
-    """Return a number as text: 912, 3.4 k, 110 M."""
-    return _human(count, ("", " k", " M", " G", " T"))
+def timed(seconds: float) -> str:
+    """Return a time as the report says it: 12.3 ms."""
+    from matryoshkafy.report.page import numbers
 
-
-def _human(count: float, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}{units[-1]}"
+    return numbers.timed(seconds)

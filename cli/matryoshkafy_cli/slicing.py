@@ -8,14 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from matryoshkafy_cli.options import Debug, Folder, Force, Imports, Json, Output, Quiet
-from matryoshkafy_cli.screen import (
-    CommandError,
-    Screen,
-    heed,
-    human_bytes,
-    human_count,
-    import_all,
-)
+from matryoshkafy_cli.screen import CommandError, Screen, counted, heed, import_all, stored
 
 
 def slice_(  # noqa: PLR0913  an option is a parameter
@@ -161,6 +154,6 @@ def _cut(
 
 
 def _line(row: dict[str, Any]) -> str:
-    counts = f"{human_count(row['parameters'])} parameters, {human_bytes(row['bytes'])}"
+    counts = f"{counted(row['parameters'])} parameters, {stored(row['bytes'])}"
     how = f" for {row['to']}" if "to" in row else ""
     return f"{row['checkpoint']}: size {row['size']}{how}, {counts}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from matryoshkafy_cli.options import Debug, Device, Folder, Imports, Json, Quiet
-from matryoshkafy_cli.screen import Screen, human_bytes, human_count, import_all, table
+from matryoshkafy_cli.screen import Screen, counted, import_all, stored, table, wrapped
 
 BROKEN = 1
 COLUMNS = ("size", "output", "trunk", "beyond", "resliced", "parameters", "bytes")
@@ -90,11 +90,11 @@ def _text(described: dict[str, Any]) -> str:
         for law in described["laws"]
         if law["holds"] is False
     ]
-    return "\n".join([table(title, COLUMNS, rows), *broken])
+    return "\n".join([table(title, COLUMNS, rows), *map(wrapped, broken)])
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     errors = (f"{float(row[name]):.1e}" for name in ("output_error", "trunk_error", "beyond_error"))
     same = "same" if row["resliced"] else "DIFFERS"
-    held = (human_count(row["parameters"]), human_bytes(row["bytes"]))
+    held = (counted(row["parameters"]), stored(row["bytes"]))
     return (str(row["size"]), *errors, same, *held)

@@ -48,7 +48,13 @@ class ExportError(MatryoshkafyError):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the file, its format, the worst relative error against the sub-model."""
+    """What was written.
+
+    Args:
+        path: the file.
+        to: its format.
+        error: the worst relative error of its outputs against the sub-model's.
+    """
 
     path: Path
     to: str
@@ -64,11 +70,26 @@ def export(
     kwargs: Mapping[str, object] | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write a sub-model (of a doll: its full size) as "onnx" or "pt2", checked before it stands.
+    """Write a sub-model (of a doll: its full size) as a file, checked before it stands.
 
-    args, kwargs: inputs to trace and check with; without them, `example_inputs(model)`. The file
-    takes the model's tensors by name and returns dictionaries for the output classes of libraries.
-    Raises ExportError, also where the file's outputs differ by more than 1e-3.
+    The file takes the model's tensors by name and returns dictionaries for the output classes of
+    libraries.
+
+    Args:
+        model: a sub-model, or a doll.
+        path: the file to write.
+        to: "onnx" or "pt2".
+        args: positional inputs to trace and check with; with neither these nor `kwargs`,
+            `example_inputs(model)`.
+        kwargs: inputs by name.
+        force: replace a file that is there.
+
+    Returns:
+        The file, and how far its outputs are off.
+
+    Raises:
+        ExportError: a format or path that does not serve, a model that the format cannot hold, or
+            a file whose outputs differ by more than 1e-3.
     """
     target = check_file(path, to, force=force)
     small = _sub_model(model)

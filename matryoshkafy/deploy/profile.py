@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshkafy.errors import MatryoshkafyError
@@ -17,6 +18,7 @@ from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 
 Shape = Sequence[int]
+TIMES = "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
 nested = torch.ops.matryoshkafy
 assert _ops
 
@@ -29,9 +31,12 @@ class ProfileError(MatryoshkafyError):
 class Cost:
     """What one forward pass costs.
 
-    parameters: scalars, ties once. bytes: of parameters and buffers. flops: two for each
-    multiply-add of products, convolutions and attention; structural zeros that are stored count.
-    latency: seconds, the median of the runs.
+    Args:
+        parameters: scalars, ties once.
+        bytes: of parameters and buffers.
+        flops: two for each multiply-add of products, convolutions and attention; structural zeros
+            that are stored count.
+        latency: seconds, the median of the runs.
     """
 
     parameters: int
@@ -47,7 +52,14 @@ def profile(
     *,
     runs: int = 7,
 ) -> Cost:
-    """Return the cost of a forward pass on these inputs, without gradients."""
+    """Return the cost of a forward pass on these inputs, without gradients.
+
+    Args:
+        model: any module.
+        args: its positional inputs.
+        kwargs: its inputs by name.
+        runs: timed passes, after one that is not counted.
+    """
 
     def call() -> object:
         return model(*args, **(kwargs or {}))
@@ -55,6 +67,13 @@ def profile(
     parameters, held = size_of(model)
     with torch.no_grad():
         return Cost(parameters, held, flops_of(call), latency_of(call, runs))
+
+
+def shapes_of(args: Sequence[object], kwargs: Mapping[str, object] | None = None) -> str:
+    """Return the shapes of a call's tensors as text, "2 × 7, 2 × 7"; the first four of them."""
+    leaves = pytree.tree_leaves((args, kwargs or {}))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return ", ".join(TIMES.join(map(str, t.shape)) for t in tensors[:4])
 
 
 def size_of(model: nn.Module) -> tuple[int, int]:

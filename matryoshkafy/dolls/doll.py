@@ -41,9 +41,13 @@ class Doll(nn.Module):
 
     Call it as the user's model, at full size; `outputs` gives every size. It holds the user's own
     parameters under their own names, so optimizers and checkpoints of the user's keep working.
+    `sizes` (ascending), `plan`, `device` and `dtype` are attributes, and so is what the user's
+    model said of itself (`config`), where it was just converted. Made by `convert` and `load`.
 
-    Attributes: `sizes` (list of int, ascending), `plan` (`Plan`), `device`, `dtype`, and what the
-    user's model said of itself (`config`), where it was just converted.
+    Args:
+        trace: the graph, and the tensors that it reads.
+        plan: what nests.
+        attributes: plain attributes of the user's model.
     """
 
     def __init__(

@@ -28,7 +28,15 @@ GRADIENT_ROUNDING = 10.0
 
 @dataclass(frozen=True)
 class Law:
-    """One law on one model: whether it holds (None: not measured), how far off, and on what."""
+    """One law on one model.
+
+    Args:
+        number: of the law, 1 to 11.
+        name: what it says.
+        holds: whether it holds; None where it was not measured.
+        error: how far off, relative.
+        detail: on what.
+    """
 
     number: int
     name: str

@@ -36,10 +36,15 @@ __all__ = ["TOLERANCE", "Law", "Report", "SizeReport", "relative_error", "verify
 class SizeReport:
     """What was measured at one size; errors are relative to the largest value of the tensor.
 
-    `output_error`: the doll's output of this size against the standalone sub-model's.
-    `trunk_error`: the worst node of the trunk against the same node of the sub-model.
-    `beyond_error`: how far the output moves when everything past the prefix is replaced by noise.
-    `resliced`: a slice of the next larger slice equals this one bit for bit.
+    Args:
+        size: the size.
+        output_error: the doll's output of this size against the standalone sub-model's.
+        trunk_error: the worst node of the trunk against the same node of the sub-model.
+        beyond_error: how far the output moves when everything past the prefix is replaced by noise.
+        resliced: whether a slice of the next larger slice equals this one bit for bit.
+        trunk_nodes: how many nodes were compared.
+        parameters: scalars of the sub-model.
+        bytes: of its parameters and buffers.
     """
 
     size: int
@@ -54,11 +59,15 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The laws on one model: `passed`, the tolerance, the share of the tail, a row per size.
+    """The laws on one model: `passed`, and what was measured.
 
-    `others` are the laws that are no matter of a single size. `exact` is the same report in
-    float64, made where an error in the model's own type is above the tolerance: what agrees there
-    is the same arithmetic, and the difference is rounding.
+    Args:
+        tolerance: largest relative error that passes.
+        tail_share: share of the nodes that are computed once per size.
+        sizes: a row per size.
+        others: the laws that are no matter of a single size.
+        exact: the same report in float64, made where an error in the model's own type is above the
+            tolerance: what agrees there is the same arithmetic, and the difference is rounding.
     """
 
     tolerance: float

@@ -74,10 +74,17 @@ def save(
 ) -> Path:
     """Write a doll or a sub-model as a checkpoint folder, whole or not at all; return its path.
 
-    force: replace a folder that is not empty; side: further files that the checkpoint keeps and
-    checks by their digests. Warns of weights that are NaN. Raises FolderError where the folder is
-    taken or cannot be written, JsonError or CheckpointError for a model with parts that cannot be
-    saved (both name the part).
+    Warns of weights that are NaN.
+
+    Args:
+        model: a doll or a sub-model.
+        folder: where to write.
+        force: replace a folder that is not empty.
+        side: further files that the checkpoint keeps and checks by their digests.
+
+    Raises:
+        FolderError: where the folder is taken or cannot be written.
+        CheckpointError: a model with parts that cannot be saved, named; so does JsonError.
     """
     trace, plan = parts_of(model)
     state = saved_tensors(model, trace, plan)
@@ -133,10 +140,16 @@ def _check_written(path: Path) -> None:
 def load(folder: str | os.PathLike[str], size: float | None = None) -> Doll | fx.GraphModule:
     """Return what was saved; with a size, its sub-model of that size, streamed tensor by tensor.
 
-    size: one of the checkpoint's sizes, or a ratio such as 0.5; `load(folder, size=m)` equals
-    `slice(load(folder), m)` bit for bit and never holds more than the sub-model. Raises
-    FolderError (no checkpoint, a newer format, a damaged file), PlanError (no such size: it lists
-    them), and the errors of the parts.
+    `load(folder, size=m)` equals `slice(load(folder), m)` bit for bit and never holds more than the
+    sub-model.
+
+    Args:
+        folder: a checkpoint.
+        size: one of its sizes, or a ratio such as 0.5; None for all that was saved.
+
+    Raises:
+        FolderError: no checkpoint, a newer format, a damaged file.
+        PlanError: no such size; it lists them. Also the errors of the parts.
     """
     with open_checkpoint(folder, size=size) as checkpoint:
         return checkpoint.whole() if size is None else checkpoint.sub_model(size)
@@ -147,7 +160,12 @@ class Checkpoint:
     """A checkpoint whose files were checked; models are made of it when asked for.
 
     The files stay open, so that a folder which is replaced meanwhile goes on being read as it was
-    checked; a with statement closes them.
+    checked; a with statement closes them. Made by `open_checkpoint`.
+
+    Args:
+        held: the open folder.
+        described: what its manifest says.
+        layout: how packed files share out the tensors; None where they are dense.
     """
 
     held: Held

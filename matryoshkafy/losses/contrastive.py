@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 def info_nce(anchor: Tensor, positive: Tensor, temperature: float = 0.05) -> Tensor:
-    """The cross entropy of each anchor [B, d] with its positive [B, d] against all positives.
+    """The cross entropy of each anchor with its positive against all positives (Oord et al. 2018).
 
-    Oord et al. 2018; use functools.partial to set the temperature.
+    Args:
+        anchor: [B, d].
+        positive: [B, d], the positive of each anchor.
+        temperature: what cosines are divided by; use functools.partial to set it in a loss.
     """
     scores = anchor @ positive.t() / temperature
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

@@ -20,11 +20,14 @@ from matryoshkafy.outputs import Readout, running
 class Distillation:
     """How much, at which temperature, and by which divergence the largest size teaches the others.
 
-    kind "kl": temperature**2 KL(teacher || student) of softmax(outputs / temperature), mean over
-    rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "cosine": 1 - cosine
-    of the angle between the outputs; "similarity": mean squared difference of the cosine
-    similarities between the rows of a batch, for embeddings, whose widths differ (Park et al.
-    2019).
+    Args:
+        weight: of the divergence of each smaller size.
+        temperature: of "kl".
+        kind: "kl": temperature**2 KL(teacher || student) of softmax(outputs / temperature), mean
+            over rows (Hinton et al. 2015); "mse": mean squared difference of the outputs; "cosine":
+            1 - cosine of the angle between the outputs; "similarity": mean squared difference of
+            the cosine similarities between the rows of a batch, for embeddings, whose widths differ
+            (Park et al. 2019).
     """
 
     weight: float = 1.0

@@ -37,14 +37,27 @@ def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds up the cross entropies of hidden[..., :m] @ table[:, :m].T + bias over the sizes m.
 
-    hidden [..., D], table [V, D], target [...] of class indices, bias [V]; sizes in any order,
-    their weights (default 1) in the same order. "mean" is over the targets that are not
-    ignore_index, and nan if there are none, as in torch; "none" gives [...]. With return_per_size
-    also the unweighted loss of each size, in the order of `sizes`: [len(sizes)] (or
-    [len(sizes), ...] for "none"), detached. scales [len(sizes)], positive and in the same order,
-    multiply the scores of each size, bias included, and receive gradients. Gradients are computed
-    in the forward; there is no double backward. Under autocast the products run in its dtype and
-    the sums in float32. Raises LossError.
+    Gradients are computed in the forward; there is no double backward. Under autocast the products
+    run in its dtype and the sums in float32.
+
+    Args:
+        hidden: [..., D].
+        table: [V, D], a row per class.
+        target: [...], indices of classes.
+        sizes: in any order.
+        weights: of the sizes, in the same order; 1 by default.
+        bias: [V].
+        ignore_index: targets that are left out.
+        label_smoothing: as in torch.
+        reduction: "mean" over the targets that are not ignore_index, and nan if there are none, as
+            in torch; "sum"; "none" gives [...].
+        return_per_size: also return the unweighted loss of each size, detached: [len(sizes)], or
+            [len(sizes), ...] for "none".
+        scales: [len(sizes)], positive, in the order of the sizes: they multiply the scores of each,
+            bias included, and receive gradients.
+
+    Raises:
+        LossError: shapes, sizes or words that do not fit.
     """
     if reduction not in REDUCTIONS:
         raise LossError(f"nested_cross_entropy: reduction {reduction!r} is not of {REDUCTIONS}")

@@ -33,7 +33,14 @@ def checked_sizes(sizes: Sequence[int], width: int) -> tuple[int, ...]:
 
 
 class MRLHead(nn.Module):
-    """One linear classifier per size: hidden [..., D] -> {size: [..., classes]}."""
+    """One linear classifier per size: hidden [..., D] -> {size: [..., classes]}.
+
+    Args:
+        in_features: D, the width of the representation.
+        num_classes: how many logits each size gives.
+        sizes: ascending; the largest is at most D.
+        bias: whether a bias is added.
+    """
 
     def __init__(
         self, in_features: int, num_classes: int, sizes: Sequence[int], *, bias: bool = True
@@ -67,7 +74,14 @@ class MRLHead(nn.Module):
 
 
 class MRLEHead(nn.Module):
-    """One classifier for all sizes: size m reads weight[:, :m]. All sizes cost one full product."""
+    """One classifier for all sizes: size m reads weight[:, :m]. All sizes cost one full product.
+
+    Args:
+        in_features: D, the width of the representation.
+        num_classes: how many logits each size gives.
+        sizes: ascending; the largest is at most D.
+        bias: whether a bias is added.
+    """
 
     def __init__(
         self, in_features: int, num_classes: int, sizes: Sequence[int], *, bias: bool = True

@@ -47,24 +47,34 @@ def settings_of(criterion: Callable[..., object]) -> CrossEntropySettings | None
 class MatryoshkaLoss(nn.Module):
     """Adds up a criterion over the sizes of `doll.outputs(...)`.
 
-    criterion(output, *targets) is called once per size. weights are the relative importances c_m
-    of MRL (default 1), in the order of `sizes` (ascending if sizes is None) or {size: weight}.
-    n_sizes_per_step = n takes, at each call, the largest, the smallest and n - 2 random sizes (the
-    sandwich rule); generator draws them, the global CPU generator by default: give all processes
-    the same seed. reduction "sum" adds the weighted losses, "mean" divides by the weights in use.
-    distill adds weight * divergence of each smaller size (times its own weight) from the detached
-    largest one. normalize L2-normalises outputs (and per-size targets) at each size, for criteria
-    over embeddings. learn_scales multiplies the scores of each of `sizes` by a learned scale inside
-    a cross entropy (log_scales, one per size: give loss.parameters() to the optimizer, too): units
-    that all sizes share keep a size from a temperature of its own. They start at 1, or at the
-    positive numbers given, in the order of `sizes` or {size: scale}. The model is unchanged, and so
-    is how it ranks.
-
     A cross entropy criterion over outputs that end in one linear goes through nested_cross_entropy,
     which never stores the logits: `fuses(outputs, *targets)` tells. It also accepts class-last
     logits: output [B, T, V] with target [B, T], where torch wants [B, V, T]; target.shape ==
     output.shape[:-1] decides. Of a structured output it takes the logits (`outputs.scores_of`);
-    any other criterion gets the output as it is. Raises LossError.
+    any other criterion gets the output as it is.
+
+    Args:
+        criterion: criterion(output, *targets), called once per size.
+        sizes: those that learn; all by default.
+        weights: the relative importances c_m of MRL (default 1), in the order of `sizes` (ascending
+            if sizes is None) or {size: weight}.
+        n_sizes_per_step: n takes, at each call, the largest, the smallest and n - 2 random sizes
+            (the sandwich rule).
+        reduction: "sum" adds the weighted losses, "mean" divides by the weights in use.
+        distill: adds weight * divergence of each smaller size (times its own weight) from the
+            detached largest one.
+        normalize: L2-normalise outputs (and per-size targets) at each size, for criteria over
+            embeddings.
+        generator: draws the random sizes; by default the global one of the CPU: give all processes
+            the same seed.
+        learn_scales: multiply the scores of each of `sizes` by a learned scale inside a cross
+            entropy (log_scales, one per size: give loss.parameters() to the optimizer, too): units
+            that all sizes share keep a size from a temperature of its own. They start at 1, or at
+            the positive numbers given, in the order of `sizes` or {size: scale}. The model is
+            unchanged, and so is how it ranks.
+
+    Raises:
+        LossError: sizes, weights or words that do not fit.
     """
 
     log_scales: nn.Parameter | None

@@ -29,11 +29,25 @@ def nested_sampled_softmax(  # noqa: PLR0913 - one option per line of the formul
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds up, over the sizes, the cross entropy of the target against the negatives alone.
 
-    hidden [..., D], table [V, D], target [...], negatives [K] shared by all rows or [..., K].
-    log_q [V] is the log-probability with which a class is drawn: it is subtracted from its logit
-    (Bengio and Senecal 2008). A negative that equals the target is left out. sparse=True gives the
-    table a sparse gradient. reduction "mean" or "sum" over real rows; the rest is as in
-    nested_cross_entropy.
+    A negative that equals the target is left out.
+
+    Args:
+        hidden: [..., D].
+        table: [V, D], a row per class.
+        target: [...], indices of classes.
+        negatives: [K] shared by all rows, or [..., K].
+        sizes: in any order.
+        weights: of the sizes, in the same order; 1 by default.
+        bias: [V].
+        log_q: [V], the log-probability with which a class is drawn: it is subtracted from its logit
+            (Bengio and Senecal 2008).
+        ignore_index: targets that are left out.
+        reduction: "mean" or "sum" over real rows.
+        return_per_size: also return the unweighted loss of each size, detached.
+        sparse: give the table a sparse gradient.
+
+    Raises:
+        LossError: shapes, sizes or words that do not fit.
     """
     if reduction not in ("mean", "sum"):
         raise LossError(f"nested_sampled_softmax: reduction {reduction!r} is not 'mean' or 'sum'")

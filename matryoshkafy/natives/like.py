@@ -16,7 +16,11 @@ from matryoshkafy.natives.recipe import NativeError, Recipe, arguments, defaults
 def recipe_of(like: object) -> Recipe:
     """Return the recipe of a module, of a builder with defaults, or of `functools.partial`.
 
-    Raises NativeError that says what was given and what is expected.
+    Args:
+        like: how the user builds the model.
+
+    Raises:
+        NativeError: says what was given and what is expected.
     """
     for finder in FINDERS:
         found = finder(like)

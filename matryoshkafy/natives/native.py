@@ -34,9 +34,14 @@ class NativeWarning(UserWarning):
 class Native:
     """A slice in the user's own class: the module, which fields changed, how well it agrees.
 
-    error: worst relative difference to the slice in float32; tables: hidden buffers that the class
-    makes from its width and that were taken from the slice instead; unread: parameters that no
-    check covers.
+    Args:
+        module: of the user's class.
+        recipe: how it was built.
+        changes: {field of the configuration: its new value}.
+        error: worst relative difference to the slice in float32.
+        tables: hidden buffers that the class makes from its width and that were taken from the
+            slice instead.
+        unread: parameters that no check covers.
     """
 
     module: nn.Module

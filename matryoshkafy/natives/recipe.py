@@ -26,8 +26,13 @@ class NativeError(MatryoshkafyError):
 class Recipe:
     """A class and the tree of values that it is made from.
 
-    library: "hf", "timm", "open_clip" or "class". `make(tree)` builds the module with fresh
-    weights; `source` is the module whose weights the traced path may have left unread.
+    Args:
+        name: of the class, or of the library's model.
+        library: "hf", "timm", "open_clip" or "class".
+        tree: the values.
+        make: `make(tree)` builds the module with fresh weights.
+        source: the module whose weights the traced path may have left unread.
+        memo: what was found out about the class, kept for the next size.
     """
 
     name: str

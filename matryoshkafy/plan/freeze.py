@@ -236,7 +236,7 @@ def _held_remark(node: fx.Node) -> str:
 
 def _whole(trace: Trace, parameters: ByName) -> Iterable[Whole]:
     """What stays whole, at the user's line where a node asked for it."""
-    lines = {node.name: source_of(node) for node in trace.graph.nodes}
+    places = {node.name: _place(node) for node in trace.graph.nodes}
     first: dict[Axis, str] = {}
     dims_of = (
         (f"{n}:{i}", term) for n, terms in parameters.items() for i, term in enumerate(terms)
@@ -246,8 +246,22 @@ def _whole(trace: Trace, parameters: ByName) -> Iterable[Whole]:
             first.setdefault(leaf, where)
     for leaf, where in first.items():
         if leaf.fixed and leaf.fixed is not COPIES:
-            place = lines.get(leaf.fixed.place) or leaf.fixed.place
+            place = _told(leaf.fixed.place, places)
             yield Whole(where, leaf.size, leaf.fixed.kind, place)
+
+
+def _told(asked: str, places: Mapping[str, str]) -> str:
+    """Where a person finds what asked: a node, an axis called "node.name", or words as they are."""
+    born = asked.partition(".")[0] if ":" not in asked else asked
+    return places.get(asked, places.get(born, asked))
+
+
+def _place(node: fx.Node) -> str:
+    """The user's line that made a node, else the module; an input or a tensor by its own name."""
+    if node.op in ("placeholder", "get_attr"):
+        return str(node.target)
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return source_of(node) or (modules[-1] if modules else "")
 
 
 EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output", "embedding")

@@ -12,8 +12,12 @@ from matryoshkafy.axes.dims import Dim
 
 @dataclass(frozen=True)
 class Group:
-    """Axes that must shrink together: a name (where it was born), its units, the parameters in
-    it.
+    """Axes that must shrink together.
+
+    Args:
+        name: where it was born.
+        size: its units at full width.
+        parameters: "name:dim" of the parameters' axes in it.
     """
 
     name: str
@@ -23,7 +27,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Whole:
-    """An axis that stays whole, and why: input, vocabulary, classes, indexed, unknown op, ..."""
+    """An axis that stays whole, and why.
+
+    Args:
+        axis: "name:dim" of a parameter.
+        size: of the axis.
+        why: input, vocabulary, classes, inner, indexed, unknown op, ...
+        place: the user's line, module or tensor that asked for it.
+    """
 
     axis: str
     size: int
@@ -33,7 +44,13 @@ class Whole:
 
 @dataclass(frozen=True)
 class Unknown:
-    """An op without a rule: its axes stay whole."""
+    """An op without a rule: its axes stay whole.
+
+    Args:
+        op: its name.
+        node: where in the graph.
+        source: the user's line.
+    """
 
     op: str
     node: str
@@ -44,9 +61,16 @@ class Unknown:
 class Scalar:
     """A constant of the graph that was derived from a width.
 
-    `argument` is its place among the arguments, or its name. `form` "power": value = units **
-    power; "alibi": value = 2 ** (-8 / units), the base of the slopes of ALiBi (arXiv 2108.12409,
-    section 3) for a power of two of heads.
+    Args:
+        node: the node that holds it.
+        argument: its place among the arguments, or its name.
+        value: at full width.
+        group: whose width it follows, by its index in the plan.
+        units: of that group at full width.
+        power: of the formula.
+        source: the user's line.
+        form: "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
+            slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
     """
 
     node: str
@@ -75,7 +99,12 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Action:
-    """What masked nesting does at a node (mask, norm, level, clamp, readout), over which groups."""
+    """What masked nesting does at a node.
+
+    Args:
+        kind: mask, norm, level, clamp, readout, ...
+        groups: over which groups, by their index in the plan.
+    """
 
     kind: str
     groups: tuple[int, ...] = ()
@@ -119,7 +148,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for."""
+    """What the user asked for.
+
+    Args:
+        nesting: "masked" or "sliced".
+        scope: "full", "ffn" or "output".
+        norm: statistics of masked norms, "block" or "prefix".
+        keep: patterns of names whose axes stay whole.
+    """
 
     nesting: str = "masked"
     scope: str = "full"

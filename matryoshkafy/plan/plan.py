@@ -38,12 +38,27 @@ Shape = tuple[Dim, ...]
 class Plan:
     """Which axes nest, and what every node does about it.
 
-    `nodes` gives the dims of each output of each node: one for a tensor, none for a number;
-    `notes` the extra dims of a node (groups of a convolution); `actions` what masked nesting does
-    at a node; `tail` the nodes computed once per size; `full` the parameter-only statistics that
-    are taken at full width before they are cut; `masks` {node: {weight's node: its masks}};
-    `stored` what a sub-model keeps under each name; `order` {group: the user's unit at each place},
-    where units were moved; `blocks` the nodes of blocks that may be left out, outermost first.
+    Args:
+        options: what the user asked for.
+        sizes: the ladder, ascending.
+        main: index of the main group.
+        unit: what one unit of the main group spans: 1, or the size of a head.
+        groups: the groups.
+        ladder: for each size, the width of every group.
+        parameters: {name: its dims}.
+        nodes: {node: the dims of each of its outputs}: one for a tensor, none for a number.
+        notes: {node: {name: dim}}: the extra dims of a node (groups of a convolution).
+        actions: {node: what masked nesting does there}.
+        tail: the nodes computed once per size.
+        full: the parameter-only statistics that are taken at full width before they are cut.
+        whole: the axes that stay whole.
+        unknown: the ops without a rule.
+        scalars: the constants that follow a width.
+        remarks: what else a person should know.
+        masks: {node: {weight's node: its masks}}.
+        stored: {name: what a sub-model keeps under it}.
+        order: {group: the user's unit at each place}, where units were moved.
+        blocks: the nodes of blocks that may be left out, outermost first.
     """
 
     options: Options

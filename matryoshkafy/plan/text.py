@@ -10,9 +10,24 @@ from typing import Any
 Plan = Any
 WIDTH = 80
 # A column that is not the first: what is longer is cut in the middle.
-CELL = 30
+CELL = 24
 MOST = 60
 Row = tuple[str, ...]
+# What the commonest reasons mean; the others say it themselves.
+MEANINGS = {
+    "input": "an axis of your inputs",
+    "vocabulary": "rows of a table that ids look up",
+    "classes": "what the model returns: your classes, items, tokens",
+    "inner": "a factor inside the units that shrink, such as the size of a head",
+    "indexed": "single positions are picked out of it",
+    "frozen table": "features that the model holds and does not learn",
+    "space": "positions in space or time",
+    "range": "counted positions",
+    "reshaped": "a reshape takes it apart in a way that no prefix follows",
+    "misaligned": "two axes met whose pieces do not line up",
+    "clamp": "masked nesting reads its smallest size only",
+    "demoted": "masked nesting sums over it inside the model",
+}
 
 
 def table(plan: Plan) -> str:
@@ -30,7 +45,8 @@ def _heading(plan: Plan) -> Iterator[str]:
     yield f"nesting {o.nesting}, scope {o.scope}{norm}"
     if plan.tail:
         share = len(plan.tail) / max(1, sum(1 for _ in plan.nodes))
-        yield f"tail: {len(plan.tail)} nodes ({share:.0%}) are computed once per size"
+        nodes = "1 node is" if len(plan.tail) == 1 else f"{len(plan.tail)} nodes are"
+        yield f"tail: {nodes} computed once per size ({share:.0%} of all)"
 
 
 def _groups(plan: Plan) -> Iterator[str]:
@@ -49,11 +65,12 @@ def _few(words: list[str], most: int) -> list[str]:
 
 
 def _rest(plan: Plan) -> Iterator[str]:
-    whole = [(w.axis, str(w.size), w.why, _place(w.place, w.axis)) for w in plan.whole
+    whole = [(w.axis, str(w.size), w.why, place_of(w.place, w.axis)) for w in plan.whole
              if w.why != "no feature"]  # fmt: skip
-    unknown = [(u.op, u.node, _place(u.source, "")) for u in plan.unknown]
-    scalars = [(f"scalar:{s.node}", str(s), _place(s.source, "")) for s in plan.scalars]
-    yield from _section("stays whole", whole)
+    unknown = [(u.op, place_of(u.source) or u.node) for u in plan.unknown]
+    scalars = [(f"scalar:{s.node}", str(s), place_of(s.source)) for s in plan.scalars]
+    yield from _section("stays whole (tensor:dim, size, why, where)", whole)
+    yield from _meanings({row[2] for row in whole})
     yield from _section("ops without a rule (their axes stay whole)", unknown)
     yield from _section("scalars derived from a width (keep one with its name)", scalars)
     if plan.remarks:
@@ -62,8 +79,18 @@ def _rest(plan: Plan) -> Iterator[str]:
         yield from textwrap.wrap(remark, WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
-def _place(source: str, axis: str) -> str:
-    """ "/path/model.py:7 (forward)" as "model.py:7"; nothing where it is the axis itself."""
+def meaning(why: str) -> str:
+    """Return what a reason to stay whole means; "" where the word itself says it."""
+    return MEANINGS.get(why, "")
+
+
+def _meanings(reasons: set[str]) -> Iterator[str]:
+    told = [f"  {why}: {means}" for why, means in MEANINGS.items() if why in reasons]
+    yield from ("", *told) if told else ()
+
+
+def place_of(source: str, axis: str = "") -> str:
+    """Return "/path/model.py:7 (forward)" as "model.py:7"; nothing where it is the axis itself."""
     word = source.partition(" (")[0].replace("\\", "/").rpartition("/")[2]
     return "" if word == axis else word
 

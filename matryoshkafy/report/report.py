@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 import torch
-from torch.utils import _pytree as pytree
 
-from matryoshkafy.deploy.profile import Cost, device_of, profile
+from matryoshkafy.deploy.profile import Cost, device_of, profile, shapes_of
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.files.checkpoint import open_checkpoint
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.report import pictures
-from matryoshkafy.report.page import sections
-from matryoshkafy.report.page.contents import Report, ReportError
+from matryoshkafy.report.page import sections, tradeoffs
+from matryoshkafy.report.page.contents import Cascading, Report, ReportError, Search
 from matryoshkafy.report.page.metrics import read_metrics
 
 PathLike = str | os.PathLike[str]
@@ -53,14 +53,9 @@ def report_of(
     for size in checkpoint.sizes:
         model = checkpoint.sub_model(size).to(place).eval()
         args, kwargs = example_inputs(model, device=place, batch=batch, length=length)
-        costs[size], shapes = profile(model, args, kwargs), _shapes(args, kwargs)
-    made = _made_with(place, shapes)
-    return Report(Path(folder).resolve().name, checkpoint.plan, costs, found, made)
-
-
-def _shapes(args: object, kwargs: object) -> str:
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    return ", ".join(" x ".join(map(str, t.shape)) for t in tensors[:4])
+        costs[size], shapes = profile(model, args, kwargs), shapes_of(args, kwargs)
+    name = Path(folder).resolve().name
+    return Report(name, checkpoint.plan, costs, found, _made_with(place, shapes), shapes)
 
 
 def _made_with(device: torch.device, shapes: str) -> str:
@@ -74,11 +69,41 @@ def _made_with(device: torch.device, shapes: str) -> str:
 def write_report(report: Report, path: PathLike) -> Path:
     """Write the page: HTML with its pictures, style and script inside. Returns the path.
 
-    Raises `ReportError` where the path cannot be written.
+    Args:
+        report: what `report_of` returned.
+        path: the file; replaced where it exists.
+
+    Raises:
+        ReportError: where the path cannot be written.
     """
-    target = Path(path)
+    return _written(page(report), Path(path))
+
+
+def write_tradeoffs(
+    name: str,
+    path: PathLike,
+    *,
+    searches: Sequence[Search] = (),
+    cascade: Cascading | None = None,
+) -> Path:
+    """Write a page of trade-offs alone: ways to search, or a cascade. Returns the path.
+
+    Args:
+        name: the title.
+        path: the file; replaced where it exists.
+        searches: settings, cheapest first.
+        cascade: a cascade beside its sizes.
+
+    Raises:
+        ReportError: where the path cannot be written.
+    """
+    body = tradeoffs.retrieval(searches) + tradeoffs.cascading(cascade)
+    return _written(_filled(name, body, footer="Made by matryoshkafy."), Path(path))
+
+
+def _written(text: str, target: Path) -> Path:
     try:
-        target.write_text(page(report), encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportError(
             f"the report cannot be written to {target} ({error.strerror}); give another file"
@@ -87,22 +112,38 @@ def write_report(report: Report, path: PathLike) -> Path:
 
 
 def page(report: Report) -> str:
-    """Return the page as HTML text. It refers to nothing outside itself."""
+    """Return the page as HTML text. It refers to nothing outside itself.
+
+    Args:
+        report: what `report_of` returned.
+    """
     parts = (
-        sections.costs_section,
-        sections.quality_section,
-        sections.layer_section,
-        sections.plan_section,
-        sections.whole_section,
+        sections.costs_section(report),
+        sections.quality_section(report),
+        tradeoffs.quality_against_cost(report),
+        tradeoffs.retrieval(report.searches),
+        tradeoffs.cascading(report.cascade),
+        sections.plan_section(report),
+        sections.whole_section(report),
     )
+    return _filled(
+        report.name,
+        "\n".join(parts),
+        subtitle=_subtitle(report.plan),
+        dial=sections.dial(report),
+        footer=report.footer,
+    )
+
+
+def _filled(title: str, body: str, *, subtitle: str = "", dial: str = "", footer: str = "") -> str:
     return Template(_asset("page.html")).substitute(
-        title=escape(report.name),
-        subtitle=escape(_subtitle(report.plan)),
+        title=escape(title),
+        subtitle=escape(subtitle),
         style=_asset("style.css") + pictures.STYLE,
         script=_asset("script.js"),
-        dial=sections.dial(report),
-        sections="\n".join(part(report) for part in parts),
-        footer=escape(report.footer),
+        dial=dial,
+        sections=body,
+        footer=escape(footer),
     )
 
 

@@ -118,7 +118,12 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Weight:
-    """Which dims of a weight are outputs of the op, and which are summed over; -1 is the last."""
+    """How an op reads an argument that is a weight; -1 is the last dim.
+
+    Args:
+        out: which dims are outputs of the op.
+        into: which dims are summed over.
+    """
 
     out: int | tuple[int, ...] = 0
     into: int | tuple[int, ...] = 1

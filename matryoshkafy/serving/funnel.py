@@ -38,7 +38,14 @@ class Ranking:
 
 
 def exact(queries: Vectors, documents: Vectors, *, size: int, k: int) -> Ranking:
-    """Return the k nearest documents at one size, by comparing with all of them."""
+    """Return the nearest documents at one size, by comparing with all of them.
+
+    Args:
+        queries: their vectors.
+        documents: the table to search.
+        size: the prefix that is compared.
+        k: how many documents each query gets.
+    """
     return funnel(queries, documents, sizes=[size], keep=[k])
 
 

@@ -28,7 +28,8 @@ class ShortIndex:
     Args:
         size: which prefix it holds.
         search: (queries [Q, size], k) -> ids [Q, k]; -1 where it found fewer than k.
-        model: whose vectors it holds; `rows` how many.
+        model: whose vectors it holds.
+        rows: how many.
     """
 
     size: int

@@ -31,7 +31,11 @@ class StepLoss(NamedTuple):
 
 
 def own_loss(output: Any) -> Tensor:
-    """The loss that a model computed itself: its output's "loss", .loss, or first part."""
+    """The loss that a model computed itself: its output's "loss", .loss, or first part.
+
+    Args:
+        output: what the model returned.
+    """
     if isinstance(output, Mapping):
         return cast("Mapping[str, Tensor]", output)["loss"]
     return output.loss if hasattr(output, "loss") else output[0]

@@ -28,9 +28,14 @@ class NonFiniteLoss(MatryoshkafyError):
 class Blame:
     """What made a non-finite value out of finite ones (or nan out of the infinities of a mask).
 
-    kind: "input", "parameter" or "op"; name: the input's, the parameter's, or the op's; module: the
-    one whose parameters the op reads, "after " the last such one for an op without any ("" if there
-    is none); source: the user's line; size: that of the pass, if any; value: "nan" or "inf".
+    Args:
+        kind: "input", "parameter" or "op".
+        name: the input's, the parameter's, or the op's.
+        module: the one whose parameters the op reads, "after " the last such one for an op without
+            any ("" if there is none).
+        source: the user's line.
+        size: that of the pass, if any.
+        value: "nan" or "inf".
     """
 
     kind: str
@@ -68,6 +73,11 @@ def first_non_finite(
     Runs the doll at every size in its present mode, without gradients, and leaves the random state
     and the buffers alone. Infinities that an op takes in and does not pass on, such as those of an
     attention mask, are no culprits.
+
+    Args:
+        doll: the doll.
+        args: positional inputs.
+        kwargs: inputs by name.
     """
     trace, plan = trace_of(doll), doll.plan
     flat = trace.signature.flatten(args, kwargs or {})

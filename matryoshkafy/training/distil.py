@@ -75,8 +75,8 @@ class Recipe:
     Attributes:
         steps: optimizer steps of the whole run.
         batch: rows of a step.
-        rate: peak learning rate of AdamW: warm-up over the first `warmup` of the steps, then down a
-            half cosine to a tenth.
+        rate: peak learning rate of AdamW, then down a half cosine to a tenth.
+        warmup: the part of the steps over which the rate rises to its peak.
         decay: weight decay of matrices.
         clip: largest norm of the gradient.
         terms: what is learnt.

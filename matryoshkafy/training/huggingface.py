@@ -28,10 +28,12 @@ class NestedTrainer(Trainer):
 
     Args:
         model: a doll (or an AllSizes).
+        args: as for Trainer.
         loss: as for AllSizes.
         compute_metrics: as for Trainer, of one size.
         shift_labels: as for AllSizes, but None shifts labels that are the input ids, as a collator
             for causal language models makes them.
+        kwargs: as for Trainer.
     """
 
     def __init__(

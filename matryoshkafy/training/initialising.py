@@ -16,8 +16,13 @@ def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
 
     For a doll that is about to be trained from scratch with its user's own initialisation: a row of
     the smallest size reads 8 of 256 inputs but was drawn for all of them (He et al. 2015, eq. 10).
-    Returns {weight: factor at each level}, ascending; empty for sliced nesting. A weight that
-    several layers share is scaled once. Call it once.
+    A weight that several layers share is scaled once. Call it once.
+
+    Args:
+        doll: the doll, freshly converted.
+
+    Returns:
+        {weight: factor at each level}, ascending; empty for sliced nesting.
     """
     plan = doll.plan
     state, done = dict(doll.named_parameters(remove_duplicate=False)), set[int]()

@@ -46,12 +46,19 @@ def save_run(
 ) -> Path:
     """Save the parts of a run, the random states and the position in the data; return the path.
 
-    parts: by name, what has a state_dict (model, optimizer, scheduler, scaler, stateful loader), or
-    a torch.Generator. position: what the next step needs to know, e.g. {"epoch": 2, "batch": 17}.
     A killed save leaves the run that was there. With several processes call it on each: the first
     one writes, its random states count, and what FSDP2 has sharded is gathered; where the first
-    one fails, all of them do. Raises ResumeError naming what cannot be represented, FolderError
-    where the folder cannot be written.
+    one fails, all of them do.
+
+    Args:
+        folder: where the run is kept.
+        parts: by name, what has a state_dict (model, optimizer, scheduler, scaler, stateful
+            loader), or a torch.Generator.
+        position: what the next step needs to know, e.g. {"epoch": 2, "batch": 17}.
+
+    Raises:
+        ResumeError: names what cannot be represented.
+        FolderError: where the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     states = {name: _state_of(part) for name, part in parts.items()} | {RANDOM: random_state()}
@@ -96,8 +103,14 @@ def writers(content: Mapping[str, object], tensors: dict[str, Tensor]) -> dict[s
 def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, object]) -> Any:
     """Load a saved run into its parts and the random states; return the position, None without one.
 
-    A folder that does not exist is the start of a new run: nothing is changed and None returned.
-    Raises ResumeError for parts other than the saved ones, FolderError or JsonError for damage.
+    Args:
+        folder: what `save_run` wrote. One that does not exist is the start of a new run: nothing is
+            changed and None returned.
+        parts: the same names as were saved, and what is to be loaded.
+
+    Raises:
+        ResumeError: parts other than the saved ones.
+        FolderError: damage; so does JsonError.
     """
     target = recover_folder(folder)
     if not target.exists():
@@ -133,8 +146,15 @@ def _content(target: Path) -> State:
 def batches(count: int, batch: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
     """Yield the indices of each batch of an epoch from batch `start` on.
 
-    The order of the `count` examples follows from seed and epoch alone, so that a resumed run sees
-    what the uninterrupted one would have seen. The last batch may be smaller.
+    The order follows from seed and epoch alone, so that a resumed run sees what the uninterrupted
+    one would have seen.
+
+    Args:
+        count: how many examples there are.
+        batch: examples of a batch; the last may be smaller.
+        seed: of the order.
+        epoch: of the order, too.
+        start: the first batch that is wanted.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)

@@ -23,5 +23,8 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 
     After training under fully_shard: `state = full_state(everything)` on every process, then on
     one `doll.load_state_dict(state)` of a freshly converted doll, to be saved and sliced.
+
+    Args:
+        model: a module whose parameters FSDP2 may have sharded.
     """
     return {name: whole(tensor).detach().cpu() for name, tensor in model.state_dict().items()}

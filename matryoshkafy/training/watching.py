@@ -23,10 +23,15 @@ class RunLogError(MatryoshkafyError):
 class RunLog:
     """Shows and records the losses of a run per size; use it in a with statement.
 
-    total: steps of the run; start: the first step of a resumed one (what TensorBoard holds from
-    there on is dropped); folder: where event files go, None for none; every: losses are read, which
-    waits for the device, at each such step; console: rich's, None to show nothing where output is
-    no terminal. Raises RunLogError without tensorboard.
+    Args:
+        total: steps of the run.
+        folder: where event files of TensorBoard go; None for none.
+        start: the first step of a resumed run: what TensorBoard holds from there on is dropped.
+        every: losses are read, which waits for the device, at each such step.
+        console: rich's; None to show nothing where output is no terminal.
+
+    Raises:
+        RunLogError: without tensorboard.
     """
 
     def __init__(

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 import typer
 from matryoshkafy_cli.main import app
-from matryoshkafy_cli.screen import human_seconds
 from typer.testing import CliRunner
 
 import matryoshkafy as mk
+from matryoshkafy.report.page.numbers import timed
 
 MODEL = """
 import torch
@@ -49,13 +49,15 @@ FLAGS = {
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
     "pack": "--debug --force --import --json --output --quiet -o -q",
     "verify": "--against --debug --device --import --json --quiet -q",
+    "report": "--batch --cascade --debug --device --import --json --length --metrics --output "
+    "--quiet --retrieval -o -q",
     "info": "--batch --debug --device --import --json --length --quiet --runs -q",
-    "export": "--debug --force --import --json --output --quiet --size --to -o -q",
-    "retrieve": "--budget --debug --encoder --json --k --query --quiet --stages --text --tune "
-    "--vectors -q",
+    "export": "--batch --debug --force --import --json --length --output --quiet --size --to -o -q",
+    "retrieve": "--budget --debug --encoder --json --k --query --quiet --report --stages --text "
+    "--tune --vectors -q",
     "family": "--column --data --debug --json --length --output --quiet --seed --sizes --steps -o "
     "-q",
-    "cascade": "--costs --debug --floor --json --quiet --shared --test -q",
+    "cascade": "--costs --debug --floor --json --quiet --report --shared --test -q",
 }
 
 
@@ -223,6 +225,20 @@ def test_export_writes_beside_the_checkpoint(place, tmp_path, to):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", f"c.{to}"]
 
 
+def test_export_of_another_batch(place, tmp_path):
+    said("slice", place / "ckpt", "--size", "16", "-o", tmp_path / "c")
+    words = ("export", tmp_path / "c", "--to", "pt2", "--force", "--json")
+    sizes = {}
+    for batch in (None, 5):
+        more = ("--batch", batch) if batch else ()
+        file = json.loads(said(*words, *more))["file"]
+        ((x,), _) = torch.export.load(file).example_inputs
+        sizes[batch] = tuple(x.shape)
+    assert sizes == {None: (2, 6), 5: (5, 6)}
+    refused = run(*words, "--length", "7")
+    assert refused.exit_code == 2 and "Traceback" not in refused.output
+
+
 def test_quiet_prints_no_progress(place, tmp_path):
     loud = run("slice", place / "ckpt", "--size", "8", "-o", tmp_path / "a")
     quiet = run("slice", place / "ckpt", "--size", "8", "-o", tmp_path / "b", "--quiet")
@@ -290,7 +306,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     [(8.5e-4, "850 us"), (0.0123, "12.3 ms"), (1.13, "1.13 s"), (59.9, "1 min 0 s")],
 )
 def test_times_are_in_human_units(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
+    assert timed(seconds) == text
 
 
 def test_costs_of_another_batch(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_stages_are_chosen(place) -> None:
     recalls = [s["recall"] for s in settings]
     assert recalls == sorted(recalls) and recalls[-1] > 0.9
     assert max(s["products"] for s in settings) <= 120 * 64
+    result = retrieve(place, "--tune", "asked", "--k", "3", "--report", place / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "recall and MRR against multiply-adds" in (place / "page.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,15 @@ def test_a_cascade_says_what_it_costs(tmp_path) -> None:
     logits(tmp_path / "test.safetensors", 1)
     shown = run("cascade", tmp_path / "valid.safetensors", "--test", tmp_path / "test.safetensors")
     assert "of the largest size's cost" in shown.stdout
+
+
+def test_a_cascade_is_drawn(tmp_path) -> None:
+    logits(tmp_path / "valid.safetensors", 0)
+    result = run("cascade", tmp_path / "valid.safetensors", "--report", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "page.html").read_text()
+    assert "accuracy against mean cost" in page and page.count("<circle") == 4
+    assert 'type="radio"' not in page
 
 
 def test_logits_that_are_none_are_refused(tmp_path) -> None:

@@ -193,14 +193,6 @@ def test_what_the_model_says_of_itself_reaches_through(model: Scorer, ids: Tenso
     assert copy.deepcopy(doll).names == ["a", "b"]
 
 
-def test_old_spellings_work_and_name_the_new(model: Scorer, ids: Tensor) -> None:
-    wide = torch.randn(3, 4, 16)
-    stream = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    with pytest.warns(DeprecationWarning, match=r"free=\['input'\]"):
-        old = mk.convert(stream, wide, sizes=[4, 16], overrides={"inputs": ["input"]})
-    assert old.plan == mk.convert(stream, wide, sizes=[4, 16], free="input").plan
-
-
 class Encoder(nn.Module):
     """Token values and a sentence embedding, as sentence-transformers returns them."""
 
@@ -235,11 +227,3 @@ def test_output_scope_shortens_what_comes_out(tmp_path: Path, ids: Tensor, unit:
         torch.testing.assert_close(doll.outputs(ids)[size]["sentence_embedding"], expected)
     assert torch.equal(doll(ids)["sentence_embedding"], full)
     assert mk.verify(doll, ids).passed
-
-
-def test_heads_are_found_where_they_were() -> None:
-    from matryoshkafy.losses.heads import MRLHead
-
-    with pytest.warns(DeprecationWarning, match=r"losses\.heads\.MRLHead now"):
-        from matryoshkafy.heads import MRLHead as old
-    assert old is MRLHead

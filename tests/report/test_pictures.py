@@ -11,7 +11,8 @@ from torch import nn
 
 import matryoshkafy as mk
 from matryoshkafy.report import pictures
-from matryoshkafy.report.pictures.svg import tag, text
+from matryoshkafy.report.pictures.svg import sized, tag, text
+from matryoshkafy.report.pictures.tradeoffs import Point
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -91,6 +92,62 @@ def test_lines_put_equal_values_at_equal_heights() -> None:
 
 def test_a_line_of_one_value_is_drawn() -> None:
     assert "<polyline" in pictures.lines({"": {4: 0.5}}, [4], "accuracy")
+
+
+def circles(drawing: str) -> list[tuple[float, float]]:
+    found = ElementTree.fromstring(drawing).iter(f"{SVG}circle")
+    return [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in found]
+
+
+def test_costs_far_apart_are_drawn_by_their_ratios() -> None:
+    points = [Point(cost, value, "m") for cost, value in ((1e3, 0.5), (1e4, 0.7), (1e6, 0.9))]
+    (a, low), (b, _), (c, high) = circles(pictures.tradeoff({"": points}, str, "accuracy"))
+    # Decades: one from a to b, two from b to c; half of the values below the middle one.
+    assert (c - b) / (b - a) == pytest.approx(2, rel=1e-3)
+    assert high < low
+    near = [Point(cost, cost, "m") for cost in (1.0, 2.0, 3.0)]
+    (a, _), (b, _), (c, _) = circles(pictures.tradeoff({"": near}, str, "accuracy"))
+    assert b - a == pytest.approx(c - b)
+
+
+def test_one_choice_and_equal_costs_are_drawn() -> None:
+    for points in ([Point(5.0, 0.5, "a")], [Point(5.0, 0.5, "a"), Point(5.0, 0.6, "b")],
+                   [Point(0.0, 0.5, "a"), Point(9.0, 0.5, "b")]):  # fmt: skip
+        places = circles(pictures.tradeoff({"": points}, str, "accuracy"))
+        assert len(places) == len(points)
+        assert all(0 <= x <= 300 and 0 <= y <= 166 for x, y in places)
+
+
+def test_the_line_of_a_series_ascends_in_cost_and_its_marks_know_their_level() -> None:
+    points = [Point(30.0, 0.9, "16", 2), Point(10.0, 0.5, "4", 0), Point(20.0, 0.7, "8", 1)]
+    drawing = pictures.tradeoff({"": points}, str, "accuracy")
+    (line,) = re.findall(r'points="([^"]+)"', drawing)
+    ends = [float(pair.split(",")[0]) for pair in line.split()]
+    assert ends == sorted(ends)
+    assert re.findall(r'data-level="(\d)"', drawing) == ["0", "1", "2"]
+
+
+class Deep(nn.Module):
+    """Layers that repeat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.stack([layer(ids) for layer in self.layers]).sum(0)
+
+
+def test_groups_of_layers_that_repeat_are_one_bar() -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    plan = mk.inspect(Deep(), (ids,), sizes=[4, 8, 16])
+    drawing = pictures.groups(plan)
+    assert len({r["y"] for r in rectangles(drawing)}) == 2 < len(plan.groups)
+    assert "layers.0-2.up.out" in drawing
+
+
+def test_a_drawing_is_shown_at_its_own_size() -> None:
+    assert '<svg width="300" ' in sized(pictures.tradeoff({"": [Point(1, 1, "")]}, str, "a"))
 
 
 def test_words_are_escaped() -> None:

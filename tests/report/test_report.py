@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import matryoshkafy as mk
 from matryoshkafy.files.checkpoint import save
 from matryoshkafy.report.page.contents import ReportError
+from matryoshkafy.report.page.html import beside, grid
 from matryoshkafy.report.page.metrics import read_metrics
 from matryoshkafy.report.page.numbers import counted, stored, timed
 from matryoshkafy.report.report import page, report_of, write_report
@@ -95,7 +96,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "action", "data")]
-        if tag not in ("meta", "link", "input"):
+        if tag not in ("meta", "link", "input", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -116,6 +117,49 @@ def test_counts_in_the_report_are_the_counts_of_the_sub_models(checkpoint: Path)
     wanted = {m: 11 * m + 3 * m * (m + 1) + m * (3 * m + 1) for m in (4, 8, 16)}
     assert {m: c.parameters for m, c in costs.items()} == wanted
     assert {m: c.bytes for m, c in costs.items()} == {m: 4 * n for m, n in wanted.items()}
+
+
+TUNED = {"stages": "4:20,16:10", "recall": 0.9, "reciprocal_rank": 0.7, "products": 1234.0}
+ALONE = {"size": 4, "threshold": 0.9, "answers": 0.6, "accuracy_alone": 0.8, "cost_alone": 4.0}
+LAST = ALONE | {"size": 16, "threshold": None, "answers": 0.4, "cost_alone": 16.0}
+
+
+def test_trade_offs_are_drawn_from_what_the_commands_print(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    tuned, cascade = tmp_path / "tuned.json", tmp_path / "cascade.json"
+    tuned.write_text(json.dumps({"settings": [TUNED, TUNED | {"products": 9e6, "recall": 1.0}]}))
+    cascade.write_text(json.dumps({"accuracy": 0.81, "cost": 8.0, "sizes": [ALONE, LAST]}))
+    out = tmp_path / "r.html"
+    words = ["report", str(checkpoint), "--retrieval", str(tuned), "--cascade", str(cascade)]
+    done = CliRunner().invoke(app(), [*words, "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    text = out.read_text()
+    assert "4:20 &gt; 16:10" in text and "recall and MRR against multiply-adds" in text
+    assert "answers 0.8100 right at 50% of the cost of size 16" in text and "never" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"settings": [{"stages": "4:2"}]}', '{"sizes": 3}']
+)
+def test_tables_that_are_none_are_refused_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "t.json").write_text(text)
+    for option, command in (("--retrieval", "retrieve"), ("--cascade", "cascade")):
+        words = ["report", str(checkpoint), option, str(tmp_path / "t.json")]
+        done = CliRunner().invoke(app(), [*words, "-o", str(tmp_path / "r.html")])
+        assert done.exit_code == 2
+        assert f"expected what this prints: matryoshkafy {command}" in " ".join(done.output.split())
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_row_of_figures_that_would_leave_one_alone_is_two_rows() -> None:
+    assert grid(["<b></b>"] * 4).startswith('<div class="grid pairs">')
+    assert grid(["<b></b>"] * 3).startswith('<div class="grid">')
+    drawn = beside(["<b></b>"] * 2, ("size", "x"), [(4, 1)])
+    assert drawn.count("<div") == 3 and 'class="fill"' in drawn
+    assert "fill" not in beside(["<b></b>"] * 2, "abcd", [(1, 2, 3, 4)])
 
 
 def test_names_are_escaped(checkpoint: Path) -> None:
@@ -194,8 +238,17 @@ def visible(browser: Any, selector: str) -> list[Any]:
 def test_the_page_opens_without_errors_and_shows_its_charts(opened: Any) -> None:
     assert opened.get_log("browser") == []
     titles = [e.text for e in visible(opened, "figure h3")]
-    assert titles == ["parameters", "bytes", "flops", "latency", "NDCG@10", "Recall@10"]
-    assert len(visible(opened, "figure svg")) == len(titles) + 2
+    costs = ["parameters", "FLOPs", "latency"]
+    assert titles[:5] == [
+        "parameters",
+        "FLOPs",
+        "latency at 2\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}3",
+        "NDCG@10",
+        "Recall@10",
+    ]
+    assert titles[5:11] == [f"{m} against {c}" for m in ("NDCG@10", "Recall@10") for c in costs]
+    assert titles[11:] == ["groups", "up.weight"]
+    assert len(visible(opened, "figure svg")) == len(titles)
     assert all(e.size["height"] > 50 for e in visible(opened, "figure svg"))
     assert len(visible(opened, "table")) >= 3
 
@@ -224,6 +277,30 @@ def test_a_phone_need_not_scroll_sideways(opened: Any) -> None:
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     assert opened.execute_script("return document.documentElement.scrollWidth") <= 360
     opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_words_of_all_drawings_are_equally_large_and_no_card_stands_alone(
+    opened: Any, width: int
+) -> None:
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    scales = opened.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map("
+        "s => s.getBoundingClientRect().width / s.viewBox.baseVal.width)"
+    )
+    fonts = opened.execute_script(
+        "return [...document.querySelectorAll('svg text')].map(t => getComputedStyle(t).fontSize)"
+    )
+    rows = opened.execute_script(
+        "return [...document.querySelectorAll('.grid')].map(g => {"
+        "const tops = [...g.children].map(c => Math.round(c.getBoundingClientRect().top));"
+        "return [tops.length, tops.filter(t => t === tops[tops.length - 1]).length];})"
+    )
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert scales == pytest.approx([1.0] * len(scales), abs=0.01)
+    assert len(set(fonts)) == 1
+    assert width < 800 or all(last > 1 for _, last in rows), rows
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -15,9 +15,13 @@ from matryoshkafy.report.page.contents import ReportError, Series
 def read_metrics(path: str | os.PathLike[str], sizes: Sequence[int]) -> dict[str, Series]:
     """Read a CSV with a column `size` and one column a metric: {metric: {series: {size: value}}}.
 
-    Columns of words name the series (a protocol, a data set); rows of other sizes are left out.
-    Raises `ReportError` for a file without the column, without any of the sizes, or with two values
-    for one place.
+    Args:
+        path: the file. Columns of words name the series (a protocol, a data set).
+        sizes: those that are shown; rows of others are left out.
+
+    Raises:
+        ReportError: a file without the column, without any of the sizes, or with two values for one
+            place.
     """
     rows = _rows_of(Path(path))
     rows = [row for row in rows if row["size"] in {str(s) for s in sizes}]

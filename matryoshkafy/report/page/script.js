@@ -15,5 +15,7 @@ function pick(input) {
 
 for (const input of picks) input.addEventListener("change", () => pick(input));
 const start = [...picks].find((input) => input.value === location.hash.slice(1)) || picks[picks.length - 1];
-start.checked = true;
-pick(start);
+if (start) {
+  start.checked = true;
+  pick(start);
+}

@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.plan.text import folded as fold
+from matryoshkafy.plan.text import meaning, place_of
 from matryoshkafy.report import pictures
-from matryoshkafy.report.page.contents import Report, Series
-from matryoshkafy.report.page.html import figure, folded, grid, section, table
+from matryoshkafy.report.page.contents import Report
+from matryoshkafy.report.page.html import beside, figure, folded, grid, section, table
 from matryoshkafy.report.page.numbers import counted, stored, timed
+from matryoshkafy.report.page.tradeoffs import key
 from matryoshkafy.report.pictures.svg import opacity, tag
 
 MOST_CHARTS = 12
+MOST_ROWS = 60
+# Drawings are this wide: three fit side by side, one fits a phone.
+WIDE = 300
+SIDE = 250
 COSTS: tuple[tuple[str, Callable[[float], str], str], ...] = (
     ("parameters", counted, "parameters"),
     ("bytes", stored, "of weights"),
     ("flops", counted, "FLOPs"),
     ("latency", timed, "a call"),
 )
+TITLES = {"flops": "FLOPs"}
+# Shapes up to this length stand beside the word latency; longer ones below the table.
+SHORT = 24
+MASKED = (
+    "In the weight each block of outputs reads the inputs of its own size and of the smaller ones; "
+    "what is left blank is never read."
+)
+SLICED = "Of the weight a size holds the top left corner: a prefix of the rows and of the columns."
+DRAWN = ("parameters", "flops", "latency")
 
 
 def costs_section(report: Report) -> str:
-    """Bars of parameters, bytes, FLOPs and latency over sizes, and their table."""
+    """Bars of parameters, FLOPs and latency over sizes, and the table with bytes besides."""
     charts = [
-        figure(name, pictures.bars(_column(report, name), form, f"{name} by size"))
+        figure(
+            _title(name, report),
+            pictures.bars(_column(report, name), form, f"{name} by size", WIDE),
+        )
         for name, form, _ in COSTS
+        if name in DRAWN
     ]
-    head = ("size", *(name for name, _, _ in COSTS), "share of parameters")
+    head = ("size", *(TITLES.get(name, name) for name, _, _ in COSTS), "share")
     rows = [
         (size, *(form(getattr(cost, name)) for name, form, _ in COSTS), _share(report, size))
         for size, cost in report.costs.items()
     ]
-    return section("What each size costs", grid(charts) + table(head, rows, rungs=True))
+    inputs = (
+        f"FLOPs and latency are of one call with inputs of {report.inputs}; the share is that of "
+        "all parameters."
+    )
+    body = grid(charts) + table(head, rows, rungs=True)
+    body += tag("p", escape(inputs), class_="soft") if report.inputs else ""
+    return section("What each size costs", body)
+
+
+def _title(name: str, report: Report) -> str:
+    if name == "latency" and 0 < len(report.inputs) <= SHORT:
+        return f"latency at {report.inputs}"
+    return TITLES.get(name, name)
 
 
 def _column(report: Report, name: str) -> dict[int, float]:
@@ -52,7 +83,7 @@ def quality_section(report: Report) -> str:
     sizes = list(report.plan.sizes)
     series = list(dict.fromkeys(name for lines in report.metrics.values() for name in lines))
     charts = [
-        figure(name, pictures.lines(lines, sizes, f"{name} by size") + _key(lines))
+        figure(name, pictures.lines(lines, sizes, f"{name} by size", WIDE), key(lines))
         for name, lines in list(report.metrics.items())[:MOST_CHARTS]
     ]
     rows = [
@@ -63,58 +94,62 @@ def quality_section(report: Report) -> str:
     head = ("size", "series", *report.metrics)
     if series == [""]:
         head, rows = ("size", *report.metrics), [(row[0], *row[2:]) for row in rows]
-    return section("What each size achieves", grid(charts) + table(head, rows))
-
-
-def layer_section(report: Report) -> str:
-    """The weight of one layer in its blocks."""
-    plan = report.plan
-    name = pictures.drawn_layer(plan)
-    if name is None:
-        return ""
-    masked = (
-        "Each block of outputs reads the inputs of its own size and of the smaller ones; "
-        "what is left blank is never read."
-    )
-    sliced = "The model of a size is the top left corner: a prefix of the rows and of the columns."
-    words = tag("figcaption", masked if plan.masked else sliced)
-    drawn = tag("figure", pictures.weight(plan, name), _shades(plan), words, class_="narrow")
-    return section(f"One layer: {name}", drawn)
+    return section("What each size achieves", beside(charts, head, rows))
 
 
 def plan_section(report: Report) -> str:
-    """Every group and its widths."""
+    """Every group and its widths, layers that repeat as one; and one layer's weight in blocks."""
     plan = report.plan
     head = ("group", "units", *plan.sizes, "parameters' axes")
-    rows = [
-        (g.name, g.size, *(w[i] for w in plan.ladder), ", ".join(g.parameters))
+    rows = fold(
+        (g.name, str(g.size), *(str(w[i]) for w in plan.ladder), _members(g.parameters))
         for i, g in enumerate(plan.groups)
-    ]
-    words = tag(
-        "p", "A bar is a group of axes that shrink together; the core is the smallest size."
     )
-    drawn = tag("figure", pictures.groups(plan) + _shades(plan), class_="narrow")
-    return section("What nests", words + drawn + folded("All groups", table(head, rows)))
+    drawn = [figure("groups", pictures.groups(plan, wide=WIDE), _shades(plan)), *_layer(plan)]
+    words = [tag("p", "A bar is a group of axes that shrink together, drawn for each size.")]
+    words += [tag("p", MASKED if plan.masked else SLICED)] if len(drawn) > 1 else []
+    shown = grid([*drawn, tag("div", *words, class_="fill soft")])
+    return section("What nests", shown + folded("All groups", table(head, rows)))
+
+
+def _layer(plan: Plan) -> Iterator[str]:
+    """Yield the drawing of a weight, where one has both of its axes nested."""
+    name = pictures.drawn_layer(plan)
+    if name is None:
+        return
+    yield figure(name, pictures.weight(plan, name, SIDE), _shades(plan))
+
+
+def _members(parameters: Sequence[str]) -> str:
+    return _some([name for (name,) in fold((name,) for name in parameters)])
 
 
 def whole_section(report: Report) -> str:
     """What stays whole and why, ops without a rule, derived scalars, remarks."""
     plan = report.plan
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for axis in plan.whole:
-        if axis.why != "no feature":
-            by_reason[axis.why].append(f"{axis.axis} ({axis.size})")
-    reasons = [(why, len(axes), _some(axes)) for why, axes in by_reason.items()]
-    body = table(("why", "axes", "which"), reasons) if reasons else tag("p", "Nothing.")
+    rows = fold(
+        (axis.axis, str(axis.size), axis.why, place_of(axis.place, axis.axis))
+        for axis in plan.whole
+        if axis.why != "no feature"
+    )
+    head = ("axis", "size", "why", "where")
+    body = table(head, rows[:MOST_ROWS]) if rows else tag("p", "Nothing.")
+    body += tag("p", f"and {len(rows) - MOST_ROWS} more") if len(rows) > MOST_ROWS else ""
+    body += _meanings({why for _, _, why, _ in rows})
     rest = (
-        ("Ops without a rule: their axes stay whole", ("op", "node", "source"),
-         [(u.op, u.node, u.source) for u in plan.unknown]),
-        ("Constants derived from a width", ("node", "value", "source"),
-         [(s.node, f"{s.value:.6g} = {s.units} ** {s.power:g}", s.source) for s in plan.scalars]),
+        ("Ops without a rule: their axes stay whole", ("op", "where"),
+         [(u.op, place_of(u.source) or u.node) for u in plan.unknown]),
+        ("Constants derived from a width", ("value", "where"),
+         [(str(s), place_of(s.source) or s.node) for s in plan.scalars]),
         ("Remarks", ("remark",), [(remark,) for remark in plan.remarks]),
     )  # fmt: skip
     body += "".join(folded(title, table(head, rows)) for title, head, rows in rest if rows)
     return section("What stays whole, and why", body)
+
+
+def _meanings(reasons: set[str]) -> str:
+    told = sorted(f"{why}: {meaning(why)}" for why in reasons if meaning(why))
+    return tag("p", escape("; ".join(told)), class_="soft") if told else ""
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:
@@ -124,16 +159,6 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 
 def _metric(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _key(lines: Series) -> str:
-    if list(lines) == [""]:
-        return ""
-    rows = (
-        tag("span", tag("i", style=f"background:{pictures.colour(k)}"), escape(name))
-        for k, name in enumerate(lines)
-    )
-    return tag("div", *rows, class_="key")
 
 
 def _shades(plan: Plan) -> str:
@@ -150,7 +175,8 @@ def _shades(plan: Plan) -> str:
 
 
 def dial(report: Report) -> str:
-    return "\n".join(
+    """Return the row of sizes, one of which is picked."""
+    sizes = "\n".join(
         tag(
             "label",
             f'<input type="radio" name="size" value="{size}" data-rung="{i}" '
@@ -159,6 +185,9 @@ def dial(report: Report) -> str:
         )
         for i, size in enumerate(report.costs)
     )
+    legend = tag("legend", "Size ", tag("span", "(arrow keys work)", class_="hint"))
+    told = tag("output", id="told", aria_live="polite")
+    return tag("form", tag("fieldset", legend, sizes), told, class_="dial", aria_label="Size")
 
 
 def _told(size: int, report: Report) -> str:

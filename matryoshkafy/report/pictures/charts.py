@@ -9,14 +9,18 @@ from html import escape
 from matryoshkafy.report.pictures.svg import Box, rect, svg, tag, text
 
 LINES = 4
+# Room that the words of a mark need, in units of the drawing.
+ROOM = 42
+HEIGHT = 170
 Format = Callable[[float], str]
 
 
-def bars(values: Mapping[int, float], form: Format, label: str) -> str:
+def bars(values: Mapping[int, float], form: Format, label: str, wide: float = 360) -> str:
     """Return one bar per size, from zero, each with its value."""
-    top, step = max(values.values(), default=1.0) or 1.0, 350 / max(1, len(values))
-    body = tag("line", x1=5.0, y1=150.0, x2=355.0, y2=150.0, class_="rule")
-    named = _named(len(values))
+    top = max(values.values(), default=1.0) or 1.0
+    step = (wide - 10) / max(1, len(values))
+    body = tag("line", x1=5.0, y1=150.0, x2=wide - 5.0, y2=150.0, class_="rule")
+    named = _named(len(values), wide)
     for level, (size, value) in enumerate(values.items()):
         height = 120 * value / top
         box = Box(5 + step * (level + 0.14), 150 - height, step * 0.72, height)
@@ -24,7 +28,7 @@ def bars(values: Mapping[int, float], form: Format, label: str) -> str:
         words = _words(Box(box.x + box.width / 2, box.y, 0, 0), form(value), size, level in named)
         tip = tag("title", escape(f"size {size}: {form(value)}"))
         body += tag("g", tip, bar, words, data_level=level, class_="mark")
-    return svg(body, 360, 170, label)
+    return svg(body, wide, HEIGHT, label)
 
 
 def _words(at: Box, value: str, size: int, named: bool) -> str:
@@ -34,25 +38,30 @@ def _words(at: Box, value: str, size: int, named: bool) -> str:
     return above + text(size, at.x, 165, text_anchor="middle", class_="soft")
 
 
-def _named(count: int) -> set[int]:
+def _named(count: int, wide: float) -> set[int]:
     """Return which of so many marks have room for words: all, or every n-th and the last."""
-    every = -(-count // 8)
+    every = -(-count // int(wide / ROOM))
     return {*range(count - 1, -1, -every)}
 
 
-def lines(series: Mapping[str, Mapping[int, float]], sizes: Sequence[int], label: str) -> str:
+def lines(
+    series: Mapping[str, Mapping[int, float]],
+    sizes: Sequence[int],
+    label: str,
+    wide: float = 360,
+) -> str:
     """Return values over sizes, one line a series; sizes stand at equal distances, as rungs do."""
     values = [v for line in series.values() for v in line.values()]
     low, high = min(values), max(values)
     slack = (high - low or abs(high) or 1.0) * 0.08
-    at = _Plane(tuple(sizes), low - slack, high + slack)
+    at = _Plane(tuple(sizes), low - slack, high + slack, wide)
     body = "".join(_gridline(at, low + (high - low) * k / 2) for k in range(3))
-    named = _named(len(sizes))
+    named = _named(len(sizes), wide)
     for level, size in enumerate(sizes):
         if level in named:
             body += text(size, at.x(size), 165, text_anchor="middle", class_="soft")
     body += "".join(_line(at, name, line, k) for k, (name, line) in enumerate(series.items()))
-    return svg(body, 360, 170, label)
+    return svg(body, wide, HEIGHT, label)
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,10 @@ class _Plane:
     sizes: tuple[int, ...]
     low: float
     high: float
+    wide: float
 
     def x(self, size: int) -> float:
-        return 58 + 285 * self.sizes.index(size) / max(1, len(self.sizes) - 1)
+        return 58 + (self.wide - 75) * self.sizes.index(size) / max(1, len(self.sizes) - 1)
 
     def y(self, value: float) -> float:
         return 146 - 136 * (value - self.low) / (self.high - self.low)
@@ -73,7 +83,7 @@ class _Plane:
 def _gridline(at: _Plane, value: float) -> str:
     y = at.y(value)
     words = text(f"{value:.3g}", 46, y + 4, text_anchor="end", class_="soft")
-    return tag("line", x1=50.0, y1=y, x2=352.0, y2=y, class_="rule") + words
+    return tag("line", x1=50.0, y1=y, x2=at.wide - 8.0, y2=y, class_="rule") + words
 
 
 def _line(at: _Plane, name: str, line: Mapping[int, float], order: int) -> str:

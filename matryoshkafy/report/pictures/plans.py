@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+from html import escape
+
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.report.pictures.svg import Box, segment, svg, text
+from matryoshkafy.plan.text import folded
+from matryoshkafy.report.pictures.svg import Box, segment, svg, tag, text
+
+Bar = tuple[str, int, tuple[int, ...]]
 
 
-def groups(plan: Plan, most: int = 24) -> str:
-    """Return every group as a bar of nested prefixes, the main group first."""
-    order = sorted(range(len(plan.groups)), key=lambda g: (g != plan.main, -plan.groups[g].size))
-    shown = order[:most]
-    body = "".join(_group_row(plan, g, 20 + 34 * row) for row, g in enumerate(shown))
-    if len(order) > most:
-        body += text(f"and {len(order) - most} more groups (table below)", 0, 22 + 34 * most,
+def groups(plan: Plan, most: int = 24, wide: float = 400) -> str:
+    """Return every group as a bar of nested prefixes, the main group first.
+
+    Groups of layers that repeat are one bar: `layers.0-31.mlp`.
+    """
+    found = bars_of(plan)
+    body = "".join(_row(plan, bar, 20 + 34 * row, wide) for row, bar in enumerate(found[:most]))
+    if len(found) > most:
+        body += text(f"and {len(found) - most} more (table below)", 0, 22 + 34 * most,
                      class_="soft")  # fmt: skip
-    height = 34 * (len(shown) + (len(order) > most)) + 8
-    return svg(body, 400, height, f"{len(order)} groups and their widths at each size")
+    height = 34 * (min(most, len(found)) + (len(found) > most)) + 8
+    return svg(body, wide, height, f"{len(plan.groups)} groups and their widths at each size")
 
 
-def _group_row(plan: Plan, group: int, y: float) -> str:
-    name, units = plan.groups[group].name, plan.groups[group].size
-    ends = [0, *(widths[group] for widths in plan.ladder)]
+def bars_of(plan: Plan) -> list[Bar]:
+    """Return (name, units, width at each size) of the groups, repeated layers as one, largest
+    first after the main one.
+    """
+    order = sorted(range(len(plan.groups)), key=lambda g: (g != plan.main, -plan.groups[g].size))
+    rows = [
+        (plan.groups[g].name, "main" if g == plan.main else "", *(str(w[g]) for w in plan.ladder))
+        for g in order
+    ]
+    return [
+        (f"{'main: ' if main else ''}{name}", int(widths[-1]), tuple(map(int, widths)))
+        for name, main, *widths in folded(rows)
+    ]
+
+
+def _row(plan: Plan, bar: Bar, y: float, wide: float) -> str:
+    name, units, widths = bar
+    ends = [0, *widths]
     bars = "".join(
-        segment(Box(400 * a / units, y, 400 * (b - a) / units, 12), level, plan.levels)
+        segment(Box(wide * a / units, y, wide * (b - a) / units, 12), level, plan.levels)
         for level, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
         if b > a
     )
-    mark = "main group: " if group == plan.main else ""
-    words = text(f"{mark}{_shortened(name, 44)}", 0, y - 4)
-    return words + text(f"{units} units", 400, y - 4, text_anchor="end", class_="soft") + bars
+    # A letter of the page's face is about six units wide; the units stand at the right.
+    words = text(_shortened(name, int(wide / 6.4) - 14), 0, y - 4)
+    count = text(f"{units} units", wide, y - 4, text_anchor="end", class_="soft")
+    return tag("g", tag("title", escape(name)), words, count, bars)
 
 
 def _shortened(name: str, most: int) -> str:

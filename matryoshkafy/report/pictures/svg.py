@@ -60,6 +60,12 @@ def svg(body: str, width: float, height: float, label: str) -> str:
     )
 
 
+def sized(drawing: str) -> str:
+    """Return a drawing that a page shows at its own size: words in all are equally large."""
+    width = drawing.partition('viewBox="0 0 ')[2].partition(" ")[0]
+    return drawing.replace("<svg ", f'<svg width="{width}" ', 1)
+
+
 def standalone(drawing: str) -> str:
     """Return a drawing as a file of its own: with the colours that a page would give it."""
     start = drawing.index(">") + 1
