@@ -20,8 +20,10 @@ from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses.distillation import KINDS
 from matryoshkafy.training.resuming import batches, resume_run, save_run
+from matryoshkafy.training.rows import alike
 from matryoshkafy.training.rota import ROTAS, Rota, Share
 from matryoshkafy.training.watching import RunLog
+from matryoshkafy.units.permute import users_order
 
 Pick = Callable[[Any, Any], Tensor]
 PROJECTED = ("mse", "cosine")
@@ -140,14 +142,16 @@ class DistilReport:
         return "\n".join([f"{self.steps} steps", f"{'size':>6}  {'first':>9}  {'last':>9}", *rows])
 
 
-def distil(
+def distil(  # noqa: PLR0913  the public signature
     doll: Doll,
     teacher: nn.Module | Tensor | None,
     data: Sequence[Any],
     recipe: Recipe = Recipe(),  # noqa: B008  frozen
     *,
     collate: Callable[[list[Any]], Any] = torch.stack,
+    lengths: Sequence[int] | None = None,
     folder: str | os.PathLike[str] | None = None,
+    watch: Callable[[int], object] | None = None,
 ) -> DistilReport:
     """Train every size of a doll on a frozen teacher's outputs, in place.
 
@@ -158,12 +162,17 @@ def distil(
     Args:
         doll: the student; its largest size learns from the teacher too, which anchors it.
         teacher: a module that takes what the doll takes; or its outputs for all rows, [rows, ...],
-            computed once; or None for a frozen copy of the doll's full model as it is now.
+            computed once; or None for a frozen copy of the doll's full model as it is now. Their
+            units stand in the user's own order, also where `order` has changed the doll's.
         data: the rows, by index.
         recipe: steps, terms, sizes.
         collate: rows -> a batch as `order` takes it (a tensor, a tuple, a mapping of keywords).
+        lengths: of the rows; where given, a batch holds rows of about one length, so that little
+            is padded.
         folder: where the run is saved; a run that is found there goes on where it was saved. The
             copy of teacher=None is then the doll as it comes in, so bring the same one again.
+        watch: called with the number of steps done, each `recipe.save` steps and at the end: the
+            place to measure the doll.
 
     Returns:
         The losses per size of the steps done in this call.
@@ -178,8 +187,16 @@ def distil(
         )
     if len(data) < recipe.batch:
         raise DistilError(f"{len(data)} rows do not fill a batch of {recipe.batch}; give more rows")
-    run = _Run(doll, _frozen(doll, teacher), data, recipe, collate)
-    return run.carried_out(folder)
+    if lengths is not None and len(lengths) != len(data):
+        raise DistilError(
+            f"{len(lengths)} lengths were given for {len(data)} rows; give one for each row"
+        )
+    run = _Run(doll, teacher, data, recipe, collate, lengths)
+    return run.carried_out(folder, watch or _nobody)
+
+
+def _nobody(_: int) -> None:
+    """Watches nothing."""
 
 
 def _frozen(doll: Doll, teacher: nn.Module | Tensor | None) -> nn.Module | Tensor:
@@ -202,19 +219,24 @@ class _Run:
     def __init__(
         self,
         doll: Doll,
-        teacher: nn.Module | Tensor,
+        teacher: nn.Module | Tensor | None,
         data: Sequence[Any],
         recipe: Recipe,
         collate: Callable[[list[Any]], Any],
+        lengths: Sequence[int] | None = None,
     ) -> None:
-        self.doll, self.teacher, self.data, self.recipe = doll, teacher, data, recipe
+        self.doll, self.data, self.recipe, self.lengths = doll, data, recipe, lengths
+        # A copy of the doll has the doll's order of units, every other teacher the user's own.
+        self.teacher, self.foreign = _frozen(doll, teacher), teacher is not None
         self.collate = collate
         self.device = next(doll.parameters()).device.type
         self.rota = Rota(tuple(doll.sizes), recipe.sizes, recipe.weights, recipe.widen, recipe.last)
         self.projections = self._made_projections()
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=recipe.rate)
 
-    def carried_out(self, folder: str | os.PathLike[str] | None) -> DistilReport:
+    def carried_out(
+        self, folder: str | os.PathLike[str] | None, watch: Callable[[int], object]
+    ) -> DistilReport:
         """Do the steps that are left."""
         recipe, losses = self.recipe, {m: [] for m in self.doll.sizes}
         parts = {"model": self.doll, "projections": self.projections, "optimizer": self.optimizer}
@@ -227,17 +249,25 @@ class _Run:
                     losses[size].append(value)
                 log.step(sum(per_size.values()), per_size)
                 done = step + 1
-                if folder is not None and (done % recipe.save == 0 or done == recipe.steps):
-                    save_run(folder, parts, {"step": done})
+                if done % recipe.save == 0 or done == recipe.steps:
+                    if folder is not None:
+                        save_run(folder, parts, {"step": done})
+                    watch(done)
         first = {m: _mean(values[:10]) for m, values in losses.items()}
         return DistilReport(recipe.steps, first, {m: _mean(v[-10:]) for m, v in losses.items()})
 
     def _rows_from(self, start: int) -> Iterator[tuple[int, Tensor]]:
         count, size = len(self.data), self.recipe.batch
-        per_epoch = count // size
-        for step in range(start, self.recipe.steps):
-            epoch, at = divmod(step, per_epoch)
-            yield step, next(batches(count, size, seed=self.recipe.seed, epoch=epoch, start=at))
+        seed, step = self.recipe.seed, start
+        while step < self.recipe.steps:
+            epoch, at = divmod(step, count // size)
+            if self.lengths is None:
+                drawn = batches(count - count % size, size, seed=seed, epoch=epoch, start=at)
+            else:
+                drawn = alike(self.lengths, size, seed=seed, epoch=epoch, start=at)
+            for rows in drawn:
+                yield step, rows
+                step += 1
 
     def _step(self, step: int, rows: Tensor) -> dict[int, float]:
         """One optimizer step; returns {size: unweighted loss}."""
@@ -263,9 +293,15 @@ class _Run:
         outputs = self.doll.outputs(*args, **kwargs)
         for share in shares:
             with self._precision():
-                loss = self.loss(share.size, outputs[share.size], batch, lessons)
+                output = self.said(share.size, outputs[share.size])
+                loss = self.loss(share.size, output, batch, lessons)
             (loss * share.weight).backward(retain_graph=self.doll.plan.masked)
             yield share.size, float(loss.detach())
+
+    def said(self, size: int, output: Any) -> Any:
+        """Return what a size says, the largest in the order of units that the teacher has."""
+        largest = self.foreign and size == max(self.doll.sizes)
+        return users_order(self.doll, output) if largest else output
 
     def _precision(self) -> Any:
         return torch.autocast(
@@ -303,12 +339,23 @@ class _Run:
         lessons, made = self.lessons(rows, batch), nn.ModuleDict()
         with torch.no_grad():
             outputs = self.doll.outputs(*args, **kwargs)
+            units = self._units(outputs[max(self.doll.sizes)], batch)
         for size, (number, term) in product(self.doll.sizes, enumerate(self.recipe.terms)):
             have, want = term.of(outputs[size], batch), lessons[number]
             _check_rows(size, term, have, want)
             if term.kind in PROJECTED and have.shape[-1] != want.shape[-1]:
-                made[f"{number}_{size}"] = _prefix_projection(have, want)
+                made[f"{number}_{size}"] = _prefix_projection(have, units[number], want)
         return made
+
+    def _units(self, output: Any, batch: Any) -> dict[int, Tensor]:
+        """For each term the doll's unit [width] that stands at each place of the teacher's output.
+
+        Places are counted in the full output, which is put back into the teacher's order.
+        """
+        counted = pytree.tree_map_only(Tensor, _places, output)
+        back = self.said(max(self.doll.sizes), counted)
+        picked = (term.of(back, batch) for term in self.recipe.terms)
+        return {number: x.reshape(-1, x.shape[-1])[0] for number, x in enumerate(picked)}
 
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.doll.parameters(), *self.projections.parameters()]
@@ -339,12 +386,19 @@ def _check_rows(size: int, term: Term, have: Tensor, want: Tensor) -> None:
         )
 
 
-def _prefix_projection(have: Tensor, want: Tensor) -> nn.Linear:
-    """A linear that starts as: the units are the first ones of the teacher's."""
-    made = nn.Linear(have.shape[-1], want.shape[-1], bias=False)
+def _places(value: Tensor) -> Tensor:
+    """Return a tensor like this that holds the place in the last dim."""
+    return torch.arange(value.shape[-1], device=value.device).expand_as(value).double()
+
+
+def _prefix_projection(have: Tensor, units: Tensor, want: Tensor) -> nn.Linear:
+    """A linear that starts as: each unit is the teacher's that it was made from."""
+    narrow, wide = have.shape[-1], want.shape[-1]
+    made = nn.Linear(narrow, wide, bias=False).to(have.device)
+    known = units if len(units) == wide else torch.arange(wide)
     with torch.no_grad():
-        made.weight.copy_(torch.eye(want.shape[-1], have.shape[-1]))
-    return made.to(have.device)
+        made.weight.copy_(known.to(have.device)[:, None] == torch.arange(narrow).to(have.device))
+    return made
 
 
 def _mean(values: list[float]) -> float:
