@@ -62,7 +62,8 @@ class Survey:
     """What the walk found for one group.
 
     `obstacles`: why it cannot be rotated. `gains`: those to be folded into `readers` {gain:
-    {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `mean`: the
+    {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `diagonal`
+    {gain: what is added to it}: gains that stay on the stream, of a post-norm survey. `mean`: the
     direction of ones must stay. `contracted`: some weight reads it.
     """
 
@@ -71,6 +72,7 @@ class Survey:
     gains: dict[str, Gained] = field(default_factory=dict)
     readers: dict[str, set[Reader]] = field(default_factory=dict)
     scales: set[str] = field(default_factory=set)
+    diagonal: dict[str, float] = field(default_factory=dict)
     mean: bool = False
     contracted: bool = False
 
@@ -91,8 +93,15 @@ class _Walk:
     """States of the values that carry one group, node by node."""
 
     def __init__(
-        self, graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int
+        self,
+        graph: fx.Graph,
+        plan: Plan,
+        state: Mapping[str, Tensor],
+        group: int,
+        *,
+        post: bool = False,
     ) -> None:
+        self.post = post
         self.graph, self.plan, self.tensors = graph, plan, state
         self.group, self.found = group, Survey(group)
         self.states: dict[fx.Node, State] = {}
@@ -174,6 +183,9 @@ class _Walk:
         if gain is None:
             return Stream()
         self.found.scales.add(gain)
+        if self.post:
+            self.found.diagonal[gain] = offset
+            return Stream()
         tensor = self.tensors[gain].detach() + offset
         if bool((tensor == 1).all()):
             return Stream()
@@ -377,7 +389,12 @@ RULES: dict[str, Handler] = {
 }
 
 
-def survey(graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int) -> Survey:
-    """Return what stands in the way of rotating a group, and what must be folded before."""
+def survey(
+    graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int, *, post: bool = False
+) -> Survey:
+    """Return what stands in the way of rotating a group, and what must be folded before.
+
+    post: gains may stay on the stream, as the diagonals of what a rotation makes of them.
+    """
     with torch.no_grad():
-        return _Walk(graph, plan, state, group).survey()
+        return _Walk(graph, plan, state, group, post=post).survey()
