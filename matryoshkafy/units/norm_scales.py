@@ -125,7 +125,8 @@ class _Spread(fx.Interpreter):
             given = self.env[args["input"]]
             bare = F.layer_norm if op_key(n) == "layer_norm" else F.rms_norm
             normed = bare(given.float(), args["normalized_shape"], eps=args.get("eps") or 1e-6)
-            self._add(gain, self._real(normed), [dims.size_at(dim, w) for w in self.plan.ladder])
+            widths = [dims.size_at(dim, w) for w in self.plan.ladder]
+            self._add(gain, self._real(normed), widths, centred=op_key(n) == "layer_norm")
         return value
 
     def _real(self, normed: Tensor) -> Tensor:
@@ -134,8 +135,10 @@ class _Spread(fx.Interpreter):
         known = mask is not None and mask.dim() == 2 and mask.shape == normed.shape[:2]
         return normed[mask.bool()] if known and mask is not None else normed.flatten(0, -2)
 
-    def _add(self, gain: str, rows: Tensor, widths: list[int]) -> None:
-        each = [rows[:, :w].square().mean(1) - rows[:, :w].mean(1).square() for w in widths]
+    def _add(self, gain: str, rows: Tensor, widths: list[int], *, centred: bool) -> None:
+        each = [rows[:, :w].square().mean(1) for w in widths]
+        if centred:
+            each = [e - rows[:, :w].mean(1).square() for e, w in zip(each, widths, strict=True)]
         total = torch.stack([one.double().sum() for one in each])
         known, count = self.spreads.get(gain, (torch.zeros(len(widths)).double(), 0))
         self.spreads[gain] = known + total, count + len(rows)
