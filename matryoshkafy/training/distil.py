@@ -198,13 +198,17 @@ class _Run:
                 for size, value in per_size.items():
                     losses[size].append(value)
                 log.step(sum(per_size.values()), per_size)
-                done = step + 1
-                if done % recipe.save == 0 or done == recipe.steps:
-                    if places.run is not None:
-                        save_run(places.run, parts, {"step": done})
-                    watch(done)
+                if (step + 1) % recipe.save == 0 or step + 1 == recipe.steps:
+                    self._saved(places.run, parts, step + 1)
+                    watch(step + 1)
         first = {m: _mean(values[:10]) for m, values in losses.items()}
         return DistilReport(recipe.steps, first, {m: _mean(v[-10:]) for m, v in losses.items()})
+
+    def _saved(
+        self, folder: str | os.PathLike[str] | None, parts: Mapping[str, Any], done: int
+    ) -> None:
+        if folder is not None:
+            save_run(folder, parts, {"step": done})
 
     def _log(self, start: int, events: str | os.PathLike[str] | None) -> RunLog:
         folder = events if is_first() else None
