@@ -31,7 +31,7 @@ class Taught(nn.Module):
         super().__init__()
         self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
         self.__dict__.update(doll=doll, terms=tuple(terms), foreign=foreign)
-        self.projections = nn.ModuleDict()
+        self._hold(nn.ModuleDict())
         self.training = doll.training
 
     @property
@@ -41,10 +41,9 @@ class Taught(nn.Module):
         assert isinstance(found, nn.ModuleDict)
         return found
 
-    @projections.setter
-    def projections(self, made: nn.ModuleDict) -> None:
-        doll = self.__dict__["doll"]
-        self.__dict__["_modules"] = {**doll._modules, PROJECTIONS: made}
+    def _hold(self, made: nn.ModuleDict) -> None:
+        # Past nn.Module's __setattr__: the doll's own table is not to hold them.
+        self.__dict__["_modules"] = {**self.__dict__["doll"]._modules, PROJECTIONS: made}
 
     def forward(self, sizes: Sequence[int], batch: Any, lessons: Sequence[Tensor]) -> Tensor:
         """What each of the sizes has yet to learn [sizes]."""
@@ -90,7 +89,7 @@ class Taught(nn.Module):
                 _check_basis(term, term.of(self.said(size, outputs[size]), batch), want)
             if term.kind in PROJECTED and have.shape[-1] != want.shape[-1]:
                 made[f"{number}_{size}"] = _prefix_projection(have, units[number], want)
-        self.projections = made
+        self._hold(made)
 
     def _units(self, output: Any, batch: Any) -> dict[int, Tensor]:
         """For each term the doll's unit [width] that stands at each place of the teacher's output.
