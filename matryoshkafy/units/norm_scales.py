@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from matryoshkafy.axes import dims
-from matryoshkafy.dolls.batches import flat_inputs
+from matryoshkafy.axes.dims import Dim
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import state_of
-from matryoshkafy.graph.nodes import bound_args, op_key
-from matryoshkafy.plan.plan import Many
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.units.normed import stream
 from matryoshkafy.units.permute import OrderError
-
-NORMS = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -87,71 +84,25 @@ def norm_scales(doll: Doll, batches: Iterable[Any]) -> NormScales:
         raise OrderError(
             'a masked doll was given, whose full model changes; convert with nesting="sliced"'
         )
-    meter = _Spread(doll)
-    training = doll.training
-    doll.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                meter.run(*flat_inputs(doll, batch), enable_io_processing=False)
-    finally:
-        doll.train(training)
-    if not meter.runs:
+    spread = _Spread(doll.plan)
+    if not stream(doll, batches, spread.add):
         raise OrderError("no batch was given; give a few hundred rows of inputs as the model's own")
-    found = {name: tuple((s / rows).sqrt().tolist()) for name, (s, rows) in meter.spreads.items()}
+    found = {name: tuple((s / rows).sqrt().tolist()) for name, (s, rows) in spread.sums.items()}
     return NormScales(doll.plan.sizes, found)
 
 
-class _Spread(fx.Interpreter):
+class _Spread:
     """Adds up, for each gain, the variance of the first units of what it multiplies."""
 
-    def __init__(self, doll: Doll) -> None:
-        super().__init__(doll.__dict__["_root"], graph=doll._trace.graph)
-        self.plan = doll.plan
-        self.spreads: dict[str, tuple[Tensor, int]] = {}
-        self.mask: Tensor | None = None
-        self.runs = 0
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sums: dict[str, tuple[Tensor, int]] = {}
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.runs, self.mask = self.runs + 1, None
-        return super().run(*args, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "placeholder" and n.target == "attention_mask":
-            self.mask = value
-        for gain, dim in _gains(n, self.plan):
-            args = bound_args(n)
-            given = self.env[args["input"]]
-            bare = F.layer_norm if op_key(n) == "layer_norm" else F.rms_norm
-            normed = bare(given.float(), args["normalized_shape"], eps=args.get("eps") or 1e-6)
-            widths = [dims.size_at(dim, w) for w in self.plan.ladder]
-            self._add(gain, self._real(normed), widths, centred=op_key(n) == "layer_norm")
-        return value
-
-    def _real(self, normed: Tensor) -> Tensor:
-        """Return the rows of real tokens."""
-        mask = self.mask
-        known = mask is not None and mask.dim() == 2 and mask.shape == normed.shape[:2]
-        return normed[mask.bool()] if known and mask is not None else normed.flatten(0, -2)
-
-    def _add(self, gain: str, rows: Tensor, widths: list[int], *, centred: bool) -> None:
+    def add(self, gain: str, dim: Dim, rows: Tensor, centred: bool) -> None:
+        widths = [dims.size_at(dim, w) for w in self.plan.ladder]
         each = [rows[:, :w].square().mean(1) for w in widths]
         if centred:
             each = [e - rows[:, :w].mean(1).square() for e, w in zip(each, widths, strict=True)]
         total = torch.stack([one.double().sum() for one in each])
-        known, count = self.spreads.get(gain, (torch.zeros(len(widths)).double(), 0))
-        self.spreads[gain] = known + total, count + len(rows)
-
-
-def _gains(node: fx.Node, plan: Any) -> Iterator[tuple[str, dims.Dim]]:
-    """The gain of a norm over one nested axis, with the axis."""
-    if node.op != "call_function" or op_key(node) not in NORMS:
-        return
-    args, shape = bound_args(node), plan.nodes.get(node.name, ())
-    gain = args.get("weight")
-    plain = (
-        isinstance(gain, fx.Node) and gain.op == "get_attr" and len(args["normalized_shape"]) == 1
-    )
-    if plain and shape and not isinstance(shape, Many) and dims.is_nested(shape[-1]):
-        yield str(gain.target), shape[-1]
+        known, count = self.sums.get(gain, (torch.zeros(len(widths)).double(), 0))
+        self.sums[gain] = known + total, count + len(rows)

@@ -63,8 +63,8 @@ class Survey:
 
     `obstacles`: why it cannot be rotated. `gains`: those to be folded into `readers` {gain:
     {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `diagonal`
-    {gain: what is added to it}: gains that stay on the stream, of a post-norm survey. `mean`: the
-    direction of ones must stay. `contracted`: some weight reads it.
+    those that stay on the stream, of a post-norm survey. `mean`: the direction of ones must stay.
+    `contracted`: some weight reads it.
     """
 
     group: int
@@ -72,7 +72,7 @@ class Survey:
     gains: dict[str, Gained] = field(default_factory=dict)
     readers: dict[str, set[Reader]] = field(default_factory=dict)
     scales: set[str] = field(default_factory=set)
-    diagonal: dict[str, float] = field(default_factory=dict)
+    diagonal: dict[str, Gained] = field(default_factory=dict)
     mean: bool = False
     contracted: bool = False
 
@@ -184,7 +184,7 @@ class _Walk:
             return Stream()
         self.found.scales.add(gain)
         if self.post:
-            self.found.diagonal[gain] = offset
+            self.found.diagonal[gain] = Gained(gain, offset, bias)
             return Stream()
         tensor = self.tensors[gain].detach() + offset
         if bool((tensor == 1).all()):

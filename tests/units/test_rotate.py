@@ -183,16 +183,24 @@ def test_diagonal_gains_are_exact_where_gains_are_alike() -> None:
 
 
 def test_diagonal_gains_say_what_they_cost() -> None:
-    """Other gains do not commute: the diagonal is the mean by the squares of a row."""
+    """Other gains do not commute: diagonal and bias are least squares over the inputs."""
     model = PostNorm()
-    gain = model.norms[0].weight.detach().double().clone()
+    gain, bias = (p.detach().double().clone() for p in model.norms[0].parameters())
+    h = model.table(tokens(1))
+    first = (h + model.downs[0](torch.relu(model.ups[0](h)))).detach()
     doll = made(model)
     report = rotate(doll, [tokens(1)], unread="leave", post_norm="diagonal", outliers=2)
     assert 1e-3 < report.cost < 1.0 and "diagonal gains" in str(report)
     (basis,) = report.bases.values()
     torch.testing.assert_close(basis @ basis.t(), torch.eye(16, dtype=torch.float64))
-    wanted = (basis @ torch.diag(gain) @ basis.t()).diagonal().float()
-    torch.testing.assert_close(doll.state_dict()["norms.0.weight"], wanted)
+    normed = torch.nn.functional.layer_norm(first, (16,)).reshape(-1, 16).double()
+    given, wanted = normed @ basis.t(), (normed * gain) @ basis.t()
+    for unit in range(16):  # least squares, unit by unit
+        line = torch.stack([given[:, unit], torch.ones(len(given))], 1).double()
+        slope, shift = torch.linalg.lstsq(line, wanted[:, unit]).solution.tolist()
+        assert float(doll.state_dict()["norms.0.weight"][unit]) == pytest.approx(slope, rel=1e-3)
+        moved = float(doll.state_dict()["norms.0.bias"][unit] - (basis @ bias)[unit])
+        assert moved == pytest.approx(shift, abs=1e-3)
     small = mk.slice(doll, 8)
     torch.testing.assert_close(doll.outputs(tokens(4))[8], small(tokens(4)))
 
