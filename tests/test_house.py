@@ -33,7 +33,7 @@ KNOWN = {
     "cli/matryoshkafy_cli/slicing.py:slice_ parameters": 11,
     "cli/matryoshkafy_cli/verifying.py:verify parameters": 7,
     "cli/matryoshkafy_cli/cascading.py:cascade parameters": 9,
-    "cli/matryoshkafy_cli/family.py:family parameters": 11,
+    "cli/matryoshkafy_cli/family.py:family parameters": 13,
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 13,
     "matryoshkafy/dolls/convert.py:convert parameters": 15,
     "matryoshkafy/dolls/convert.py:inspect parameters": 13,
@@ -43,6 +43,8 @@ KNOWN = {
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,
     "matryoshkafy/natives/saving.py:save parameters": 7,
     "matryoshkafy/natives/saving.py:save_native parameters": 7,
+    "matryoshkafy/training/distil.py:distil parameters": 10,
+    "matryoshkafy/units/rotate.py:rotate parameters": 7,
 }
 
 

@@ -1,4 +1,4 @@
-"""The steps from a text encoder to a family of sizes; each leaves a file and is done once."""
+"""The steps from a pretrained model to a family of sizes; each leaves a file and is done once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,111 +18,115 @@ from torch import Tensor, nn
 import matryoshkafy
 from matryoshkafy.deploy.profile import size_of
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.training import Recipe, distil
+from matryoshkafy.training import Recipe, Term, distil
 from matryoshkafy_cli.screen import CommandError, table
-from matryoshkafy_cli.text_encoders import Embedder, TextEncoder, load_encoder
 
 START, RUN, REPORT = "start", "run", "report.json"
-CALIBRATION, HELD_OUT = 256, 400
+CALIBRATION, HELD_OUT, BATCH = 256, 400, 32
+
+Step = Callable[[str], AbstractContextManager[Any]]
+
+
+class Subject(Protocol):
+    """A pretrained model of some kind, with what it reads.
+
+    `train` rows to learn from, `lengths` theirs (None: all alike); `held` rows to measure with.
+    """
+
+    model: nn.Module
+    train: Sequence[Any]
+    lengths: Sequence[int] | None
+    held: Sequence[Any]
+
+    def batch(self, rows: Sequence[Any]) -> Any:
+        """Return a batch of rows, as the model takes it."""
+        ...
+
+    def terms(self, doll: Doll) -> tuple[Term, ...]:
+        """Return what a size learns from the full model."""
+        ...
+
+    def quality(self, model: nn.Module, truth: Any) -> tuple[dict[str, float], Any]:
+        """Measure a model on the held-out rows; also return what the full model's is held
+        against, as `truth` for the others.
+        """
+        ...
+
+    def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
+        """Write a size as a folder of the model's own class, and return it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a family is made of: where from, which sizes, how long, where to."""
+    """What a family is made of: its sizes, how long it is distilled, where it goes."""
 
-    folder: Path
     sizes: str
-    texts: tuple[str, ...]
     steps: int
-    length: int
     output: Path
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """One size beside the full model: agreement of its vectors on held-out texts, and its cost.
-
-    `spearman` of all pairwise cosines, `neighbours` the share of the ten nearest that are found;
-    `rate` texts a second on this machine, one thread.
-    """
+    """One size: quality by name on held-out rows, and its cost; `rate` rows a second, here."""
 
     size: int
-    spearman: float
-    neighbours: float
+    quality: Mapping[str, float]
     parameters: int
     rate: float
     folder: str
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The split of the texts: to train on, to calibrate with, to measure."""
-
-    train: list[str]
-    held: list[str]
-
-    @property
-    def calibration(self) -> list[str]:
-        """The first texts of the training part."""
-        return self.train[:CALIBRATION]
+    def as_json(self) -> dict[str, Any]:
+        """Return the row with every quality under its own name."""
+        rest = {"parameters": self.parameters, "rate": self.rate, "folder": self.folder}
+        return {"size": self.size, **self.quality, **rest}
 
 
-def split(texts: Sequence[str], seed: int) -> Parts:
-    """Return a split that depends on the seed and the number of distinct texts alone."""
-    distinct = list(dict.fromkeys(t for t in texts if t.strip()))
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
-    shuffled = [distinct[i] for i in order]
+def split(rows: Sequence[Any], seed: int, what: str) -> tuple[list[Any], list[Any]]:
+    """Return (train, held): a split by the seed and the number of rows alone."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [rows[i] for i in order]
     held = min(HELD_OUT, len(shuffled) // 5)
     if held < 20:
         raise CommandError(
-            f"{len(distinct)} distinct texts were given; expected at least 100, of which a fifth "
-            "is held out. Give more texts."
+            f"{len(rows)} distinct {what} were given; expected at least 100, of which a fifth is "
+            f"held out. Give more {what}."
         )
-    return Parts(shuffled[held:], shuffled[:held])
+    return shuffled[held:], shuffled[:held]
 
 
-def make(task: Task, step: Callable[[str], Any]) -> list[SizeRow]:
+def make(subject: Subject, task: Task, step: Step) -> list[SizeRow]:
     """Carry out what is not done yet, and return the rows of the sizes."""
-    parts = split(task.texts, task.seed)
-    encoder = load_encoder(task.folder, task.length)
-    teacher = copy.deepcopy(encoder.embedder).requires_grad_(False)
+    teacher = copy.deepcopy(subject.model).requires_grad_(False).eval()
     with step("tracing and planning"):
-        doll = converted(encoder, task, parts)
+        doll = converted(subject, task)
     with step("ordering the units"):
-        started(doll, encoder, task, parts)
+        started(doll, subject, task)
     if task.steps:
-        recipe = Recipe(steps=task.steps, seed=task.seed, save=50)
-        collate = encoder.batch
-        report = distil(
-            doll, teacher, parts.train, recipe, collate=collate, folder=task.output / RUN
-        )
-        (task.output / "distil.txt").write_text(f"{report}\n", encoding="utf-8")
+        with step("distilling"):
+            distilled(doll, teacher, subject, task)
     with step("cutting, writing and measuring the sizes"):
-        natives = {m: written(doll, encoder, task, m) for m in doll.sizes}
-        rows = measured(natives, teacher, encoder, parts)
-    found = {"sizes": [asdict(row) for row in rows], "steps": task.steps, "seed": task.seed}
+        rows = measured(doll, teacher, subject, task)
+    found = {"sizes": [r.as_json() for r in rows], "steps": task.steps, "seed": task.seed}
     (task.output / REPORT).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return rows
 
 
-def converted(encoder: TextEncoder, task: Task, parts: Parts) -> Doll:
-    """Return the doll of the embedder; it shares the encoder's parameters."""
-    example = encoder.batch(parts.train[:2])
-    return matryoshkafy.convert(
-        encoder.embedder, (), example, sizes=task.sizes, nesting="sliced"
-    ).eval()
+def converted(subject: Subject, task: Task) -> Doll:
+    """Return the doll of the model; it shares the model's parameters."""
+    example = subject.batch(subject.train[:2])
+    return matryoshkafy.convert(subject.model, example, sizes=task.sizes, nesting="sliced").eval()
 
 
-def started(doll: Doll, encoder: TextEncoder, task: Task, parts: Parts) -> None:
+def started(doll: Doll, subject: Subject, task: Task) -> None:
     """Rotate and order the units, or take the start that was made before."""
     place = task.output / START
     if place.is_dir():
         _take(doll, matryoshkafy.load(place))
         return
-    texts = parts.calibration
-    batches = [encoder.batch(texts[i : i + 32]) for i in range(0, len(texts), 32)]
+    rows = subject.train[:CALIBRATION]
+    batches = [subject.batch(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
     report = matryoshkafy.rotate(doll, batches, by="contribution", unread="leave")
     (task.output / "order.txt").write_text(f"{report}\n", encoding="utf-8")
     matryoshkafy.save(doll, place)
@@ -134,50 +139,46 @@ def _take(doll: Doll, saved: nn.Module) -> None:
             state[name].copy_(tensor)
 
 
-def written(doll: Doll, encoder: TextEncoder, task: Task, size: int) -> Embedder:
-    """Write the folder of a size in the encoder's own class; return it with its pooling.
-
-    The class is checked against the doll at this size, pooling and all.
-    """
-    own = encoder.embedder
-    inner = matryoshkafy.convert(
-        own.model, (), _example(encoder), sizes=list(doll.sizes), nesting="sliced"
-    ).eval()
-    model = matryoshkafy.native(matryoshkafy.slice(inner, size), like=encoder.builder)
-    small = Embedder(model, own.pooling, normalised=own.normalised).eval()
-    example = encoder.batch(["one text", "and another, longer text"])
-    with torch.no_grad():
-        error = relative_error(small(**example), doll.outputs(**example)[size])
-    if not error <= 1e-4:
-        raise CommandError(
-            f"the class at size {size} computes other vectors than the doll (by {error:.1e}); "
-            "nothing was written for it. Save the doll and slice it instead."
-        )
-    encoder.save(model, task.output / f"size-{size}")
-    return small
+def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> None:
+    """Let every size learn from the full model, or go on where a run was killed."""
+    batch = min(64, len(subject.train))
+    recipe = Recipe(task.steps, batch, terms=subject.terms(doll), seed=task.seed, save=50)
+    report = distil(
+        doll,
+        teacher,
+        subject.train,
+        recipe,
+        collate=subject.batch,
+        lengths=subject.lengths,
+        folder=task.output / RUN,
+    )
+    (task.output / "distil.txt").write_text(f"{report}\n", encoding="utf-8")
 
 
-def _example(encoder: TextEncoder) -> dict[str, Tensor]:
-    return encoder.batch(["one text", "and another, longer text"])
-
-
-def measured(
-    natives: Mapping[int, Embedder], teacher: nn.Module, encoder: TextEncoder, parts: Parts
-) -> list[SizeRow]:
-    """Return the rows of the sizes on the held-out texts."""
-    truth, _ = vectors(teacher, encoder, parts.held)
+def measured(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> list[SizeRow]:
+    """Write the folder of every size and return its row."""
+    _, truth = subject.quality(teacher, None)
     rows = []
-    for size, small in natives.items():
-        found, seconds = vectors(small, encoder, parts.held)
-        spearman, neighbours = agreement(found, truth)
+    for size in doll.sizes:
+        folder = task.output / f"size-{size}"
+        small = subject.write(doll, size, folder)
+        start = time.perf_counter()
+        quality, _ = subject.quality(small, truth)
+        rate = len(subject.held) / (time.perf_counter() - start)
         parameters, _ = size_of(small)
-        rate = len(parts.held) / seconds
-        rows.append(SizeRow(size, spearman, neighbours, parameters, rate, f"size-{size}"))
+        rows.append(SizeRow(size, quality, parameters, rate, folder.name))
     return rows
 
 
+def computed(model: nn.Module, subject: Subject, rows: Sequence[Any]) -> list[Any]:
+    """Return the model's outputs for rows, batch by batch in their order."""
+    batches = [subject.batch(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+    with torch.inference_mode():
+        return [model(**b) if isinstance(b, Mapping) else model(*b) for b in batches]
+
+
 def vectors(
-    model: nn.Module, encoder: TextEncoder, texts: Sequence[str], batch: int = 32
+    model: Callable[..., Tensor], encoder: Any, texts: Sequence[str], batch: int = BATCH
 ) -> tuple[Tensor, float]:
     """Return [texts, width], and the seconds that it took."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -208,16 +209,16 @@ def agreement(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def shown(rows: Sequence[SizeRow], output: Path) -> str:
     """Return the rows as a table."""
+    names = list(rows[0].quality)
     cells = [
         (
             str(row.size),
-            f"{row.spearman:.3f}",
-            f"{row.neighbours:.3f}",
+            *(f"{row.quality[name]:.3f}" for name in names),
             f"{row.parameters:,}",
             f"{row.rate:.0f}",
             str(output / row.folder),
         )
         for row in rows
     ]
-    heads = ("size", "spearman", "neighbours", "parameters", "texts/s", "folder")
-    return table("agreement with the full model on held-out texts", heads, cells)
+    heads = ("size", *names, "parameters", "rows/s", "folder")
+    return table("quality on held-out rows, beside the full model", heads, cells)

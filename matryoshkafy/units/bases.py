@@ -40,6 +40,21 @@ def mean_kept(moment: Tensor, widths: Sequence[int]) -> Tensor:
     return columns @ rows + torch.outer(ones, ones)
 
 
+def outliers_kept(moment: Tensor, widths: Sequence[int], outliers: Tensor, *, mean: bool) -> Tensor:
+    """Return [n, n] an orthogonal matrix whose first units are the outliers, as they are.
+
+    The rest is turned among itself: `mean_kept` or `principal` of its own moment.
+    """
+    n, count = len(moment), len(outliers)
+    rest = torch.tensor([i for i in range(n) if i not in set(outliers.tolist())])
+    inner = moment[rest][:, rest]
+    turned = mean_kept(inner, [w - count for w in widths]) if mean else principal(inner)
+    basis = torch.zeros(n, n, dtype=torch.float64)
+    basis[torch.arange(count), outliers] = 1.0
+    basis[count:, rest] = turned
+    return basis
+
+
 def _blocks(widths: Sequence[int]) -> Tensor:
     """Return [n, n - 1] orthonormal columns free of the mean, block by block."""
     ends = [0, *dict.fromkeys(widths)]

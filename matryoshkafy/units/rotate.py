@@ -14,29 +14,17 @@ from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll, replan, trace_of
 from matryoshkafy.dolls.verify import relative_error
-from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.units.bases import mean_kept, principal, turn, turned
+from matryoshkafy.units.bases import mean_kept, principal, turn
 from matryoshkafy.units.order import checked, order
-from matryoshkafy.units.permute import noted
+from matryoshkafy.units.permute import OrderError, inverse, noted, put_back
+from matryoshkafy.units.post_norm import post_survey, turned_post_norm
 from matryoshkafy.units.report import OrderReport
-from matryoshkafy.units.sites import Measured, Site, measure
 from matryoshkafy.units.survey import Survey, survey
+from matryoshkafy.units.turning import GroupBasis, energy_of, moment_of, turned_back
 
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class GroupBasis:
-    """One rotated group: its units, the norms whose gain was folded, whether the direction of ones
-    was kept (LayerNorm), and the share of the energy in the first units at each size.
-    """
-
-    name: str
-    units: int
-    folded: tuple[str, ...]
-    mean: bool
-    kept: tuple[float, ...]
+POST_NORM = ("permute", "diagonal")
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,8 @@ class RotateReport:
 
     `rotated` rows of the groups in a new basis, `bases` their matrices [n, n] by group (new = basis
     @ old), `obstacles` (group, why) of those that were permuted instead, `order` what became of
-    these, `error` how far the full model moved on the first batch.
+    these, `error` how far the full model moved on the first batch, `cost` how far it moved for the
+    diagonal gains of post-norm streams (0.0 without such).
     """
 
     sizes: tuple[int, ...]
@@ -54,16 +43,26 @@ class RotateReport:
     obstacles: tuple[tuple[str, str], ...]
     order: OrderReport
     error: float
+    cost: float = 0.0
 
     def put_back(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the doll in the old basis and order."""
         output = self.order.put_back(doll, output)
         flat, spec = pytree.tree_flatten(output)
-        return pytree.tree_unflatten(_turned_back(doll, self.bases, flat), spec)
+        return pytree.tree_unflatten(turned_back(doll, self.bases, flat), spec)
+
+    def turn(self, doll: Doll, output: Any) -> Any:
+        """Return a full-size output of the old model in the doll's basis and order."""
+        flat, spec = pytree.tree_flatten(output)
+        turned = turned_back(doll, {g: q.t() for g, q in self.bases.items()}, flat)
+        orders = inverse(self.order.permutations)
+        return pytree.tree_unflatten(put_back(doll, orders, turned), spec)
 
     def __str__(self) -> str:
         sizes = "  ".join(f"{s:>6}" for s in self.sizes)
         lines = [f"rotated {len(self.rotated)} groups; the full model moved by {self.error:.1e}"]
+        if self.cost:
+            lines.append(f"of it {self.cost:.1e} by the diagonal gains of post-norm streams")
         if self.rotated:
             lines.append(f"{'energy in the first units':40}  {sizes}")
         for row in self.rotated:
@@ -73,13 +72,15 @@ class RotateReport:
         return "\n".join([*lines, str(self.order)])
 
 
-def rotate(
+def rotate(  # noqa: PLR0913  the public signature
     doll: Doll,
     batches: Iterable[object],
     *,
     by: str = "activation",
     keep: Sequence[str] = (),
     unread: str = "refuse",
+    post_norm: str = "permute",
+    outliers: int = 24,
 ) -> RotateReport:
     """Turn the axes of a sliced doll into bases whose first units carry most, in place.
 
@@ -96,13 +97,23 @@ def rotate(
         by: the score of the groups that are permuted.
         keep: patterns of group names that stay as they are.
         unread: as for `order`.
+        post_norm: "permute", or "diagonal": a stream on which gains of norms stand (BERT) is turned
+            too, and each gain becomes the diagonal of what the rotation makes of it. The class
+            stays the same, the full model does not compute quite the same: the report says how far
+            it moved. A short distillation brings it back.
+        outliers: with "diagonal", how many units whose gains stand out stay units, in front.
 
     Returns:
         The report, which prints as a table.
 
     Raises:
-        OrderError: as for `order`.
+        OrderError: as for `order`; a word for `post_norm` that is not known.
     """
+    if post_norm not in POST_NORM or outliers < 0:
+        raise OrderError(
+            f"post_norm={post_norm!r}, outliers={outliers} was given; expected post_norm one of "
+            f"{', '.join(POST_NORM)} and a number of outliers of at least 0"
+        )
     batches = list(batches)
     left = checked(doll, batches, by, None, unread)
     training = doll.training
@@ -112,16 +123,23 @@ def rotate(
         reference = run_graph(doll, trace_of(doll).graph, probe)
         found, obstacles = _surveyed(doll, keep)
         rotated, bases = _rotated(doll, batches, found, obstacles)
+        cost = 0.0
+        if post_norm == "diagonal":
+            posts = {g: s for g in obstacles if (s := post_survey(doll, g)) is not None}
+            for g, seen in posts.items():
+                row, bases[g], moved = turned_post_norm(doll, batches, g, seen, outliers)
+                rotated, cost = (*rotated, row), max(cost, moved)
+                del obstacles[g]
         names = [*keep, *(doll.plan.groups[g].name.replace("[", "[[]") for g in bases)]
         ordered = order(doll, batches, by=by, keep=names, unread="leave" if left else unread)
         now = ordered.put_back(doll, run_graph(doll, trace_of(doll).graph, probe))
-        error = relative_error(_turned_back(doll, bases, now), reference)
+        error = relative_error(turned_back(doll, bases, now), reference)
     finally:
         doll.train(training)
     plan = noted(doll.plan, {}, bases)
     replan(doll, plan)
     texts = tuple((plan.groups[g].name, why) for g, why in obstacles.items() if _stream(plan, g))
-    return RotateReport(plan.sizes, rotated, bases, texts, ordered, error)
+    return RotateReport(plan.sizes, rotated, bases, texts, ordered, error, cost)
 
 
 def _stream(plan: Plan, group: int) -> bool:
@@ -158,13 +176,11 @@ def _rotated(
         kept = _copies(doll, g, seen)
         before = run_graph(doll, trace_of(doll).graph, probe)
         _fold(doll, seen)
-        flat = (flat_inputs(doll, batch) for batch in batches)
-        measured = measure(doll, flat, moments=True, groups={g})
-        moment = _moment(measured, doll.plan.groups[g].size)
+        moment = moment_of(doll, batches, g)
         widths = [w[g] for w in doll.plan.ladder]
         basis = mean_kept(moment, widths) if seen.mean else principal(moment)
         turn(trace_of(doll).state(), doll.plan, {g: basis}, seen.scales)
-        after = _turned_back(doll, {g: basis}, run_graph(doll, trace_of(doll).graph, probe))
+        after = turned_back(doll, {g: basis}, run_graph(doll, trace_of(doll).graph, probe))
         error = relative_error(after, before)
         if not error <= TOLERANCE:
             _restore(doll, kept)
@@ -172,7 +188,7 @@ def _rotated(
             continue
         bases[g] = basis
         group = doll.plan.groups[g]
-        energy = _energy(moment, basis, widths)
+        energy = energy_of(moment, basis, widths)
         rows.append(GroupBasis(group.name, group.size, tuple(seen.gains), seen.mean, energy))
     return tuple(rows), bases
 
@@ -215,29 +231,3 @@ def _scale(tensor: Tensor, factors: Tensor, dim: int) -> None:
     shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
     wide = tensor.data.to(torch.float64) * factors.view(shape)
     tensor.data.copy_(wide)
-
-
-def _moment(measured: Mapping[Site, Measured], size: int) -> Tensor:
-    """Return [n, n] the second moment of what the group's readers read, each site alike."""
-    total = torch.zeros(size, size, dtype=torch.float64)
-    for m in measured.values():
-        if m.moment is not None and m.moment.shape == total.shape:
-            own = m.moment.cpu().to(torch.float64)
-            total += own / own.diagonal().sum().clamp_min(1e-30)
-    return total
-
-
-def _energy(moment: Tensor, basis: Tensor, widths: Sequence[int]) -> tuple[float, ...]:
-    energy = (basis @ moment @ basis.t()).diagonal()
-    return tuple(float(energy[:w].sum() / energy.sum().clamp_min(1e-30)) for w in widths)
-
-
-def _turned_back(doll: Doll, bases: Mapping[int, Tensor], outputs: list[Any]) -> list[Any]:
-    """Return flat full-size outputs in the old bases."""
-    undo = {g: q.t() for g, q in bases.items()}
-    back: list[Any] = []
-    for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
-        shape = doll.plan.dims(getattr(source, "name", ""))
-        known = isinstance(value, Tensor) and len(shape) == value.dim()
-        back.append(turned(value, shape, undo) if known else value)
-    return back

@@ -70,15 +70,17 @@ class Survey:
     """What the walk found for one group.
 
     `obstacles`: why it cannot be rotated. `gains`: those to be folded into `readers` {gain:
-    {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `mean`: the
-    direction of ones must stay. `contracted`: some weight reads it.
+    {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `diagonal`
+    those that stay on the stream, of a post-norm survey. `mean`: the direction of ones must stay.
+    `contracted`: some weight reads it.
     """
 
     group: int
     obstacles: list[str] = field(default_factory=list[str])
     gains: dict[str, Gained] = field(default_factory=dict[str, Gained])
     readers: dict[str, set[Reader]] = field(default_factory=dict[str, set[Reader]])
-    scales: set[str] = field(default_factory=set[str])
+    scales: set[str] = field(default_factory=set)
+    diagonal: dict[str, Gained] = field(default_factory=dict[str, Gained])
     mean: bool = False
     contracted: bool = False
 
@@ -87,8 +89,15 @@ class _Walk:
     """States of the values that carry one group, node by node."""
 
     def __init__(
-        self, graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int
+        self,
+        graph: fx.Graph,
+        plan: Plan,
+        state: Mapping[str, Tensor],
+        group: int,
+        *,
+        post: bool = False,
     ) -> None:
+        self.post = post
         self.graph, self.plan, self.tensors = graph, plan, state
         self.group, self.found = group, Survey(group)
         self.states: dict[fx.Node, State] = {}
@@ -170,6 +179,9 @@ class _Walk:
         if gain is None:
             return Stream()
         self.found.scales.add(gain)
+        if self.post:
+            self.found.diagonal[gain] = Gained(gain, offset, bias)
+            return Stream()
         tensor = self.tensors[gain].detach() + offset
         if bool((tensor == 1).all()):
             return Stream()
@@ -378,7 +390,12 @@ RULES: Mapping[str, Handler] = {
 }
 
 
-def survey(graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int) -> Survey:
-    """Return what stands in the way of rotating a group, and what must be folded before."""
+def survey(
+    graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int, *, post: bool = False
+) -> Survey:
+    """Return what stands in the way of rotating a group, and what must be folded before.
+
+    post: gains may stay on the stream, as the diagonals of what a rotation makes of them.
+    """
     with torch.no_grad():
-        return _Walk(graph, plan, state, group).survey()
+        return _Walk(graph, plan, state, group, post=post).survey()

@@ -88,6 +88,19 @@ def test_a_family_is_made_and_a_rerun_takes_up_what_is_there(
     assert (out / "start" / "matryoshka.json").stat().st_mtime_ns == made
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_of_two_columns_is_measured(encoder: Path, texts: Path, tmp_path: Path) -> None:
+    """A query that is its document finds it."""
+    lines = texts.read_text().splitlines()
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    data.write_text("\n".join(json.dumps({"ask": line, "told": line}) for line in lines))
+    words = ["--sizes", "8,32", "--data", data, "--task", "ask:told", "-o", out]
+    found = run("family", encoder, *words, "--steps", 0, "--json")
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)["sizes"]
+    assert [row["mrr@10"] for row in rows] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training import DistilError, Recipe, Term, distil
-from matryoshkafy.training.distil import _Run
+from matryoshkafy.training.distil import Rows, _Run
 from matryoshkafy.training.rota import ROTAS, Rota
+from matryoshkafy.training.rows import alike
 
 
 class Encoder(nn.Module):
@@ -81,10 +82,11 @@ def _cosines(x: Tensor) -> Tensor:
 def test_the_loss_is_the_formula(kind: str) -> None:
     doll, teacher = made(Classifier)
     x = torch.stack(rows(8))
-    run = _Run(doll, teacher, rows(), Recipe(terms=(Term(kind, 2.0, 3.0),)), torch.stack)
+    terms = (Term(kind, 2.0, 3.0),)
+    run = _Run(doll, teacher, Rows(rows(), torch.stack), Recipe(terms=terms))
     with torch.no_grad():
         student, lesson = doll.outputs(x)[4], teacher(x)
-        found = run.loss(4, student, x, run.lessons(torch.arange(8), x))
+        (found,) = run.taught([4], x, run.lessons(torch.arange(8), x))
     wanted = {
         "kl": 9
         * F.kl_div((student / 3).log_softmax(-1), (lesson / 3).softmax(-1), reduction="batchmean"),
@@ -158,10 +160,116 @@ def test_a_frozen_copy_anchors_the_largest() -> None:
 def test_a_projection_is_learnt_where_widths_differ_and_thrown_away() -> None:
     doll, teacher = made()
     names = set(doll.state_dict())
-    run = _Run(doll, teacher, rows(), Recipe(terms=(Term("cosine"),)), torch.stack)
-    assert sorted(run.projections) == ["0_4", "0_8"]
+    run = _Run(doll, teacher, Rows(rows(), torch.stack), Recipe(terms=(Term("cosine"),)))
+    assert sorted(run.taught.projections) == ["0_4", "0_8"]
     distil(doll, teacher, rows(), Recipe(3, 16, terms=(Term("cosine"),)))
     assert set(doll.state_dict()) == names
+
+
+def test_the_teacher_speaks_the_users_order() -> None:
+    """An ordered doll at full size agrees with the model it was, so it has nothing to learn."""
+    doll, teacher = made()
+    mk.order(doll, [torch.stack(rows(8))])
+    with torch.no_grad():
+        known = teacher(torch.stack(rows()))
+    given = Rows(rows(), torch.stack)
+    run = _Run(doll, known, given, Recipe(terms=(Term("mse"),)))
+    x, first = torch.stack(rows(8)), torch.arange(8)
+    found = run.taught([16, 8], x, run.lessons(first, x)).tolist()
+    assert found[0] <= 1e-10
+    # The projection starts where each unit was: what is missing is the other units.
+    order = torch.tensor(doll.plan.order[doll.plan.groups[doll.plan.main].name])
+    with torch.no_grad():
+        small = doll.outputs(x)[8]
+    start = torch.zeros(8, 16).index_copy_(1, order[:8], small)
+    assert found[1] == pytest.approx(float(F.mse_loss(start, known[:8])), rel=1e-5)
+
+
+def test_units_of_a_turned_output_are_not_compared_one_by_one() -> None:
+    """A rotated output agrees row by row, not unit by unit: said, not learnt away in silence."""
+    doll, teacher = made()
+    with torch.no_grad():
+        known = teacher(torch.stack(rows()))
+    report = mk.rotate(doll, [torch.stack(rows())])
+    assert report.rotated
+    with pytest.raises(DistilError, match="another basis"):
+        distil(doll, known, rows(), Recipe(1, 16, terms=(Term("mse"),)))
+    found = distil(doll, report.turn(doll, known), rows(), Recipe(1, 16, terms=(Term("mse"),)))
+    assert found.first[16] < 1e-6
+
+
+def test_rows_of_a_length_learn_together_and_all_of_them() -> None:
+    lengths = torch.arange(64).flip(0).tolist()
+    found = list(alike(lengths, 8, seed=0, epoch=0))
+    assert sorted(torch.cat(found).tolist()) == list(range(64))
+    assert all(max(part) - min(part) == 7 for part in (x.tolist() for x in found))
+    again = list(alike(lengths, 8, seed=0, epoch=0, start=3))
+    assert torch.equal(torch.stack(again), torch.stack(found[3:]))
+    other = list(alike(lengths, 8, seed=0, epoch=1))
+    assert not torch.equal(torch.stack(other), torch.stack(found))
+
+
+def test_a_run_by_length_resumes_and_is_watched(tmp_path: Path) -> None:
+    lengths = [len(set(row.tolist())) for row in rows()]
+    whole, teacher = made()
+    seen: list[int] = []
+    recipe = Recipe(7, 16, 1e-2, save=3)
+    distil(whole, teacher, rows(), recipe, lengths=lengths, watch=seen.append)
+    assert seen == [3, 6, 7]
+    part, _ = made()
+    with pytest.raises(KeyboardInterrupt):
+        distil(
+            part,
+            teacher,
+            _Killed(rows(), 4 * 16 + 2),
+            recipe,
+            lengths=lengths,
+            folder=tmp_path / "run",
+        )
+    rest, _ = made()
+    distil(rest, teacher, rows(), recipe, lengths=lengths, folder=tmp_path / "run")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, rest.state_dict()[name]), name
+
+
+def test_events_have_a_curve_for_each_size(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    doll, teacher = made()
+    distil(doll, teacher, rows(), Recipe(12, 16), events=tmp_path)
+    found = events.EventAccumulator(str(tmp_path))
+    found.Reload()
+    tags = " ".join(found.Tags()["scalars"])
+    assert all(str(size) in tags for size in doll.sizes), tags
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_checkpointed_gradients_are_the_gradients_in_less_memory(nesting: str) -> None:
+    model = nn.Sequential(*[m for _ in range(8) for m in (nn.Linear(16, 16), nn.Tanh())])
+    x = torch.randn(64, 16)
+    doll = mk.convert(model, x[:2], sizes=[8, 16], nesting=nesting)
+    plain, kept = _gradients(doll, x)
+    again, less = _gradients(doll.checkpoint_gradients(4), x)
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other)
+    assert less < 0.5 * kept, (less, kept)
+    copied, _ = _gradients(copy.deepcopy(doll), x)
+    torch.testing.assert_close(copied, plain)
+
+
+def _gradients(doll: Doll, x: Tensor) -> tuple[list[Tensor], int]:
+    """The gradients of all sizes, and the bytes of activations that the forward kept."""
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if tensor.shape[0] != len(x) else tensor.numel()
+        return tensor
+
+    doll.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = sum((out.square().sum() for out in doll.outputs(x).values()), torch.zeros(()))
+    total.backward()
+    return [p.grad.clone() for p in doll.parameters() if p.grad is not None], kept
 
 
 def test_rows_are_shared_among_the_sizes() -> None:

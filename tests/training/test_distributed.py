@@ -17,7 +17,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import matryoshkafy as mk
-from matryoshkafy.training import AllSizes, full_state, resume_run, save_run
+from matryoshkafy.training import (
+    AllSizes,
+    Recipe,
+    Term,
+    distil,
+    full_state,
+    resume_run,
+    save_run,
+)
 from tests.training.runs import consecutive, examples, loss_of, plain_losses, sgd, small_doll
 
 WORLD, STEPS = 2, 3
@@ -102,8 +110,49 @@ def worker(rank: int, folder: str, port: int) -> None:
         "fsdp": with_fsdp(path),
         "fsdp resumed": with_resumed_fsdp(path),
     }
+    distilled(path)
     (path / f"{rank}.json").write_text(json.dumps(losses))
     dist.destroy_process_group()
+
+
+def distilled(folder: Path) -> None:
+    """Distillation under accelerate and under FSDP2."""
+    from accelerate import Accelerator
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    ways = {
+        "accelerate": Accelerator(cpu=True).prepare,
+        "fsdp": lambda model: fully_shard(model, mesh=mesh),
+    }
+    for name, way in ways.items():
+        doll = small_doll()
+        distil(doll, *lesson(), RECIPE, prepare=way, folder=folder / f"run {name}")
+        state = full_state(doll)
+        if dist.get_rank() == 0:
+            torch.save(state, folder / f"distilled {name}.pt")
+
+
+def lesson() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What the teacher said, and the rows."""
+    x, _ = examples()
+    with torch.no_grad():
+        return small_doll(7)(x), list(x)
+
+
+RECIPE = Recipe(3, 8, 1e-2, clip=1e9, terms=(Term("mse"),), sizes="all", save=2)
+
+
+@pytest.mark.parametrize("way", ["accelerate", "fsdp"])
+def test_a_distillation_takes_the_steps_of_one_process(runs: Path, way: str) -> None:
+    doll = small_doll()
+    distil(doll, *lesson(), RECIPE)
+    found = torch.load(runs / f"distilled {way}.pt")
+    for name, tensor in doll.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    resumed = small_doll()
+    distil(resumed, *lesson(), RECIPE, folder=runs / f"run {way}")
+    for name, tensor in resumed.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def with_ddp(folder: Path) -> list[float]:

@@ -163,6 +163,62 @@ def test_what_stands_in_the_way_is_named_and_permuted(model: object, why: str) -
     assert why in str(report)
 
 
+def test_diagonal_gains_are_exact_where_gains_are_alike() -> None:
+    """One gain for all units commutes with a rotation, outlier units stay units: no cost."""
+    model = PostNorm()
+    with torch.no_grad():
+        for norm in model.norms:
+            norm.weight.fill_(1.5)
+            norm.weight[3], norm.weight[11] = 7.0, 0.2
+    before = made(copy.deepcopy(model))(tokens(3)).detach()
+    doll = made(model)
+    report = rotate(doll, [tokens(1), tokens(2)], unread="leave", post_norm="diagonal", outliers=2)
+    assert [row.units for row in report.rotated] == [MAIN] and not report.obstacles
+    assert report.cost <= 1e-5 and report.error <= 1e-5
+    assert relative_error(doll(tokens(3)).detach(), before) <= 1e-5
+    gain = doll.state_dict()["norms.0.weight"]
+    assert sorted(gain[:2].tolist()) == pytest.approx([0.2, 7.0], rel=1e-5)
+    torch.testing.assert_close(gain[2:], torch.full((14,), 1.5))
+    assert mk.verify(doll, tokens()).passed
+
+
+def test_diagonal_gains_say_what_they_cost() -> None:
+    """Other gains do not commute: diagonal and bias are least squares over the inputs."""
+    model = PostNorm()
+    gain, bias = (p.detach().double().clone() for p in model.norms[0].parameters())
+    h = model.table(tokens(1))
+    first = (h + model.downs[0](torch.relu(model.ups[0](h)))).detach()
+    doll = made(model)
+    report = rotate(doll, [tokens(1)], unread="leave", post_norm="diagonal", outliers=2)
+    assert 1e-3 < report.cost < 1.0 and "diagonal gains" in str(report)
+    (basis,) = report.bases.values()
+    torch.testing.assert_close(basis @ basis.t(), torch.eye(16, dtype=torch.float64))
+    normed = torch.nn.functional.layer_norm(first, (16,)).reshape(-1, 16).double()
+    given, wanted = normed @ basis.t(), (normed * gain) @ basis.t()
+    for unit in range(16):  # least squares, unit by unit
+        line = torch.stack([given[:, unit], torch.ones(len(given))], 1).double()
+        slope, shift = torch.linalg.lstsq(line, wanted[:, unit]).solution.tolist()
+        assert float(doll.state_dict()["norms.0.weight"][unit]) == pytest.approx(slope, rel=1e-3)
+        moved = float(doll.state_dict()["norms.0.bias"][unit] - (basis @ bias)[unit])
+        assert moved == pytest.approx(shift, abs=1e-3)
+    small = mk.slice(doll, 8)
+    torch.testing.assert_close(doll.outputs(tokens(4))[8], small(tokens(4)))
+
+
+def test_words_that_are_not_known_are_refused() -> None:
+    with pytest.raises(OrderError, match="post_norm one of permute, diagonal"):
+        rotate(made(PostNorm()), [tokens(1)], post_norm="dense")
+
+
+@pytest.mark.parametrize("model", [Embeds, PostNorm])
+def test_turn_is_the_way_there(model: type[nn.Module]) -> None:
+    doll = made(model())
+    before = doll(tokens(3)).detach()
+    report = rotate(doll, [tokens(1)], unread="leave")
+    after = doll(tokens(3)).detach()
+    torch.testing.assert_close(report.turn(doll, before), after, rtol=1e-4, atol=1e-5)
+
+
 def test_a_turned_output_is_put_back() -> None:
     doll = made(Embeds())
     before = doll(tokens(3)).detach()

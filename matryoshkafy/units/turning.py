@@ -1,0 +1,58 @@
+"""What exact and approximate rotation share: moments, energies, outputs turned back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matryoshkafy.dolls.batches import flat_inputs
+from matryoshkafy.dolls.doll import Doll, trace_of
+from matryoshkafy.graph.nodes import outputs_of
+from matryoshkafy.units.bases import turned
+from matryoshkafy.units.sites import measure
+
+
+@dataclass(frozen=True)
+class GroupBasis:
+    """One rotated group: its units, the norms whose gain was folded, whether the direction of ones
+    was kept (LayerNorm), and the share of the energy in the first units at each size.
+    """
+
+    name: str
+    units: int
+    folded: tuple[str, ...]
+    mean: bool
+    kept: tuple[float, ...]
+
+
+def moment_of(doll: Doll, batches: Sequence[Any], group: int) -> Tensor:
+    """Return [n, n] the second moment of what a group's readers read, each site alike."""
+    flat = (flat_inputs(doll, batch) for batch in batches)
+    size = doll.plan.groups[group].size
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for m in measure(doll, flat, moments=True, groups={group}).values():
+        if m.moment is not None and m.moment.shape == total.shape:
+            own = m.moment.cpu().to(torch.float64)
+            total += own / own.diagonal().sum().clamp_min(1e-30)
+    return total
+
+
+def energy_of(moment: Tensor, basis: Tensor, widths: Sequence[int]) -> tuple[float, ...]:
+    """Return the share of the energy in the first units of a basis, for each width."""
+    energy = (basis @ moment @ basis.t()).diagonal()
+    return tuple(float(energy[:w].sum() / energy.sum().clamp_min(1e-30)) for w in widths)
+
+
+def turned_back(doll: Doll, bases: Mapping[int, Tensor], outputs: list[Any]) -> list[Any]:
+    """Return flat full-size outputs in the old bases."""
+    undo = {g: q.t() for g, q in bases.items()}
+    back = []
+    for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
+        shape = doll.plan.dims(getattr(source, "name", ""))
+        known = isinstance(value, Tensor) and len(shape) == value.dim()
+        back.append(turned(value, shape, undo) if known else value)
+    return back
