@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matryoshkafy.files.packing import upgrade as upgrade
     from matryoshkafy.losses.matryoshka import MatryoshkaLoss as MatryoshkaLoss
     from matryoshkafy.natives.native import native as native
+    from matryoshkafy.natives.quantizer import MatryoshkaConfig as MatryoshkaConfig
     from matryoshkafy.natives.saving import save as save
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
@@ -54,13 +55,16 @@ _HOMES = {
     "rule": "rules",
     "slice": "dolls.slice",
 }
+# Needs transformers: `from matryoshkafy import *` must work without it.
+_OPTIONAL = {"MatryoshkaConfig": "natives.quantizer"}
 _PACKAGES = ("errors", "losses", "serving", "training")
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(f"matryoshkafy.{_HOMES[name]}"), name)
+    home = _HOMES.get(name) or _OPTIONAL.get(name)
+    if home is not None:
+        value = getattr(import_module(f"matryoshkafy.{home}"), name)
     elif name == "__version__":
         value = _version()
     elif name in _PACKAGES:
@@ -81,4 +85,4 @@ def _version() -> str:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_PACKAGES})
+    return sorted({*globals(), *_HOMES, *_OPTIONAL, *_PACKAGES})

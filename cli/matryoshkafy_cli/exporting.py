@@ -1,4 +1,4 @@
-"""matryoshkafy export: a sub-model as onnx or pt2."""
+"""matryoshkafy export: a sub-model as a file of ONNX Runtime or torch.export."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from matryoshkafy_cli.screen import Screen, import_all, stored
 
 def export(  # noqa: PLR0913  an option is a parameter
     checkpoint: Folder,
-    to: Annotated[str, typer.Option("--to", help="onnx or pt2.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="onnx, onnx-fp16, onnx-int8 or pt2.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Default: CHECKPOINT.onnx or CHECKPOINT.pt2."),
+        typer.Option(
+            "--output", "-o", help="Default: CHECKPOINT.onnx, .fp16.onnx, .int8.onnx, .pt2."
+        ),
     ] = None,
     size: Annotated[
         int | None, typer.Option("--size", help="One of the sizes. Default: the largest.")
@@ -37,7 +41,8 @@ def export(  # noqa: PLR0913  an option is a parameter
     """
     screen = Screen(quiet, json)
     import_all(imports)
-    target = output or checkpoint.parent / f"{checkpoint.name}.{to}"
+    ending = ".".join(reversed(to.split("-")))  # onnx-int8: NAME.int8.onnx
+    target = output or checkpoint.parent / f"{checkpoint.name}.{ending}"
     with screen.step(f"loading {checkpoint}"):
         from matryoshkafy.deploy import export as exporting
         from matryoshkafy.dolls.example_inputs import example_inputs

@@ -1,4 +1,4 @@
-"""matryoshkafy pack: a checkpoint as one file per level."""
+"""matryoshkafy pack: a checkpoint as one file per level, or a stock folder of every size."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def pack(  # noqa: PLR0913  an option is a parameter
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Default: CHECKPOINT-levels.")
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Also a stock folder of every size: hf, or st (sentence-transformers), for "
+            "from_pretrained(..., quantization_config=MatryoshkaConfig(size=...)).",
+        ),
+    ] = None,
     imports: Imports = None,
     force: Force = False,
     json: Json = False,
@@ -34,13 +42,10 @@ def pack(  # noqa: PLR0913  an option is a parameter
     target = output or checkpoint.parent / f"{checkpoint.name}-levels"
     with screen.step(f"packing {checkpoint}"):
         from matryoshkafy.files.checkpoint import CheckpointWarning, open_checkpoint
-        from matryoshkafy.files.folders import check_target
         from matryoshkafy.files.levels import level_file
-        from matryoshkafy.files.packing import pack as packed
 
-        check_target(target, force=force)
         heed(CheckpointWarning)
-        place = packed(checkpoint, target, force=force)
+        place = _packed(checkpoint, target, to, force)
         with open_checkpoint(place, digests=False) as found:
             files = [(size, level_file(i)) for i, size in enumerate(found.sizes)]
     held = [(place / name).stat().st_size for _, name in files]
@@ -50,6 +55,19 @@ def pack(  # noqa: PLR0913  an option is a parameter
     ]
     summary: dict[str, Any] = {"checkpoint": str(place), "levels": rows}
     screen.result(summary, lambda: table(str(place), COLUMNS, list(map(_row, rows))))
+
+
+def _packed(checkpoint: Path, target: Path, to: str | None, force: bool) -> Path:
+    if to is None:
+        from matryoshkafy.files.folders import check_target
+        from matryoshkafy.files.packing import pack as packed
+
+        check_target(target, force=force)
+        return packed(checkpoint, target, force=force)
+    from matryoshkafy.files.checkpoint import load
+    from matryoshkafy.natives.saving import save_native
+
+    return save_native(load(checkpoint), target, to=to, like=checkpoint, force=force)
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:

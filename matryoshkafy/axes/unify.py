@@ -119,8 +119,10 @@ def _factor_out(x: Sum, y: Axis) -> bool:
     """Every segment of x ends with y as a factor, or nothing aligns."""
     if any(size(s) % y.size for s in x.segments):
         return False
+    # Resolved for each segment anew: an elder axis of the one before may have taken the place of y.
     return all(
-        _unify(resolve(s), (Axis(size(s) // y.size, y.name, None, y.births), y)) for s in x.segments
+        _unify(resolve(s), resolve((Axis(size(s) // y.size, y.name, None, y.births), y)))
+        for s in x.segments
     )
 
 

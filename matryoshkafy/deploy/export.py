@@ -34,10 +34,13 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import attach
 from matryoshkafy.kernels import ops as _ops
+from matryoshkafy.rewrite.linears import as_functions
 
 assert _ops
 
 TOLERANCE = 1e-3
+# Half precision and eight bits are what was asked for, not an error of the export.
+TOLERANCES: Mapping[str, float] = {"onnx-fp16": 2e-2, "onnx-int8": 2e-1}
 # protobuf's limit is 2 GiB for one file.
 LARGEST_SINGLE = 1_800_000_000
 
@@ -78,7 +81,9 @@ def export(
     Args:
         model: a sub-model, or a doll.
         path: the file to write.
-        to: "onnx" or "pt2".
+        to: "onnx"; "onnx-fp16" (half precision inside, float32 inputs and outputs); "onnx-int8"
+            (weights of products in eight bits); "pt2", which is called as the model was, by keyword
+            where the example has keywords.
         args: positional inputs to trace and check with; with neither these nor `kwargs`,
             `example_inputs(model)`.
         kwargs: inputs by name.
@@ -89,7 +94,7 @@ def export(
 
     Raises:
         ExportError: a format or path that does not serve, a model that the format cannot hold, or
-            a file whose outputs differ by more than 1e-3.
+            a file whose outputs differ by more than 1e-3 (`TOLERANCES`).
     """
     target = check_file(path, to, force=force)
     small = _sub_model(model)
@@ -99,12 +104,14 @@ def export(
     plain = plain_module(small).eval()
     with _beside(target) as folder, torch.no_grad():
         expected = _tensors(plain(*flat))
-        found = FORMATS[to](_program(plain, flat), flat, folder / target.name)
+        named = _keywords(plain, given[1]) if to == "pt2" else ()
+        found = FORMATS[to](_program(plain, flat, named), flat, folder / target.name)
         error = _error(expected, found)
-        if not error <= TOLERANCE:
+        most = TOLERANCES.get(to, TOLERANCE)
+        if not error <= most:
             raise ExportError(
                 f"the {to} file computes other values than the sub-model (relative error "
-                f"{error:.2g}, at most {TOLERANCE} expected), so it was not kept. Export to "
+                f"{error:.2g}, at most {most} expected), so it was not kept. Export to "
                 f"{' or '.join(name for name in FORMATS if name != to)} instead."
             )
         _place(folder, target)
@@ -132,6 +139,7 @@ def plain_module(model: fx.GraphModule) -> fx.GraphModule:
     root = _copy_of(model)
     graph = fx.Graph()
     flat = graph.graph_copy(model.graph, {})
+    as_functions(graph, model)
     for node in list(graph.nodes):
         if node.op == "call_function":
             write_plainly(root, node)
@@ -180,15 +188,34 @@ def _is_list(value: object) -> bool:
 # --- formats ------------------------------------------------------------------------------------
 
 
-def _program(plain: fx.GraphModule, flat: list[Tensor]) -> ExportedProgram:
-    """Export with dynamic sizes where they work, else with those of the inputs."""
-    dynamic = tuple({d: torch.export.Dim.AUTO for d in range(min(2, t.dim()))} for t in flat)
+def _keywords(plain: fx.GraphModule, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the last inputs that are taken by keyword; none where their names are not the call's.
+
+    A keyword that holds several tensors, or none, has no input of its own name.
+    """
+    given = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    inputs = [str(n.target) for n in plain.graph.find_nodes(op="placeholder")]
+    last = inputs[len(inputs) - len(given) :]
+    return tuple(last) if set(last) == set(given) else ()
+
+
+def _program(
+    plain: fx.GraphModule, flat: list[Tensor], named: tuple[str, ...] = ()
+) -> ExportedProgram:
+    """Export with dynamic sizes where they work, else with those of the inputs.
+
+    named: the last inputs, which are taken by keyword.
+    """
+    dynamic = [{d: torch.export.Dim.AUTO for d in range(min(2, t.dim()))} for t in flat]
+    count = len(flat) - len(named)
+    args, kwargs = tuple(flat[:count]), dict(zip(named, flat[count:], strict=True))
+    names = [str(n.target) for n in plain.graph.find_nodes(op="placeholder")]
     error: Exception | None = None
-    for shapes in (dynamic, None):
+    for shapes in (dict(zip(names, dynamic, strict=True)), None):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return torch.export.export(plain, tuple(flat), dynamic_shapes=shapes, strict=False)
+                return torch.export.export(plain, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as raised:  # noqa: BLE001  torch.export raises errors of every kind
             error = raised
     raise ExportError(f"torch.export refuses this sub-model: {_first_line(error)}") from error
@@ -200,7 +227,8 @@ def _first_line(error: object) -> str:
 
 def _write_pt2(program: ExportedProgram, flat: list[Tensor], path: Path) -> list[Tensor]:
     torch.export.save(program, path)
-    return _tensors(torch.export.load(path).module()(*flat))
+    args, kwargs = program.example_inputs
+    return _tensors(torch.export.load(path).module()(*args, **kwargs))
 
 
 def _write_onnx(program: ExportedProgram, flat: list[Tensor], path: Path) -> list[Tensor]:
@@ -224,6 +252,38 @@ def _write_onnx(program: ExportedProgram, flat: list[Tensor], path: Path) -> lis
     return _run_onnx(path, flat)
 
 
+def _write_half(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
+    _write_onnx(program, flat, path)
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    half = convert_float_to_float16(onnx.load(path), keep_io_types=True)
+    _forget(path)
+    held = sum(t.nbytes for t in program.state_dict.values()) / 2
+    onnx.save(half, path, save_as_external_data=held > LARGEST_SINGLE)
+    return _run_onnx(path, flat)
+
+
+def _write_int8(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
+    _write_onnx(program, flat, path)
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    held = sum(t.nbytes for t in program.state_dict.values()) / 4
+    exact = path.with_name(f"exact.{path.name}")
+    os.replace(path, exact)
+    quantize_dynamic(
+        exact, path, weight_type=QuantType.QInt8, use_external_data_format=held > LARGEST_SINGLE
+    )
+    _forget(exact)
+    return _run_onnx(path, flat)
+
+
+def _forget(path: Path) -> None:
+    """Remove a file and the weights that stand beside it."""
+    for held in (path, path.with_name(f"{path.name}.data")):
+        held.unlink(missing_ok=True)
+
+
 def _run_onnx(path: Path, flat: list[Tensor]) -> list[Tensor]:
     import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
@@ -236,6 +296,8 @@ def _run_onnx(path: Path, flat: list[Tensor]) -> list[Tensor]:
 
 FORMATS: Mapping[str, Callable[[ExportedProgram, list[Tensor], Path], list[Tensor]]] = {
     "onnx": _write_onnx,
+    "onnx-fp16": _write_half,
+    "onnx-int8": _write_int8,
     "pt2": _write_pt2,
 }
 

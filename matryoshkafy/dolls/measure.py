@@ -63,7 +63,8 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_function" and n.meta.get("origin", ("", None))[1] is not None:
+        called = n.op in ("call_function", "call_module")
+        if called and n.meta.get("origin", ("", None))[1] is not None:
             self.kept[n.meta["origin"][0]] = value
         return value
 

@@ -24,6 +24,7 @@ from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Plan, Stored
 from matryoshkafy.plan.stored import statistics
 from matryoshkafy.rewrite.graphs import sub_graph
+from matryoshkafy.rewrite.linears import as_modules, foreign
 
 # What a tensor's name gets in front where a GraphModule has an attribute of that name.
 ESCAPE = "user_"
@@ -99,11 +100,24 @@ def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
     made = model.meta.get("matryoshka") if isinstance(model, fx.GraphModule) else None
     if made is not None:
         trace, plan = cast("tuple[Trace, Plan]", made)
+        _check_own(model)
         return replace(trace, root=_named_root(model)), plan
     raise PlanError(
         f"a {type(model).__name__} was given; expected a model from convert, load or slice. "
         "Convert it first: matryoshkafy.convert(model, args, sizes=...)"
     )
+
+
+def _check_own(model: nn.Module) -> None:
+    """Refuse a sub-model in which another library has replaced linears: its weights are others."""
+    found = foreign(model)
+    if found:
+        name, kind = next(iter(found.items()))
+        raise PlanError(
+            f"{name} of the sub-model is a {kind}, which another library put there; expected the "
+            "linears that slice made. Merge the adapter first (merge_and_unload of peft), or save "
+            "it by that library."
+        )
 
 
 def _named_root(model: nn.Module) -> nn.Module:
@@ -244,7 +258,9 @@ def kinds_of(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
 
 def _mention(graph: fx.Graph, names: list[str]) -> None:
     """A GraphModule keeps what its graph names: the other names of tied tensors, too."""
-    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
+    called = [str(n.target) for n in graph.find_nodes(op="call_module")]
+    read |= {f"{name}.{leaf}" for name in called for leaf in ("weight", "bias")}
     first = next(iter(graph.nodes))
     with graph.inserting_before(first), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -279,10 +295,21 @@ def _own_attributes() -> frozenset[str]:
 class SubModel(fx.GraphModule):
     """A standalone sub-model; pickled and copied by its tensors and its plan, not by its code."""
 
+    def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
+        if name == "generate":
+            raise AttributeError(
+                "a slice is a graph without a cache, so it has no generate(); expected its native "
+                "class, mk.native(small, like=model).generate(...), or in masked nesting a decoder "
+                "with one cache for every size, matryoshkafy.serving.Decoder(doll, ids)."
+            )
+        return super().__getattr__(name)
+
     def __reduce__(self) -> Reduced:
         return reduced(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> fx.GraphModule:
+        if foreign(self):
+            return super().__deepcopy__(memo)
         # As a doll: graph and plan are never written to, so the tensors alone are copied.
         trace, plan = parts_of(self)
         state = state_of(self)
@@ -307,6 +334,7 @@ def assemble(
     for node in graph.nodes:
         if node.op == "get_attr":
             node.target = free_name(str(node.target))
+    as_modules(root, graph)
     _mention(graph, [free_name(name) for name in tensors])
     module = SubModel(root, graph, class_name="SubModel")
     module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)

@@ -218,6 +218,24 @@ class Checkpoint:
         """Return the sub-model of a level out of the tensors of level first - 1."""
         return self._cut(level, first=first, base=base)
 
+    @contextmanager
+    def tensors(self, size: float) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the tensors of a size by name, each read when it is asked for, and not kept.
+
+        Of the largest size also those that no sub-model reads. Raises PlanError that lists the
+        sizes.
+        """
+        level = self.plan.level(size)
+        cuts = {cut.name: cut for cut in cuts_of(self.plan, level)}
+        every = [r.name for r in self.described.records if r.kind != "statistic"]
+        names = every if level == self.plan.levels - 1 else [n for n in every if n in cuts]
+        with self._reading(level) as store:
+
+            def read(name: str) -> Tensor:
+                return store.cut(cuts[name], zeros=True) if name in cuts else store.whole(name)
+
+            yield OnDemand(tuple(names), read)
+
     def _cut(
         self,
         level: int,

@@ -36,6 +36,7 @@ def pack(
     folder: str | os.PathLike[str],
     *,
     force: bool = False,
+    side: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a model as one file per level, each with only what that level adds; return its path.
 
@@ -47,19 +48,22 @@ def pack(
         source: a doll, a sub-model, or the folder of one; a folder is read tensor by tensor.
         folder: where to write.
         force: replace an earlier checkpoint.
+        side: further files that the checkpoint keeps; a folder's own stay.
 
     Raises:
         FolderError: where the folder is taken or cannot be written.
         CheckpointError: for weight-normalised weights, whose small sizes need the full weight.
     """
     if isinstance(source, nn.Module):
-        return _pack_model(source, folder, force=force)
+        return _pack_model(source, folder, force=force, side=side)
     with open_checkpoint(source) as found:
         if Path(os.path.realpath(folder)) == found.folder:
             raise CheckpointError(
                 f"{folder} is the checkpoint that is to be packed; choose another folder for it."
             )
-        return _pack_model(found.whole(), folder, force=force, side=found.side())
+        return _pack_model(
+            found.whole(), folder, force=force, side={**found.side(), **(side or {})}
+        )
 
 
 def _pack_model(

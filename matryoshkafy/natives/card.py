@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from matryoshkafy.natives.tree import Changes, named, value_at
 from matryoshkafy.plan.plan import Plan
 
 LOADING: Mapping[str, str] = {
-    "hf": "import transformers\n\nmodel = transformers.{kind}.from_pretrained(FOLDER)",
+    "hf": "import transformers\n\nmodel = transformers.{kind}.from_pretrained(FOLDER{more})",
     "st": "from sentence_transformers import SentenceTransformer\n\n"
     "model = SentenceTransformer(FOLDER)",
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:" + FOLDER, pretrained=True)',
@@ -23,7 +23,10 @@ LOADING: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says: library, class, plan up to this size, parameters by size, error."""
+    """What a card says: library, class, plan up to this size, parameters by size, error.
+
+    keywords: what the class takes beside its configuration.
+    """
 
     library: str
     kind: str
@@ -33,6 +36,7 @@ class Facts:
     changes: Mapping[str, tuple[object, object]]
     error: float
     notes: tuple[str, ...] = ()
+    keywords: Mapping[str, object] = field(default_factory=dict)
 
 
 def card(facts: Facts, original: str | None) -> str:
@@ -42,7 +46,7 @@ def card(facts: Facts, original: str | None) -> str:
     fields = [f"| `{name}` | {old} | {new} |" for name, (old, new) in facts.changes.items()]
     return "\n".join(
         [
-            *_front(original, facts),
+            *_front(original, facts.library),
             f"# Size {size} of {facts.full}",
             "",
             f"The first {size} of the {facts.full} units of a model that was converted with "
@@ -51,7 +55,7 @@ def card(facts: Facts, original: str | None) -> str:
             f"{facts.error:.0e} (relative, float32).",
             "",
             "```python",
-            LOADING[facts.library].format(kind=facts.kind),
+            LOADING[facts.library].format(kind=facts.kind, more=_more(facts.keywords)),
             "```",
             "",
             "| size | parameters |",
@@ -64,14 +68,49 @@ def card(facts: Facts, original: str | None) -> str:
     )
 
 
-def _front(original: str | None, facts: Facts) -> list[str]:
+def _more(keywords: Mapping[str, object]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in keywords.items())
+
+
+def card_of_every(kind: str, parameters: Mapping[int, int], original: str | None) -> str:
+    """Return the README.md of a folder that holds every size; the original's licence stays.
+
+    parameters: {size: how many}.
+    """
+    rows = [f"| {s} | {n:,} |" for s, n in sorted(parameters.items())]
+    return "\n".join(
+        [
+            *_front(original, "hf"),
+            f"# Sizes {', '.join(map(str, sorted(parameters)))}",
+            "",
+            "One folder that holds a model and the smaller models inside it, made with "
+            "[matryoshkafy](https://pypi.org/project/matryoshkafy/). Each size loads as a plain "
+            f"`{kind}`, and only its own weights are read:",
+            "",
+            "```python",
+            "import transformers",
+            "from matryoshkafy import MatryoshkaConfig",
+            "",
+            f"size = MatryoshkaConfig(size={min(parameters)})",
+            f"model = transformers.{kind}.from_pretrained(FOLDER, quantization_config=size)",
+            "```",
+            "",
+            "| size | parameters |",
+            "|---:|---:|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _front(original: str | None, library: str) -> list[str]:
     found = re.match(r"---\n(.*?)\n---\n", original or "", re.DOTALL)
     lines = found.group(1).splitlines() if found else []
     kept = [
         line for line in lines if re.match(r"(license|license_name|license_link|language):", line)
     ]
     libraries = {"hf": "transformers", "st": "sentence-transformers", "timm": "timm"}
-    name = libraries.get(facts.library, facts.library)
+    name = libraries.get(library, library)
     return ["---", *kept, f"library_name: {name}", "tags: [matryoshka]", "---", ""]
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from matryoshkafy.natives.recipe import NativeError, Recipe, library
+from matryoshkafy.graph.copies import forked
+from matryoshkafy.natives.recipe import NativeError, Recipe, arguments, library, tensors_of
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import Tree
 
 Tables = Mapping[str, Tree]
+
+MOST_SWITCHES = 6
 
 
 def recipe(like: object) -> Recipe | None:
@@ -55,12 +60,43 @@ def from_source(source: Source) -> Recipe:
 
 def _recipe(kind: Any, config: Any, source: nn.Module | None) -> Recipe:
     attention = getattr(config, "_attn_implementation", None)
+    more = {"attn_implementation": attention} if isinstance(attention, str) else {}
 
-    def make(tree: Tree) -> nn.Module:
-        more = {"attn_implementation": attention} if isinstance(attention, str) else {}
-        return kind._from_config(type(config).from_dict(tree), **more)
+    def maker(keywords: Mapping[str, Any]) -> Callable[[Tree], nn.Module]:
+        return lambda tree: kind._from_config(type(config).from_dict(tree), **more, **keywords)
 
-    return Recipe(f"{kind.__module__}:{kind.__name__}", "hf", config.to_dict(), make, source)
+    tree = config.to_dict()
+    keywords = {} if source is None else _keywords(kind, source, lambda k: maker(k)(tree))
+    name = f"{kind.__module__}:{kind.__name__}"
+    return Recipe(name, "hf", tree, maker(keywords), source, keywords)
+
+
+def _keywords(
+    kind: Any, source: nn.Module, build: Callable[[Mapping[str, Any]], nn.Module]
+) -> dict[str, Any]:
+    """Return what the constructor took beside the configuration, such as add_pooling_layer=False.
+
+    No attribute tells it: of the switches that it has, those that give the names of the model.
+    """
+    switches = [p.name for p in arguments(kind.__init__) if isinstance(p.default, bool)]
+    wanted = tensors_of(source).keys()
+    for number in range(len(switches[:MOST_SWITCHES]) + 1):
+        for some in itertools.combinations(switches[:MOST_SWITCHES], number):
+            defaults = {p.name: p.default for p in arguments(kind.__init__)}
+            keywords = {name: not defaults[name] for name in some}
+            if _names(build, keywords) == wanted:
+                return keywords
+    return {}
+
+
+def _names(
+    build: Callable[[Mapping[str, Any]], nn.Module], keywords: Mapping[str, Any]
+) -> Set[str] | None:
+    try:
+        with forked(devices=[]), torch.device("meta"):
+            return tensors_of(build(keywords)).keys()
+    except Exception:  # noqa: BLE001  a constructor may raise anything
+        return None
 
 
 def write(module: Any, folder: Path, source: Source | None, original: Any = None) -> None:
@@ -68,9 +104,37 @@ def write(module: Any, folder: Path, source: Source | None, original: Any = None
 
     original: the full model, whose way to generate is kept.
     """
+    _keep_generation(module, original)
+    module.save_pretrained(folder)
+    _write_side(folder, source)
+
+
+def mark(folder: Path, dimensions: tuple[int, ...]) -> None:
+    """Tell embedding servers which dimensions a vector may be cut to, as they read config.json."""
+    path = folder / "config.json"
+    told = {"is_matryoshka": True, "matryoshka_dimensions": list(dimensions)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **told}, indent=2))
+
+
+def write_config(module: Any, folder: Path, source: Source | None, original: Any) -> None:
+    """Write what `write` does, without the weights."""
+    _keep_generation(module, original)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__]
+    config.dtype = str(dtype).removeprefix("torch.") if dtype else None
+    config.save_pretrained(folder)
+    if module.can_generate():
+        module.generation_config.save_pretrained(folder)
+    _write_side(folder, source)
+
+
+def _keep_generation(module: Any, original: Any) -> None:
     if hasattr(original, "generation_config"):
         module.generation_config = copy.deepcopy(original.generation_config)
-    module.save_pretrained(folder)
+
+
+def _write_side(folder: Path, source: Source | None) -> None:
     path = folder / "config.json"
     first: Tree = {} if source is None else source.config()
     path.write_text(json.dumps(_cached(json.loads(path.read_text()), first), indent=2))
@@ -99,6 +163,13 @@ def uncached(tree: Tree) -> Tree:
     return {**new, "use_cache": False} if "use_cache" in new else new
 
 
-def load(folder: Path, kind: str) -> Any:
-    """Return the model of a folder in a class of transformers."""
-    return getattr(library("transformers"), kind).from_pretrained(folder, local_files_only=True)
+def load(folder: Path, kind: str, keywords: Mapping[str, Any]) -> Any:
+    """Return the model of a folder in a class of transformers.
+
+    Args:
+        folder: where it is.
+        kind: the name of the class.
+        keywords: what its constructor takes beside the configuration.
+    """
+    found = getattr(library("transformers"), kind)
+    return found.from_pretrained(folder, local_files_only=True, **keywords)

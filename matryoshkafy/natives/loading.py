@@ -18,7 +18,8 @@ def load_native(folder: str | Path, *, build: Callable[..., nn.Module] | None = 
 
     Args:
         folder: its path.
-        build: for to="class", the user's class or function; it gets its arguments by name.
+        build: for to="class", the user's class or function; it gets its arguments by name. What
+            no JSON holds it must have itself: `functools.partial(Net, act_layer=nn.GELU)`.
 
     Raises:
         NativeError: where the folder is no native size, or is of a class and `build` is missing.

@@ -18,7 +18,7 @@ from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives.inputs import fresh_calls, outputs
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.recipe import NativeError, Recipe, tensors_of
-from matryoshkafy.natives.search import Space, Wanted, assignments, heads
+from matryoshkafy.natives.search import Space, Wanted, assignments, counted, families, heads
 from matryoshkafy.natives.tree import Field, named
 from matryoshkafy.plan.plan import Plan
 
@@ -85,11 +85,13 @@ def find(
     *,
     tables: bool = False,
     spare: Callable[[], Mapping[str, Tensor]] | None = None,
+    shared: bool = False,
 ) -> Native:
     """Return the native model of a slice with all that is known of it; see `native`.
 
     tables: take hidden tables that the class makes from its width out of the slice; spare: gives
-    the full model's tensors, for those that the traced path does not read.
+    the full model's tensors, for those that the traced path does not read; shared: the module
+    holds the slice's own weights rather than copies.
     """
     _, plan = parts_of(small)
     recipe = recipe_of(like)
@@ -102,7 +104,7 @@ def find(
         )
     with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check = Check(_as_float32(small), tables, spare or _tensors_behind(recipe))
+        check = Check(_as_float32(small), tables, spare or _tensors_behind(recipe), shared)
         found, reason = _first(space, check)
     if found is None:
         raise NativeError(_refusal(space, plan, reason))
@@ -123,6 +125,7 @@ class Check:
     small: nn.Module
     tables: bool
     spare: Callable[[], Mapping[str, Tensor]]
+    shared: bool = False
 
     def error(self, module: nn.Module) -> float:
         """Return the worst relative difference over fresh inputs; inf where a call fails."""
@@ -148,26 +151,34 @@ def _as_float32(small: nn.Module) -> nn.Module:
 
 def _first(space: Space, check: Check) -> tuple[Native | None, str]:
     """Return the first configuration that computes the slice, without a change too many."""
-    reason, tries = "shapes", 0
+    reason, seen = "shapes", set[Any]()
     for shaped in assignments(space):
         for extra in _quiet_changes(space, shaped):
-            tries += 1
-            made = _made(space, {**shaped, **extra}, check)
+            changes = {**shaped, **extra}
+            if frozenset(changes.items()) in seen:
+                continue
+            seen.add(frozenset(changes.items()))
+            made = _made(space, changes, check)
             if made is not None and made.error <= TOLERANCE:
                 return _leanest(space, check, made), ""
             reason = "values" if made is not None else reason
-            if tries == MOST_TRIES:
+            if len(seen) == MOST_TRIES:
                 return None, reason
     return None, reason
 
 
 def _quiet_changes(space: Space, shaped: Mapping[Field, object]) -> Iterator[dict[Field, Any]]:
-    """Yield changes of fields that move no shape: all counts of heads, none, some, then scales."""
+    """Yield changes of fields that move no shape: all counts of heads, none, some, then scales.
+
+    Counts that stand in one list are changed together, and those that only together move none.
+    """
     counts = {f: v for f, v in heads(space).items() if f not in shaped}
     fields = list(counts)
     if fields:
         yield counts
     yield {}
+    yield from families(counts)
+    yield from counted(space, shaped)
     for number in (1, len(fields) - 1, 2, len(fields) - 2):
         if 0 < number < len(fields):
             for some in itertools.combinations(fields, number):
@@ -184,15 +195,31 @@ def _made(space: Space, changes: Mapping[Field, object], check: Check) -> Native
     if not space.fits(changes):
         return None
     try:
-        module = space.recipe.build(changes)
+        module, unread = _filled(space.recipe, changes, check)
     except Exception:  # noqa: BLE001  a constructor may raise anything
         return None
-    unread = load_slice(module, state_of(check.small), check.spare)
     made = Native(module, space.recipe, changes, check.error(module), (), unread)
     if made.error <= TOLERANCE or not check.tables:
         return made
     taken = take_tables(module, check.small)
     return Native(module, space.recipe, changes, check.error(module), taken, unread)
+
+
+def _filled(
+    recipe: Recipe, changes: Mapping[Field, Any], check: Check
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build without memory for parameters and give each its value; with memory, where one fails."""
+    state = state_of(check.small)
+    try:
+        module = recipe.build(changes, hollow=True)
+        unread = load_slice(module, state, check.spare, shared=check.shared)
+        whole = not any(t.is_meta for t in tensors_of(module).values())
+    except Exception:  # noqa: BLE001  a constructor that reads its weights, a tensor that is watched
+        whole = False
+    if not whole:
+        module = recipe.build(changes)
+        unread = load_slice(module, state, check.spare, shared=check.shared)
+    return module, unread
 
 
 def _leanest(space: Space, check: Check, made: Native) -> Native:
@@ -210,10 +237,12 @@ def load_slice(
     module: nn.Module,
     state: Mapping[str, Tensor],
     spare: Callable[[], Mapping[str, Tensor]],
+    *,
+    shared: bool = False,
 ) -> tuple[str, ...]:
     """Put a slice's tensors into a native module; return the parameters that it has no value for.
 
-    Those are cut from the full model's: the traced path does not read them.
+    Those are cut from the full model's: the traced path does not read them. shared: no copies.
     """
     hidden = tensors_of(module).keys() - module.state_dict().keys()
     filled: set[int] = set()
@@ -221,7 +250,8 @@ def load_slice(
     for name, tensor in tensors_of(module).items():
         given = state.get(name)
         if given is not None and given.shape == tensor.shape and name not in hidden:
-            _put(tensor, given)
+            if id(tensor) not in filled:
+                _put(tensor, given, shared=shared)
             filled.add(id(tensor))
         elif isinstance(tensor, nn.Parameter):
             left[name] = tensor
@@ -233,8 +263,14 @@ def load_slice(
     return tuple(left)
 
 
-def _put(tensor: Tensor, value: Tensor) -> None:
-    tensor.data = value.detach().to(tensor.device, copy=True)
+def _put(tensor: Tensor, value: Tensor, *, shared: bool = False) -> None:
+    """Give a tensor other values, on its device; the object stays, so that ties do."""
+    device = value.device if tensor.is_meta else tensor.device
+    value = value.detach().to(device, copy=not shared)
+    if tensor.is_meta:
+        torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad))
+    else:
+        tensor.data = value
 
 
 def take_tables(module: nn.Module, small: nn.Module) -> tuple[str, ...]:

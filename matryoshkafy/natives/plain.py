@@ -28,6 +28,15 @@ def as_json(value: object, at: str = "") -> object:
     )
 
 
+def is_json(value: Any) -> bool:
+    """Tell whether `as_json` takes a value: classes and functions it does not."""
+    try:
+        as_json(value)
+    except NativeError:
+        return False
+    return True
+
+
 def from_json(value: Any) -> Any:
     """Read what `as_json` wrote."""
     if isinstance(value, list):

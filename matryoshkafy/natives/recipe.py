@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ class Recipe:
         tree: the values.
         make: `make(tree)` builds the module with fresh weights.
         source: the module whose weights the traced path may have left unread.
+        keywords: what the class takes beside its configuration.
         memo: what was found out about the class, kept for the next size.
     """
 
@@ -40,6 +42,7 @@ class Recipe:
     tree: Tree
     make: Callable[[Tree], nn.Module]
     source: nn.Module | None = None
+    keywords: Mapping[str, Any] = field(default_factory=dict[str, Any])
     memo: dict[object, Any] = field(default_factory=dict[object, Any], compare=False, repr=False)
 
     def shapes(self, changes: Changes) -> Shapes | None:
@@ -49,11 +52,32 @@ class Recipe:
             self.memo[key] = _shapes(self, changed(self.tree, changes))
         return self.memo[key]
 
-    def build(self, changes: Changes) -> nn.Module:
-        """Return the module in evaluation mode, with fresh weights on the CPU."""
-        with forked(devices=[]), torch.device("cpu"):
+    def build(self, changes: Changes, *, hollow: bool = False) -> nn.Module:
+        """Return the module in evaluation mode, with fresh weights on the CPU.
+
+        hollow: parameters without memory (on the meta device); buffers are made as ever.
+        """
+        outline = without_memory() if hollow else contextlib.nullcontext()
+        with forked(devices=[]), torch.device("cpu"), outline:
             seed_torch(0)
             return self.make(changed(self.tree, changes)).eval()
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Move each parameter to the meta device as a module gets it; a tied one stays one object."""
+    register = nn.Module.register_parameter
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = moved
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def _shapes(recipe: Recipe, tree: Tree) -> Shapes | None:

@@ -12,11 +12,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.files import checkpoint
 from matryoshkafy.files.folders import MANIFEST
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives import huggingface
+from matryoshkafy.natives.dimensions import dimensions
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.native import Native, NativeWarning, find, unchecked
 from matryoshkafy.natives.recipe import NativeError, Recipe, library
@@ -41,7 +43,8 @@ def save(  # noqa: PLR0913  the public signature
     """Write a model whole or not at all: as a checkpoint, or a slice as a stock model's folder.
 
     Args:
-        model: a doll or a sub-model; with `to`, a sub-model.
+        model: a doll or a sub-model; with `to`, a doll becomes one folder of every size, each of
+            which `from_pretrained(folder, quantization_config=MatryoshkaConfig(size=m))` loads.
         folder: where to write; it must not exist, be empty, or `force`.
         to: None for a checkpoint; "hf", "st" (sentence-transformers), "timm", "open_clip" or
             "class" for the user's own class at the smaller configuration (see `native`).
@@ -78,7 +81,10 @@ def save_native(  # noqa: PLR0913  the public signature
     tables: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a slice as the folder of a stock model, compared before it stands; see `save`."""
+    """Write a slice as the folder of a stock model, compared before it stands; see `save`.
+
+    A doll becomes one folder that holds every size.
+    """
     if to not in WRITERS:
         raise NativeError(f"to={to!r} was given; expected one of {', '.join(WRITERS)}")
     if like is None:
@@ -89,11 +95,19 @@ def save_native(  # noqa: PLR0913  the public signature
     target = check_free(folder, force=force)
     built, known = _like(like)
     source = source or known
+    if isinstance(small, Doll):
+        from matryoshkafy.natives import every
+
+        whole = every.Whole(small, recipe_of(built), source, _spare(like))
+        every.check(to, whole.recipe, source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return write_tree(target, functools.partial(every.write, whole), force=force)
     _, plan = parts_of(small)
-    native = find(small, built, tables=tables, spare=_spare(like))
+    native = find(small, built, tables=tables, spare=_spare(like), shared=True)
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
-    package = Package(native, plan, source, _parameters(plan, native))
+    package = Package(native, plan, source, _parameters(plan, native), dimensions(small))
     with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return write_tree(target, lambda path: write(package, path, to), force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -89,9 +90,9 @@ class Space:
 
     @cached_property
     def quiet(self) -> tuple[Field, ...]:
-        """The fields that move no shape: counts of heads, scales."""
+        """The fields that move no shape: counts of heads, scales. A count of layers is none."""
         moving = {field for fields in self.movers.values() for field in fields}
-        return tuple(field for field in self.fields if field not in moving)
+        return tuple(field for field in self.probes if field not in moving)
 
 
 def _moved(before: Shapes, after: Shapes) -> Iterator[Place]:
@@ -162,6 +163,36 @@ def heads(space: Space) -> dict[Field, Any]:
     """Return the fields that move no shape but hold the units of a group that shrinks."""
     widths = space.wanted.widths
     return {f: widths[space.fields[f]] for f in space.quiet if space.fields[f] in widths}
+
+
+def counted(space: Space, shaped: Mapping[Field, Any]) -> Iterator[dict[Field, Any]]:
+    """Yield counts that move shapes, and together with others do not: 8 heads of 4 keys and values.
+
+    The width alone may give every shape, with the counts of the full model and narrower heads.
+    """
+    scaled = {f: _scaled(space, v) for f, v in space.fields.items() if f not in shaped}
+    whole = [f for f, v in scaled.items() if v is not None and f in space.probes]
+    moving = {f for f in whole if f not in space.quiet}
+    for number in (1, 2, 3):
+        for some in itertools.combinations(whole, number):
+            changes = {f: scaled[f] for f in some}
+            if moving & set(some) and space.fits({**shaped, **changes}):
+                yield changes
+
+
+def _scaled(space: Space, value: int | float) -> int | None:
+    """Return what a count becomes: of a group that shrinks, or in the ratio of the widths."""
+    if not isinstance(value, int):
+        return None
+    ratio = value * space.wanted.ratio
+    given = space.wanted.widths.get(value, ratio)
+    return int(given) if given == int(given) and given >= 1 else None
+
+
+def families(counts: Mapping[Field, Any]) -> Iterator[dict[Field, Any]]:
+    """Yield the counts that stand in one list together: the heads of every stage."""
+    for above in dict.fromkeys(field[:-1] for field in counts if isinstance(field[-1], int)):
+        yield {f: v for f, v in counts.items() if f[:-1] == above}
 
 
 def _options(

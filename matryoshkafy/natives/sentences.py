@@ -12,10 +12,25 @@ from matryoshkafy.natives.tree import changed, numbers
 
 # Modules that hold no weights: they follow the width of what comes in.
 WEIGHTLESS = ("Transformer", "Pooling", "Normalize")
+VOCABULARIES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
+    "sentencepiece.bpe.model",
+)
 
 
-def check(source: Source) -> None:
-    """Raise NativeError where a module behind the encoder has weights of its own."""
+def check(source: Source | None) -> None:
+    """Raise NativeError where no source or tokenizer is known, or a module behind has weights."""
+    if source is None or "modules.json" not in source.files:
+        raise NativeError(
+            "to='st' was given, but no folder of sentence-transformers is known; expected one "
+            "with modules.json. Give source=FOLDER when saving the doll, or like=FOLDER, or save "
+            "with to='hf'."
+        )
+    if not any(name.rpartition("/")[2] in VOCABULARIES for name in source.files):
+        raise NativeError(
+            f"{source.name} holds no tokenizer; expected one of {', '.join(VOCABULARIES)}, without "
+            "which no text becomes a vector. Copy it into the folder and convert again."
+        )
     for module in json.loads(source.files["modules.json"]):
         kind = str(module["type"]).rpartition(".")[2]
         if kind not in WEIGHTLESS:

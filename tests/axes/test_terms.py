@@ -287,3 +287,17 @@ def test_regroup_of_a_sum_ends() -> None:
     term = axes.concatenate([(Axis(6), Axis(2)), (Axis(4),)])
     pieces = axes.regroup(term, [4, 4])
     assert pieces is None or [axes.size(p) for p in pieces] == [4, 4]
+
+
+def test_three_vectors_laid_together_come_apart_as_heads() -> None:
+    """BEiT adds cat(q_bias, k_bias, v_bias): three axes that the view of the heads makes one."""
+    vectors = [Axis(64, name) for name in "qkv"]
+    packed = Axis(192, "qkv")
+    assert axes.unify((packed,), axes.concatenate([(v,) for v in vectors]), WHY)
+    pieces = axes.regroup((packed,), [3, 16, 4])
+    assert pieces is not None
+    three, heads, width = pieces
+    assert axes.is_fixed(three)
+    for vector in vectors:
+        assert axes.resolve((vector,)) == (*axes.resolve(heads), *axes.resolve(width))
+    assert not axes.is_fixed(heads)

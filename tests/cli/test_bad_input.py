@@ -349,7 +349,7 @@ def test_a_device_that_is_not_here(place):
 
 def test_an_export_to_nowhere(place):
     message = refused(place, "export", "ckpt", "--to", "gguf")
-    assert_says(message, "'gguf' was given", "expected one of onnx, pt2")
+    assert_says(message, "'gguf' was given", "expected one of onnx, onnx-fp16, onnx-int8, pt2")
 
 
 def test_an_import_that_is_none(place):

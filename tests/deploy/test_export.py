@@ -210,3 +210,46 @@ def test_example_inputs_rebuild_structures_and_constants():
 def test_ranges_are_those_of_the_example():
     traced = trace(nn.Linear(3, 2), (torch.tensor([[-2.0, 0.0, 5.0]]).expand(2, 3),))
     assert traced.signature.inputs[0].bounds == ((-2.0, 5.0),)
+
+
+class Named(nn.Module):
+    """Called by keyword, as models of transformers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.up = nn.Embedding(50, 64), nn.Linear(64, 256)
+        self.down, self.head = nn.Linear(256, 64), nn.Linear(64, 50)
+
+    def forward(self, input_ids, attention_mask):
+        h = self.words(input_ids) * attention_mask[..., None]
+        return self.head(h + self.down(torch.relu(self.up(h))))
+
+
+def named_model():
+    torch.manual_seed(0)
+    ids = torch.randint(50, (2, 7))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    doll = mk.convert(Named().eval(), (), call, sizes=[32, 64], nesting="sliced")
+    return mk.slice(doll, 64), call
+
+
+def test_a_program_is_called_as_the_model_was(tmp_path):
+    small, call = named_model()
+    export(small, tmp_path / "m.pt2", to="pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    longer = {name: torch.cat([t, t], 1) for name, t in call.items()}
+    for given in (call, longer, dict(reversed(call.items()))):
+        torch.testing.assert_close(program(**given), small(**given))
+
+
+@pytest.mark.parametrize(
+    ("to", "share", "error"), [("onnx-fp16", 0.6, 5e-3), ("onnx-int8", 0.45, 0.1)]
+)
+def test_fewer_bits_are_smaller_and_near(tmp_path, to, share, error):
+    pytest.importorskip("onnxruntime")
+    small, _ = named_model()
+    exact = export(small, tmp_path / "m.onnx")
+    rough = export(small, tmp_path / "r.onnx", to=to)
+    assert exact.error < 1e-5 < rough.error < error
+    assert rough.path.stat().st_size < share * exact.path.stat().st_size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "r.onnx"]

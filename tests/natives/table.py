@@ -39,7 +39,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {"name": entry.name, "family": entry.family}
     try:
         model, args, kwargs = entry.build()
-        doll = mk.convert(model, args, kwargs, sizes=[0.5, 1.0], nesting="sliced")
+        doll = _halved(model, args, kwargs)
         small = mk.slice(doll, doll.sizes[0])
     except mk.MatryoshkafyError as error:
         return {**row, "status": "no slice", "message": str(error).splitlines()[0][:200]}
@@ -58,6 +58,11 @@ def measure(entry: Entry) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 2),
     }
     return {**row, "written": _written(made, small)}
+
+
+def _halved(model: Any, args: Any, kwargs: Any) -> Any:
+    """Convert without its checks: the class at the smaller configuration is the check here."""
+    return mk.convert(model, args, kwargs, sizes=[0.5, 1.0], nesting="sliced", check=False)
 
 
 def _written(made: Any, small: Any) -> str:

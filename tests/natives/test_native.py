@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
+from matryoshkafy.natives.loading import load_native
 from matryoshkafy.natives.native import NativeWarning, find
 from matryoshkafy.natives.recipe import NativeError
 from tests.natives.likes import like_of
@@ -192,3 +194,60 @@ def test_a_constructor_that_the_attributes_do_not_tell_is_refused() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(NativeError, match="like is a int"):
         mk.native(sliced(Net().eval(), IDS, [16, 32], 16), like=3)
+
+
+def bert(**more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.BertModel(config, **more).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_constructor_took_beside_its_configuration_is_found(tmp_path: Path) -> None:
+    model = bert(add_pooling_layer=False)
+    small = sliced(model, IDS, [16, 32], 16)
+    assert mk.native(small, like=model).pooler is None
+    folder = mk.save(small, tmp_path / "half", to="hf", like=model)
+    loaded = load_native(folder)
+    assert loaded.pooler is None
+    torch.testing.assert_close(loaded(*IDS)[0], small(*IDS)[0], rtol=1e-5, atol=1e-5)
+    assert "add_pooling_layer=False" in (folder / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_shrink_also_where_attention_is_flat(tmp_path: Path) -> None:
+    """With small random weights 2 heads of 4 and 4 heads of 2 agree to 1e-5: the error decides."""
+    model = bert()
+    found = find(sliced(model, IDS, [16, 32], 16), model)
+    assert {f[-1]: v for f, v in found.changes.items()} == {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+
+
+def test_a_class_that_reads_its_weights_as_it_is_built_is_built_with_them(net: Net) -> None:
+    class Scaled(Net):
+        def __init__(self, width: int = 32, heads: int = 4, hidden: int = 48) -> None:
+            super().__init__(width, heads, hidden)
+            self.scale = float(self.head.weight.detach().abs().sum())
+
+    model = Scaled().eval()
+    with pytest.warns(NativeWarning):
+        native = mk.native(sliced(model, IDS, [16, 32], 16), like=model)
+    assert native.head.in_features == 16
+    assert not any(p.is_meta for p in native.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::matryoshkafy.natives.native.NativeWarning")
+def test_a_native_size_owns_its_memory_unless_it_is_only_written(net: Net) -> None:
+    small = sliced(net, IDS, [16, 32], 16)
+    own = {p.data_ptr() for p in find(small, net).module.parameters()}
+    shared = {p.data_ptr() for p in find(small, net, shared=True).module.parameters()}
+    held = {p.data_ptr() for p in small.parameters()}
+    assert not own & held
+    assert held <= shared

