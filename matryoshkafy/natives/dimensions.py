@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -30,7 +28,7 @@ def dimensions(small: nn.Module) -> tuple[int, ...]:
     return (*found, whole.shape[-1]) if found else ()
 
 
-def _vector(value: Any) -> Tensor:
+def _vector(value: object) -> Tensor:
     leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
     return next(leaf for leaf in leaves if leaf.is_floating_point())
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from matryoshkafy.natives import huggingface, sentences, sized
 from matryoshkafy.natives.card import card_of_every
 from matryoshkafy.natives.native import Native, find
 from matryoshkafy.natives.quantizer import MatryoshkaConfig
-from matryoshkafy.natives.recipe import NativeError, Recipe, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, tensors_of
 from matryoshkafy.natives.source import SOURCE, Source
 from matryoshkafy.natives.tree import Changes
 from matryoshkafy.natives.trees import MARK
@@ -115,7 +114,7 @@ def _write_size(native: Native, folder: Path, what: tuple[int, Mapping[int, Chan
 
 
 def _compare(native: Native, folder: Path, size: int) -> None:
-    kind: Any = type(native.module)
+    kind: Foreign = type(native.module)
     config = MatryoshkaConfig(size=size)
     loaded = kind.from_pretrained(
         folder, quantization_config=config, dtype=None, **native.recipe.keywords

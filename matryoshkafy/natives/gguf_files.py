@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from matryoshkafy.natives.recipe import NativeError
+from matryoshkafy.natives.recipe import Foreign, NativeError
 
 # The class of transformers -> the architecture of llama.cpp, and whether it turns neighbouring
 # channels by RoPE, where transformers turns the two halves of a head.
@@ -55,7 +54,7 @@ def write_gguf(
     return target
 
 
-def _architecture(model: Any) -> tuple[str, bool]:
+def _architecture(model: Foreign) -> tuple[str, bool]:
     kind = type(model).__name__
     if kind not in ARCHITECTURES:
         raise NativeError(
@@ -72,7 +71,7 @@ def _architecture(model: Any) -> tuple[str, bool]:
     return ARCHITECTURES[kind]
 
 
-def _write(model: Any, path: Path, how: tuple[str, bool], vocabulary: Any) -> None:
+def _write(model: Foreign, path: Path, how: tuple[str, bool], vocabulary: Foreign) -> None:
     import gguf
 
     name, turned = how
@@ -95,11 +94,11 @@ def _write(model: Any, path: Path, how: tuple[str, bool], vocabulary: Any) -> No
     writer.close()
 
 
-def _layers(model: Any) -> int:
+def _layers(model: Foreign) -> int:
     return model.config.num_hidden_layers
 
 
-def _settings(writer: Any, config: Any) -> None:
+def _settings(writer: Foreign, config: Foreign) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -115,7 +114,7 @@ def _settings(writer: Any, config: Any) -> None:
     writer.add_value_length(width)
 
 
-def _head(config: Any) -> int:
+def _head(config: Foreign) -> int:
     given = getattr(config, "head_dim", None)
     return given or config.hidden_size // config.num_attention_heads
 
@@ -125,7 +124,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
-def _paired(name: str, tensor: Tensor, config: Any) -> Tensor:
+def _paired(name: str, tensor: Tensor, config: Foreign) -> Tensor:
     """Interleave the two halves of each head: channel i and i + half become neighbours."""
     if not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
         return tensor
@@ -133,7 +132,7 @@ def _paired(name: str, tensor: Tensor, config: Any) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _add(writer: Any, name: str, tensor: Tensor) -> None:
+def _add(writer: Foreign, name: str, tensor: Tensor) -> None:
     """Vectors are float32 in every file of llama.cpp."""
     import gguf
 
@@ -147,7 +146,7 @@ def _add(writer: Any, name: str, tensor: Tensor) -> None:
         writer.add_tensor(name, tensor.numpy())
 
 
-def _copy_vocabulary(writer: Any, path: Any, size: int) -> None:
+def _copy_vocabulary(writer: Foreign, path: Foreign, size: int) -> None:
     import gguf
 
     if path is None:

@@ -9,13 +9,13 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from matryoshkafy.graph.copies import forked
-from matryoshkafy.natives.recipe import NativeError, Recipe, arguments, library, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, arguments, library, tensors_of
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import Tree
 
@@ -26,7 +26,7 @@ MOST_SWITCHES = 6
 
 def recipe(like: object) -> Recipe | None:
     """Return the recipe of a model of transformers, None for anything else."""
-    config: Any = getattr(like, "config", None)
+    config: Foreign = getattr(like, "config", None)
     if not isinstance(like, nn.Module) or not hasattr(config, "to_diff_dict"):
         return None
     return _recipe(type(like), config, like)
@@ -37,7 +37,7 @@ def from_source(source: Source) -> Recipe:
     transformers = library("transformers")
     held = source.config()
     name = (held.get("architectures") or [""])[0]
-    kind: Any = getattr(transformers, name, None) if name else transformers.AutoModel
+    kind: Foreign = getattr(transformers, name, None) if name else transformers.AutoModel
     if kind is None:
         code = (
             "its auto_map names code of its own, which is not run. " if "auto_map" in held else ""
@@ -58,11 +58,11 @@ def from_source(source: Source) -> Recipe:
     return dataclasses.replace(found, tree=uncached(found.tree))
 
 
-def _recipe(kind: Any, config: Any, source: nn.Module | None) -> Recipe:
+def _recipe(kind: Foreign, config: Foreign, source: nn.Module | None) -> Recipe:
     attention = getattr(config, "_attn_implementation", None)
     more = {"attn_implementation": attention} if isinstance(attention, str) else {}
 
-    def maker(keywords: Mapping[str, Any]) -> Callable[[Tree], nn.Module]:
+    def maker(keywords: Mapping[str, object]) -> Callable[[Tree], nn.Module]:
         return lambda tree: kind._from_config(type(config).from_dict(tree), **more, **keywords)
 
     tree = config.to_dict()
@@ -72,8 +72,8 @@ def _recipe(kind: Any, config: Any, source: nn.Module | None) -> Recipe:
 
 
 def _keywords(
-    kind: Any, source: nn.Module, build: Callable[[Mapping[str, Any]], nn.Module]
-) -> dict[str, Any]:
+    kind: Foreign, source: nn.Module, build: Callable[[Mapping[str, object]], nn.Module]
+) -> dict[str, object]:
     """Return what the constructor took beside the configuration, such as add_pooling_layer=False.
 
     No attribute tells it: of the switches that it has, those that give the names of the model.
@@ -90,7 +90,7 @@ def _keywords(
 
 
 def _names(
-    build: Callable[[Mapping[str, Any]], nn.Module], keywords: Mapping[str, Any]
+    build: Callable[[Mapping[str, object]], nn.Module], keywords: Mapping[str, object]
 ) -> Set[str] | None:
     try:
         with forked(devices=[]), torch.device("meta"):
@@ -99,7 +99,7 @@ def _names(
         return None
 
 
-def write(module: Any, folder: Path, source: Source | None, original: Any = None) -> None:
+def write(module: Foreign, folder: Path, source: Source | None, original: Foreign = None) -> None:
     """Write a model as transformers does, with the side files of its source.
 
     original: the full model, whose way to generate is kept.
@@ -116,7 +116,7 @@ def mark(folder: Path, dimensions: tuple[int, ...]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **told}, indent=2))
 
 
-def write_config(module: Any, folder: Path, source: Source | None, original: Any) -> None:
+def write_config(module: Foreign, folder: Path, source: Source | None, original: Foreign) -> None:
     """Write what `write` does, without the weights."""
     _keep_generation(module, original)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -129,7 +129,7 @@ def write_config(module: Any, folder: Path, source: Source | None, original: Any
     _write_side(folder, source)
 
 
-def _keep_generation(module: Any, original: Any) -> None:
+def _keep_generation(module: Foreign, original: Foreign) -> None:
     if hasattr(original, "generation_config"):
         module.generation_config = copy.deepcopy(original.generation_config)
 
@@ -163,7 +163,7 @@ def uncached(tree: Tree) -> Tree:
     return {**new, "use_cache": False} if "use_cache" in new else new
 
 
-def load(folder: Path, kind: str, keywords: Mapping[str, Any]) -> Any:
+def load(folder: Path, kind: str, keywords: Mapping[str, object]) -> Foreign:
     """Return the model of a folder in a class of transformers.
 
     Args:

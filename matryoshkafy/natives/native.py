@@ -19,7 +19,7 @@ from matryoshkafy.natives.inputs import fresh_calls, outputs
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.recipe import NativeError, Recipe, tensors_of
 from matryoshkafy.natives.search import Space, Wanted, assignments, counted, families, heads
-from matryoshkafy.natives.tree import Field, named
+from matryoshkafy.natives.tree import Changes, Field, named
 from matryoshkafy.plan.plan import Plan
 
 TOLERANCE = 1e-5
@@ -151,7 +151,7 @@ def _as_float32(small: nn.Module) -> nn.Module:
 
 def _first(space: Space, check: Check) -> tuple[Native | None, str]:
     """Return the first configuration that computes the slice, without a change too many."""
-    reason, seen = "shapes", set[Any]()
+    reason, seen = "shapes", set[frozenset[object]]()
     for shaped in assignments(space):
         for extra in _quiet_changes(space, shaped):
             changes = {**shaped, **extra}
@@ -205,9 +205,7 @@ def _made(space: Space, changes: Mapping[Field, object], check: Check) -> Native
     return Native(module, space.recipe, changes, check.error(module), taken, unread)
 
 
-def _filled(
-    recipe: Recipe, changes: Mapping[Field, Any], check: Check
-) -> tuple[nn.Module, tuple[str, ...]]:
+def _filled(recipe: Recipe, changes: Changes, check: Check) -> tuple[nn.Module, tuple[str, ...]]:
     """Build without memory for parameters and give each its value; with memory, where one fails."""
     state = state_of(check.small)
     try:

@@ -9,7 +9,6 @@ from the files of the size.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -18,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matryoshkafy.natives import sized
-from matryoshkafy.natives.recipe import NativeError
+from matryoshkafy.natives.recipe import Foreign, NativeError
 from matryoshkafy.natives.tree import changed
 
 METHOD = "matryoshka"
@@ -44,12 +43,12 @@ class MatryoshkaQuantizer(HfQuantizer):
     quantization_config: MatryoshkaConfig
     requires_calibration = False
 
-    def __init__(self, quantization_config: MatryoshkaConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: MatryoshkaConfig, **kwargs: Foreign) -> None:
         super().__init__(quantization_config, **kwargs)
         self._read: Read | None = None
         self._size = 0
 
-    def update_attn_implementation(self, config: Any) -> Any:
+    def update_attn_implementation(self, config: Foreign) -> Foreign:
         """Return the configuration of the size; transformers builds the model from it."""
         held = getattr(config, sized.KEY, None)
         self._size, fields = sized.fields_of(held, self.quantization_config.size)
@@ -60,17 +59,19 @@ class MatryoshkaQuantizer(HfQuantizer):
         small.transformers_weights = sized.NAMES
         return small
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Foreign, **kwargs: Foreign) -> Foreign:
         folder = Path(kwargs["checkpoint_files"][0]).parent
         self._read = Read(folder, self._size, f"{model.base_model_prefix}.")
         return model
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: Foreign, model: Foreign
+    ) -> list[Foreign]:
         """Every tensor stands under the name that the module has: no other conversion applies."""
         assert self._read is not None
         return [WeightConverter([r"^(.+)$"], [r"\1"], [self._read])]
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Foreign, **kwargs: Foreign) -> Foreign:
         assert self._read is not None
         self._read.sizes.close()
         self.remove_quantization_config(model)
@@ -83,7 +84,7 @@ class MatryoshkaQuantizer(HfQuantizer):
         """A size trains as any stock model does."""
         return True
 
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
+    def is_serializable(self, *_: Foreign, **__: Foreign) -> bool:
         """A size is saved as any stock model is."""
         return True
 
@@ -98,12 +99,12 @@ class Read(ConversionOps):
         self.sizes = sized.Sizes(folder, size)
         self._prefix = prefix
 
-    def __deepcopy__(self, memo: Any) -> Read:
+    def __deepcopy__(self, memo: Foreign) -> Read:
         """Each tensor gets its own converter; the open files are shared."""
         return self
 
     def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, **_: Any
+        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, **_: Foreign
     ) -> dict[str, Tensor]:
         """Return the tensor, in the type and on the device that the loader wants it."""
         ((empty,),) = input_dict.values()

@@ -17,6 +17,8 @@ from matryoshkafy.graph.copies import forked, seed_torch
 from matryoshkafy.natives.tree import Changes, Tree, changed
 
 Shapes = Mapping[str, tuple[int, ...]]
+Foreign = Any
+"""An object of a library that tells no types: a configuration, a model, a writer."""
 
 
 class NativeError(MatryoshkafyError):
@@ -42,7 +44,7 @@ class Recipe:
     tree: Tree
     make: Callable[[Tree], nn.Module]
     source: nn.Module | None = None
-    keywords: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    keywords: Mapping[str, object] = field(default_factory=dict[str, object])
     memo: dict[object, Any] = field(default_factory=dict[object, Any], compare=False, repr=False)
 
     def shapes(self, changes: Changes) -> Shapes | None:

@@ -165,13 +165,14 @@ def heads(space: Space) -> dict[Field, Any]:
     return {f: widths[space.fields[f]] for f in space.quiet if space.fields[f] in widths}
 
 
-def counted(space: Space, shaped: Mapping[Field, Any]) -> Iterator[dict[Field, Any]]:
+def counted(space: Space, shaped: Mapping[Field, object]) -> Iterator[dict[Field, int]]:
     """Yield counts that move shapes, and together with others do not: 8 heads of 4 keys and values.
 
     The width alone may give every shape, with the counts of the full model and narrower heads.
     """
-    scaled = {f: _scaled(space, v) for f, v in space.fields.items() if f not in shaped}
-    whole = [f for f, v in scaled.items() if v is not None and f in space.probes]
+    found = {f: _scaled(space, v) for f, v in space.fields.items() if f not in shaped}
+    scaled = {f: v for f, v in found.items() if v is not None and f in space.probes}
+    whole = list(scaled)
     moving = {f for f in whole if f not in space.quiet}
     for number in (1, 2, 3):
         for some in itertools.combinations(whole, number):
@@ -189,7 +190,7 @@ def _scaled(space: Space, value: int | float) -> int | None:
     return int(given) if given == int(given) and given >= 1 else None
 
 
-def families(counts: Mapping[Field, Any]) -> Iterator[dict[Field, Any]]:
+def families(counts: Mapping[Field, object]) -> Iterator[dict[Field, object]]:
     """Yield the counts that stand in one list together: the heads of every stage."""
     for above in dict.fromkeys(field[:-1] for field in counts if isinstance(field[-1], int)):
         yield {f: v for f, v in counts.items() if f[:-1] == above}

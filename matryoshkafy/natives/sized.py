@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from matryoshkafy.files.checkpoint import open_checkpoint
 from matryoshkafy.files.tensors import TensorFile
-from matryoshkafy.natives.recipe import NativeError
+from matryoshkafy.natives.recipe import Foreign, NativeError
 from matryoshkafy.natives.tree import Changes
 
 KEY = "matryoshka"
@@ -25,7 +24,7 @@ def spare_file(size: int) -> str:
     return f"spare-{size}.safetensors"
 
 
-def held_fields(changes: Mapping[int, Changes]) -> dict[str, Any]:
+def held_fields(changes: Mapping[int, Changes]) -> dict[str, object]:
     """Return what config.json holds: for every size, the fields that it changes."""
     return {
         "sizes": {
@@ -35,7 +34,7 @@ def held_fields(changes: Mapping[int, Changes]) -> dict[str, Any]:
     }
 
 
-def fields_of(held: Any, size: int | None) -> tuple[int, dict[tuple[Any, ...], Any]]:
+def fields_of(held: Foreign, size: int | None) -> tuple[int, dict[tuple[Foreign, ...], Foreign]]:
     """Return a size (None: the largest) and the fields that it changes; see `held_fields`.
 
     Raises NativeError for a configuration without sizes, and for a size that is none of them.
