@@ -82,8 +82,7 @@ def export(
         model: a sub-model, or a doll.
         path: the file to write.
         to: "onnx"; "onnx-fp16" (half precision inside, float32 inputs and outputs); "onnx-int8"
-            (weights of products in eight bits); "pt2", which is called as the model was, by keyword
-            where the example has keywords.
+            (weights of products in eight bits); "pt2", which takes by keyword what `kwargs` gives.
         args: positional inputs to trace and check with; with neither these nor `kwargs`,
             `example_inputs(model)`.
         kwargs: inputs by name.

@@ -233,9 +233,9 @@ def named_model():
     return mk.slice(doll, 64), call
 
 
-def test_a_program_is_called_as_the_model_was(tmp_path):
+def test_a_program_takes_the_keywords_of_the_example(tmp_path):
     small, call = named_model()
-    export(small, tmp_path / "m.pt2", to="pt2")
+    export(small, tmp_path / "m.pt2", to="pt2", kwargs=call)
     program = torch.export.load(tmp_path / "m.pt2").module()
     longer = {name: torch.cat([t, t], 1) for name, t in call.items()}
     for given in (call, longer, dict(reversed(call.items()))):

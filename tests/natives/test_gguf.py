@@ -78,10 +78,9 @@ def test_llama_cpp_says_the_same_tokens(half: Any, vocabulary: Path, tmp_path: P
     params.n_ctx, params.n_gpu_layers, params.warmup = 64, 0, False
     server = xllamacpp.Server(params)
     prompt = [5, 9, 11, 40]
-    asked = {"prompt": prompt, "n_predict": 12, "temperature": 0, "return_tokens": True}
-    said = server.handle_completions({**asked, "ignore_eos": True, "samplers": ["temperature"]})
-    ids = torch.tensor([prompt])
+    asked = {"prompt": prompt, "n_predict": 12, "temperature": 0, "ignore_eos": True}
+    (said,) = server.handle_completions(asked)["choices"]
     wanted = half.generate(
-        ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0
+        torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False
     )
-    assert said["tokens"] == wanted[0, 4:].tolist()
+    assert [int(word[1:]) for word in said["text"].split()] == wanted[0, 4:].tolist()
