@@ -36,7 +36,7 @@ from matryoshkafy.plan.plan import (
     ladder_of,
     on_stairs,
 )
-from matryoshkafy.plan.policies import ByName, heaviest, trainable
+from matryoshkafy.plan.policies import ByName, heaviest, input_remarks, trainable
 from matryoshkafy.plan.scalars import find_scalars
 from matryoshkafy.plan.snapping import snapped
 from matryoshkafy.plan.stairs import stairs_of
@@ -93,11 +93,18 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
         whole=tuple(_whole(trace, parameters)),
         unknown=tuple(Unknown(*u) for u in found.unknown),
         scalars=(),
-        remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
+        remarks=tuple(dict.fromkeys(_remarks(trace, parameters, masking, full))),
     )
     plan = on_stairs(plan, stairs) if stairs else plan
     plan = snapped(plan, request.multiple_of).with_widths(request.overrides or {})
     return decided(trace, find_scalars(trace, plan, _summed(found, dim_of)))
+
+
+def _remarks(
+    trace: Trace, parameters: ByName, masking: Masking, full: Iterable[fx.Node]
+) -> Iterator[str]:
+    yield from (*trace.notes, *masking.remarks, *map(_held_remark, full))
+    yield from input_remarks(trace, parameters)
 
 
 def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[Dim, ...]]:
