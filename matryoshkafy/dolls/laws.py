@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.measure import relative_error, run, tolerance_of
 from matryoshkafy.dolls.obeys import check_sizes
+from matryoshkafy.dolls.pickling import reduced
 from matryoshkafy.dolls.slice import parts_of, slice, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.copies import seed_torch
 from matryoshkafy.graph.guards import Guards
 from matryoshkafy.graph.trials import candidates, classes, resized
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.graphs import full_graph
+from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 
 # Sums of gradients run over every position of a batch, so they round more than an output does.
 GRADIENT_ROUNDING = 10.0
@@ -72,7 +74,7 @@ class Question:
 def rows(asked: Question) -> Iterator[Law]:
     """Yield the laws that are no matter of a single size."""
     yield _identity(asked)
-    yield _plan_returns(asked.doll)
+    yield _survives(asked)
     yield _names(asked.doll)
     yield _reported(asked.doll.plan)
     yield _gradients(asked)
@@ -102,10 +104,29 @@ def _call(model: nn.Module, asked: Question) -> Any:
         model.train(training)
 
 
-def _plan_returns(doll: Doll) -> Law:
-    """The part of loading that needs no file: the plan comes back from its text."""
-    same = Plan.from_json(doll.plan.to_json()) == doll.plan
-    return Law(4, "the plan survives its file", same)
+def _survives(asked: Question) -> Law:
+    """The part of loading that needs no file: a model made of the doll's words, over its tensors,
+    has the doll's plan and its outputs of every size, bit for bit.
+    """
+    name, doll = "a doll survives its file", asked.doll
+    if Plan.from_json(doll.plan.to_json()) != doll.plan:
+        return Law(4, name, False, detail="its plan comes back as another")
+    try:
+        make, words = reduced(doll)
+        again = make(*words)
+    except MatryoshkafyError as error:
+        return Law(4, name, None, detail=f"it is not saved: {str(error).splitlines()[0]}")
+    own, other = (_every_output(d, asked.flat) for d in (doll, again))
+    moved = max(starmap(relative_error, zip(other, own, strict=True)))
+    return Law(4, name, moved == 0, moved, "" if moved == 0 else f"outputs move by {moved:.1e}")
+
+
+def _every_output(doll: nn.Module, flat: list[Any]) -> list[Any]:
+    """Return the flat outputs of every size."""
+    trace, plan = parts_of(doll)
+    graphs = (outputs_graph(trace, plan, [level]) for level in range(plan.levels))
+    root = root_of(doll) if isinstance(doll, Doll) else doll
+    return [run(graph, root, flat) for graph in graphs]
 
 
 def _names(doll: Doll) -> Law:

@@ -148,15 +148,19 @@ def loaded_by(model: nn.Module) -> str | None:
 
 
 def trained_norm(model: nn.Module) -> str | None:
-    """Return the name of a norm's gain that training has moved: fresh ones are all alike."""
+    """Return the name of a norm's gain that training has moved: fresh ones are all alike.
+
+    Training moves them all. Where most of them are alike, the others were initialised so.
+    """
+    gains = {f"{name}.weight": gain for name, gain in _gains(model)}
+    moved = [name for name, gain in gains.items() if bool((gain != gain[0]).any())]
+    return moved[0] if 2 * len(moved) > len(gains) else None
+
+
+def _gains(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     for name, module in modules:
         gain = getattr(module, "weight", None)
-        if "norm" in type(module).__name__.lower() and isinstance(gain, Tensor) and _moved(gain):
-            return f"{name}.weight"
-    return None
-
-
-def _moved(gain: Tensor) -> bool:
-    known = gain.ndim == 1 and gain.numel() > 1 and not gain.is_meta
-    return known and bool((gain != gain[0]).any())
+        norm = "norm" in type(module).__name__.lower() and isinstance(gain, Tensor)
+        if norm and gain.ndim == 1 and gain.numel() > 1 and not gain.is_meta:
+            yield name, gain

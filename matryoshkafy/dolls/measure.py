@@ -106,38 +106,42 @@ def prefix(
 
 def disturb(doll: Doll, plan: Plan, level: int, generator: torch.Generator) -> None:
     """Replace everything past the prefix of a size by noise, in place."""
-    state = state_of(doll)
-    fed = _feeding(doll, plan)
-    done: set[int] = set()
+    for _, tensor, keep in cut_tensors(doll, plan, level):
+        tensor.data.copy_(torch.where(keep, tensor, _noise_like(tensor, generator)))
+
+
+def cut_tensors(
+    doll: Doll, plan: Plan, level: int
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield every float tensor that a size cuts: its name, itself, and which entries are kept."""
+    state, fed = state_of(doll), _feeding(doll, plan)
+    widths = (plan.ladder[-1], plan.ladder[level])
+    done = set[int]()
     for name, shape in plan.parameters.items():
         tensor = state.get(name)
         if tensor is None or name in fed or id(tensor) in done or not _is_plain(tensor):
             continue
         done.add(id(tensor))
         if any(map(dims.is_nested, shape)):
-            tensor.data.copy_(
-                _disturbed(tensor, shape, (plan.ladder[-1], plan.ladder[level]), generator)
-            )
+            yield name, tensor, _kept(tensor, shape, widths)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.layout == torch.strided
 
 
-def _disturbed(
+def _kept(
     tensor: torch.Tensor,
     shape: Sequence[dims.Dim],
     widths: tuple[dims.Widths, dims.Widths],
-    generator: torch.Generator,
 ) -> torch.Tensor:
-    noise = _noise_like(tensor, generator)
     keep = torch.ones((), dtype=torch.bool, device=tensor.device)
     for dim, axis in enumerate(shape):
         mine = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
         for a, b in relative(axis, *widths) or ((0, tensor.shape[dim]),):
             mine[a:b] = True
         keep = keep & mine.view([-1 if d == dim else 1 for d in range(tensor.dim())])
-    return torch.where(keep, tensor, noise)
+    return keep.expand(tensor.shape)
 
 
 def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -187,6 +187,7 @@ def cuts_of(plan: Plan, level: int) -> list[Cut]:
             _mask_runs(kept, plan.ladder[: level + 1]),
         )
         for name, kept in plan.stored.items()
+        if not plan.is_gone(kept.dims, level)
     ]
 
 

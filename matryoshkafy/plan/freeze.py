@@ -25,10 +25,21 @@ from matryoshkafy.graph.nodes import (
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import held, is_reparametrised
 from matryoshkafy.plan.masking import Choice, Masking
-from matryoshkafy.plan.plan import Action, Group, Options, Plan, Shape, Unknown, Whole, ladder_of
-from matryoshkafy.plan.policies import ByName, heaviest, trainable
+from matryoshkafy.plan.plan import (
+    Action,
+    Group,
+    Options,
+    Plan,
+    Shape,
+    Unknown,
+    Whole,
+    ladder_of,
+    on_stairs,
+)
+from matryoshkafy.plan.policies import ByName, heaviest, input_remarks, trainable
 from matryoshkafy.plan.scalars import find_scalars
 from matryoshkafy.plan.snapping import snapped
+from matryoshkafy.plan.stairs import stairs_of
 from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import Terms, op_of
@@ -57,10 +68,13 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
     solved_parameters = {name: tuple(map(dim_of, terms)) for name, terms in parameters.items()}
     tables = _tables(trace)
     groups = tuple(Group(_group_name(a, tables), a.size, _members(parameters, a)) for a in order)
-    unit = _main_unit(solved_parameters, order.index(main))
-    width = main.size * unit
-    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     nodes = {n.name: _frozen(found.terms[n], dim_of) for n in found.terms if n.op != "output"}
+    values = (dim for shapes in nodes.values() for shape in shapes for dim in shape)
+    stairs = stairs_of(solved_parameters, values)
+    row = next((s for s in stairs if order.index(main) in s), None)
+    unit = 1 if row else _main_unit(solved_parameters, order.index(main))
+    width = sum(order[g].size for g in row) if row else main.size * unit
+    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     options = request.options
     full = held(found, masked=options.nesting == "masked" and options.scope == "full")
     plan = Plan(
@@ -79,10 +93,18 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
         whole=tuple(_whole(trace, parameters)),
         unknown=tuple(Unknown(*u) for u in found.unknown),
         scalars=(),
-        remarks=tuple(dict.fromkeys((*trace.notes, *masking.remarks, *map(_held_remark, full)))),
+        remarks=tuple(dict.fromkeys(_remarks(trace, parameters, masking, full))),
     )
+    plan = on_stairs(plan, stairs) if stairs else plan
     plan = snapped(plan, request.multiple_of).with_widths(request.overrides or {})
     return decided(trace, find_scalars(trace, plan, _summed(found, dim_of)))
+
+
+def _remarks(
+    trace: Trace, parameters: ByName, masking: Masking, full: Iterable[fx.Node]
+) -> Iterator[str]:
+    yield from (*trace.notes, *masking.remarks, *map(_held_remark, full))
+    yield from input_remarks(trace, parameters)
 
 
 def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[Dim, ...]]:

@@ -7,7 +7,7 @@ else. It prints as a table and round-trips through JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from matryoshkafy.plan.parts import Scalar as Scalar
 from matryoshkafy.plan.parts import Stored as Stored
 from matryoshkafy.plan.parts import Unknown as Unknown
 from matryoshkafy.plan.parts import Whole as Whole
+from matryoshkafy.plan.stairs import Stair, filled
 from matryoshkafy.plan.text import table
 from matryoshkafy.sizes import SizesError, one_size, width_at
 
@@ -59,6 +60,7 @@ class Plan:
         stored: {name: what a sub-model keeps under it}.
         order: {group: the user's unit at each place}, where units were moved.
         blocks: the nodes of blocks that may be left out, outermost first.
+        stairs: groups of widths that are nested already, which go piece by piece.
     """
 
     options: Options
@@ -81,6 +83,7 @@ class Plan:
     stored: Mapping[str, Stored] = field(default_factory=dict[str, Stored])
     order: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     blocks: tuple[tuple[str, ...], ...] = ()
+    stairs: tuple[Stair, ...] = ()
 
     def masks_at(self, node: str) -> bool:
         """Whether masked nesting masks weights of a node."""
@@ -98,7 +101,12 @@ class Plan:
     @property
     def width(self) -> int:
         """The model's width at full size: units of the main group times what each unit spans."""
-        return self.groups[self.main].size * self.unit
+        return self.width_of(tuple(g.size for g in self.groups))
+
+    def width_of(self, widths: Widths) -> int:
+        """Return the model's width where the groups have these units."""
+        row = next((stair for stair in self.stairs if self.main in stair), (self.main,))
+        return sum(widths[g] for g in row) * self.unit
 
     @property
     def levels(self) -> int:
@@ -151,7 +159,16 @@ class Plan:
 
     def up_to(self, level: int) -> Plan:
         """Return the plan of the sub-model at a level: the same ladder, ending there."""
-        return replace(self, sizes=self.sizes[: level + 1], ladder=self.ladder[: level + 1])
+        sizes, ladder = self.sizes[: level + 1], self.ladder[: level + 1]
+        if not self.stairs:
+            return replace(self, sizes=sizes, ladder=ladder)
+        stored = {n: s for n, s in self.stored.items() if not self.is_gone(s.dims, level)}
+        return replace(self, sizes=sizes, ladder=ladder, stored=stored)
+
+    def is_gone(self, shape: Iterable[Dim], level: int) -> bool:
+        """Tell whether a tensor has no units at a level: it is a later piece of a stair."""
+        widths = self.ladder[level]
+        return bool(self.stairs) and any(dims.size_at(dim, widths) == 0 for dim in shape)
 
     @cached_property
     def masked(self) -> bool:
@@ -188,6 +205,17 @@ def _check_widths(name: str, widths: Sequence[int], size: int, levels: int) -> N
 def ladder_of(groups: tuple[Group, ...], sizes: tuple[int, ...], width: int) -> tuple[Widths, ...]:
     """Return the width of every group at every level: the ratio m / D, rounded up, at least 1."""
     return tuple(tuple(width_at(g.size, size, width) for g in groups) for size in sizes)
+
+
+def on_stairs(plan: Plan, stairs: tuple[Stair, ...]) -> Plan:
+    """Return the plan with the widths that are nested already: whole pieces, one after another."""
+    plan, full = replace(plan, stairs=stairs), tuple(g.size for g in plan.groups)
+    ladder = [
+        dict(enumerate(widths))
+        | {g: n for stair in stairs for g, n in filled(stair, full, size, plan.width)}
+        for size, widths in zip(plan.sizes, plan.ladder, strict=True)
+    ]
+    return replace(plan, ladder=tuple(tuple(widths.values()) for widths in ladder))
 
 
 def _outputs_from_json(saved: Any, version: int) -> tuple[Shape, ...]:
@@ -227,6 +255,7 @@ def plan_to_dict(plan: Plan) -> dict[str, object]:
         "stored": {name: s.to_json() for name, s in plan.stored.items()},
         "order": {group: list(units) for group, units in plan.order.items()},
         "blocks": [list(nodes) for nodes in plan.blocks],
+        **({"stairs": [list(groups) for groups in plan.stairs]} if plan.stairs else {}),
     }
 
 
@@ -264,6 +293,7 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
         stored={k: Stored.from_json(v) for k, v in data.get("stored", {}).items()},
         order={k: tuple(v) for k, v in data.get("order", {}).items()},
         blocks=tuple(map(tuple, data.get("blocks", ()))),
+        stairs=tuple(map(tuple, data.get("stairs", ()))),
     )
     _check(plan)
     return plan
@@ -281,9 +311,13 @@ def _check(plan: Plan) -> None:
         raise PlanError("the plan's sizes do not ascend or miss their widths; the file is damaged")
     if not 0 <= plan.main < len(counts):
         raise PlanError("the plan's main group is missing; the file is damaged")
+    steps = [g for stair in plan.stairs for g in stair]
+    if len(set(steps)) != len(steps) or not set(steps) <= set(range(len(counts))):
+        raise PlanError("the plan's stairs name groups twice, or that are missing")
+    least = [int(all(g not in stair[1:] for stair in plan.stairs)) for g in range(len(counts))]
     for widths in plan.ladder:
         if len(widths) != len(counts) or any(
-            not 1 <= w <= n for w, n in zip(widths, counts, strict=True)
+            not low <= w <= n for low, w, n in zip(least, widths, counts, strict=True)
         ):
             raise PlanError("the plan's widths are out of bounds; the file is damaged")
     for name, axes in plan.parameters.items():

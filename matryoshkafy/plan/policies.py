@@ -13,7 +13,8 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from torch import nn
 
@@ -182,3 +183,41 @@ def shares(parameters: ByName) -> dict[Axis, float]:
         for leaf in {leaf for t in terms for leaf in axes.leaves(t) if leaf.fixed is None}:
             weight[leaf] += total
     return {axis: total / whole for axis, total in weight.most_common()}
+
+
+# What an input may hold of the parameters before the plan says how to let it go.
+HELD_BY_INPUT = 0.2
+
+
+def input_remarks(trace: Trace, parameters: ByName) -> Iterator[str]:
+    """Say which inputs hold much of the model: a stack of layers without its embedding, which add
+    to what they are called with, keeps that width, unless smaller sizes are called with less.
+    """
+    held: Counter[str] = Counter()
+    whole = 0
+    written = {leaf for terms in parameters.values() if len(terms) > 1 for leaf in _held(terms[0])}
+    for terms in parameters.values():
+        total = math.prod(max(axes.size(term), 1) for term in terms)
+        whole += total
+        stream = {leaf for term in terms for leaf in _held(term)} & written
+        for place in {leaf.fixed.place for leaf in stream if leaf.fixed}:
+            held[place] += total
+    names = input_names(trace)
+    for place, total in held.most_common():
+        if total > HELD_BY_INPUT * whole and place in names:
+            yield (
+                f"whole width: {total / whole:.0%} of the parameters have an axis of the input "
+                f"{names[place]!r} and keep it; where smaller sizes are called with a narrower "
+                f"one, give free=[{names[place]!r}]"
+            )
+
+
+def _held(term: Term) -> Iterator[Axis]:
+    """Yield the axes that an input holds."""
+    return (a for a in axes.leaves(term) if a.fixed is not None and a.fixed.kind == "input")
+
+
+def input_names(trace: Trace) -> dict[str, str]:
+    """Return {placeholder of the graph: the input as the forward calls it}."""
+    holes = iter([n.name for n in trace.graph.nodes if n.op == "placeholder"])
+    return {h: i.name for i in trace.signature.inputs for h in islice(holes, sum(i.is_tensor))}

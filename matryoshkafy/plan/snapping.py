@@ -40,7 +40,7 @@ def snapped(plan: Plan, multiple: object) -> Plan:
         )
         for widths in plan.ladder
     ]
-    sizes = [widths[plan.main] * plan.unit for widths in ladder]
+    sizes = [plan.width_of(widths) for widths in ladder]
     kept = [i for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
     kept = kept[:-1] + [len(sizes) - 1] if sizes[kept[-1]] == sizes[-1] else kept
     moved = {old: new for old, new in zip(plan.sizes, sizes, strict=True) if old != new}

@@ -15,7 +15,7 @@ from matryoshkafy.plan.policies import (
     shares,
     trainable,
 )
-from matryoshkafy.plan.tables import hold_tables
+from matryoshkafy.plan.tables import hold_rows, hold_tables
 from matryoshkafy.plan.walk import Findings
 
 
@@ -27,6 +27,7 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
     parameters = parameter_terms(trace, found)
     hold_kept(trace, found, request.options.keep)
     hold_tables(trace, found)
+    hold_rows(trace, found)
     fix_heads(trace, found)
     settle(found)
     if request.options.scope == "ffn":

@@ -1,4 +1,5 @@
-"""hold_tables(): features that the model holds but does not learn stay whole.
+"""hold_tables(), hold_rows(): features that the model holds but does not learn stay whole, and so
+do the rows of a table that are attended.
 
 Text and picture features of items, a graph as a buffer, fixed filter banks: these are inputs that
 happen to live in the model. A *table* is a float buffer, or a parameter that does not train in a
@@ -19,13 +20,14 @@ from torch import fx, nn
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import is_op
+from matryoshkafy.graph.nodes import TensorInfo, info_of, is_op
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import Place, weight_places
 
 KIND = "frozen table"
+ROWS = "table rows"
 
 
 def hold_tables(trace: Trace, found: Findings) -> None:
@@ -42,6 +44,56 @@ def hold_tables(trace: Trace, found: Findings) -> None:
         for leaf in (leaf for t in terms for leaf in axes.leaves(t)) if table else ():
             if leaf not in owned.read and any(leaf in _leaves(found, t) for t in tables):
                 axes.fix((leaf,), Reason(KIND, node.name))
+
+
+def hold_rows(trace: Trace, found: Findings) -> None:
+    """Fix the rows of a table that are read as keys and as values, softmax(x K') K.
+
+    They are positions that are attended, as those of a sequence are, and no width: a smaller model
+    of the class has as many. Without the softmax it is an autoencoder of tied weights, whose hidden
+    axis is a width.
+    """
+    written, read = _by_axis(found, "outs"), _by_axis(found, "into")
+    for node in trace.graph.nodes:
+        if not _weighs(node, found):
+            continue
+        for leaf in _axes(found.mixed[node]):
+            if written.get(leaf, set()) & read.get(leaf, set()):
+                axes.fix((leaf,), Reason(ROWS, node.name))
+
+
+def _weighs(node: fx.Node, found: Findings) -> bool:
+    """Tell whether an op mixes a dim and keeps it, as softmax does."""
+    return node in found.mixed and _keeps_shape(node)
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    info, source = info_of(node), info_of(node.all_input_nodes[0])
+    both = isinstance(info, TensorInfo) and isinstance(source, TensorInfo)
+    return both and not op_of(node).statistic and info.shape == source.shape
+
+
+def _by_axis(found: Findings, side: str) -> dict[Axis, set[str]]:
+    """Return for each axis the parameters that contractions write it from, or sum it with."""
+    out: dict[Axis, set[str]] = {}
+    for node in found.contracted:
+        for weight, place in weight_places(node).items() if is_op(node) else ():
+            terms = found.flat(weight)
+            for leaf in _axes(terms[d] for d in getattr(place, side)):
+                out.setdefault(leaf, set()).update(_bases(weight))
+    return out
+
+
+def _bases(node: fx.Node) -> Iterator[str]:
+    """Yield the tensors of the model that a value is made of."""
+    queue, seen = [node], {node}
+    while queue:
+        at = queue.pop()
+        if at.op == "get_attr":
+            yield str(at.target)
+        fresh = [n for n in at.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
 
 
 class _Owners:

@@ -41,6 +41,10 @@ def _heading(plan: Plan) -> Iterator[str]:
     yield from textwrap.wrap(
         f"width {plan.width} ({plan.groups[plan.main].name}), sizes {sizes}", WIDTH
     )
+    for stair in plan.stairs:
+        pieces = " + ".join(str(plan.groups[g].size) for g in stair)
+        said = f"nested already: {plan.groups[stair[0]].name}, of {pieces} units, piece by piece"
+        yield from textwrap.wrap(said, WIDTH)
     norm = f", norm {o.norm}" if plan.masked else ""
     yield f"nesting {o.nesting}, scope {o.scope}{norm}"
     if plan.tail:

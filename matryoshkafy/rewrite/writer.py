@@ -30,6 +30,7 @@ from matryoshkafy.plan.plan import Action, Plan, Scalar
 from matryoshkafy.plan.stored import baked_name
 from matryoshkafy.rewrite.codegen import CallCodeGen
 from matryoshkafy.rewrite.resize import resize
+from matryoshkafy.rules import op_of
 
 aten = torch.ops.aten
 nested = torch.ops.matryoshkafy
@@ -160,7 +161,14 @@ class Rewriter:
         if self._trunk(node) and level not in (self.top, None):
             return [(node, self.top)]
         below = range(level) if level is not None and self.kind(node) == "blocks" else ()
-        return [self.key(n, at) for at in (*below, level) for n in node.all_input_nodes]
+        inputs = [n for n in node.all_input_nodes if not self._left_out(n, node, level)]
+        return [self.key(n, at) for at in (*below, level) for n in inputs]
+
+    def _left_out(self, value: fx.Node, reader: fx.Node, level: Level) -> bool:
+        """Tell whether a value has no units at a level, and is only laid beside others there."""
+        if level is None or not self.plan.stairs or not op_of(reader).joins:
+            return False
+        return self.plan.is_gone(self.plan.dims(value.name), level)
 
     def _cut_from_full(self, node: fx.Node, level: Level) -> bool:
         if self.source.standalone and is_reparametrised(node):
@@ -237,7 +245,11 @@ class Rewriter:
 
     def copy_args(self, node: fx.Node, level: Level) -> tuple[Any, Any]:
         """Return the node's arguments at a level."""
-        return fx.map_arg((node.args, node.kwargs), lambda n: self.written[self.key(n, level)])
+        args = node.args
+        if self.plan.stairs and op_of(node).joins:
+            given: Any = args[0]
+            args = ([n for n in given if not self._left_out(n, node, level)], *args[1:])
+        return fx.map_arg((args, node.kwargs), lambda n: self.written[self.key(n, level)])
 
     def copy(self, node: fx.Node, level: Level, *, resized: bool = True) -> fx.Node:
         args, kwargs = self.copy_args(node, level)

@@ -14,7 +14,7 @@ from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, rule
 
 
-@rule("cat", "concat", "concatenate", "hstack", "vstack")
+@rule("cat", "concat", "concatenate", "hstack", "vstack", joins=True)
 def cat(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Segments laid one after the other: a Sum."""
     name = op_key(node)

@@ -163,6 +163,7 @@ class Op:
             contractions and statistics always may.
         product: whether either operand of it may be an activation (matmul).
         picks: whether what it picks or rearranges of a weight is a weight still (index, transpose).
+        joins: whether it lays tensors side by side, and does as well without those of no units.
         lookup: whether it looks up rows of a table by index.
         elementwise: whether each output element depends on the elements at its place alone.
         nonlinear: whether it is an activation function.
@@ -186,6 +187,7 @@ class Op:
     clamps: bool = False
     product: bool = False
     picks: bool = False
+    joins: bool = False
     lookup: bool = False
     elementwise: bool = False
     nonlinear: bool = False
@@ -226,6 +228,7 @@ class Facts(TypedDict, total=False):
     clamps: bool
     product: bool
     picks: bool
+    joins: bool
     lookup: bool
     elementwise: bool
     nonlinear: bool

@@ -194,7 +194,7 @@ def test_verify_tells_whether_the_laws_hold(place):
 def test_verify_exits_with_1_where_a_law_fails(place, monkeypatch):
     from matryoshkafy.dolls.verify import Report, SizeReport
 
-    broken = Report(1e-5, 0.0, (SizeReport(8, 0.5, float("inf"), 0.0, True, 3, 10, 40),))
+    broken = Report(1e-5, 0.0, (SizeReport(8, 0.5, float("inf"), 0.0, 0.0, True, 3, 10, 40),))
     monkeypatch.setattr(mk, "verify", lambda *args, **kwargs: broken)
     result = run("verify", place / "ckpt")
     assert result.exit_code == 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import matryoshkafy as mk
 from matryoshkafy.axes.dims import Nested
@@ -104,6 +104,56 @@ def test_4_a_plan_that_does_not_survive_its_file() -> None:
     doll = doll_of()
     plan = replace(doll.plan, remarks=[*doll.plan.remarks, "a list"])  # type: ignore[arg-type]
     assert law(mk.verify(with_plan(doll, plan), ids()), 4).holds is False
+
+
+def test_4_a_doll_that_comes_back_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matryoshkafy.dolls import laws
+
+    taken_apart = laws.reduced
+
+    def forgetful(model: nn.Module) -> tuple[object, tuple[object, ...]]:
+        make, words = taken_apart(model)
+
+        def again(*words: object) -> Doll:
+            doll = make(*words)
+            plan = doll.plan  # type: ignore[attr-defined]
+            return with_plan(doll, replace(plan, actions={}))  # type: ignore[arg-type]
+
+        return again, words
+
+    monkeypatch.setattr(laws, "reduced", forgetful)
+    found = law(mk.verify(doll_of(), ids()), 4)
+    assert found.holds is False and "outputs move" in found.detail
+
+
+class Sideways(torch.autograd.Function):
+    """The first half of a vector; its gradient reaches the second half, too."""
+
+    @staticmethod
+    def forward(ctx: object, weight: Tensor) -> Tensor:
+        return weight[: len(weight) // 2].clone()
+
+    @staticmethod
+    def backward(ctx: object, given: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.cat([given, given])
+
+
+def test_5_gradients_that_reach_beyond_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of the small size are right; entries that it does not keep learn from it."""
+    from matryoshkafy.dolls import beyond
+
+    compute = beyond.run
+
+    def leaking(graph: fx.Graph, root: nn.Module, flat: list[object]) -> object:
+        out = compute(graph, root, flat)
+        bias = root.get_parameter("up.bias")
+        half = Sideways.apply(bias)
+        return [t + 0 * t.sum() + (half - half.detach()).sum() for t in out]  # type: ignore[union-attr]
+
+    assert law(mk.verify(doll_of(), ids()), 5).holds is True
+    monkeypatch.setattr(beyond, "run", leaking)
+    found = law(mk.verify(doll_of(), ids()), 5)
+    assert found.holds is False and "values 0.0e+00" in found.detail
 
 
 def test_5_units_beyond_a_prefix_that_count() -> None:

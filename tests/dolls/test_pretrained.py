@@ -73,6 +73,9 @@ def test_trained_norms_of_a_model_of_ones_own_are_warned_of() -> None:
         warnings.simplefilter("error")
         mk.convert(model, x)
     assert trained_norm(model) is None
+    odd = nn.Sequential(*(nn.LayerNorm(4) for _ in range(3)))
+    odd[1].get_parameter("weight").data.copy_(torch.arange(4.0))  # one of them starts elsewhere
+    assert trained_norm(odd) is None
     nn.init.normal_(model[1].weight)
     assert trained_norm(model) == "1.weight" and loaded_by(model) is None
     state = torch.get_rng_state()

@@ -2,22 +2,24 @@
 
     python -m tests.fuzz.eager --count 500 --seed 1     # case i of a seed is always the same model
     python -m tests.fuzz.eager write_narrow gradients   # blocks, or kinds of blocks, each alone
+    python -m tests.fuzz.eager --count 50000 --seed 1 --ledger cases.jsonl --part 0/2
 
-Prints every case that is wrong or crashes, check by check, and counts.
+Prints every case that is wrong or crashes, check by check, and counts. With a ledger a line is
+appended for each case, and a later call goes on where the lines end; parts run side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -106,18 +108,65 @@ def show(verdict: Verdict, label: str) -> None:
     """Print a case that is wrong or crashes, and which checks say so."""
     if verdict.status in ("wrong", "crash"):
         print(f"{label} {verdict.nesting} {verdict.status}: {verdict.name}")
-        for check, outcome in verdict.checks.items():
-            if outcome.partition(":")[0] in ("wrong", "crash"):
-                print(f"    {check}: {outcome}")
+        for check, outcome in bad_checks(verdict).items():
+            print(f"    {check}: {outcome}")
         sys.stdout.flush()
 
 
-def _cases(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Verdict]]]:
-    chosen = [b for k, names in KINDS.items() for b in names if {k, b} & set(given.blocks)]
+def bad_checks(verdict: Verdict) -> dict[str, str]:
+    """Return the checks that say wrong or crash."""
+    kinds = ("wrong", "crash")
+    return {k: v for k, v in verdict.checks.items() if v.partition(":")[0] in kinds}
+
+
+class Ledger:
+    """A line of JSON for each case that was judged, so that a run can be cut into pieces."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.known = path, dict[tuple[int, int], str]()
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        for line in lines:
+            row = json.loads(line)
+            self.known[row["seed"], row["case"]] = row["status"]
+
+    def note(self, seed: int, number: int, verdict: Verdict) -> None:
+        """Append a case; a line is written at once, so that several processes may do so."""
+        row = {"seed": seed, "case": number, "nesting": verdict.nesting, "status": verdict.status}
+        row |= {"model": verdict.name, "bad": bad_checks(verdict)}
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.known[seed, number] = verdict.status
+
+    def counts(self, seed: int) -> Counter[str]:
+        """Return how many cases of a seed came out how."""
+        return Counter(status for (of, _), status in self.known.items() if of == seed)
+
+
+def _blocks(names: list[str]) -> Counter[str]:
+    """Judge blocks, or kinds of blocks, each alone in both nestings."""
+    counts = Counter[str]()
+    chosen = [b for k, blocks in KINDS.items() for b in blocks if {k, b} & set(names)]
     for name, nesting in itertools.product(chosen, NESTINGS):
-        yield name, partial(alone, name, nesting)
-    for number in range(given.first, given.first + given.count) if not given.blocks else ():
-        yield f"case {number}", partial(run_case, given.seed, number)
+        verdict = alone(name, nesting)
+        counts[verdict.status] += 1
+        show(verdict, name)
+    return counts
+
+
+def _random(given: argparse.Namespace, ledger: Ledger) -> Counter[str]:
+    """Judge the cases of a seed that the ledger has not; return its counts."""
+    start = time.monotonic()
+    mine, parts = map(int, given.part.split("/"))
+    for number in range(given.first, given.first + given.count):
+        if number % parts != mine or (given.seed, number) in ledger.known:
+            continue
+        if time.monotonic() - start > 60 * given.minutes:
+            break
+        verdict = run_case(given.seed, number)
+        ledger.note(given.seed, number, verdict)
+        show(verdict, f"case {number}")
+    return ledger.counts(given.seed)
 
 
 def main() -> int:
@@ -128,16 +177,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after that long")
+    parser.add_argument("--ledger", type=Path, help="a file of lines of JSON, one for each case")
+    parser.add_argument("--part", default="0/1", help="i/n: the cases that leave i, divided by n")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    start, counts = time.monotonic(), Counter[str]()
-    for label, case in _cases(given):
-        verdict = case()
-        counts[verdict.status] += 1
-        show(verdict, label)
-        if time.monotonic() - start > 60 * given.minutes:
-            break
+    start = time.monotonic()
+    counts = _blocks(given.blocks) if given.blocks else _random(given, Ledger(given.ledger))
     seconds = time.monotonic() - start
     print(f"seed {given.seed}, from {given.first}: {sum(counts.values())} cases, {seconds:.0f} s")
     print(*(f"{count:8d}  {kind}" for kind, count in counts.most_common()), sep="\n")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from tests.fuzz.blocks import BLOCKS, KINDS
-from tests.fuzz.eager import NESTINGS, Recipe, alone, entry_of, recipe_of
-from tests.zoo.judge import judge, run
+from tests.fuzz.eager import NESTINGS, Ledger, Recipe, alone, entry_of, recipe_of
+from tests.zoo.judge import Verdict, judge, run
 
 QUICK = ("FeedForward", "write_select", "by_length", "names_escaped")
 
@@ -25,6 +26,16 @@ def test_every_block_runs_at_both_widths() -> None:
 def test_the_kinds_are_wide() -> None:
     assert len(BLOCKS) >= 60
     assert len(KINDS) >= 8
+
+
+def test_a_ledger_goes_on_where_its_lines_end(tmp_path: Path) -> None:
+    file = tmp_path / "cases.jsonl"
+    first, second = Ledger(file), Ledger(file)
+    first.note(1, 0, Verdict("a", "fuzz", "sliced"))
+    second.note(1, 1, Verdict("b", "fuzz", "masked", "wrong", {"native": "wrong: 1e-2"}))
+    again = Ledger(file)
+    assert again.counts(1) == {"right": 1, "wrong": 1} and not again.counts(2)
+    assert set(again.known) == {(1, 0), (1, 1)}
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)

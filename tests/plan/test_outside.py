@@ -52,6 +52,31 @@ def test_features_that_do_not_train_stay_whole_with_a_reason(kind: type[nn.Modul
     assert plan.width == WIDTH
 
 
+class Slots(nn.Module):
+    """Seven rows of a table, attended or (without the softmax) as hidden units of tied weights."""
+
+    def __init__(self, width: int, *, attended: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.table = nn.Linear(3, width), nn.Parameter(torch.randn(7, width))
+        self.head, self.attended = nn.Linear(width, 5), attended
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        x = self.first(x)
+        scores = x @ F.normalize(self.table, dim=-1).T
+        weights = scores.softmax(-1) if self.attended else scores.relu()
+        return self.head(x + weights @ self.table)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_rows_that_are_keys_and_values_stay_whole(nesting: str) -> None:
+    x = (torch.randn(2, 3),)
+    attended = mk.inspect(Slots(WIDTH, attended=True), x, nesting=nesting)
+    tied = mk.inspect(Slots(WIDTH, attended=False), x, nesting=nesting)
+    assert reasons(attended)["table:0"] == "table rows" and "table:0" not in reasons(tied)
+
+
 def test_a_graph_in_a_buffer_does_not_make_items_nest() -> None:
     doll = mk.convert(LightGcn(WIDTH).double(), pairs(), sizes=[SMALL, WIDTH], nesting="sliced")
     state = mk.slice(doll, SMALL).state_dict()

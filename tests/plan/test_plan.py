@@ -205,3 +205,13 @@ def test_two_classes_stay_two_though_a_residual_unit_reads_them(nesting: str) ->
     doll = mk.convert(TwoClasses(), (x,), sizes=[8, 16], nesting=nesting)
     assert doll.outputs(x)[8].shape == (2, 2, 5, 5)
     assert mk.slice(doll, 8).get_parameter("classes.weight").shape == (2, 8, 1, 1)
+
+
+def test_an_input_that_holds_the_width_is_told_with_the_remedy() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    x = (torch.randn(2, 3, 16),)
+    (said,) = [r for r in mk.inspect(layer, x).remarks if r.startswith("whole width")]
+    assert "input 'src'" in said and "free=['src']" in said
+    assert not [r for r in mk.inspect(layer, x, free=["src"]).remarks if "whole width" in r]
+    small = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 5))
+    assert not mk.inspect(small, (torch.randn(2, 3),)).remarks

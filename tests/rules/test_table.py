@@ -114,6 +114,14 @@ def test_counts_and_lookups() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("key", [k for k in ROWS if OPS[k].joins])
+def test_what_joins_does_as_well_without_the_empty(key: str) -> None:
+    op, x = getattr(torch.ops.aten, key), torch.ones(2, 3)
+    along = 1 if key == "hstack" else 0
+    empty = x.narrow(along, 0, 0)
+    assert torch.equal(op([x, empty, x]), op([x, x]))
+
+
 def test_products_have_two_tensors_without_a_place_for_parameters() -> None:
     for row in (OPS[k] for k in ROWS if OPS[k].product):
         assert not row.weight_arguments(), row.key

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Case:
     def small(self) -> int:
         """The smallest size."""
         return self.doll.sizes[0]
+
+    @cached_property
+    def cut(self) -> nn.Module:
+        """The slice of the smallest size, in evaluation mode; checks leave the doll as it was."""
+        return mk.slice(self.doll, self.small)
 
 
 @dataclass
@@ -437,7 +443,7 @@ def other_shape(case: Case, change: Callable[[Call], Call | None]) -> str | None
         if not case.doll.plan.masked:
             close(run(case.doll, call), wanted, "another shape")
         given = at_size(case, call)
-        close(given, run(mk.slice(case.doll, case.small), call), "another shape at the small size")
+        close(given, run(case.cut, call), "another shape at the small size")
         if [t.shape for t in leaves(given)] != [t.shape for t in leaves(wanted)]:
             _same_rows(given, wanted, case)
     return None
@@ -476,7 +482,7 @@ def other_values(case: Case) -> str | None:
             return "none: the model itself takes no other"
         if not case.doll.plan.masked:
             close(run(case.doll, call), wanted, "the answer to other values")
-        alone = run(mk.slice(case.doll, case.small), call)
+        alone = run(case.cut, call)
         close(at_size(case, call), alone, "the small answer to other values")
     return None
 
@@ -494,7 +500,7 @@ def other_length(case: Case) -> str | None:
 def slices(case: Case) -> None:
     """A slice runs alone, equals the doll's output of its size, and is smaller."""
     with torch.no_grad():
-        small = mk.slice(case.doll, case.small)
+        small = case.cut
         given = at_size(case, case.call)
         alone = run(small, case.call)
         # One masked pass draws numbers for all units, a slice for its own: they cannot be equal.
@@ -512,10 +518,7 @@ def slices(case: Case) -> None:
 
 
 def _share(case: Case) -> float:
-    parts = [
-        sum(p.numel() for p in m.parameters())
-        for m in (mk.slice(case.doll, case.small), case.model)
-    ]
+    parts = [sum(p.numel() for p in m.parameters()) for m in (case.cut, case.model)]
     return parts[0] / max(1, parts[1])
 
 
@@ -523,7 +526,7 @@ def native(case: Case) -> str | None:
     """A slice of half the width is the same class built from the smaller config."""
     if case.entry.rebuild is None or "no-native" in case.entry.tags:
         return "none: no smaller config"
-    small, truth = mk.slice(case.doll, case.small), case.entry.rebuild(RATIOS[0])
+    small, truth = case.cut, case.entry.rebuild(RATIOS[0])
     shapes = {n: tuple(t.shape) for n, t in truth.state_dict().items()}
     differing = [f"{n} {tuple(t.shape)} not {shapes[n]}" for n, t in small.state_dict().items()
                  if n in shapes and tuple(t.shape) != shapes[n]]  # fmt: skip
@@ -635,8 +638,7 @@ def saved(case: Case) -> None:
         raise Wrong("the loaded doll has another state")
     with torch.no_grad():
         close(run(loaded, case.call), run(case.doll, case.call), "the loaded doll", 1e-9)
-        mine = run(mk.slice(case.doll, case.small), case.call)
-        close(run(small, case.call), mine, "the loaded small size", 1e-9)
+        close(run(small, case.call), run(case.cut, case.call), "the loaded small size", 1e-9)
 
 
 SLICED: dict[str, Callable[[Case], str | None]] = {

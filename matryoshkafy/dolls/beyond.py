@@ -1,0 +1,65 @@
+"""beyond(): what lies past the prefix of a size neither learns from it nor moves what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
+from matryoshkafy.dolls.measure import cut_tensors, run
+from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.graphs import outputs_graph
+
+
+def beyond(doll: Doll, noisy: Doll, place: tuple[Plan, int], flat: Sequence[Any]) -> float:
+    """Return how far the gradients of a size are from those of its prefix alone.
+
+    Args:
+        doll: the doll.
+        noisy: a copy of it with noise past the prefix.
+        place: the plan, and the level of the size.
+        flat: the flat inputs of its graphs.
+
+    Returns:
+        The largest gradient of an entry that the size does not keep, or the largest change, under
+        the noise, of the gradient of one that it keeps; relative to the largest gradient.
+    """
+    own, moved = (_gradients(d, place, flat) for d in (doll, noisy))
+    scale = max(map(_largest, own.values()), default=0.0)
+    worst = 0.0
+    for name, _, keep in cut_tensors(doll, *place):
+        if name in own:
+            change = torch.where(own[name] == moved[name], 0, own[name] - moved[name])
+            worst = max(worst, _largest(own[name][~keep]), _largest(change[keep]))
+    return worst / max(scale, 1e-30)
+
+
+def _gradients(doll: Doll, place: tuple[Plan, int], flat: Sequence[Any]) -> Mapping[str, Tensor]:
+    """Return the gradients of a fixed random sum of a size's outputs, of each tensor it cuts."""
+    plan, level = place
+    weights = {n: t for n, t, _ in cut_tensors(doll, plan, level) if t.requires_grad}
+    draw = torch.Generator().manual_seed(1)
+    with torch.enable_grad():
+        out = run(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), list(flat))
+        floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+        if not floats or not weights:
+            return {}
+        loss = torch.stack([_projected(t, draw) for t in floats]).sum()
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    pairs = zip(weights.items(), found, strict=True)
+    return {n: torch.zeros_like(t) if g is None else g.to_dense() for (n, t), g in pairs}
+
+
+def _projected(value: Tensor, draw: torch.Generator) -> Tensor:
+    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    return (real * torch.randn(real.shape, generator=draw).to(real)).sum().double()
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude; NaN counts as infinite."""
+    found = float(values.abs().max()) if values.numel() else 0.0
+    return found if found == found else float("inf")
