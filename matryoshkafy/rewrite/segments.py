@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph_module import _forward_from_src
+from torch.fx.graph_module import _forward_from_src  # pyright: ignore[reportPrivateUsage]
 from torch.utils.checkpoint import checkpoint
 
 from matryoshkafy.rewrite.codegen import CallCodeGen

@@ -44,7 +44,7 @@ def distil(  # noqa: PLR0913  the public signature
     data: Sequence[object],
     recipe: Recipe = Recipe(),  # noqa: B008  frozen
     *,
-    collate: Callable[[list[Any]], Any] = torch.stack,
+    collate: Callable[[list[Any]], object] = torch.stack,
     lengths: Sequence[int] | None = None,
     folder: str | os.PathLike[str] | None = None,
     events: str | os.PathLike[str] | None = None,
@@ -115,12 +115,12 @@ class Places:
 class Rows:
     """The rows of a data set, how a batch is made of some, and who computes them."""
 
-    data: Sequence[Any]
-    collate: Callable[[list[Any]], Any]
+    data: Sequence[object]
+    collate: Callable[[list[Any]], object]
     lengths: Sequence[int] | None = None
     world: int = 1
 
-    def batch(self, rows: Tensor) -> Any:
+    def batch(self, rows: Tensor) -> object:
         """Return the batch of some rows."""
         return self.collate([self.data[int(i)] for i in rows])
 
@@ -186,7 +186,8 @@ class _Run:
 
     def carried_out(self, places: Places, watch: Callable[[int], object]) -> DistilReport:
         """Do the steps that are left."""
-        recipe, losses = self.recipe, {m: [] for m in self.doll.sizes}
+        recipe = self.recipe
+        losses: dict[int, list[float]] = {m: [] for m in self.doll.sizes}
         projections = self.taught.projections
         parts = {"model": self.doll, "projections": projections, "optimizer": self.optimizer}
         position = None if places.run is None else resume_run(places.run, parts)
@@ -205,7 +206,7 @@ class _Run:
         return DistilReport(recipe.steps, first, {m: _mean(v[-10:]) for m, v in losses.items()})
 
     def _saved(
-        self, folder: str | os.PathLike[str] | None, parts: Mapping[str, Any], done: int
+        self, folder: str | os.PathLike[str] | None, parts: Mapping[str, object], done: int
     ) -> None:
         if folder is not None:
             save_run(folder, parts, {"step": done})
@@ -227,7 +228,8 @@ class _Run:
             for size, loss in self._backward(shares):
                 per_size[size] = loss
         nn.utils.clip_grad_norm_(self.trained, recipe.clip)
-        self.optimizer.step()
+        advance: Any = self.optimizer.step  # pyright: ignore[reportUnknownMemberType]
+        advance()
         return per_size
 
     def _backward(self, shares: list[Share]) -> Iterator[tuple[int, float]]:
@@ -241,7 +243,8 @@ class _Run:
             sizes = [share.size for share in together]
             with self._precision():
                 losses = self.model(sizes, batch, lessons)
-            (losses * losses.new_tensor([share.weight for share in together])).sum().backward()
+            weights = losses.new_tensor([share.weight for share in together])
+            torch.autograd.backward((losses * weights).sum())
             yield from zip(sizes, losses.tolist(), strict=True)
 
     def _precision(self) -> torch.autocast:
@@ -260,7 +263,7 @@ class _Run:
         picks = [term.of_teacher or term.of for term in self.recipe.terms]
         return [pick(output, batch) for pick in picks]
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
+    def _parameter_groups(self) -> list[dict[str, object]]:
         return [
             {
                 "params": [p for p in self.trained if p.dim() >= 2],

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Dim
+from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.plan.plan import Plan
 
 
 def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
@@ -31,22 +30,22 @@ def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
         if kept.mask is not None and name in state and id(state[name]) not in done:
             done.add(id(state[name]))
             out, into = kept.mask.out, kept.mask.into
-            factors[name] = level_factors(kept.dims[into], plan)
-            scale_levels(state[name], (kept.dims[out], out), factors[name], plan)
+            factors[name] = level_factors(kept.dims[into], plan.ladder)
+            scale_levels(state[name], (kept.dims[out], out), factors[name], plan.ladder)
     return factors
 
 
-def level_factors(into: Dim, plan: Plan) -> tuple[float, ...]:
+def level_factors(into: Dim, ladder: tuple[Widths, ...]) -> tuple[float, ...]:
     """sqrt(units / units at the level) of an input dim."""
-    return tuple((dims.size(into) / dims.size_at(into, widths)) ** 0.5 for widths in plan.ladder)
+    return tuple((dims.size(into) / dims.size_at(into, widths)) ** 0.5 for widths in ladder)
 
 
 def scale_levels(
-    weight: Tensor, out: tuple[Dim, int], factors: tuple[float, ...], plan: Plan
+    weight: Tensor, out: tuple[Dim, int], factors: tuple[float, ...], ladder: tuple[Widths, ...]
 ) -> None:
     """Multiply what stands at each level of an output dim by that level's factor."""
     dim, position = out
-    runs, start = dims.runs(dim, plan.ladder), 0
+    runs, start = dims.runs(dim, ladder), 0
     with torch.no_grad():
         for length, level in zip(runs[::2], runs[1::2], strict=True):
             weight.narrow(position, start, length).mul_(factors[level])

@@ -22,7 +22,7 @@ class DistilError(MatryoshkafyError):
     """A recipe that does not fit the doll, the teacher or the data."""
 
 
-def first_tensor(output: Any, batch: Any) -> Tensor:
+def first_tensor(output: object, batch: object) -> Tensor:
     """Return the first floating tensor of an output: the embedding, or the logits."""
     del batch
     found = (v for v in pytree.tree_leaves(output) if isinstance(v, Tensor))
@@ -66,8 +66,8 @@ class Recipe:
     Attributes:
         steps: optimizer steps of the whole run.
         batch: rows of a step.
-        rate: peak learning rate of AdamW: warm-up over the first `warmup` of the steps, then down a
-            half cosine to a tenth.
+        rate: peak learning rate of AdamW, then down a half cosine to a tenth.
+        warmup: the part of the steps over which the rate rises to its peak.
         decay: weight decay of matrices.
         clip: largest norm of the gradient.
         terms: what is learnt.
@@ -90,7 +90,7 @@ class Recipe:
     clip: float = 1.0
     terms: tuple[Term, ...] = (Term(),)
     sizes: str = "rows"
-    weights: Mapping[int, float] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict[int, float])
     widen: float = 0.0
     last: float = 0.0
     precision: str = "float32"

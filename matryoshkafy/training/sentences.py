@@ -82,7 +82,7 @@ class NestedSentenceLoss(nn.Module):
             parts.append(weight * value)
         return torch.stack(parts).sum()
 
-    def get_config_dict(self) -> dict[str, Any]:
+    def get_config_dict(self) -> dict[str, object]:
         """Return what sentence-transformers writes into a model card."""
         options = self.__dict__["doll"].plan.options
         return {
@@ -103,7 +103,7 @@ class _Sized(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
 
-    def forward(self, features: Mapping[str, Tensor], **_: Any) -> dict[str, Any]:
+    def forward(self, features: Mapping[str, Tensor], **_: object) -> dict[str, object]:
         """Return the features with the embedding of the size."""
         doll = self.__dict__["doll"]
         read = trace_of(doll).signature.inputs[0].spec.context

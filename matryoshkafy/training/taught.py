@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class Taught(nn.Module):
         # Past nn.Module's __setattr__: the doll's own table is not to hold them.
         self.__dict__["_modules"] = {**self.__dict__["doll"]._modules, PROJECTIONS: made}
 
-    def forward(self, sizes: Sequence[int], batch: Any, lessons: Sequence[Tensor]) -> Tensor:
+    def forward(self, sizes: Sequence[int], batch: object, lessons: Sequence[Tensor]) -> Tensor:
         """What each of the sizes has yet to learn [sizes]."""
         args, kwargs = arguments_of(batch)
         outputs = self.__dict__["doll"].outputs(*args, **kwargs)
@@ -54,7 +53,7 @@ class Taught(nn.Module):
         unused = [0.0 * p.sum() for p in self.projections.parameters()]
         return torch.stack(found) + sum(unused)
 
-    def loss(self, size: int, output: Any, batch: Any, lessons: Sequence[Tensor]) -> Tensor:
+    def loss(self, size: int, output: object, batch: object, lessons: Sequence[Tensor]) -> Tensor:
         """The weighted sum of the terms of one size, mean over the rows."""
         total = torch.zeros(())
         for number, (term, lesson) in enumerate(zip(self.terms, lessons, strict=True)):
@@ -66,12 +65,12 @@ class Taught(nn.Module):
             total = total.to(value) + term.weight * value
         return total
 
-    def said(self, size: int, output: Any) -> Any:
+    def said(self, size: int, output: object) -> object:
         """Return what a size says, the largest in the order of units that the teacher has."""
         doll = self.__dict__["doll"]
         return users_order(doll, output) if self.foreign and size == max(doll.sizes) else output
 
-    def project(self, batch: Any, lessons: Sequence[Tensor]) -> None:
+    def project(self, batch: object, lessons: Sequence[Tensor]) -> None:
         """Make a projection for each size and term whose width differs from the teacher's.
 
         Raises:
@@ -91,7 +90,7 @@ class Taught(nn.Module):
                 made[f"{number}_{size}"] = _prefix_projection(have, units[number], want)
         self._hold(made)
 
-    def _units(self, output: Any, batch: Any) -> dict[int, Tensor]:
+    def _units(self, output: object, batch: object) -> dict[int, Tensor]:
         """For each term the doll's unit [width] that stands at each place of the teacher's output.
 
         Places are counted in the full output, which is put back into the teacher's order.

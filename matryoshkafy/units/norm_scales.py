@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ class NormScales:
         return {name: each[level] for name, each in self.factors.items()}
 
 
-def norm_scales(doll: Doll, batches: Iterable[Any]) -> NormScales:
+def norm_scales(doll: Doll, batches: Iterable[object]) -> NormScales:
     """Measure one factor for each norm and size of a sliced doll, on calibration inputs.
 
     Order or rotate first: the factors belong to the units as they stand.

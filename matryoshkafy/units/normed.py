@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.dolls.batches import flat_inputs
-from matryoshkafy.dolls.doll import Doll, trace_of
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.graph.nodes import bound_args, op_key
 from matryoshkafy.plan.plan import Plan
 
@@ -21,7 +21,7 @@ NORMS = ("layer_norm", "rms_norm")
 Take = Callable[[str, Dim, Tensor, bool], None]
 
 
-def stream(doll: Doll, batches: Iterable[Any], take: Take) -> int:
+def stream(doll: Doll, batches: Iterable[object], take: Take) -> int:
     """Run the full model and hand on what each norm with a gain gives; return the batches.
 
     Padding is left out where a mask named `attention_mask` comes in.
@@ -42,7 +42,7 @@ class _Meter(fx.Interpreter):
     """Runs the graph; at each norm over one nested axis it computes the bare norm."""
 
     def __init__(self, doll: Doll, take: Take) -> None:
-        super().__init__(doll.__dict__["_root"], graph=trace_of(doll).graph)
+        super().__init__(root_of(doll), graph=trace_of(doll).graph)
         self.plan, self.take = doll.plan, take
         self.mask: Tensor | None = None
 
@@ -73,10 +73,9 @@ def gains_of(node: fx.Node, plan: Plan) -> Iterator[tuple[str, Dim]]:
     """The gain of a norm over one nested axis, with the axis."""
     if node.op != "call_function" or op_key(node) not in NORMS:
         return
-    args, shapes = bound_args(node), plan.nodes.get(node.name, ())
+    args, shape = bound_args(node), plan.dims(node.name)
     gain = args.get("weight")
-    if not isinstance(gain, fx.Node) or gain.op != "get_attr" or len(shapes) != 1:
+    if not isinstance(gain, fx.Node) or gain.op != "get_attr":
         return
-    (shape,) = shapes
     if len(args["normalized_shape"]) == 1 and shape and dims.is_nested(shape[-1]):
         yield str(gain.target), shape[-1]

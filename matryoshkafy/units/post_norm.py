@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def post_survey(doll: Doll, group: int) -> Survey | None:
 
 
 def turned_post_norm(
-    doll: Doll, batches: Sequence[Any], group: int, seen: Survey, outliers: int
+    doll: Doll, batches: Sequence[object], group: int, seen: Survey, outliers: int
 ) -> tuple[GroupBasis, Tensor, float]:
     """Turn a post-norm stream in place; return its row, its basis, and how far the model moved."""
     probe = flat_inputs(doll, batches[0])

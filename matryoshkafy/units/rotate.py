@@ -51,7 +51,7 @@ class RotateReport:
         flat, spec = pytree.tree_flatten(output)
         return pytree.tree_unflatten(turned_back(doll, self.bases, flat), spec)
 
-    def turn(self, doll: Doll, output: Any) -> Any:
+    def turn(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the old model in the doll's basis and order."""
         flat, spec = pytree.tree_flatten(output)
         turned = turned_back(doll, {g: q.t() for g, q in self.bases.items()}, flat)

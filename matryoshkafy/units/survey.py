@@ -79,7 +79,7 @@ class Survey:
     obstacles: list[str] = field(default_factory=list[str])
     gains: dict[str, Gained] = field(default_factory=dict[str, Gained])
     readers: dict[str, set[Reader]] = field(default_factory=dict[str, set[Reader]])
-    scales: set[str] = field(default_factory=set)
+    scales: set[str] = field(default_factory=set[str])
     diagonal: dict[str, Gained] = field(default_factory=dict[str, Gained])
     mean: bool = False
     contracted: bool = False
@@ -393,9 +393,6 @@ RULES: Mapping[str, Handler] = {
 def survey(
     graph: fx.Graph, plan: Plan, state: Mapping[str, Tensor], group: int, *, post: bool = False
 ) -> Survey:
-    """Return what stands in the way of rotating a group, and what must be folded before.
-
-    post: gains may stay on the stream, as the diagonals of what a rotation makes of them.
-    """
+    """Return what keeps a group from rotating, what is folded before; `post`: gains may stay."""
     with torch.no_grad():
         return _Walk(graph, plan, state, group, post=post).survey()

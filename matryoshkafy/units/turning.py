@@ -29,7 +29,7 @@ class GroupBasis:
     kept: tuple[float, ...]
 
 
-def moment_of(doll: Doll, batches: Sequence[Any], group: int) -> Tensor:
+def moment_of(doll: Doll, batches: Sequence[object], group: int) -> Tensor:
     """Return [n, n] the second moment of what a group's readers read, each site alike."""
     flat = (flat_inputs(doll, batch) for batch in batches)
     size = doll.plan.groups[group].size
@@ -50,7 +50,7 @@ def energy_of(moment: Tensor, basis: Tensor, widths: Sequence[int]) -> tuple[flo
 def turned_back(doll: Doll, bases: Mapping[int, Tensor], outputs: list[Any]) -> list[Any]:
     """Return flat full-size outputs in the old bases."""
     undo = {g: q.t() for g, q in bases.items()}
-    back = []
+    back: list[Any] = []
     for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
         shape = doll.plan.dims(getattr(source, "name", ""))
         known = isinstance(value, Tensor) and len(shape) == value.dim()

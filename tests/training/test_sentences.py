@@ -107,7 +107,7 @@ def test_the_trainer_of_the_library_trains_every_size(encoder: Any, tmp_path: Pa
     ).train()
     after = {size: float(t.sum()) for size, t in _embedded(doll, model).items()}
     assert all(before[m] != after[m] for m in doll.sizes)
-    assert mk.verify(doll).passed
+    assert mk.verify(doll, (features(model)[0],)).passed
 
 
 def _embedded(doll: Any, model: Any) -> dict[int, Tensor]:
