@@ -90,7 +90,8 @@ def arguments(function: ast.FunctionDef) -> list[str]:
     a = function.args
     named = [*a.posonlyargs, *a.args, *a.kwonlyargs]
     named += [starred for starred in (a.vararg, a.kwarg) if starred]
-    return [n.arg for n in named if n.arg not in ("self", "cls")]
+    given = (n.arg for n in named if not n.arg.startswith("_"))
+    return [name for name in given if name not in ("self", "cls")]
 
 
 def told(node: Definition) -> list[str]:
