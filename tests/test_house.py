@@ -28,7 +28,7 @@ KNOWN = {
     "cli/matryoshkafy_cli/describing.py:info parameters": 9,
     "cli/matryoshkafy_cli/exporting.py:export parameters": 11,
     "cli/matryoshkafy_cli/inspecting.py:inspect parameters": 9,
-    "cli/matryoshkafy_cli/packing.py:pack parameters": 7,
+    "cli/matryoshkafy_cli/packing.py:pack parameters": 8,
     "cli/matryoshkafy_cli/reporting.py:report parameters": 12,
     "cli/matryoshkafy_cli/slicing.py:slice_ parameters": 11,
     "cli/matryoshkafy_cli/verifying.py:verify parameters": 7,
