@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -84,6 +84,21 @@ class Outputs(MutableMapping[int, Any]):
     def readout_at(self, size: int) -> Readout | None:
         """Return the last linear that a size's scores come from, None where its tail is none."""
         return self._read(self._readouts[size], size) if size in self._readouts else None
+
+    def scores_at(self, *index: Any) -> Iterator[tuple[int, Tensor]]:
+        """Yield (size, scores of chosen positions), ascending; the other scores are not computed.
+
+        index selects positions as it would of the output: `scores_at(slice(None), -1)` the last of
+        each row, `scores_at(rows, last)` one of each. In masked nesting each size costs what it
+        adds. An output that ends in no linear is computed whole and then indexed.
+        """
+        readout = self.readout
+        if readout is not None:
+            yield from readout.at(*index).logits_by_size()
+            return
+        for size in self:
+            own = self.readout_at(size)
+            yield size, scores_of(self[size])[index] if own is None else own.at(*index).logits(size)
 
     def _read(self, value: object, size: int) -> Any:
         if isinstance(value, Late) and value.pending and self._moment is not None:
@@ -239,6 +254,10 @@ class Readout:
         """hidden * scale."""
         plain = not isinstance(self.scale, Tensor) and self.scale == 1
         return self.hidden if plain else self.hidden * self.scale
+
+    def at(self, *index: Any) -> Readout:
+        """The readout of chosen positions: of hidden[index]."""
+        return replace(self, hidden=self.hidden[index])
 
     def logits(self, size: int) -> Tensor:
         """The logits [..., V] of a size, stored in full."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import matryoshkafy as mk
 from matryoshkafy.losses import Distillation, MatryoshkaLoss
@@ -233,3 +234,39 @@ def test_running_logits_are_those_of_each_size(shape: tuple[int, ...], scale: An
         expected = hidden.double()[..., :width] * scale @ table.double()[:, :width].T + bias
         torch.testing.assert_close(found[size], expected)
         torch.testing.assert_close(readout.logits(size), expected)
+
+
+@NESTINGS
+@pytest.mark.parametrize("tail", [name for name in TAILS if name != "tuple"])
+def test_scores_at_chosen_positions_are_those_of_the_whole_output(tail: str, nesting: str) -> None:
+    _, doll = doll_of(tail, nesting)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    rows, last = torch.arange(2), torch.tensor([0, 2])
+    doll.eval()
+    whole = {size: scores_of(output) for size, output in doll.outputs(ids).items()}
+    for index in ((rows, last), (slice(None), -1)):
+        found = dict(doll.outputs(ids).scores_at(*index))
+        assert list(found) == SIZES
+        for size, scores in found.items():
+            torch.testing.assert_close(scores, whole[size][index])
+
+
+@NESTINGS
+def test_scores_at_chosen_positions_compute_no_others(nesting: str) -> None:
+    _, doll = doll_of("linear", nesting)
+    outputs = doll.outputs(torch.ones(4, 50, dtype=torch.int64))
+    with Widest() as widest:
+        list(outputs.scores_at(slice(None), -1))
+    assert widest.rows == 4, "of 200 positions four are scored"
+
+
+class Widest(TorchDispatchMode):
+    """The most rows of scores [.., 11] that any operator made."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim and out.shape[-1] == 11:
+            self.rows = max(self.rows, out.numel() // 11)
+        return out

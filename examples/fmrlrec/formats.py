@@ -18,7 +18,8 @@ from typing import IO, Any
 
 import polars as pl
 
-from examples.fmrlrec.errors import DataError
+from examples.fmrlrec.config import DataError
+from matryoshkafy.files.folders import digest_file
 
 INTERACTIONS = ("user_id", "item_id", "timestamp")
 ITEMS = ("item_id", "title", "price", "brand", "categories", "image")
@@ -36,6 +37,28 @@ class Source:
     items: pl.LazyFrame | None
     root: Path
     problems: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How much there is of a shop, and of what kind: settings are chosen by it."""
+
+    users: int
+    items: int
+    interactions: int
+    texts: bool
+    pictures: bool
+
+    @property
+    def modality(self) -> str:
+        """What the items can be told apart by."""
+        kinds = {(True, True): "both", (True, False): "text", (False, True): "image"}
+        return kinds.get((self.texts, self.pictures), "id")
+
+    def __str__(self) -> str:
+        told = {"both": "texts and pictures", "text": "texts", "image": "pictures", "id": "ids"}
+        counts = f"{self.users:,} users, {self.items:,} items, {self.interactions:,} interactions"
+        return f"{counts}; items with {told[self.modality]}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,34 @@ def read(path: Path, scratch: Path) -> Source:
         files = {"interactions": reviews, "items": _find(path, "meta_*.jsonl*")}
         return _read_lines(path, scratch, files, AMAZON_2023)
     return _only_text(path)
+
+
+def survey(source: Source) -> Survey:
+    """Counts a source before anything of it is prepared."""
+    counts = source.interactions.select(
+        pl.col("user_id").n_unique().alias("users"), pl.col("item_id").n_unique().alias("items"),
+        pl.len().alias("interactions"),
+    ).collect(engine="streaming")  # fmt: skip
+    names = [] if source.items is None else source.items.collect_schema().names()
+    texts = bool({"title", "brand", "categories"} & set(names))
+    pictures = "image" in names or (source.root / "images").is_dir()
+    return Survey(*map(int, counts.row(0)), texts, pictures)
+
+
+def digests(path: Path, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Size, time and SHA-256 of every file of the data, by name.
+
+    `known` is an earlier answer: what has its size and time still is not read again.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = {}
+    for file in files:
+        name, status = str(file.relative_to(path.parent)), file.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        before = known.get(name)
+        same = before is not None and before[:2] == stamp
+        found[name] = before if same else [*stamp, digest_file(file)]
+    return found
 
 
 def read_sequences(path: Path) -> Source:

@@ -195,13 +195,20 @@ class Recommender(nn.Module):
 
     def step(self, items: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """items int64 [B] and the states before them -> scores [B, items + 1], the next states."""
-        table, moved = self.items(), []
-        real = items != 0
+        table = self.items()
+        hidden, moved = self.advance(items, states, table)
+        return functional.linear(hidden, table, self.bias), moved
+
+    def advance(
+        self, items: Tensor, states: list[Tensor], table: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """items int64 [B] and the states before them -> hidden states [B, D], the next states."""
+        real, moved = items != 0, []
         x = self.dropout(self.norm_in(functional.embedding(items, table)))
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, real, state)
             moved.append(state)
-        return functional.linear(self.norm_out(x), table, self.bias), moved
+        return self.norm_out(x), moved
 
 
 @torch.no_grad()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.fmrlrec.config import Config
+from examples.fmrlrec.config import Config, ConfigError
 from examples.fmrlrec.data import PADDING
-from examples.fmrlrec.errors import ConfigError
-from examples.fmrlrec.evaluation import Scorer, last_scores
+from examples.fmrlrec.evaluation import Scorer
 from examples.fmrlrec.model import Recommender
 
 
@@ -67,11 +66,11 @@ class NestedObjective(nn.Module):
         self.distillation = Distillation(config.distill) if config.distill else None
         self.loss = MatryoshkaLoss(
             nn.CrossEntropyLoss(ignore_index=PADDING),
-            weights=per_size(config, "weights", len(doll.sizes)),
+            weights=per_size(config, "weights", doll.sizes),
             sizes=doll.sizes if config.learn_scales else None,
             learn_scales=first_scales(config, doll.sizes),
         )
-        self.every = dict(zip(doll.sizes, intervals(config, len(doll.sizes)), strict=True))
+        self.every = dict(zip(doll.sizes, intervals(config, doll.sizes), strict=True))
         self.start_step(0, 0)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,35 +92,54 @@ class NestedObjective(nn.Module):
 
 
 def nested_scorer(doll: Any) -> Scorer:
-    """Scores of every size of a doll from one trunk pass and one product over the catalogue."""
+    """Scores of every size of a doll from one trunk pass, at the last position alone."""
 
     def scores(sequences: Tensor) -> Iterator[tuple[str, Tensor]]:
-        outputs = doll.outputs(sequences)
-        yield from last_scores(outputs) if outputs.readout is None else _summed(outputs.readout)
+        for size, found in doll.outputs(sequences).scores_at(slice(None), -1):
+            yield str(size), found
 
     return scores
 
 
-def per_size(config: Config, setting: str, count: int) -> list[float] | None:
-    """The numbers of "weights" or "every" for `count` sizes; None where the setting is empty.
+def per_size(config: Config, setting: str, sizes: Sequence[int]) -> list[float] | None:
+    """The numbers of "weights" or "every" for each of `sizes`; None where the setting is empty.
 
-    The last one given is that of all larger sizes.
+    Written in order of the sizes ("10,4,2"; the last is that of all larger ones), or by share of
+    the width ("1/32:10,1:2"; a size takes the first share that it does not exceed).
     """
     text = getattr(config, setting)
     if not text:
         return None
-    given = [float(word) for word in text.split(",")]
-    if len(given) > count:
+    words = text.split(",")
+    try:
+        if ":" in text:
+            return _by_share([word.split(":") for word in words], sizes)
+        given = [float(word) for word in words]
+    except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"{setting}={text!r} are {len(given)}, the sizes only {count}; "
-            f"give as many or fewer: --set {setting}={','.join(text.split(',')[:count])}"
+            f"{setting}={text!r} are no numbers; write --set {setting}=4,2,1, or by share of the "
+            f"width --set {setting}=1/8:4,1:1"
+        ) from error
+    if len(given) > len(sizes):
+        raise ConfigError(
+            f"{setting}={text!r} are {len(given)}, the sizes only {len(sizes)}; give as many or "
+            f"fewer: --set {setting}={','.join(words[: len(sizes)])}"
         )
-    return [*given, *given[-1:] * (count - len(given))]
+    return [*given, *given[-1:] * (len(sizes) - len(given))]
 
 
-def intervals(config: Config, count: int) -> list[float]:
+def _by_share(rows: list[list[str]], sizes: Sequence[int]) -> list[float]:
+    shares = sorted((Fraction(share), float(value)) for share, value in rows)
+    wanted = [Fraction(size, max(sizes)) for size in sizes]
+    return [next((v for share, v in shares if share >= w), shares[-1][1]) for w in wanted]
+
+
+def intervals(config: Config, sizes: Sequence[int]) -> list[float]:
     """Of how many steps each size learns at one."""
-    every = per_size(config, "every", count) or [1.0] * count
+    every = per_size(config, "every", sizes) or [1.0] * len(sizes)
+    if ":" in config.every:
+        # A ladder may hold only the shares that wait; then the one that waits least does not.
+        every = [max(1.0, steps // min(every)) for steps in every]
     if 1 not in every or any(steps < 1 or steps % 1 for steps in every):
         raise ConfigError(
             f"every={config.every!r} should be whole numbers of steps, and 1 for at least one "
@@ -138,10 +156,3 @@ def first_scales(config: Config, sizes: tuple[int, ...]) -> dict[int, float]:
 def first_scale(config: Config, size: int) -> float:
     """What a step of the optimizer adds to a score grows with the units that the score sums."""
     return config.score_scale / size if config.score_scale else 1.0
-
-
-def _summed(readout: Any) -> Iterator[tuple[str, Tensor]]:
-    """Scores of every size at the last position."""
-    last = replace(readout, hidden=readout.hidden[:, -1])
-    for size, scores in last.logits_by_size():
-        yield str(size), scores

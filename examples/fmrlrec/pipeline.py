@@ -13,20 +13,36 @@ import torch
 
 from examples.fmrlrec import data, encoders, formats, synthetic
 from examples.fmrlrec.building import build, nest, sizes_of
-from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.errors import RunError
+from examples.fmrlrec.config import Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import (
     Table,
     evaluate,
     module_scorer,
     popularity_scorer,
 )
-from examples.fmrlrec.objectives import NestedObjective, PlainObjective, nested_scorer
+from examples.fmrlrec.objectives import (
+    NestedObjective,
+    PlainObjective,
+    intervals,
+    nested_scorer,
+    per_size,
+)
 from examples.fmrlrec.reporting import Sheet, metric_sheet, write_environment, write_sheet
-from examples.fmrlrec.training import STATE, Progress, load_tensors, load_weights, train
+from examples.fmrlrec.training import Progress, load_weights, train
+from examples.fmrlrec.workers import each_of
 
+INPUTS = "inputs.json"
+LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
 # What may differ between two calls on one run folder: it changes no result that is there already.
-ADJUSTABLE = {"epochs", "patience", "checkpoint_steps", "eval_batch", "encoder_batch", "alone"}
+ADJUSTABLE = {
+    "epochs",
+    "patience",
+    "checkpoint_steps",
+    "eval_batch",
+    "encoder_batch",
+    "workers",
+    "alone",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,10 @@ class Material:
 
 
 def open_run(folder: Path, config: Config) -> Run:
-    """Opens a run folder; raises `RunError` where it holds a run of another configuration."""
+    """Opens a run folder; raises `RunError` where it holds a run of another configuration.
+
+    What can be told of a wrong setting is told here, before any work starts.
+    """
     stored = folder / "config.json"
     if stored.exists():
         before = dataclasses.asdict(Config.from_json(stored.read_text(encoding="utf-8")))
@@ -59,16 +78,44 @@ def open_run(folder: Path, config: Config) -> Run:
         if changed:
             told = ", ".join(f"{n}={after[n]!r} (there: {before[n]!r})" for n in changed)
             raise RunError(f"{folder} holds a run with other settings: {told}; use another --run")
+    check(config)
     write_environment(config, folder)
     return Run(folder, config)
 
 
+def check(config: Config) -> None:
+    """Raises `ConfigError` or `DataError` for what cannot work, without reading any data."""
+    sizes = sizes_of(config)
+    per_size(config, "weights", sizes)
+    intervals(config, sizes)
+    encoders.check(config)
+    if config.data != "synthetic" and not Path(config.data).exists():
+        raise DataError(f"no data at {config.data}; give a folder or a file, or --data synthetic")
+
+
+def survey(folder: Path, path: Path) -> formats.Survey:
+    """Counts the data at `path`; lines are converted under the run folder, once."""
+    return formats.survey(formats.read(path, folder / "data" / "lines"))
+
+
 def prepare(run: Run) -> data.Dataset:
-    """Reads, filters and orders the interactions, and tells the counts and what was wrong."""
-    folder = run.folder / "data"
-    if not (folder / data.REPORT).exists():
-        source = formats.read(_data_path(run), folder / "lines")
-        data.prepare(source, folder, run.config)
+    """Reads, filters and orders the interactions, and tells the counts and what was wrong.
+
+    Prepared data are used again while the input files are the same; where they changed, that is
+    said, they are prepared again, and what was learnt from the old ones is put aside.
+    """
+    folder, path = run.folder / "data", data_path(run)
+    before = _inputs(folder)
+    found = formats.digests(path, before)
+    there = (folder / data.REPORT).exists()
+    changed = _changed(before, found) if before else []
+    if there and changed:
+        print(f"note: {_named(changed)} changed since it was prepared; prepared again")
+        _put_aside(run)
+    if changed or not there:
+        (folder / data.REPORT).unlink(missing_ok=True)
+        data.prepare(formats.read(path, folder / "lines"), folder, run.config, each_of(run.config))
+    write_text(folder / INPUTS, json.dumps(found, indent=0))
     prepared = data.load(folder)
     counts = tuple(data.statistics(prepared).items())
     write_sheet(Sheet("Data", ("what", "count"), counts), run.folder / "tables", "data")
@@ -76,9 +123,47 @@ def prepare(run: Run) -> data.Dataset:
     return prepared
 
 
+def prepared(run: Run) -> Material:
+    """Data and features as they were prepared, without a word; changed input files are said."""
+    folder = run.folder / "data"
+    found = data.load(folder)
+    before = _inputs(folder)
+    changed = _changed(before, formats.digests(data_path(run), before)) if before else []
+    if changed:
+        print(f"note: {_named(changed)} changed since; `run` or `train` prepares and learns again")
+    return Material(found, encoders.encode(found.catalogue, run.config, run.folder / "cache"))
+
+
+def _inputs(folder: Path) -> dict[str, list[Any]]:
+    stored = folder / INPUTS
+    return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+
+
+def _changed(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
+    """The files whose content differs, that are new, or that are gone."""
+    return [n for n in sorted({*before, *now}) if before.get(n, [""])[-1] != now.get(n, [""])[-1]]
+
+
+def _named(files: list[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+
+
+def _put_aside(run: Run) -> None:
+    """Items have other numbers now: weights of the old ones would be silently wrong."""
+    earlier = sum(1 for _ in run.folder.glob("before-*"))
+    target = run.folder / f"before-{earlier + 1}"
+    for name in LEARNT:
+        if (run.folder / name).exists():
+            target.mkdir(exist_ok=True)
+            (run.folder / name).rename(target / name)
+    if target.exists():
+        print(f"note: what was learnt from the old data now lies in {target}")
+
+
 def encode(run: Run, prepared: data.Dataset) -> encoders.Features:
     """Encodes texts and pictures, or finds them in the cache, and tells what was missing."""
-    found = encoders.encode(prepared.catalogue, run.config, run.folder / "cache")
+    each = each_of(run.config)
+    found = encoders.encode(prepared.catalogue, run.config, run.folder / "cache", each)
     _tell_problems(found.problems)
     return found
 
@@ -197,13 +282,6 @@ def largest_gap(one: dict[str, Table], other: dict[str, Table]) -> float:
     )
 
 
-def seconds_per_epoch(folder: Path) -> float:
-    """Mean time of an epoch of a finished or unfinished training."""
-    _, metadata = load_tensors(folder / STATE)
-    history = json.loads(metadata["progress"])["history"]
-    return sum(row["seconds"] for row in history) / max(1, len(history))
-
-
 def _numbered(folder: Path) -> Iterator[Path]:
     found = [path for path in folder.glob("*") if path.name.isdigit()]
     if not found:
@@ -211,7 +289,8 @@ def _numbered(folder: Path) -> Iterator[Path]:
     return iter(sorted(found, key=lambda path: int(path.name)))
 
 
-def _data_path(run: Run) -> Path:
+def data_path(run: Run) -> Path:
+    """Where the data of a run lie; the embedded shop is made where it is not there yet."""
     if run.config.data != "synthetic":
         return Path(run.config.data)
     shop = run.folder / "shop"

@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,6 +83,13 @@ def print_sheet(sheet: Sheet) -> None:
     for row in sheet.rows:
         table.add_row(*map(_text, row))
     Console().print(table)
+
+
+def print_files(paths: Iterable[Path]) -> None:
+    """Prints files with their sizes."""
+    for path in paths:
+        if path.is_file():
+            print(f"{path}  {path.stat().st_size:,} bytes")
 
 
 def plot(curves: Curves, folder: Path, name: str) -> None:

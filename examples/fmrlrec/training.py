@@ -1,13 +1,12 @@
 """The training loop: one objective for plain and nested models, resumable at any step.
 
 Batches are a function of (seed, epoch), the learning rate of the step, and everything else that a
-run has accumulated is in one safetensors file that replaces its predecessor whole.
+run has accumulated is in a folder of `matryoshkafy.training` that replaces its predecessor whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -20,19 +19,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.progress import Progress as Bar
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from examples.fmrlrec.config import Config
-from examples.fmrlrec.data import Dataset, Steps, training_batches, training_windows
-from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.config import Config, DataError, RunError
+from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
+from matryoshkafy.training import resume_run, save_run
 
-STATE, BEST = "state.safetensors", "best.safetensors"
+STATE, BEST = "state", "best.safetensors"
 LAST_RATE = 0.02  # of the learning rate is left at the end of a cosine
 SCALES_FACTOR = 10
+COLUMNS = 8  # sizes that fit a line of 80 characters
 
 
 class Objective(Protocol):
@@ -70,16 +69,6 @@ class Progress:
     best_epoch: int = -1
     history: tuple[dict[str, float], ...] = ()
 
-    def to_json(self) -> str:
-        """Writes the progress as JSON text."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Progress:
-        """Reads what `to_json` wrote."""
-        values = json.loads(text)
-        return Progress(**{**values, "history": tuple(values["history"])})
-
 
 @dataclass(frozen=True)
 class Session:
@@ -113,7 +102,8 @@ def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> 
         while not finished(progress, config):
             progress = _epoch(session, progress, lambda text, n: bar.update(
                 task, description=text, completed=n[0], total=n[1]))  # fmt: skip
-            bar.console.print(describe(progress))
+            for line in log_lines(progress):
+                bar.console.print(line, highlight=False, markup=False)
     session.writer.close()
     load_weights(objective.model, folder / BEST)
     return progress
@@ -125,12 +115,29 @@ def finished(progress: Progress, config: Config) -> bool:
     return progress.epoch >= config.epochs or (progress.epoch > 0 and stale >= config.patience)
 
 
-def describe(progress: Progress) -> str:
-    """One line about the last epoch: losses and validation NDCG@10 per size."""
+def log_lines(progress: Progress) -> list[str]:
+    """The last epoch as a row of a table of at most 80 columns, under a head at the first one.
+
+    NDCG@10 of each size; of more than eight the largest ones. A star marks the best epoch so far.
+    """
     last = progress.history[-1]
-    words = [f"{name} {value:.4f}" for name, value in last.items() if name != "epoch"]
+    found = {name.split()[1]: v for name, v in last.items() if name.startswith("NDCG@10 ")}
+    shown = list(found)[-COLUMNS:]
+    head = "epoch  time     loss" + "".join(f"{size:>7}" for size in shown)
     star = " *" if progress.best_epoch == progress.epoch - 1 else ""
-    return f"epoch {progress.epoch}: " + ", ".join(words) + star
+    row = f"{progress.epoch:5}{_clock(last['seconds']):>6}{last['loss']:9.3f}"
+    row += "".join(f"{found[size]:7.4f}" for size in shown) + star
+    above = ["validation NDCG@10 by size, a line an epoch, * the best so far", head]
+    return [*above, row] if len(progress.history) == 1 else [row]
+
+
+def _clock(seconds: float) -> str:
+    """3.2s, 54s, 12m, 3.4h: five characters at most."""
+    for unit, length in (("s", 1), ("m", 60), ("h", 3600)):
+        if seconds < 100 * length or unit == "h":
+            value = seconds / length
+            return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
+    raise AssertionError("hours take any number")
 
 
 def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -156,45 +163,37 @@ def mixed_precision(config: Config) -> str:
     return "bf16" if config.precision == "bf16" else "no"
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_weights(model: nn.Module, path: Path) -> None:
     """Writes safetensors so that a process killed at any moment leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(whole, temporary, metadata)
+    save_file({n: v.detach().contiguous().cpu() for n, v in model.state_dict().items()}, temporary)
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.replace(path)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads what `save_tensors` wrote."""
-    if not path.exists():
-        raise RunError(f"no {path.name} in {path.parent}; run `train` first")
-    with safe_open(path, framework="pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()  # noqa: SIM118
-
-
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads the weights of `path` into `model`."""
-    tensors, _ = load_tensors(path)
-    model.load_state_dict(tensors)
+    if not path.exists():
+        raise RunError(f"no {path.name} in {path.parent}; run `train` first")
+    model.load_state_dict(load_file(path))
 
 
 def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[Session, Progress]:
     accelerator = Accelerator(mixed_precision=mixed_precision(config))
     optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
-    progress = Progress()
-    if (folder / STATE).exists():
-        progress = _resume(objective, optimizer, folder / STATE)
-    else:
+    parts = {"objective": objective, "optimizer": optimizer}
+    position = resume_run(folder / STATE, parts)
+    if position is None:
         torch.manual_seed(config.seed)
+    progress = Progress(**(position or {}))
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step)
     windows = training_windows(data, config)
     if not len(windows):
         raise DataError("no user has the four items that one training step needs")
-    parts = (prepared, optimizer, accelerator, data, config, folder, writer, windows)
-    return Session(*parts), progress
+    shared = (prepared, optimizer, accelerator, data, config, folder, writer, windows)
+    return Session(*shared), progress
 
 
 def _epoch(session: Session, progress: Progress, show: Any) -> Progress:
@@ -217,21 +216,23 @@ def _skip(batches: Iterator[Steps], count: int) -> Iterator[Steps]:
 
 
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
-    inputs, targets = _share(session.accelerator, batch)
+    inputs, targets, share = _share(session.accelerator, batch)
     for group in session.optimizer.param_groups:
         rate = learning_rate(progress.step, session.batches, session.config)
         group["lr"] = rate * group["factor"]
-    session.accelerator.unwrap_model(session.objective).start_step(progress.epoch, progress.step)
+    _own(session).start_step(progress.epoch, progress.step)
     loss, losses = session.objective(inputs, targets)
     _check_loss(loss, progress)
     session.optimizer.zero_grad()
-    session.accelerator.backward(loss)
+    # Processes average their gradients: weighted by their targets, the sum is that of one process.
+    session.accelerator.backward(loss if share == 1 else loss * share)
     session.accelerator.clip_grad_norm_(session.objective.parameters(), session.config.clip)
     session.optimizer.step()
-    values = {"loss": loss, **losses}
+    values = {name: _mean(session.accelerator, value, share)
+              for name, value in {"loss": loss, **losses}.items()}  # fmt: skip
     sums, counts = dict(progress.losses), dict(progress.counts)
     for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + float(value.detach())
+        sums[name] = sums.get(name, 0.0) + value
         counts[name] = counts.get(name, 0) + 1
     return dataclasses.replace(
         progress, batch=progress.batch + 1, step=progress.step + 1, losses=sums, counts=counts
@@ -247,12 +248,26 @@ def learning_rate(step: int, batches: int, config: Config) -> float:
     return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor]:
-    """The rows of a batch that belong to this process."""
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor, float]:
+    """The rows of a batch that belong to this process, and what its mean loss counts for.
+
+    The mean over all targets is the mean over the processes of share times their own means.
+    """
+    world, row = accelerator.num_processes, accelerator.process_index
+    mine = slice(row, None, world) if row < len(batch.inputs) else slice(0, 1)
     arrays = batch.inputs[mine], batch.targets[mine]
     inputs, targets = (torch.from_numpy(a).to(accelerator.device) for a in arrays)
-    return inputs, targets
+    if world == 1:
+        return inputs, targets, 1.0
+    counted = (arrays[1] != PADDING).sum() if row < len(batch.inputs) else 0
+    return inputs, targets, float(counted * world / (batch.targets != PADDING).sum())
+
+
+def _mean(accelerator: Accelerator, value: Tensor, share: float) -> float:
+    """A loss over the targets of all processes."""
+    if accelerator.num_processes == 1:
+        return float(value.detach())
+    return float(accelerator.reduce(value.detach() * share, "mean"))
 
 
 def _check_loss(loss: Tensor, progress: Progress) -> None:
@@ -270,8 +285,7 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
     value = _selected(found, session.config)
     better = value > progress.best
     if better and session.accelerator.is_main_process:
-        model = session.accelerator.unwrap_model(session.objective).model
-        save_tensors(dict(model.state_dict()), session.folder / BEST, {"epoch": str(row["epoch"])})
+        save_weights(_own(session).model, session.folder / BEST)
     progress = Progress(
         epoch=progress.epoch + 1,
         step=progress.step,
@@ -284,7 +298,7 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
 
 
 def _validate(session: Session) -> dict[str, Table]:
-    objective = session.accelerator.unwrap_model(session.objective)
+    objective = _own(session)
     objective.eval()
     # In the precision of training: in float32 a validation takes as long as its epoch.
     with torch.inference_mode(), session.accelerator.autocast():
@@ -311,40 +325,16 @@ def _log(writer: SummaryWriter, row: dict[str, float]) -> None:
 
 
 def _save(session: Session, progress: Progress) -> None:
-    if not session.accelerator.is_main_process:
-        return
-    objective = session.accelerator.unwrap_model(session.objective)
-    tensors = {f"model.{name}": tensor for name, tensor in objective.model.state_dict().items()}
-    tensors |= {f"loss.{name}": value.detach() for name, value in _beside(objective).items()}
-    for number, state in session.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_tensors(tensors, session.folder / STATE, {"progress": progress.to_json()})
+    position = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
+    parts = {"objective": _own(session), "optimizer": session.optimizer}
+    save_run(session.folder / STATE, parts, position)
+
+
+def _own(session: Session) -> Any:
+    """The objective without what processes wrap around it."""
+    return session.accelerator.unwrap_model(session.objective)
 
 
 def _beside(objective: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that an objective has beside its model's, such as the scales of the loss."""
     return {n: p for n, p in objective.named_parameters() if not n.startswith("model.")}
-
-
-def _resume(objective: Any, optimizer: Any, path: Path) -> Progress:
-    tensors, metadata = load_tensors(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "loss": {}, "optimizer": {}, "random": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    objective.model.load_state_dict(parts["model"])
-    with torch.no_grad():
-        for name, parameter in _beside(objective).items():
-            parameter.copy_(parts["loss"][name])
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        number, _, field = name.partition(".")
-        states.setdefault(int(number), {})[field] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    torch.set_rng_state(parts["random"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in parts["random"]:
-        torch.cuda.set_rng_state(parts["random"]["cuda"])
-    return Progress.from_json(metadata["progress"])

@@ -42,10 +42,14 @@ class ArgsContext(Context, Protocol):
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor and nothing (tracer, mode, transform) watches the calls."""
+    """Whether x is an ordinary tensor and nothing (tracer, mode, transform) watches the calls.
+
+    A meta tensor has no values, which the lean forms read.
+    """
     return (
         not torch.compiler.is_compiling()
         and type(x) in PLAIN
+        and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -124,7 +124,10 @@ def options_of(
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast would give a matmul's operand."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    # Devices without autocast, such as meta, do not answer whether it is enabled.
+    if not torch.amp.is_autocast_available(device) or x.dtype == torch.float64:
+        return x
+    if not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

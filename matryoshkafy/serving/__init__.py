@@ -9,6 +9,8 @@ from matryoshkafy.serving.funnel import Ranking as Ranking
 from matryoshkafy.serving.funnel import exact as exact
 from matryoshkafy.serving.funnel import funnel as funnel
 from matryoshkafy.serving.index import ShortIndex as ShortIndex
+from matryoshkafy.serving.ranks import Banned as Banned
+from matryoshkafy.serving.ranks import metrics_by_size as metrics_by_size
 from matryoshkafy.serving.rotation import Rotation as Rotation
 from matryoshkafy.serving.rotation import fit_rotation as fit_rotation
 from matryoshkafy.serving.session import Session as Session

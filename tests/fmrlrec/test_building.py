@@ -7,8 +7,7 @@ import torch
 
 import matryoshkafy as mk
 from examples.fmrlrec.building import build, nest, sizes_of
-from examples.fmrlrec.config import replace
-from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.config import ConfigError, replace
 from examples.fmrlrec.model import Recommender, Shape
 
 SEQUENCES = torch.tensor([[0, 0, 3, 4, 9], [5, 6, 7, 8, 1]])

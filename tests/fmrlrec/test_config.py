@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from examples.fmrlrec import config
-from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.config import ConfigError
+from examples.fmrlrec.formats import Survey
 
 
 def test_defaults_are_the_papers() -> None:
@@ -53,3 +54,25 @@ def test_texts_are_written_whole(tmp_path: Path) -> None:
     config.write_text(tmp_path / "a" / "b.txt", "one")
     config.write_text(tmp_path / "a" / "b.txt", "two")
     assert [p.read_text() for p in (tmp_path / "a").iterdir()] == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "pictures", "modality"),
+    [(True, True, "both"), (True, False, "text"), (False, True, "image"), (False, False, "id")],
+)
+def test_own_data_choose_by_size_and_modality(texts: bool, pictures: bool, modality: str) -> None:
+    def chosen(interactions: int, *, gpu: bool = False, minilm: bool = False) -> config.Config:
+        found = Survey(150, 60, interactions, texts, pictures)
+        return config.replace(config.Config(), config.own(found, gpu=gpu, minilm=minilm))
+
+    assert {chosen(n).modality for n in (900, 900_000)} == {modality}
+    assert chosen(900).modality == chosen(900_000, gpu=True).modality
+    assert (chosen(900).sizes, chosen(900).min_count) == ("8..64", 1)
+    assert chosen(900_000).min_count == 5
+    assert chosen(900_000, gpu=True).sizes == "8..1024"
+    assert chosen(900_000).text_encoder == "tfidf"
+
+
+def test_a_survey_reads_as_a_sentence() -> None:
+    found = str(Survey(150, 60, 900, True, False))
+    assert found == "150 users, 60 items, 900 interactions; items with texts"

@@ -10,8 +10,7 @@ import polars as pl
 import pytest
 
 from examples.fmrlrec import data, formats
-from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.errors import DataError
+from examples.fmrlrec.config import Config, DataError, replace
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 Rows = list[tuple[int, int, int]]

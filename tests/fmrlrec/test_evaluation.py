@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from examples.fmrlrec import data, evaluation
-from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.errors import RunError
+from examples.fmrlrec.config import Config, RunError, replace
 
 
 def naive(order: list[int], target: int, cutoff: int) -> dict[str, float]:
@@ -72,7 +71,7 @@ def test_ties_take_the_mean_over_all_places(above: int, level: int) -> None:
     ranks = evaluation.Ranks(torch.tensor([above]), torch.tensor([level]))
     orders = [[*range(1, above + place), 0] for place in range(1, level + 2)]
     expected = [naive_all(order, 0) for order in orders]
-    for name, value in evaluation.gains(ranks).items():
+    for name, value in evaluation.gains(ranks, evaluation.CUTOFFS).items():
         assert value == pytest.approx(np.mean([row[name] for row in expected]), abs=1e-12)
 
 
@@ -116,8 +115,3 @@ def test_popularity_scores_everybody_alike() -> None:
     counts = np.array([0, 5, 2])
     ((name, scores),) = evaluation.popularity_scorer(counts)(torch.zeros(3, 2))
     assert name == "popularity" and scores.tolist() == [[0, 5, 2]] * 3
-
-
-def test_scores_of_the_last_position() -> None:
-    outputs = {2: torch.arange(6.0).view(1, 2, 3)}
-    assert [(s, v.tolist()) for s, v in evaluation.last_scores(outputs)] == [("2", [[3, 4, 5]])]

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from examples.fmrlrec import formats
-from examples.fmrlrec.errors import DataError
+from examples.fmrlrec.config import DataError
 
 ROWS = [("u1", "a", 3), ("u1", "b", 5), ("u2", "b", 1)]
 TITLES = {"a": "Lamp", "b": "Café"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from examples.fmrlrec import memory
 from examples.fmrlrec.config import Config
 from examples.fmrlrec.model import Recommender, Shape
+from tests.benchmarks import fmrlrec_memory as memory
 
 
 @pytest.mark.parametrize("width", [8, 24])

@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from examples.fmrlrec import objectives
 from examples.fmrlrec.building import build, nest
-from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.errors import ConfigError
+from examples.fmrlrec.config import Config, ConfigError, preset, replace
 
 INPUTS = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
 TARGETS = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]])
@@ -99,9 +98,33 @@ def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) ->
 
 
 def test_the_last_weight_is_that_of_all_larger_sizes() -> None:
-    assert objectives.per_size(replace(Config(), {"weights": "4,2"}), "weights", 4) == [4, 2, 2, 2]
+    config = replace(Config(), {"weights": "4,2"})
+    assert objectives.per_size(config, "weights", (1, 2, 4, 8)) == [4, 2, 2, 2]
     with pytest.raises(ConfigError, match="are 2, the sizes only 1"):
-        objectives.per_size(replace(Config(), {"weights": "4,2"}), "weights", 1)
+        objectives.per_size(config, "weights", (8,))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "every"),
+    [
+        ((8, 16, 32, 64, 128, 256), [10, 4, 4, 4, 2, 2], [1, 1, 1, 1, 1, 2]),
+        ((8, 16, 32, 64), [4, 4, 2, 2], [1, 1, 1, 2]),
+        ((3, 7, 200), [10, 4, 2], [1, 1, 2]),
+        ((64,), [2], [1]),
+    ],
+)
+def test_a_preset_by_shares_of_the_width_fits_every_ladder(
+    sizes: tuple[int, ...], weights: list[float], every: list[float]
+) -> None:
+    config = preset("ml-1m")
+    assert objectives.per_size(config, "weights", sizes) == weights
+    assert objectives.intervals(config, sizes) == every
+
+
+@pytest.mark.parametrize("text", ["a:1", "1/0:2", "1/2:", "4,two", "1:2:3"])
+def test_weights_that_are_no_numbers_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="write --set weights=4,2,1"):
+        objectives.per_size(replace(Config(), {"weights": text}), "weights", (4, 8))
 
 
 def test_a_size_learns_at_one_step_of_as_many_as_told(material, tiny) -> None:
@@ -121,4 +144,4 @@ def test_a_size_learns_at_one_step_of_as_many_as_told(material, tiny) -> None:
 @pytest.mark.parametrize("every", ["0,1,1", "1,1.5", "2", "1,-1"])
 def test_steps_between_must_be_whole_and_one_size_learns_at_every_step(every: str) -> None:
     with pytest.raises(ConfigError, match="--set every=1,1,2"):
-        objectives.intervals(replace(Config(), {"every": every}), 3)
+        objectives.intervals(replace(Config(), {"every": every}), (2, 4, 8))

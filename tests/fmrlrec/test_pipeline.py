@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import matryoshkafy as mk
-from examples.fmrlrec import pipeline, recommending, synthetic
+from examples.fmrlrec import pipeline, synthetic
 from examples.fmrlrec.cli import app, configure
-from examples.fmrlrec.comparison import comparison_sheet
-from examples.fmrlrec.config import Config, preset, replace
+from examples.fmrlrec.config import Config, DataError, RunError, preset, replace
 from examples.fmrlrec.data import left_pad
-from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.experiments import comparison_sheet
 from examples.fmrlrec.reporting import Sheet, markdown
+from examples.fmrlrec.serving import recommending
 
 SETTINGS = ["epochs=2", "encoder_size=8", "batch=32", "min_count=3", "seed=3"]
 WORDS = [word for pair in SETTINGS for word in ("--set", pair)]
@@ -90,9 +90,9 @@ def test_problems_are_told(folder: Path, opened: pipeline.Run, found, capsys) ->
 
 
 def test_a_finished_run_is_not_trained_again(opened: pipeline.Run, found) -> None:
-    before = (opened.folder / "nested" / "state.safetensors").read_bytes()
+    before = (opened.folder / "nested" / "state" / "run.json").read_bytes()
     pipeline.train_nested(opened, found)
-    assert (opened.folder / "nested" / "state.safetensors").read_bytes() == before
+    assert (opened.folder / "nested" / "state" / "run.json").read_bytes() == before
 
 
 def test_other_settings_need_another_folder(opened: pipeline.Run) -> None:
@@ -125,6 +125,7 @@ def test_recommend_on_the_command_line(folder: Path, found) -> None:
     item = str(found.data.catalogue["item_id"][7])
     done = CliRunner().invoke(app, ["recommend", item, "--run", str(folder), "--count", "3"])
     assert done.exit_code == 0 and "size 16" in done.output
+    assert "interactions" not in done.output, "the table of the data belongs to prepare"
 
 
 def test_commands_and_flags_are_frozen() -> None:
@@ -139,7 +140,9 @@ def test_commands_and_flags_are_frozen() -> None:
     assert flags == {
         "prepare": common, "encode": common, "train": common, "run": common,
         "evaluate": ["--run"], "ablate": ["--modality", "--run"], "compare": ["--run", "--size"],
-        "memory": ["--run", "--sizes"], "recommend": ["--count", "--run", "--user", "items"],
+        "recommend": ["--count", "--new", "--run", "--user", "items"],
+        "export-items": ["--out", "--run", "--size", "-o"],
+        "serve": ["--host", "--index", "--port", "--run", "--size"],
     }  # fmt: skip
 
 

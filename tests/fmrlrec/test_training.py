@@ -14,8 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from examples.fmrlrec import training
 from examples.fmrlrec.building import build, nest
-from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.errors import DataError, RunError
+from examples.fmrlrec.config import Config, DataError, RunError, replace
 from examples.fmrlrec.objectives import NestedObjective, PlainObjective
 from examples.fmrlrec.pipeline import Material
 
@@ -27,18 +26,19 @@ sys.path.insert(0, sys.argv[4])
 from tests.fmrlrec import conftest, test_training
 from examples.fmrlrec import training
 from examples.fmrlrec.config import Config, replace
+from matryoshkafy.training import resuming
 
 training.torch.set_num_threads(1)  # as this process: the bits depend on the number
-calls, real = [], training.save_file
-def save_file(tensors, path, metadata):
+calls, real = [], resuming.write_tensors
+def write_tensors(path, entries):
     calls.append(path)
     if len(calls) == int(sys.argv[2]):
         if sys.argv[3] == "cut":
             Path(path).write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
-    real(tensors, path, metadata)
+    real(path, entries)
 
-training.save_file = save_file
+resuming.write_tensors = write_tensors
 config = replace(Config(), conftest.TINY)
 test_training.run(conftest.cyclic_material(), config, Path(sys.argv[1]))
 """
@@ -180,4 +180,25 @@ def test_only_matrices_decay(material, tiny) -> None:
 
 def test_missing_weights_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="run `train` first"):
-        training.load_tensors(tmp_path / "best.safetensors")
+        training.load_weights(torch.nn.Linear(1, 1), tmp_path / "best.safetensors")
+
+
+def test_the_log_is_a_table_of_80_columns() -> None:
+    sizes = [2**i for i in range(3, 14)]
+    row = {"epoch": 1.0, "seconds": 7300.0, "loss": 1234.5, "loss 8": 3.0}
+    row |= {f"NDCG@10 {size}": size / 2**14 for size in sizes}
+    first = training.Progress(epoch=1, best_epoch=0, history=(row,))
+    title, head, line = training.log_lines(first)
+    assert max(map(len, (title, head, line))) <= 80
+    assert head.split()[3:] == [str(size) for size in sizes[-8:]]
+    assert line.split() == ["1", "2.0h", "1234.500", *[f"{s / 2**14:.4f}" for s in sizes[-8:]], "*"]
+    later = training.Progress(epoch=123, best_epoch=0, history=(row, row))
+    assert len(training.log_lines(later)) == 1 and "*" not in training.log_lines(later)[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.24, "3.2s"), (54.2, "54s"), (99.9, "100s"), (100, "1.7m"),
+                          (5999, "100m"), (36000, "10h")],
+)  # fmt: skip
+def test_times_are_short(seconds: float, text: str) -> None:
+    assert training._clock(seconds) == text

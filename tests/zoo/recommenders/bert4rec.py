@@ -111,9 +111,9 @@ class PositionalEmbedding(nn.Module):
 class BERTEmbedding(nn.Module):
     """Tokens plus positions."""
 
-    def __init__(self, size: int, longest: int) -> None:
+    def __init__(self, size: int, longest: int, items: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(ITEMS, size, padding_idx=0)
+        self.token = nn.Embedding(items, size, padding_idx=0)
         self.position = PositionalEmbedding(longest, size)
         self.dropout = nn.Dropout(0.1)
 
@@ -124,9 +124,9 @@ class BERTEmbedding(nn.Module):
 class BERT(nn.Module):
     """The encoder: every position attends to every item."""
 
-    def __init__(self, hidden: int, heads: int, inner: int, longest: int) -> None:
+    def __init__(self, hidden: int, heads: int, inner: int, longest: int, items: int) -> None:
         super().__init__()
-        self.embedding = BERTEmbedding(hidden, longest)
+        self.embedding = BERTEmbedding(hidden, longest, items)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(hidden, heads, inner) for _ in range(2)
         )
@@ -142,10 +142,12 @@ class BERT(nn.Module):
 class BERT4Rec(nn.Module):
     """Scores of every item at every position by a linear of its own."""
 
-    def __init__(self, hidden: int, heads: int, inner: int, longest: int = LENGTH) -> None:
+    def __init__(
+        self, hidden: int, heads: int, inner: int, longest: int = LENGTH, items: int = ITEMS
+    ) -> None:
         super().__init__()
-        self.bert = BERT(hidden, heads, inner, longest)
-        self.out = nn.Linear(hidden, ITEMS)
+        self.bert = BERT(hidden, heads, inner, longest, items)
+        self.out = nn.Linear(hidden, items)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.out(self.bert(ids))

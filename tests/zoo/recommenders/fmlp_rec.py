@@ -88,9 +88,9 @@ class Encoder(nn.Module):
 class FMLPRecModel(nn.Module):
     """The last position scores all items by the table of items."""
 
-    def __init__(self, width: int, inner: int, longest: int = LENGTH) -> None:
+    def __init__(self, width: int, inner: int, longest: int = LENGTH, items: int = ITEMS) -> None:
         super().__init__()
-        self.item_embeddings = nn.Embedding(ITEMS, width, padding_idx=0)
+        self.item_embeddings = nn.Embedding(items, width, padding_idx=0)
         self.position_embeddings = nn.Embedding(longest, width)
         self.LayerNorm = LayerNorm(width)
         self.dropout = nn.Dropout(0.1)

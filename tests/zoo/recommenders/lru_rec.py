@@ -84,9 +84,9 @@ class LRUBlock(nn.Module):
 class LRUEmbedding(nn.Module):
     """Items, normed, and where they are not padding."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, items: int) -> None:
         super().__init__()
-        self.token = nn.Embedding(ITEMS, width)
+        self.token = nn.Embedding(items, width)
         self.layer_norm = nn.LayerNorm(width)
         self.embed_dropout = nn.Dropout(0.1)
 
@@ -97,10 +97,10 @@ class LRUEmbedding(nn.Module):
 class LRUModel(nn.Module):
     """Pads to a power of two, runs the blocks, scores by the table and a bias."""
 
-    def __init__(self, scale: Scale) -> None:
+    def __init__(self, scale: Scale, items: int) -> None:
         super().__init__()
         self.lru_blocks = nn.ModuleList(LRUBlock(scale) for _ in range(2))
-        self.bias = nn.Parameter(torch.zeros(ITEMS))
+        self.bias = nn.Parameter(torch.zeros(items))
 
     def forward(self, x: torch.Tensor, table: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         length = x.size(1)
@@ -114,10 +114,10 @@ class LRUModel(nn.Module):
 class LRURec(nn.Module):
     """The recommender: scores of every item at every position."""
 
-    def __init__(self, scale: Scale) -> None:
+    def __init__(self, scale: Scale, items: int = ITEMS) -> None:
         super().__init__()
-        self.embedding = LRUEmbedding(scale(32))
-        self.model = LRUModel(scale)
+        self.embedding = LRUEmbedding(scale(32), items)
+        self.model = LRUModel(scale, items)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x, mask = self.embedding(ids)

@@ -32,9 +32,11 @@ class PointWiseFeedForward(nn.Module):
 class SASRec(nn.Module):
     """Causal self-attention over the history; the last feature scores every item."""
 
-    def __init__(self, units: int, heads: int = 1, blocks: int = 2, longest: int = 20) -> None:
+    def __init__(
+        self, units: int, heads: int = 1, *, blocks: int = 2, longest: int = 20, items: int = ITEMS
+    ) -> None:
         super().__init__()
-        self.item_emb = nn.Embedding(ITEMS, units, padding_idx=0)
+        self.item_emb = nn.Embedding(items, units, padding_idx=0)
         self.pos_emb = nn.Embedding(longest + 1, units, padding_idx=0)
         self.emb_dropout = nn.Dropout(0.2)
         norms = [nn.LayerNorm(units, eps=1e-8) for _ in range(2 * blocks)]

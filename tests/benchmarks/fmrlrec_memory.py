@@ -1,4 +1,6 @@
-"""Section 4 and figure 4 of the paper: what one nested model saves against every size alone.
+"""What one nested model saves against every size alone: section 4 and figure 4 of fMRLRec.
+
+    python -m tests.benchmarks.fmrlrec_memory --sizes 8..1024 --out tables
 
 Counting: a plain model of width m has N(m) = a m^2 + b m + c parameters. The sizes below D need no
 weights of their own in a nested model, so that training all sizes alone costs sum N(m) / N(D) - 1
@@ -8,17 +10,19 @@ to 128..2048 are this figure for b / a = 1.65; pure squares give 0, 25, 31.25, 3
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from examples.fmrlrec.config import Config
-from examples.fmrlrec.pipeline import Run
+from examples.fmrlrec.building import sizes_of
+from examples.fmrlrec.config import Config, preset, replace
 from examples.fmrlrec.reporting import Curves, Sheet, plot, write_sheet
 
 PAPER = {128: 0.0, 256: 25.16, 512: 31.39, 1024: 32.90, 2048: 33.25}
@@ -90,21 +94,25 @@ def measured_sheet(config: Config, sizes: tuple[int, ...]) -> Sheet:
     return Sheet(title, ("what", "MB", "saved %"), rows)
 
 
-def report_memory(run: Run, sizes: str) -> None:
+def report_memory(config: Config, folder: Path) -> None:
     """Writes both tables and figure 4."""
-    from examples.fmrlrec.building import sizes_of
-    from examples.fmrlrec.config import replace
-
-    config = replace(run.config, {"sizes": sizes})
     sheet = saving_sheet(config)
-    write_sheet(sheet, run.folder / "tables", "memory-counts")
-    ladder = sizes_of(config)
-    write_sheet(measured_sheet(config, ladder), run.folder / "tables", "memory-measured")
+    write_sheet(sheet, folder, "memory-counts")
+    write_sheet(measured_sheet(config, sizes_of(config)), folder, "memory-measured")
     lines = {
         name: {float(row[0]): row[column] for row in sheet.rows}
         for column, name in ((1, "our blocks"), (4, "paper"))
     }
-    plot(Curves("Parameters saved", "%", lines), run.folder / "plots", "memory")
+    plot(Curves("Parameters saved", "%", lines), folder, "memory")
+
+
+def main() -> None:
+    """Measures with the settings of the paper."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default="8..1024")
+    parser.add_argument("--out", type=Path, default=Path("tables"))
+    given = parser.parse_args()
+    report_memory(replace(preset("paper"), {"sizes": given.sizes}), given.out)
 
 
 def _measure_here(probe: Probe, sender: Any) -> None:
@@ -130,7 +138,6 @@ def _measure_here(probe: Probe, sender: Any) -> None:
 
 def _objectives(probe: Probe, features: Any) -> list[Any]:
     from examples.fmrlrec.building import build, nest
-    from examples.fmrlrec.config import replace
     from examples.fmrlrec.objectives import NestedObjective, PlainObjective
 
     sizes = ",".join(map(str, probe.sizes))
@@ -145,3 +152,7 @@ def _peak() -> float:
     """The largest resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    main()

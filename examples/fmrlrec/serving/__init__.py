@@ -1,0 +1,1 @@
+"""What a trained run is for: small models, tables of items, recommendations, a service."""

@@ -1,0 +1,215 @@
+"""Users who are served: the recurrent state of each, moved one step by each event.
+
+The state after a history is all that the next recommendation needs, so an event costs one step
+whatever the length of the history, and answers are those of the model over the whole history.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.fmrlrec.config import RunError
+from examples.fmrlrec.data import left_pad
+from examples.fmrlrec.model import Recommender
+from examples.fmrlrec.serving.compact import rows_of
+
+Search = Callable[[np.ndarray, int], np.ndarray]
+CHUNK, SPARE = 2048, 1024
+
+
+class Unknown(RunError):
+    """A user, an item or a size that is not there."""
+
+
+@dataclass
+class Size:
+    """One size: its model, what it keeps of each user, and how it searches.
+
+    `rows` [items, m + 1] end in the bias, so that a score is an inner product with [hidden, 1].
+    `states` are [users, N, 2] for each block.
+    """
+
+    model: Recommender
+    table: Tensor
+    rows: np.ndarray
+    states: list[Tensor]
+    hidden: np.ndarray
+    search: Search | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Weights, table, and the states of all users."""
+        tensors = [*self.model.parameters(), *self.states]
+        return sum(t.nbytes for t in tensors) + self.rows.nbytes + self.hidden.nbytes
+
+
+class Live:
+    """The users of a shop at several sizes, each event applied to all of them.
+
+    Args:
+        models: {size: compact model}.
+        ids: the id of every item, in the order of the table.
+        histories: {user: numbers of items, in time order}.
+        index: "exact", or a kind of `matryoshkafy.serving.index`.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[int, Recommender],
+        ids: Sequence[str],
+        histories: Mapping[str, np.ndarray],
+        *,
+        index: str = "exact",
+    ) -> None:
+        self.names = list(ids)
+        self.items = {name: number for number, name in enumerate(ids, start=1)}
+        self.users = {user: row for row, user in enumerate(histories)}
+        self.seen = [part.tolist() for part in histories.values()]
+        self.log: Path | None = None
+        self.index = index
+        self.sizes = {size: _size(model, len(self.users), index) for size, model in models.items()}
+        self._start(list(histories.values()))
+
+    def replay(self, log: Path) -> None:
+        """Applies the events of a log, and appends the coming ones to it."""
+        text = log.read_text(encoding="utf-8") if log.exists() else ""
+        if text and not text.endswith("\n"):
+            # A killed process cut the last line, which was not acknowledged; the next begins anew.
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write("\n")
+        for line in text.splitlines():
+            try:
+                user, item = json.loads(line)
+            except ValueError:
+                continue
+            if item in self.items:
+                self._advance(user, item)
+        self.log = log
+
+    @torch.inference_mode()
+    def _start(self, histories: list[np.ndarray]) -> None:
+        """Brings every user to the end of the known history, many at a time."""
+        order = sorted(range(len(histories)), key=lambda row: len(histories[row]))
+        for start in range(0, len(order), CHUNK):
+            rows = order[start : start + CHUNK]
+            padded = left_pad([histories[row] for row in rows], len(histories[rows[-1]]))
+            for size in self.sizes.values():
+                states, hidden = [s[rows] for s in size.states], None
+                for items in torch.from_numpy(padded).unbind(1):
+                    hidden, states = size.model.advance(items, states, size.table)
+                for kept, moved in zip(size.states, states, strict=True):
+                    kept[rows] = moved
+                if hidden is not None:
+                    size.hidden[rows, :-1] = hidden.numpy()
+
+    def event(self, user: str, item: str) -> int:
+        """A user had an item: moves every size one step; returns the user's number of events.
+
+        A user who was never seen begins here. Raises `Unknown` for an item that is not there.
+        """
+        if item not in self.items:
+            raise Unknown(f"no item {item!r}; ids are like {list(self.items)[:3]}")
+        self._advance(user, item)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps([user, item]) + "\n")
+        return len(self.seen[self.users[user]])
+
+    @torch.inference_mode()
+    def _advance(self, user: str, item: str) -> None:
+        row, number = self.users.get(user), self.items[item]
+        if row is None:
+            row = self.users[user] = len(self.seen)
+            self.seen.append([])
+        self.seen[row].append(number)
+        one = torch.tensor([number])
+        for size in self.sizes.values():
+            _grow(size, row)
+            before = [kept[row : row + 1] for kept in size.states]
+            hidden, moved = size.model.advance(one, before, size.table)
+            for kept, state in zip(size.states, moved, strict=True):
+                kept[row] = state[0]
+            size.hidden[row, :-1] = hidden[0].numpy()
+
+    def top(self, user: str, size: int, count: int) -> list[tuple[str, float]]:
+        """The `count` best items that the user did not have, best first, with their scores.
+
+        Raises `Unknown` for a user or a size that is not there.
+        """
+        row, at = self.users.get(user), self.sizes.get(size)
+        if row is None:
+            raise Unknown(f"no user {user!r}; POST /events starts one")
+        if at is None:
+            raise Unknown(f"no size {size}; served are {', '.join(map(str, self.sizes))}")
+        hidden, seen = at.hidden[row], self.seen[row]
+        if at.search is None:
+            scores = at.rows @ hidden
+            scores[[number - 1 for number in seen]] = -np.inf
+            best = _largest(scores, min(count, len(scores) - len(set(seen))))
+        else:
+            wanted = min(count + len(set(seen)), len(at.rows))
+            found = at.search(hidden[None], wanted)[0]
+            had = {number - 1 for number in seen}
+            best = [i for i in found.tolist() if i >= 0 and i not in had][:count]
+            scores = dict(zip(best, (at.rows[best] @ hidden).tolist(), strict=True))
+        return [(self.names[i], float(scores[i])) for i in best]
+
+    def add(self, item: str, rows: Mapping[int, np.ndarray]) -> None:
+        """A new item without training: its row [m] of the table at each size.
+
+        Its bias is the median one. Raises `Unknown` for an id that is there already, or for an
+        approximate index, which is built once.
+        """
+        if item in self.items:
+            raise Unknown(f"item {item!r} is there already")
+        if self.index != "exact":
+            raise Unknown(f"new items need --index exact; this service has {self.index}")
+        for number, size in self.sizes.items():
+            row = np.append(rows[number], np.median(size.rows[:, -1])).astype(np.float32)
+            size.rows = np.concatenate([size.rows, row[None]])
+            size.table = torch.cat((size.table, torch.from_numpy(row[None, :-1])))
+        self.names.append(item)
+        self.items[item] = len(self.names)
+
+
+def _size(model: Recommender, users: int, index: str) -> Size:
+    vectors, bias = rows_of(model)
+    rows = np.concatenate([vectors, bias[:, None]], axis=1)
+    hidden = np.zeros((users + SPARE, rows.shape[1]), dtype=np.float32)
+    hidden[:, -1] = 1
+    search = None
+    if index != "exact":
+        from matryoshkafy.serving.index import KINDS
+
+        if index not in KINDS:
+            raise RunError(f"index {index!r} was asked for; expected exact, {', '.join(KINDS)}")
+        search = KINDS[index](rows, 128)
+    table = model.items().detach()
+    return Size(model.eval(), table, rows, model.start(users + SPARE), hidden, search)
+
+
+def _grow(size: Size, row: int) -> None:
+    """Makes room for users who come while it runs."""
+    if row < len(size.hidden):
+        return
+    size.states = [
+        torch.cat((kept, kept.new_zeros(SPARE, *kept.shape[1:]))) for kept in size.states
+    ]
+    more = np.zeros((SPARE, size.hidden.shape[1]), dtype=np.float32)
+    more[:, -1] = 1
+    size.hidden = np.concatenate([size.hidden, more])
+
+
+def _largest(scores: np.ndarray, count: int) -> list[int]:
+    """Indices of the largest scores, best first; of equal ones the first."""
+    if count <= 0:
+        return []
+    found = np.argpartition(-scores, count - 1)[:count]
+    return found[np.lexsort((found, -scores[found]))].tolist()

@@ -1,0 +1,52 @@
+"""How functions are applied to parts: one after the other, or on the workers of Ray.
+
+`prepare` and `encode` work on parts of users and of items, which meet only in counts per item. So
+any engine that maps will do: Ray's tasks here, over files that all workers see (`--set workers=2`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from examples.fmrlrec.config import Config, ConfigError
+
+
+class Each(Protocol):
+    """How a function is applied to every part, on this machine or on many: the results in order."""
+
+    def __call__(
+        self, function: Callable[..., Any], parts: Sequence[Any], *shared: Any
+    ) -> list[Any]: ...
+
+
+def serially(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -> list[Any]:
+    """One part after the other, in this process."""
+    return [function(part, *shared) for part in parts]
+
+
+def by_ray(workers: int | None = None) -> Each:
+    """Parts on the workers of Ray: of the cluster that is there, or `workers` on this machine.
+
+    Raises:
+        ConfigError: where Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--set workers=N needs Ray: pip install ray") from error
+    if not ray.is_initialized():
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+
+    def each(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -> list[Any]:
+        # What all parts need is stored once, not sent with each.
+        stored = [ray.put(value) for value in shared]
+        remote = ray.remote(function)
+        return ray.get([remote.remote(part, *stored) for part in parts])
+
+    return each
+
+
+def each_of(config: Config) -> Each:
+    """How this configuration applies functions to parts."""
+    return by_ray(config.workers) if config.workers else serially

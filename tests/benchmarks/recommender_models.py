@@ -1,0 +1,186 @@
+"""Published recommenders as one kind of model: histories [B, T] -> scores of all items.
+
+The models are those of `tests.zoo.recommenders`, at the size of a real catalogue. A kind of batch
+goes with each: what a position learns, and where the score of the next item is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.fmrlrec.data import Dataset, left_pad
+from examples.fmrlrec.model import Recommender, Shape
+from tests.zoo.recommenders.bert4rec import BERT4Rec
+from tests.zoo.recommenders.fmlp_rec import FMLPRecModel
+from tests.zoo.recommenders.lru_rec import LRURec
+from tests.zoo.recommenders.sasrec import SASRec
+from tests.zoo.registry import Scale
+
+Pairs = tuple[np.ndarray, np.ndarray]
+Sequences = list[np.ndarray]
+MASKED = 0.3  # of the positions of a history, for the cloze task
+
+
+class Next(SASRec):
+    """SASRec whose forward scores every item at every position."""
+
+    def forward(self, log_seqs: Tensor) -> Tensor:
+        """log_seqs int64 [B, T] -> [B, T, items]."""
+        return F.linear(self.log2feats(log_seqs), self.item_emb.weight)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of the models is made and trained; the same nested and alone.
+
+    `tokens` are ids beside the items (0 pads, BERT4Rec's mask is the last one). `batches` turns
+    training sequences into inputs and targets. `pads_right`: histories begin at the first
+    position, so that a causal model never sees padding and a batch is as long as its longest
+    history; `asks_by_mask`: the next item is asked for by a mask behind the history;
+    `every_position` has scores, else the last one alone.
+    """
+
+    build: Callable[[int, int, int], nn.Module]
+    batches: Callable[[Sequences, int, np.random.Generator], Pairs]
+    tokens: int = 1
+    pads_right: bool = False
+    asks_by_mask: bool = False
+    every_position: bool = True
+    dropout: float = 0.5
+    rate: float = 1e-3
+    decay: float = 1e-2
+    batch: int = 128
+    epochs: int = 60
+
+
+def shifted(sequences: Sequences, length: int, _: np.random.Generator) -> Pairs:
+    """Every position learns the next item: inputs and targets [B, length], 0 where there is none.
+
+    Histories end at the last position.
+    """
+    inputs = left_pad([s[:-1] for s in sequences], length)
+    return inputs, left_pad([s[1:] for s in sequences], length)
+
+
+def shifted_right(sequences: Sequences, length: int, random: np.random.Generator) -> Pairs:
+    """As `shifted`, but histories begin at the first position, and no column is padding alone."""
+    longest = min(length, max(len(s) for s in sequences) - 1)
+    pairs = shifted(sequences, longest, random)
+    inputs, targets = (moved_left(torch.from_numpy(part)).numpy() for part in pairs)
+    return inputs, targets
+
+
+def moved_left(padded: Tensor) -> Tensor:
+    """Rows [B, T] padded on the left, padded on the right instead."""
+    empty = (padded == 0).sum(1, keepdim=True)
+    places = torch.arange(padded.shape[1]) + empty
+    moved = padded.gather(1, places.clamp_max(padded.shape[1] - 1))
+    return moved * (places < padded.shape[1])
+
+
+def prefixes(sequences: Sequences, length: int, random: np.random.Generator) -> Pairs:
+    """The last position alone learns: a random prefix of each sequence, and what came after it.
+
+    Over the epochs every prefix is drawn, as FMLP-Rec's loader lists them all.
+    """
+    ends = [int(random.integers(1, len(s))) for s in sequences]
+    inputs = left_pad([s[:end] for s, end in zip(sequences, ends, strict=True)], length)
+    return inputs, np.asarray([s[end] for s, end in zip(sequences, ends, strict=True)])
+
+
+def cloze(sequences: Sequences, length: int, random: np.random.Generator) -> Pairs:
+    """Some positions are masked (id -1 until `masked_ids`) and learn what stood there.
+
+    The last position is masked in every fourth sequence, which is what evaluation asks.
+    """
+    whole = left_pad(sequences, length)
+    hidden = random.random(whole.shape) < MASKED
+    only_last = random.random(len(whole)) < 0.25
+    hidden[only_last] = False
+    hidden[only_last, -1] = True
+    hidden &= whole > 0
+    return np.where(hidden, -1, whole), np.where(hidden, whole, 0)
+
+
+def sasrec(items: int, width: int, length: int) -> nn.Module:
+    """SASRec with the authors' two blocks and one head."""
+    return Next(width, longest=length, items=items)
+
+
+def lrurec(items: int, width: int, length: int) -> nn.Module:
+    """LRURec with the authors' two blocks; states are twice as many as units."""
+    del length
+    return LRURec(Scale(width / 32), items)
+
+
+def bert4rec(items: int, width: int, length: int) -> nn.Module:
+    """BERT4Rec of two blocks with heads of eight units, so that a size is a number of heads."""
+    return BERT4Rec(width, max(1, width // 8), 4 * width, length, items)
+
+
+def fmlp_rec(items: int, width: int, length: int) -> nn.Module:
+    """FMLP-Rec with the authors' two layers."""
+    return FMLPRecModel(width, 4 * width, length, items)
+
+
+def fmrlrec(items: int, width: int, length: int) -> nn.Module:
+    """The example's recommender on ids: fMRLRec without language and image."""
+    del length
+    return Recommender(Shape(items - 1, width, r_min=0.8))
+
+
+RECIPES = {
+    "sasrec": Recipe(sasrec, shifted_right, pads_right=True, epochs=40),
+    "lrurec": Recipe(lrurec, shifted, epochs=40),
+    "fmrlrec": Recipe(fmrlrec, shifted, epochs=40),
+    "bert4rec": Recipe(bert4rec, cloze, tokens=2, asks_by_mask=True, dropout=0.2, epochs=150),
+    "fmlprec": Recipe(fmlp_rec, prefixes, every_position=False, epochs=150),
+}
+
+
+@torch.no_grad()
+def small(model: nn.Module, dropout: float, seed: int) -> nn.Module:
+    """Draws matrices and tables small, as LRURec does, and sets the dropout everywhere.
+
+    Complex weights and eigenvalues keep what their authors draw.
+    """
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = dropout
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_complex():
+            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    return model
+
+
+def training_parts(data: Dataset, length: int) -> Sequences:
+    """What is learnt from: the last `length` + 1 items of each user before validation and test."""
+    parts = (data.sequence(user)[:-2][-length - 1 :] for user in range(data.users))
+    return [part for part in parts if len(part) >= 2]
+
+
+def epoch_batches(
+    sequences: Sequences, recipe: Recipe, length: int, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of one epoch, a function of seed and epoch alone.
+
+    Where padding is at the right, batches are of histories of like length, in random order.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(sequences))
+    if recipe.pads_right:
+        lengths = np.asarray([len(s) for s in sequences])[order]
+        order = order[np.argsort(lengths, kind="stable")]
+    starts = np.arange(0, len(order), recipe.batch)
+    for start in random.permutation(starts) if recipe.pads_right else starts:
+        chosen = [sequences[i] for i in order[start : start + recipe.batch]]
+        inputs, targets = recipe.batches(chosen, length, random)
+        yield torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -1,0 +1,262 @@
+"""Published recommenders on real shops, nested and alone at every size, beside what is published.
+
+    python -m tests.benchmarks.recommenders train beauty.txt sasrec --run RUNS
+    python -m tests.benchmarks.recommenders train beauty.txt sasrec --alone 64 --run RUNS
+    python -m tests.benchmarks.recommenders table beauty.txt --run RUNS
+
+A training is a folder RUNS/<data>/<model>/<nested or size>-<seed>; a killed one goes on with the
+same command. One recipe a model, for all sizes (`recommender_models.RECIPES`). Protocols: `all`
+ranks all items, `unseen` all but those in the user's history.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import examples.fmrlrec.building  # noqa: F401  how axes cross the example's own operator
+import matryoshkafy as mk
+from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.data import Dataset
+from examples.fmrlrec.evaluation import Scorer, Table, evaluate
+from matryoshkafy.training import resume_run, save_run
+from tests.benchmarks.heuristics import dataset_of, heuristics
+from tests.benchmarks.recommender_models import (
+    RECIPES,
+    Recipe,
+    epoch_batches,
+    moved_left,
+    small,
+    training_parts,
+)
+
+SIZES, SCALE, LAST_RATE, VALIDATE = "8..64", 64.0, 0.02, 4
+# Table 2 of arXiv 2409.16627, ranking all items: NDCG@10, Recall@10.
+PUBLISHED = {
+    "beauty": {"sasrec": (0.0364, 0.0734), "bert4rec": (0.0350, 0.0653),
+               "fmlprec": (0.0416, 0.0846), "lrurec": (0.0438, 0.0871),
+               "fmrlrec": (0.0288, 0.0431)},
+    "clothing": {"sasrec": (0.0104, 0.0227), "bert4rec": (0.0084, 0.0169),
+                 "fmlprec": (0.0123, 0.0266), "lrurec": (0.0140, 0.0304),
+                 "fmrlrec": (0.0040, 0.0062)},
+    "sports": {"sasrec": (0.0210, 0.0474), "bert4rec": (0.0181, 0.0355),
+               "fmlprec": (0.0252, 0.0508), "lrurec": (0.0266, 0.0536),
+               "fmrlrec": (0.0127, 0.0197)},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model to be trained: its data, its recipe, and the sizes that it learns at once."""
+
+    dataset: Dataset
+    recipe: Recipe
+    sizes: str
+    config: Config
+    seed: int
+    epochs: int
+
+    @property
+    def width(self) -> int:
+        """The largest size."""
+        from matryoshkafy.sizes import parse_ladder
+
+        return int(parse_ladder(self.sizes).rungs[-1])
+
+
+def doll_of(training: Training) -> Any:
+    """The converted model; of one size it computes what the plain model does."""
+    recipe, length = training.recipe, training.config.max_length
+    model = recipe.build(training.dataset.item_count + recipe.tokens, training.width, length)
+    model = small(model, recipe.dropout, training.seed)
+    example = torch.ones(3, length, dtype=torch.int64)
+    if training.sizes.isdigit():
+        return mk.convert(model, (example,), sizes=training.sizes, nesting="sliced")
+    return mk.convert(model, (example,), sizes=training.sizes, nesting="masked", norm="prefix")
+
+
+def loss_of(doll: Any) -> mk.MatryoshkaLoss:
+    """Cross entropy over all items at every size, each with a temperature of its own."""
+    scales = {size: SCALE / size for size in doll.sizes}
+    criterion = nn.CrossEntropyLoss(ignore_index=0)
+    return mk.MatryoshkaLoss(criterion, sizes=doll.sizes, learn_scales=scales)
+
+
+def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, the scales move ten times as fast."""
+    trained = [p for p in doll.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.decay, "factor": 1},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0, "factor": 1},
+        {"params": list(loss.parameters()), "weight_decay": 0.0, "factor": 10},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.rate)
+
+
+def rate_at(share: float, rate: float) -> float:
+    """A cosine from `rate` to a fiftieth of it."""
+    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def train(training: Training, folder: Path) -> list[dict[str, Any]]:
+    """Trains to the last epoch, from where an earlier call got to; returns the history."""
+    doll = doll_of(training)
+    loss = loss_of(doll)
+    optimizer = optimizer_of(doll, loss, training.recipe)
+    parts = {"doll": doll, "loss": loss, "optimizer": optimizer}
+    position = resume_run(folder / "state", parts)
+    history: list[dict[str, Any]] = position["history"] if position else []
+    if position is None:
+        torch.manual_seed(training.seed + 1)
+    sequences = training_parts(training.dataset, training.config.max_length)
+    for epoch in range(len(history), training.epochs):
+        started = time.process_time()
+        row = {"epoch": epoch + 1, "loss": epoch_loss(training, parts, sequences, epoch)}
+        row["cpu seconds"] = time.process_time() - started
+        if (epoch + 1) % VALIDATE == 0 or epoch + 1 == training.epochs:
+            row["validation"] = measured(doll, training, "validation")
+        history.append(row)
+        save_run(folder / "state", parts, {"history": history})
+        print(line_of(row), flush=True)
+    return history
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """An epoch as one line."""
+    told = f"epoch {row['epoch']:3} loss {row['loss']:8.3f} {row['cpu seconds']:5.0f} s of CPU"
+    found = row.get("validation", {})
+    return told + "".join(f"  {size}: {t['all']['NDCG@10']:.4f}" for size, t in found.items())
+
+
+def epoch_loss(
+    training: Training, parts: dict[str, Any], sequences: list[Any], epoch: int
+) -> float:
+    """One epoch; returns the mean of the summed losses."""
+    doll, loss, optimizer = parts["doll"].train(), parts["loss"], parts["optimizer"]
+    recipe, length, total, count = training.recipe, training.config.max_length, 0.0, 0
+    steps = -(-len(sequences) // recipe.batch)
+    batches = epoch_batches(sequences, recipe, length, training.seed, epoch)
+    for step, (inputs, targets) in enumerate(batches):
+        share = (epoch + step / steps) / training.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(share, recipe.rate) * group["factor"]
+        value = loss(doll.outputs(masked_ids(inputs, training)), targets)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(doll.parameters(), 5.0)
+        optimizer.step()
+        total, count = total + value.item(), count + 1
+    return total / count
+
+
+def masked_ids(inputs: Tensor, training: Training) -> Tensor:
+    """Inputs in which -1, a masked position, has the last id of the table."""
+    mask = training.dataset.item_count + training.recipe.tokens - 1
+    return inputs.masked_fill(inputs < 0, mask)
+
+
+def measured(doll: Any, training: Training, split: str) -> dict[str, Table]:
+    """Metrics of every size under both protocols."""
+    with torch.inference_mode():
+        return evaluate(scorer_of(doll.eval(), training), training.dataset, split, training.config)
+
+
+def scorer_of(doll: Any, training: Training) -> Scorer:
+    """Scores of every size where a recipe asks for the next item."""
+    recipe, items = training.recipe, training.dataset.item_count + 1
+
+    def scores(sequences: Tensor) -> Iterator[tuple[str, Tensor]]:
+        rows, last = torch.arange(len(sequences)), torch.full((len(sequences),), -1)
+        if recipe.pads_right:
+            last = (sequences != 0).sum(1) - 1
+            sequences = moved_left(sequences)
+        elif sequences.shape[1] < training.config.max_length:
+            missing = training.config.max_length - sequences.shape[1]
+            sequences = nn.functional.pad(sequences, (missing, 0))
+        if recipe.asks_by_mask:
+            asked = masked_ids(torch.full_like(sequences[:, :1], -1), training)
+            sequences = torch.cat((sequences[:, 1:], asked), dim=1)
+        outputs = doll.outputs(sequences)
+        index = (rows, last) if recipe.every_position else (slice(None),)
+        for size, found in outputs.scores_at(*index):
+            yield str(size), found[:, :items]
+
+    return scores
+
+
+def run_folder(runs: Path, data: Path, model: str, sizes: str, seed: int) -> Path:
+    """Where a training lies."""
+    kind = sizes if sizes.isdigit() else "nested"
+    return runs / data.stem / model / f"{kind}-{seed}"
+
+
+def train_command(given: argparse.Namespace) -> None:
+    """Trains one model and writes its test metrics."""
+    config = replace(Config(), {"max_length": given.length})
+    dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
+    recipe, sizes = RECIPES[given.model], str(given.alone or SIZES)
+    training = Training(dataset, recipe, sizes, config, given.seed, given.epochs or recipe.epochs)
+    folder = run_folder(given.run, given.data, given.model, sizes, given.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = train(training, folder)
+    doll = doll_of(training)
+    loss = loss_of(doll)
+    parts = {"doll": doll, "loss": loss, "optimizer": optimizer_of(doll, loss, recipe)}
+    resume_run(folder / "state", parts)
+    found = {"epochs": len(history), "test": measured(doll, training, "test")}
+    (folder / "test.json").write_text(json.dumps(found, indent=1))
+    print(line_of({**history[-1], "validation": found["test"]}), "(test)")
+
+
+def table_command(given: argparse.Namespace) -> None:
+    """Prints heuristics, what was trained and what is published, in Markdown."""
+    config = replace(Config(), {"max_length": given.length})
+    dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
+    print("| model | size | trained | ranked | NDCG@10 | Recall@10 |\n|---|---|---|---|---|---|")
+    for name, table in heuristics(dataset, config)[0].items():
+        print_rows(name, "", "counted", table)
+    for path in sorted((given.run / given.data.stem).glob("*/*/test.json")):
+        found = json.loads(path.read_text())
+        for size, table in found["test"].items():
+            print_rows(path.parts[-3], size, f"{path.parts[-2]}, {found['epochs']} epochs", table)
+    for name, (ndcg, recall) in PUBLISHED.get(given.data.stem, {}).items():
+        print(f"| *published*: {name} | | | all | {ndcg:.4f} | {recall:.4f} |")
+
+
+def print_rows(name: str, size: str, how: str, table: Table) -> None:
+    """A row for each protocol."""
+    for protocol, found in table.items():
+        numbers = f"{found['NDCG@10']:.4f} | {found['Recall@10']:.4f}"
+        print(f"| {name} | {size} | {how} | {protocol} | {numbers} |")
+
+
+def main() -> None:
+    """Trains, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for name, call in (("train", train_command), ("table", table_command)):
+        command = commands.add_parser(name)
+        command.set_defaults(call=call)
+        command.add_argument("data", type=Path)
+        if name == "train":
+            command.add_argument("model", choices=RECIPES)
+            command.add_argument("--alone", type=int, help="train this one size instead of all")
+            command.add_argument("--epochs", type=int, help="instead of the recipe's")
+            command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--length", type=int, default=50, help="items of a history that count")
+        command.add_argument("--run", type=Path, default=Path("runs/recommenders"))
+    given = parser.parse_args()
+    given.call(given)
+
+
+if __name__ == "__main__":
+    main()

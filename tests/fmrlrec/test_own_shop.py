@@ -1,0 +1,104 @@
+"""A shop of one's own: it runs at once at any ladder, and changed files are noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from examples.fmrlrec import pipeline, synthetic
+from examples.fmrlrec.cli import app
+from examples.fmrlrec.config import Config
+
+FEW = ["--set", "epochs=1", "--set", "encoder_size=8"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own") / "shop"
+    return synthetic.generate(folder, synthetic.Shop(items=60, users=150, mean_length=7))
+
+
+def called(*words: str) -> str:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+def refused(*words: str) -> str:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code != 0
+    return str(done.exception)
+
+
+def test_a_small_shop_trains_at_any_ladder_without_settings(shop: Path, tmp_path: Path) -> None:
+    told = called("train", "--data", str(shop), "--run", str(tmp_path), "--sizes", "3,7,20", *FEW)
+    assert "60 items" in told and "texts and pictures: settings chosen" in told
+    assert {p.name for p in (tmp_path / "slices").iterdir()} == {"3", "7", "20"}
+    config = Config.from_json((tmp_path / "config.json").read_text())
+    assert (config.modality, config.min_count, config.sizes) == ("both", 1, "3,7,20")
+
+
+@pytest.fixture(scope="module")
+def trained(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained")
+    called("train", "--data", str(shop), "--run", str(run), "--sizes", "4..8", *FEW)
+    return run
+
+
+def test_a_new_item_is_recommended_without_training(shop: Path, trained: Path) -> None:
+    items = pl.read_csv(shop / "items.csv")
+    new = items.filter(pl.col("item_id") == 1).with_columns(
+        item_id=pl.lit(999), title=pl.lit("Fresh " + str(items["title"][0])))  # fmt: skip
+    path = shop.parent / "new.csv"
+    image = pl.lit(str(shop / "images" / "1.jpg"))
+    new.with_columns(image=image).write_csv(path)
+    told = called("recommend", "2", "5", "--run", str(trained), "--new", str(path), "--count", "61")
+    assert told.count("(new)") == 2, "once at each size"
+    assert "no item" in refused("recommend", "999", "--run", str(trained))
+
+
+def test_changed_files_are_said_and_prepared_again(
+    shop: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pipeline.open_run(trained, Config.from_json((trained / "config.json").read_text()))
+    before = pipeline.prepare(run)
+    assert "changed" not in capsys.readouterr().out
+    table = pl.read_csv(shop / "interactions.csv")
+    table.head(table.height // 2).write_csv(shop / "interactions.csv")
+    assert len(pipeline.prepared(run).data.items) == len(before.items), (
+        "answers stay what they were"
+    )
+    assert "interactions.csv changed since" in capsys.readouterr().out
+    after = pipeline.prepare(run)
+    told = capsys.readouterr().out
+    assert "interactions.csv changed since it was prepared; prepared again" in told
+    assert len(after.items) < len(before.items)
+    assert (trained / "before-1" / "nested" / "best.safetensors").exists()
+    assert not (trained / "nested").exists(), "weights of other items must not be found"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "epoch=3"], "no setting 'epoch'"),
+        (["--set", "weights=1,2,3"], "are 3, the sizes only 2"),
+        (["--set", "every=2"], "1 for at least one size"),
+        (["--sizes", "0.5,1.0"], "give units"),
+        (["--set", "image_encoder=ViT-B-32"], "names no weights"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_work_starts(
+    words: list[str], message: str, shop: Path, tmp_path: Path
+) -> None:
+    ladder = [] if "--sizes" in words else ["--sizes", "4..8"]
+    told = refused("run", "--data", str(shop), "--run", str(tmp_path / "run"), *ladder, *words)
+    assert message in told
+    assert not (tmp_path / "run" / "data" / "report.json").exists()
+
+
+def test_missing_data_and_runs_are_named(tmp_path: Path) -> None:
+    assert "no data at" in refused("run", "--data", str(tmp_path / "none"), "--run", str(tmp_path))
+    assert "make one with `run`" in refused("evaluate", "--run", str(tmp_path / "empty"))

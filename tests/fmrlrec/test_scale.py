@@ -1,0 +1,101 @@
+"""More than one machine: workers of Ray make the same rows, processes get the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from examples.fmrlrec import data, encoders, formats, synthetic
+from examples.fmrlrec.config import Config, replace
+from examples.fmrlrec.pipeline import Material
+from examples.fmrlrec.workers import by_ray, serially
+from tests.benchmarks import fmrlrec_scale as scale
+from tests.fmrlrec.test_training import run
+
+ROOT = Path(__file__).parents[2]
+WORKER = """
+import json, sys
+from pathlib import Path
+from examples.fmrlrec.config import Config, replace
+from tests.fmrlrec import conftest, test_training
+import torch
+torch.set_num_threads(1)
+config = replace(Config(), {**conftest.TINY, "dropout": 0.0, "epochs": 2})
+made = conftest.cyclic_material()
+history, _ = test_training.run(made, config, Path(sys.argv[1]), "nested")
+if torch.distributed.get_rank() == 0:
+    Path(sys.argv[2]).write_text(json.dumps(history))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_parts_may_be_prepared_in_any_order(tmp_path: Path) -> None:
+    """What `Each` promises is order of results; who computes them, and when, does not matter."""
+    shop = synthetic.generate(tmp_path / "shop", synthetic.Shop(items=50, users=80))
+    config = replace(Config(), {"partition_rows": 100, "min_count": 2, "encoder_size": 4})
+
+    def backwards(function, parts, *shared):
+        found = {n: function(part, *shared) for n, part in reversed(list(enumerate(parts)))}
+        return [found[n] for n in range(len(parts))]
+
+    made = []
+    for name, each in (("one", serially), ("other", backwards)):
+        source = formats.read(shop, tmp_path / name / "lines")
+        found = data.prepare(source, tmp_path / name, config, each)
+        made.append((found, encoders.encode(found.catalogue, config, tmp_path / name, each)))
+    (one, first), (other, second) = made
+    assert scale.same(one, other)
+    for name, vectors in first.vectors.items():
+        np.testing.assert_array_equal(vectors, second.vectors[name])
+
+
+@pytest.mark.slow
+def test_workers_of_ray_prepare_the_same_rows(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    parts = scale.generate(tmp_path / "parts", 20_000)
+    config = replace(Config(), {"partition_rows": 3_000})
+    try:
+        one, _ = scale.measure(parts, tmp_path / "one", config, serially)
+        two, _ = scale.measure(parts, tmp_path / "two", config, by_ray(2))
+    finally:
+        ray.shutdown()
+    assert scale.same(one, two) and len(one.items) > 1000
+
+
+def test_a_plan_multiplies_what_was_measured(material: Material) -> None:
+    million = len(material.data.items) / 1e6
+    text = scale.plan(60.0, 1024.0, material.data, 10 * million)
+    assert "| 10 min |" in text and "| 10.0 GiB |" in text
+
+
+def test_two_processes_train_to_the_losses_of_one(
+    material: Material, tiny: Config, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "ACCELERATE_USE_CPU": "true",
+              "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "OMP_NUM_THREADS": "1"}  # fmt: skip
+    words = [sys.executable, "-c", WORKER, str(tmp_path / "two"), str(tmp_path / "told.json")]
+    children = [
+        subprocess.Popen(words, cwd=ROOT, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    assert [child.wait(timeout=240) for child in children] == [0, 0]
+    found = json.loads((tmp_path / "told.json").read_text())
+    config = replace(tiny, {"dropout": 0.0, "epochs": 2})
+    torch.set_num_threads(1)
+    expected, _ = run(material, config, tmp_path / "one", "nested")
+    assert len(found) == len(expected) == 2
+    for mine, theirs in zip(expected, found, strict=True):
+        for name in ("loss", "loss 2", "loss 4", "loss 8"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
