@@ -66,9 +66,10 @@ def chosen(folder: Path, data: str | None) -> Config:
 
 
 def _open(folder: Path, *given: Any) -> Any:
+    config = configure(folder, *given)  # before torch is imported: a wrong word costs no wait
     from examples.fmrlrec.pipeline import open_run
 
-    return open_run(folder, configure(folder, *given))
+    return open_run(folder, config)
 
 
 def _reopen(folder: Path) -> Any:
@@ -220,9 +221,12 @@ def serve_command(
     index: Annotated[str, typer.Option(help="exact, or an index: hnsw, ivf, usearch.")] = "exact",
 ) -> None:
     """Serve recommendations over HTTP, with a page to look at; needs the extra `serve`."""
-    from examples.fmrlrec.serving.service import serve
-
-    serve(_reopen(run), size or [], index, (host, port))
+    opened = _reopen(run)
+    try:
+        from examples.fmrlrec.serving.service import serve
+    except ImportError as error:
+        raise RunError(f"serve needs {error.name}: pip install -e '.[serve]'") from error
+    serve(opened, size or [], index, (host, port))
 
 
 def main() -> None:

@@ -146,10 +146,18 @@ def read_tables(folder: Path, scratch: Path) -> Source:
 
 
 def lines_to_parquet(path: Path, lines: Lines, folder: Path) -> int:
-    """Converts a file of lines to parquet parts in `folder`; returns the count of bad lines."""
+    """Converts a file of lines to parquet parts in `folder`; returns the count of bad lines.
+
+    What was converted stays while the file's size and time do: counting and preparing share it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.parquet"):
-        stale.unlink()
+    status, done = path.stat(), folder / "done.json"
+    stamp = [status.st_size, status.st_mtime_ns, list(lines.columns)]
+    before = json.loads(done.read_text()) if done.exists() else {}
+    if before.get("stamp") == stamp:
+        return before["bad"]
+    for stale in (done, *folder.glob("*.parquet")):
+        stale.unlink(missing_ok=True)
     bad = 0
     with _opened(path) as stream:
         rows = (_row(line, lines) for line in _whole_lines(stream, path) if line.strip())
@@ -159,6 +167,7 @@ def lines_to_parquet(path: Path, lines: Lines, folder: Path) -> int:
             _frame(good, tuple(lines.columns)).write_parquet(folder / f"{number:05}.parquet")
     if not any(folder.glob("*.parquet")):
         _frame([], tuple(lines.columns)).write_parquet(folder / "00000.parquet")
+    done.write_text(json.dumps({"stamp": stamp, "bad": bad}))
     return bad
 
 

@@ -280,7 +280,9 @@ def whole_rows(chunk: Chunk, problem: Problem, options: LossOptions) -> Tensor:
         torch.softmax(scores, -1, out=probabilities)
         picked = scores.gather(1, chunk.target[:, None]).squeeze(1)
         norm = normalizer(scores, probabilities, picked, chunk.target)
-        loss = smoothed(norm, picked, scores.sum(1), options, len(problem.table))
+        # A sum is a pass over all scores: 8 % of a step of SASRec, for smoothing alone.
+        total = scores.sum(1) if options.smoothing else picked
+        loss = smoothed(norm, picked, total, options, len(problem.table))
         losses.append(loss)
         if options.scales is not None:
             chunk.moments[j] = loss - norm + vecdot(probabilities, scores)
@@ -300,7 +302,7 @@ def normalizer(logits: Tensor, probabilities: Tensor, picked: Tensor, target: Te
 def smoothed(
     norm: Tensor, picked: Tensor, total: Tensor, options: LossOptions, classes: int
 ) -> Tensor:
-    """The loss from logsumexp, the target's logit and the sum of logits."""
+    """The loss from logsumexp, the target's logit and the sum of logits, read where it counts."""
     if not options.smoothing:
         return norm - picked
     return norm - (1 - options.smoothing) * picked - options.smoothing * total / classes
@@ -319,7 +321,8 @@ def two_sweeps(
             scores = options.scaled(logits, j)
             norms[j] = torch.logaddexp(norms[j], scores.logsumexp(1))
             picked[j] += torch.where(inside, scores.gather(1, column).squeeze(1), 0)
-            totals[j] += scores.sum(1)
+            if options.smoothing:
+                totals[j] += scores.sum(1)
     parts = zip(norms, picked, totals, strict=True)
     losses = [smoothed(*part, options, len(problem.table)) for part in parts]
     return list(norms), torch.stack(losses)
@@ -361,10 +364,10 @@ def suffixes(
     above = None
     steps = zip(options.blocks, options.slopes, chunk.slots, strict=True)
     for block, weight, slot in reversed(list(steps)):
-        if above is None:
-            slot.mul_(weight)
-        else:
+        if above is not None:
             torch.add(above, slot, alpha=weight, out=slot)
+        elif weight != 1:
+            slot.mul_(weight)
         slot.scatter_add_(1, column, hit * weight)
         if options.smoothing:
             slot.sub_(weight * options.smoothing / classes)

@@ -41,7 +41,7 @@ class Banned:
 
 
 def metrics_by_size(
-    scores: Mapping[int, Tensor] | Iterable[tuple[int, Tensor]],
+    scores: Iterable[tuple[int, Tensor]] | Mapping[int, Tensor],
     target: Tensor,
     *,
     cutoffs: Sequence[int] = (10,),
@@ -60,7 +60,9 @@ def metrics_by_size(
     Raises:
         ServingError: where scores and targets do not fit each other, or a score is NaN.
     """
-    pairs = scores.items() if isinstance(scores, Mapping) else scores
+    pairs: Iterable[tuple[int, Tensor]] = (
+        scores.items() if isinstance(scores, Mapping) else scores  # pyright: ignore
+    )
     found: dict[int, dict[str, float]] = {}
     for size, table in pairs:
         _check(size, table, target)

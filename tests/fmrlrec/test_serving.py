@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import matryoshkafy as mk
 from examples.fmrlrec.building import build, nest
-from examples.fmrlrec.config import RunError, replace
+from examples.fmrlrec.config import DataError, RunError, replace
 from examples.fmrlrec.data import left_pad
 from examples.fmrlrec.pipeline import Material
 from examples.fmrlrec.serving.compact import compact, export_items, project
@@ -139,7 +139,7 @@ def test_a_new_item_takes_part_without_training(served, material) -> None:
     names = [name for name, _ in live.top("bob", 8, 41)]
     assert "fresh" in names and len(names) == 41 - 5
     assert live.event("bob", "fresh") == 6
-    with pytest.raises(Unknown, match="is there already"):
+    with pytest.raises(RunError, match="is there already"):
         live.add("fresh", rows)
 
 
@@ -302,3 +302,22 @@ def test_the_page_shows_every_size_side_by_side(address: str, shop, tmp_path: Pa
         wait.until(lambda b: "no user 'zoe'" in b.find_element(By.ID, "message").text)
     finally:
         browser.quit()
+
+
+def test_a_new_item_shows_no_file_outside_the_shop(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
+    from PIL import Image
+
+    from examples.fmrlrec.serving.service import picture_in
+
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    Image.new("RGB", (4, 4)).save(shop / "fine.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "outside.jpg")
+    (shop / "text.jpg").write_text("no picture")
+    assert picture_in(shop, "fine.jpg") == shop / "fine.jpg"
+    assert picture_in(shop, "") is None
+    for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "text.jpg", "gone.jpg"):
+        with pytest.raises(DataError, match="no picture that can be read in the folder"):
+            picture_in(shop, name)

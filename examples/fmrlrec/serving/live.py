@@ -164,13 +164,13 @@ class Live:
     def add(self, item: str, rows: Mapping[int, np.ndarray]) -> None:
         """A new item without training: its row [m] of the table at each size.
 
-        Its bias is the median one. Raises `Unknown` for an id that is there already, or for an
+        Its bias is the median one. Raises `RunError` for an id that is there already, or for an
         approximate index, which is built once.
         """
         if item in self.items:
-            raise Unknown(f"item {item!r} is there already")
+            raise RunError(f"item {item!r} is there already; give another item_id")
         if self.index != "exact":
-            raise Unknown(f"new items need --index exact; this service has {self.index}")
+            raise RunError(f"new items need --index exact; this service has {self.index}")
         for number, size in self.sizes.items():
             row = np.append(rows[number], np.median(size.rows[:, -1])).astype(np.float32)
             size.rows = np.concatenate([size.rows, row[None]])

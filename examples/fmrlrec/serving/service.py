@@ -22,6 +22,8 @@ from pydantic import BaseModel, Field
 
 from examples.fmrlrec import pipeline
 from examples.fmrlrec.building import sizes_of
+from examples.fmrlrec.config import DataError
+from examples.fmrlrec.encoders import open_picture
 from examples.fmrlrec.pipeline import Material, Run
 from examples.fmrlrec.serving.compact import compact, project, titles_of
 from examples.fmrlrec.serving.live import Live, Unknown
@@ -109,13 +111,25 @@ class Newcomers:
     def _add(self, row: dict[str, Any]) -> str:
         root = pipeline.data_path(self.run)
         root = root if root.is_dir() else root.parent
+        picture = picture_in(root, row.get("image", ""))
         found = encode_items(self.run, self.material, [row], root)
         live, name = self.shop.live, str(row["item_id"])
         live.add(name, {size: project(self.doll, size, found.features)[0] for size in live.sizes})
         self.shop.titles[name] = found.titles[0]
-        if row.get("image"):
-            self.shop.pictures[name] = root / row["image"]
+        if picture is not None:
+            self.shop.pictures[name] = picture
         return found.titles[0]
+
+
+def picture_in(root: Path, name: str) -> Path | None:
+    """The picture of that name beside the data; the service shows no other file."""
+    if not name:
+        return None
+    path = (root / name).resolve()
+    inside = path.is_relative_to(root.resolve())
+    if not inside or open_picture(path).image is None:
+        raise DataError(f"{name!r} is no picture that can be read in the folder of the data")
+    return path
 
 
 class Metrics:
