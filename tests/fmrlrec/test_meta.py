@@ -18,9 +18,10 @@ from matryoshkafy.serving.ranks import rank
 INPUTS = torch.ones(3, 6, dtype=torch.int64, device="meta")
 
 
-@pytest.mark.parametrize("nesting", ["masked", "sliced"])
-@pytest.mark.parametrize("norm", ["block", "prefix"])
-@pytest.mark.parametrize("modality", ["both", "id"])
+@pytest.mark.parametrize(
+    ("nesting", "norm", "modality"),
+    [("masked", "block", "id"), ("masked", "prefix", "both"), ("sliced", "block", "both")],
+)
 def test_a_training_step_stays_on_its_device(nesting, norm, modality, material, tiny) -> None:
     config = replace(tiny, {"nesting": nesting, "norm": norm, "modality": modality})
     doll = nest(build(config, 40, material.features, 8), config)

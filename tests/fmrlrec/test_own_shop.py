@@ -35,7 +35,7 @@ def refused(*words: str) -> str:
 
 def test_a_small_shop_trains_at_any_ladder_without_settings(shop: Path, tmp_path: Path) -> None:
     told = called("train", "--data", str(shop), "--run", str(tmp_path), "--sizes", "3,7,20", *FEW)
-    assert "60 items" in told and "texts and pictures: settings chosen" in told
+    assert "150 users" in told and "texts and pictures: settings chosen" in told
     assert {p.name for p in (tmp_path / "slices").iterdir()} == {"3", "7", "20"}
     config = Config.from_json((tmp_path / "config.json").read_text())
     assert (config.modality, config.min_count, config.sizes) == ("both", 1, "3,7,20")

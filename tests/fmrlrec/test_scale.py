@@ -76,6 +76,7 @@ def test_a_plan_multiplies_what_was_measured(material: Material) -> None:
     assert "| 10 min |" in text and "| 10.0 GiB |" in text
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_losses_of_one(
     material: Material, tiny: Config, tmp_path: Path
 ) -> None:

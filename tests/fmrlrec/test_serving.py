@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from examples.fmrlrec.pipeline import Material
 from examples.fmrlrec.serving.compact import compact, export_items, project
 from examples.fmrlrec.serving.live import Live, Unknown
 
+ROOT = Path(__file__).parents[2]
 SEQUENCES = torch.tensor([[0, 0, 3, 4, 9], [5, 6, 7, 8, 1]])
 
 
@@ -35,9 +38,10 @@ def doll_of(material: Material, config: Any, **changes: Any):
     return doll.eval(), config
 
 
-@pytest.mark.parametrize("modality", ["both", "id"])
 @pytest.mark.parametrize(
-    "how", [{"norm": "prefix"}, {"norm": "block"}, {"nesting": "sliced"}], ids=str
+    ("modality", "how"),
+    [("both", {"norm": "prefix"}), ("id", {"norm": "block"}), ("both", {"nesting": "sliced"})],
+    ids=str,
 )
 def test_a_compact_model_scores_as_its_slice(modality, how, material, tiny) -> None:
     doll, config = doll_of(material, tiny, modality=modality, **how)
@@ -321,3 +325,16 @@ def test_a_new_item_shows_no_file_outside_the_shop(tmp_path: Path) -> None:
     for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "text.jpg", "gone.jpg"):
         with pytest.raises(DataError, match="no picture that can be read in the folder"):
             picture_in(shop, name)
+
+
+@pytest.mark.slow
+def test_under_load_and_killed_every_answer_is_right() -> None:
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(name)
+    words = "--items 60 --users 40 --sizes 8,16 --seconds 4 --restarts 1 --clients 4".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.fmrlrec.serving.load", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "0 failed, 0 wrong" in done.stdout and "size 16" in done.stdout
