@@ -277,7 +277,7 @@ def test_the_page_shows_every_size_side_by_side(address: str, shop, tmp_path: Pa
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
         browser.get(address)
-        wait = WebDriverWait(browser, 30)
+        wait = WebDriverWait(browser, 120)
         columns = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#sizes section"))
         assert [c.find_element(By.TAG_NAME, "h2").text for c in columns] == [
             "size 2", "size 4", "size 8"]  # fmt: skip
