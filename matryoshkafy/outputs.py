@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import MatryoshkafyError
 
+# What selects positions of an output.
+Place = Tensor | slice | int
 DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -85,7 +87,7 @@ class Outputs(MutableMapping[int, Any]):
         """Return the last linear that a size's scores come from, None where its tail is none."""
         return self._read(self._readouts[size], size) if size in self._readouts else None
 
-    def scores_at(self, *index: Any) -> Iterator[tuple[int, Tensor]]:
+    def scores_at(self, *index: Place) -> Iterator[tuple[int, Tensor]]:
         """Yield (size, scores of chosen positions), ascending; the other scores are not computed.
 
         index selects positions as it would of the output: `scores_at(slice(None), -1)` the last of
@@ -255,7 +257,7 @@ class Readout:
         plain = not isinstance(self.scale, Tensor) and self.scale == 1
         return self.hidden if plain else self.hidden * self.scale
 
-    def at(self, *index: Any) -> Readout:
+    def at(self, *index: Place) -> Readout:
         """The readout of chosen positions: of hidden[index]."""
         return replace(self, hidden=self.hidden[index])
 

@@ -1,7 +1,7 @@
 """Texts and pictures as vectors, computed once and kept as safetensors under a digest.
 
-Text encoders: `tfidf`, `minilm`, or any sentence-transformers name or folder. Picture encoders:
-`pixels`, or any open_clip name ("MODEL:TAG", "hf-hub:...") or folder.
+Text encoders: `tfidf`, `minilm`, or any sentence-transformers name or folder; those of pictures are
+in `pictures`.
 """
 
 from __future__ import annotations
@@ -9,27 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from examples.fmrlrec.config import Config, ConfigError
+from examples.fmrlrec.pictures import IMAGE_ENCODERS, batches, clip_name, device, raw_images
 from examples.fmrlrec.workers import Each, serially
 
-PIXELS, FORMAT, TEXTS_AT_ONCE = 64, 2, 50_000
+FORMAT, TEXTS_AT_ONCE = 2, 50_000
 # What an encoder learnt from the catalogue, by name: arrays, and texts as one array of bytes.
 Fit = dict[str, np.ndarray]
 TextEncoder = Callable[[list[str], Config], "Encoded"]
-ImageEncoder = Callable[[list["Image.Image"]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,6 @@ class Encoded:
     vectors: np.ndarray
     fit: Fit = field(default_factory=dict)
     problems: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One opened picture, or why there is none."""
-
-    image: Image.Image | None
-    problem: str = ""
 
 
 def encode(catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially) -> Features:
@@ -92,7 +81,7 @@ def check(config: Config) -> None:
         minilm_path()
     built_in = config.image_encoder in IMAGE_ENCODERS
     if config.modality in ("both", "image") and not built_in:
-        _clip_name(config.image_encoder)
+        clip_name(config.image_encoder)
 
 
 def _encoded(
@@ -149,7 +138,7 @@ def new_texts(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
 
 def new_images(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
     """Vectors of new items' pictures."""
-    vectors, _ = _raw_images(_paths(items), config)
+    vectors, _ = raw_images(_paths(items), config)
     if "axes" not in fit:
         return vectors
     width = fit["mean"].shape[0]
@@ -235,48 +224,14 @@ def sentence_vectors(texts: list[str], name: str, batch: int) -> np.ndarray:
     """Normalised vectors of a sentence-transformers model, given by name or folder."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(name, device=_device())
+    model = SentenceTransformer(name, device=device())
     found = model.encode(
         texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=len(texts) > batch
     )
     return np.asarray(found, dtype=np.float32)
 
 
-def pixel_vector(image: Image.Image) -> np.ndarray:
-    """Histograms of oriented gradients and of colours in each quarter of a picture."""
-    from skimage.feature import hog
-
-    small = np.asarray(image.convert("RGB").resize((PIXELS, PIXELS)), dtype=np.float32) / 255
-    edges = hog(small.mean(2), orientations=9, pixels_per_cell=(8, 8), cells_per_block=(2, 2))
-    half = PIXELS // 2
-    quarters = [small[r : r + half, c : c + half] for r in (0, half) for c in (0, half)]
-    colours = np.concatenate([_colours(quarter) for quarter in quarters])
-    return np.concatenate([_unit(edges), _unit(colours)]).astype(np.float32)
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    """`pixel_vector` of each picture; the principal components are taken over all of them later."""
-    return np.stack([pixel_vector(image) for image in images])
-
-
-def clip_encoder(name: str) -> ImageEncoder:
-    """The image tower of an open_clip model, given by "MODEL:TAG", hub name or folder."""
-    import open_clip
-    import torch
-
-    model, transform = open_clip.create_model_from_pretrained(*_clip_name(name), device=_device())
-
-    @torch.inference_mode()
-    def vectors(images: list[Image.Image]) -> np.ndarray:
-        batch = torch.stack([transform(image.convert("RGB")) for image in images])
-        return model.encode_image(batch.to(_device()), normalize=True).float().cpu().numpy()
-
-    model.eval()
-    return vectors
-
-
 TEXT_ENCODERS: dict[str, TextEncoder] = {"tfidf": tfidf, "minilm": minilm}
-IMAGE_ENCODERS: dict[str, Callable[[], ImageEncoder]] = {"pixels": lambda: pixels}
 
 
 def _text_encoder(config: Config) -> TextEncoder:
@@ -293,7 +248,7 @@ def _text_vectors(texts: list[str], config: Config, each: Each) -> Encoded:
     if encoder is tfidf:
         found = tfidf(texts, config)
     else:
-        parts = [texts[at] for at in _batches(len(texts), TEXTS_AT_ONCE)]
+        parts = [texts[at] for at in batches(len(texts), TEXTS_AT_ONCE)]
         found = Encoded(np.concatenate([e.vectors for e in each(encoder, parts, config)]))
     return replace(found, vectors=_blanked(found.vectors, texts))
 
@@ -305,58 +260,15 @@ def _blanked(vectors: np.ndarray, texts: list[str]) -> np.ndarray:
 
 
 def _image_vectors(paths: list[Path | None], config: Config, each: Each) -> Encoded:
-    vectors, problems = _raw_images(paths, config, each)
+    vectors, problems = raw_images(paths, config, each)
     fit = {}
     if config.image_encoder in IMAGE_ENCODERS:
         vectors, fit = _components(vectors, config.encoder_size)
     return Encoded(vectors, fit, dict(problems))
 
 
-def _raw_images(
-    paths: list[Path | None], config: Config, each: Each = serially
-) -> tuple[np.ndarray, Counter[str]]:
-    """What the encoder says of each picture, zero where there is none, and what was wrong."""
-    batches = [paths[at] for at in _batches(len(paths), config.encoder_batch)]
-    found = each(_image_batch, batches, config)
-    size = max((vectors.shape[1] for vectors, _ in found), default=1)
-    # A batch without a picture does not know how many numbers the encoder gives.
-    whole = [v if v.shape[1] == size else np.zeros((len(v), size), np.float32) for v, _ in found]
-    problems = Counter[str]()
-    for _, told in found:
-        problems.update(told)
-    return np.concatenate(whole) if whole else np.zeros((0, 1), np.float32), problems
-
-
-def _image_batch(paths: list[Path | None], config: Config) -> tuple[np.ndarray, Counter[str]]:
-    """Vectors of some pictures, and how often what was wrong."""
-    opened = [open_picture(path) for path in paths]
-    problems = Counter(picture.problem for picture in opened if picture.problem)
-    good = {n: p.image for n, p in enumerate(opened) if p.image is not None}
-    if not good:
-        return _spread({}, len(paths)), problems
-    vectors = _image_encoder(config.image_encoder)(list(good.values()))
-    return _spread(dict(zip(good, vectors, strict=True)), len(paths)), problems
-
-
-@lru_cache(maxsize=1)
-def _image_encoder(name: str) -> ImageEncoder:
-    make = IMAGE_ENCODERS.get(name)
-    return clip_encoder(name) if make is None else make()
-
-
 def _paths(items: pl.DataFrame) -> list[Path | None]:
     return [Path(path) if path else None for path in items["image"]]
-
-
-def open_picture(path: Path | None) -> Picture:
-    """Opens a picture completely, so that a corrupt one shows here and not in the middle of use."""
-    if path is None or not path.exists():
-        return Picture(None, "items without picture")
-    try:
-        with Image.open(path) as image:
-            return Picture(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return Picture(None, f"corrupt picture {path.name}")
 
 
 def _components(vectors: np.ndarray, size: int) -> tuple[np.ndarray, Fit]:
@@ -371,47 +283,6 @@ def _components(vectors: np.ndarray, size: int) -> tuple[np.ndarray, Fit]:
     pca = PCA(size, random_state=0)
     reduced[present] = pca.fit_transform(vectors[present])
     return reduced, {"axes": pca.components_, "mean": pca.mean_}
-
-
-def _colours(quarter: np.ndarray) -> np.ndarray:
-    counts, _ = np.histogramdd(quarter.reshape(-1, 3), bins=4, range=[(0, 1)] * 3)
-    return np.sqrt(counts.ravel() / counts.sum())
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
-
-
-def _spread(rows: dict[int, np.ndarray], count: int) -> np.ndarray:
-    size = len(next(iter(rows.values()))) if rows else 1
-    vectors = np.zeros((count, size), dtype=np.float32)
-    for number, row in rows.items():
-        vectors[number] = row
-    return vectors
-
-
-def _batches(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _clip_name(name: str) -> tuple[str, str | None]:
-    if Path(name).is_dir():
-        return f"local-dir:{name}", None
-    if name.startswith("hf-hub:"):
-        return name, None
-    model, separator, tag = name.partition(":")
-    if not separator:
-        raise ConfigError(
-            f"image_encoder={name!r} names no weights; write MODEL:TAG (ViT-B-16-SigLIP:webli), "
-            "hf-hub:..., a folder, or pixels"
-        )
-    return model, tag
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _content(path: Path | None) -> bytes:

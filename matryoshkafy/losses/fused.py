@@ -137,7 +137,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """The total and the losses [sizes, N]: directly in eager mode, one operator while tracing."""
     if is_plain(problem.hidden):
-        values = None if scales is None else tuple(float(s) for s in scales)
+        values = None if scales is None else tuple(float(s) for s in scales.detach())
         options = replace(options, scales=values)
         return cross_entropy_grads.apply(problem, options, reduction=reduction, scales=scales)
     if scales is not None:

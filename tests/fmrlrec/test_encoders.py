@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from examples.fmrlrec import encoders, synthetic
+from examples.fmrlrec import encoders, pictures, synthetic
 from examples.fmrlrec.config import Config, ConfigError, replace
 
 WORDS = ["red", "blue", "lamp", "tent", "small", "large", "house", "of"]
@@ -177,7 +177,7 @@ def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
 
 def test_a_clip_name_without_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match="MODEL:TAG"):
-        encoders.clip_encoder("ViT-B-32")
+        pictures.clip_encoder("ViT-B-32")
 
 
 def test_new_items_are_encoded_as_the_catalogue_was(

@@ -1,0 +1,149 @@
+"""Pictures as vectors: `pixels`, or any open_clip name ("MODEL:TAG", "hf-hub:...") or folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from examples.fmrlrec.config import Config, ConfigError
+from examples.fmrlrec.workers import Each, serially
+
+PIXELS = 64
+ImageEncoder = Callable[[list["Image.Image"]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One opened picture, or why there is none."""
+
+    image: Image.Image | None
+    problem: str = ""
+
+
+def open_picture(path: Path | None) -> Picture:
+    """Opens a picture completely, so that a corrupt one shows here and not in the middle of use."""
+    if path is None or not path.exists():
+        return Picture(None, "items without picture")
+    try:
+        with Image.open(path) as image:
+            return Picture(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return Picture(None, f"corrupt picture {path.name}")
+
+
+def pixel_vector(image: Image.Image) -> np.ndarray:
+    """Histograms of oriented gradients and of colours in each quarter of a picture."""
+    from skimage.feature import hog
+
+    small = np.asarray(image.convert("RGB").resize((PIXELS, PIXELS)), dtype=np.float32) / 255
+    edges = hog(small.mean(2), orientations=9, pixels_per_cell=(8, 8), cells_per_block=(2, 2))
+    half = PIXELS // 2
+    quarters = [small[r : r + half, c : c + half] for r in (0, half) for c in (0, half)]
+    colours = np.concatenate([_colours(quarter) for quarter in quarters])
+    return np.concatenate([_unit(edges), _unit(colours)]).astype(np.float32)
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    """`pixel_vector` of each picture; the principal components are taken over all of them later."""
+    return np.stack([pixel_vector(image) for image in images])
+
+
+def clip_encoder(name: str) -> ImageEncoder:
+    """The image tower of an open_clip model, given by "MODEL:TAG", hub name or folder."""
+    import open_clip
+    import torch
+
+    model, transform = open_clip.create_model_from_pretrained(*clip_name(name), device=device())
+
+    @torch.inference_mode()
+    def vectors(images: list[Image.Image]) -> np.ndarray:
+        batch = torch.stack([transform(image.convert("RGB")) for image in images])
+        return model.encode_image(batch.to(device()), normalize=True).float().cpu().numpy()
+
+    model.eval()
+    return vectors
+
+
+IMAGE_ENCODERS: dict[str, Callable[[], ImageEncoder]] = {"pixels": lambda: pixels}
+
+
+def raw_images(
+    paths: list[Path | None], config: Config, each: Each = serially
+) -> tuple[np.ndarray, Counter[str]]:
+    """What the encoder says of each picture, zero where there is none, and what was wrong."""
+    parts = [paths[at] for at in batches(len(paths), config.encoder_batch)]
+    found = each(_image_batch, parts, config)
+    size = max((vectors.shape[1] for vectors, _ in found), default=1)
+    # A batch without a picture does not know how many numbers the encoder gives.
+    whole = [v if v.shape[1] == size else np.zeros((len(v), size), np.float32) for v, _ in found]
+    problems = Counter[str]()
+    for _, told in found:
+        problems.update(told)
+    return np.concatenate(whole) if whole else np.zeros((0, 1), np.float32), problems
+
+
+def _image_batch(paths: list[Path | None], config: Config) -> tuple[np.ndarray, Counter[str]]:
+    """Vectors of some pictures, and how often what was wrong."""
+    opened = [open_picture(path) for path in paths]
+    problems = Counter(picture.problem for picture in opened if picture.problem)
+    good = {n: p.image for n, p in enumerate(opened) if p.image is not None}
+    if not good:
+        return _spread({}, len(paths)), problems
+    vectors = _image_encoder(config.image_encoder)(list(good.values()))
+    return _spread(dict(zip(good, vectors, strict=True)), len(paths)), problems
+
+
+@lru_cache(maxsize=1)
+def _image_encoder(name: str) -> ImageEncoder:
+    make = IMAGE_ENCODERS.get(name)
+    return clip_encoder(name) if make is None else make()
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `count`."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def clip_name(name: str) -> tuple[str, str | None]:
+    """Model and weights as open_clip takes them; `ConfigError` for a name without weights."""
+    if Path(name).is_dir():
+        return f"local-dir:{name}", None
+    if name.startswith("hf-hub:"):
+        return name, None
+    model, separator, tag = name.partition(":")
+    if not separator:
+        raise ConfigError(
+            f"image_encoder={name!r} names no weights; write MODEL:TAG (ViT-B-16-SigLIP:webli), "
+            "hf-hub:..., a folder, or pixels"
+        )
+    return model, tag
+
+
+def device() -> str:
+    """Where encoders run."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _colours(quarter: np.ndarray) -> np.ndarray:
+    counts, _ = np.histogramdd(quarter.reshape(-1, 3), bins=4, range=[(0, 1)] * 3)
+    return np.sqrt(counts.ravel() / counts.sum())
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def _spread(rows: dict[int, np.ndarray], count: int) -> np.ndarray:
+    size = len(next(iter(rows.values()))) if rows else 1
+    vectors = np.zeros((count, size), dtype=np.float32)
+    for number, row in rows.items():
+        vectors[number] = row
+    return vectors
