@@ -100,7 +100,10 @@ class Outputs(MutableMapping[int, Any]):
             return
         for size in self:
             own = self.readout_at(size)
-            yield size, scores_of(self[size])[index] if own is None else own.at(*index).logits(size)
+            if own is None:
+                yield size, cast(Tensor, scores_of(self[size]))[index]
+            else:
+                yield size, own.at(*index).logits(size)
 
     def _read(self, value: object, size: int) -> Any:
         if isinstance(value, Late) and value.pending and self._moment is not None:

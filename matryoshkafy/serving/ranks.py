@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class Banned:
 
 
 def metrics_by_size(
-    scores: Iterable[tuple[int, Tensor]] | Mapping[int, Tensor],
+    scores: Mapping[int, Tensor] | Iterable[tuple[int, Tensor]],
     target: Tensor,
     *,
     cutoffs: Sequence[int] = (10,),
@@ -60,16 +61,21 @@ def metrics_by_size(
     Raises:
         ServingError: where scores and targets do not fit each other, or a score is NaN.
     """
-    pairs: Iterable[tuple[int, Tensor]] = (
-        scores.items() if isinstance(scores, Mapping) else scores  # pyright: ignore
-    )
     found: dict[int, dict[str, float]] = {}
-    for size, table in pairs:
+    for size, table in _pairs(scores):
         _check(size, table, target)
         ranks = rank(table, target)
         ranks = ranks if banned is None else without(ranks, table, target, banned)
         found[size] = {name: sum_ / len(target) for name, sum_ in gains(ranks, cutoffs).items()}
     return found
+
+
+def _pairs(
+    scores: Mapping[int, Tensor] | Iterable[tuple[int, Tensor]],
+) -> Iterable[tuple[int, Tensor]]:
+    if isinstance(scores, Mapping):
+        return cast("Mapping[int, Tensor]", scores).items()
+    return scores
 
 
 def _check(size: int, scores: Tensor, target: Tensor) -> None:
