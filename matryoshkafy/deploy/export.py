@@ -34,6 +34,7 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import attach
 from matryoshkafy.kernels import ops as _ops
+from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.rewrite.linears import as_functions
 
 assert _ops
@@ -144,7 +145,7 @@ def plain_module(model: fx.GraphModule) -> fx.GraphModule:
             write_plainly(root, node)
     graph.output(_structured(flat, trace.signature))
     graph.eliminate_dead_code()
-    return fx.GraphModule(root, graph)
+    return runnable(root, graph)
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

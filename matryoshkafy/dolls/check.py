@@ -21,7 +21,7 @@ from matryoshkafy.dolls.measure import (
     tolerance_of,
     values_of,
 )
-from matryoshkafy.dolls.slice import slice
+from matryoshkafy.dolls.slice import cut_out, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.quiet import silent
@@ -48,16 +48,35 @@ def refuse_broken(doll: Doll, call: Call) -> None:
     if any(t.is_meta for t in state):
         return
     with silent(), evaluated(doll):
+        together, why = _together(doll, flat)
         for level in reversed(range(doll.plan.levels)):
-            failure = _failure(doll, level, flat)
+            failure = _failure(doll, level, flat, together)
             if failure:
                 raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {REMEDY}")
+        if why:
+            raise PlanError(f"the pass over all sizes fails on the example: {why}. {REMEDY}")
 
 
-def _failure(doll: Doll, level: int, flat: list[torch.Tensor]) -> str:
+def _together(doll: Doll, flat: list[torch.Tensor]) -> tuple[list[object], str]:
+    """Return the flat outputs of every size of a masked doll from its one pass, or why it fails.
+
+    Nothing in sliced nesting: there each size is a pass of its own.
+    """
+    if not doll.plan.masked:
+        return [], ""
+    levels = list(range(doll.plan.levels))
+    try:
+        out = run(outputs_graph(trace_of(doll), doll.plan, levels), root_of(doll), flat)
+    except Failed as error:
+        return [], _told(doll, error)
+    count = len(out) // len(levels)
+    return [out[i * count : (i + 1) * count] for i in levels], ""
+
+
+def _failure(doll: Doll, level: int, flat: list[torch.Tensor], together: list[object]) -> str:
     """Return what is wrong with a size on the example, "" if nothing is."""
     try:
-        error = _error(doll, level, flat)
+        error = _error(doll, level, flat, together)
     except MatryoshkafyError as error:
         return f"cannot be computed on the example: {error}"
     except Failed as error:
@@ -67,13 +86,17 @@ def _failure(doll: Doll, level: int, flat: list[torch.Tensor]) -> str:
     return f"is not what its slice computes on the example: {_where(doll, level, flat, error)}"
 
 
-def _error(doll: Doll, level: int, flat: list[torch.Tensor]) -> float:
+def _error(doll: Doll, level: int, flat: list[torch.Tensor], together: list[object]) -> float:
     plan = doll.plan
-    own = run(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), flat)
+    own = together[level] if together else _alone(doll, level, flat)
     if level == plan.levels - 1:
         return 0.0
-    small = slice(doll, plan.sizes[level])
-    return relative_error(own, run(small.graph, small, prefix_inputs(doll, (plan, level), flat)))
+    graph, root = cut_out(trace_of(doll), plan, state_of(doll), level)
+    return relative_error(own, run(graph, root, prefix_inputs(doll, (plan, level), flat)))
+
+
+def _alone(doll: Doll, level: int, flat: list[torch.Tensor]) -> object:
+    return run(outputs_graph(trace_of(doll), doll.plan, [level]), root_of(doll), flat)
 
 
 def _draws(doll: Doll) -> bool:
@@ -89,7 +112,7 @@ def _draws(doll: Doll) -> bool:
 def _is_rounding(doll: Doll, level: int, flat: list[torch.Tensor]) -> bool:
     """In float64 two ways of computing one thing agree, whatever they round to in float32."""
     try:
-        return _error(*_wide(doll, level, flat)) <= TOLERANCE[torch.float64]
+        return _error(*_wide(doll, level, flat), []) <= TOLERANCE[torch.float64]
     except Failed:
         return False
 
@@ -117,9 +140,9 @@ def _differing(doll: Doll, level: int, flat: list[torch.Tensor]) -> Iterator[str
     plan = doll.plan
     if not plan.masked:
         return
-    small = slice(doll, plan.sizes[level])
+    graph, small = cut_out(trace_of(doll), plan, state_of(doll), level)
     full = values_of(full_graph(trace_of(doll), plan), root_of(doll), flat)
-    mine = values_of(small.graph, small, prefix_inputs(doll, (plan, level), flat))
+    mine = values_of(graph, small, prefix_inputs(doll, (plan, level), flat))
     for name, a, b in prefixes(plan, level, full, mine):
         if relative_error(a, b) > tolerance_of(doll):
             yield name

@@ -11,6 +11,7 @@ from torch import nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
+from matryoshkafy.dolls.caveats import Recorded
 from matryoshkafy.dolls.check import refuse_broken
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.libraries import caches_off
@@ -20,6 +21,7 @@ from matryoshkafy.dolls.pretrained import nesting_of, remarked, say_how_far_off
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import verify
 from matryoshkafy.errors import PlanError, TraceError
+from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request, output_plan
@@ -246,10 +248,11 @@ def _traced(call: Call, *, check: bool) -> Trace:
 
 def _refuse_specialised(doll: Doll, call: Call) -> None:
     """One path of a branching forward must keep the laws on its example."""
-    note = next((n for n in trace_of(doll).notes if n.startswith("specialised")), None)
+    note = next((n for n in trace_of(doll).notes if n.startswith(SPECIALISED)), None)
     failure = _failure(doll, call) if note else None
+    doll._recorded = Recorded(doll.plan)  # what is said at the first call was said to nobody
     if note and failure:
-        reason = note.removeprefix("specialised: the forward ").partition(";")[0]
+        reason = note.removeprefix(f"{SPECIALISED}the forward ").partition(";")[0]
         raise TraceError(
             f"the path that the example takes cannot be taken at every size:\n{failure}\n"
             f"The forward {reason}; which rows it works on depends on values that differ between "

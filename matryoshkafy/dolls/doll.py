@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from matryoshkafy.dolls.caveats import Recorded, refuse_training, why_untrained
 from matryoshkafy.dolls.pickling import Reduced, reduced
-from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
+from matryoshkafy.graph.trace import Trace
 from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.codegen import CallCodeGen
@@ -56,7 +56,8 @@ class Doll(nn.Module):
         self._parts = 0
         self._functions: dict[object, Function] = {}
         self._forward = compiled(full_graph(trace, plan))
-        self.train(root.training and not self._cannot_train())
+        self.train(root.training and not why_untrained(plan))
+        self._recorded = Recorded(plan)
 
     @property
     def sizes(self) -> list[int]:
@@ -97,11 +98,8 @@ class Doll(nn.Module):
 
         Raises `TraceError` where the graph does not train as the user's model does.
         """
-        if mode and (reason := self._cannot_train()):
-            raise TraceError(
-                f"this doll cannot be trained; {reason}. Train the model that it was converted "
-                "from, and convert the result; or rewrite that part with torch operations."
-            )
+        if mode:
+            refuse_training(self._plan, "doll")
         super().train(mode)
         self.__dict__["_root"].training = mode
         return self
@@ -119,12 +117,9 @@ class Doll(nn.Module):
     def _compiled(self, graph: fx.Graph) -> Function:
         return checkpointed(graph, self._parts) if self._parts > 1 else compiled(graph)
 
-    def _cannot_train(self) -> str:
-        reasons = (NO_GRADIENTS, NO_TRAINING)
-        return next((note for note in self._plan.remarks if note.startswith(reasons)), "")
-
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""
+        self._recorded()
         return self._forward(self.__dict__["_root"], *args, **kwargs)
 
     def outputs(self, *args: object, **kwargs: object) -> Outputs:
@@ -134,6 +129,7 @@ class Doll(nn.Module):
         per size, over live slices of the shared parameters. What is not needed at once is computed
         when it is first read, as of this call (see `Outputs`).
         """
+        self._recorded()
         moment = Moment.of(self.__dict__["_root"], (args, kwargs))
         readouts = self._readouts(args, kwargs)
         if readouts and self._last is not None and self._last.alone:

@@ -1,15 +1,19 @@
-"""gradients_agree(): a traced graph trains as its model does, or it is said that it cannot.
+"""compared(): a traced graph trains as its model does, or it is said that it cannot.
 
-Gradients are compared on the example, in evaluation and in training mode: parameters and floating
-inputs, against a fixed random direction of every output. What a trace cannot hold (the backward of
-a custom autograd Function, a hook, a branch on `self.training`) shows here.
+Outputs and gradients are compared on the example, in evaluation and in training mode: parameters
+and floating inputs, against a fixed random direction of every output. What a trace cannot hold (the
+backward of a custom autograd Function, a hook, a branch on `self.training`) shows here. One forward
+of a model serves all that is asked of a mode.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -19,10 +23,17 @@ from torch.fx.node import Argument, Target
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.graph.copies import copied_inputs, seed_torch, spare
+from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
-from matryoshkafy.graph.training_mode import DROPOUTS, SDPA
+from matryoshkafy.graph.training_mode import (
+    DROPOUTS,
+    SDPA,
+    Watch,
+    arguments,
+    follow,
+    follow_training,
+)
 
 # Relative to the largest gradient of all: some gradients are zero but for rounding (the bias of
 # keys in attention).
@@ -34,7 +45,8 @@ Step = torch.autograd.graph.Node
 class Answer:
     """What a model or graph gave: outputs, what may have a gradient, what it holds afterwards.
 
-    `smooth` are the outputs that autograd follows; `hooked` whether a hook was set on the way.
+    `smooth` are the outputs that autograd follows; `hooked` whether a hook was set on the way,
+    `dropped` whether dropout would have dropped something.
     """
 
     outputs: tuple[Tensor, ...]
@@ -42,7 +54,9 @@ class Answer:
     wanted: dict[str, Tensor]
     state: dict[str, Tensor]
     hooked: bool = False
+    dropped: bool = False
 
+    @cached_property  # a backward frees what it needs, and one answer may stand for both modes
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients by name, along fixed random directions of the outputs."""
         if not self.smooth or not self.wanted:
@@ -87,63 +101,139 @@ class Answer:
         return seen
 
 
-def gradients_agree(
-    trace: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: bool, tolerance: float
-) -> str:
-    """Return "" where outputs and gradients of graph and model agree, else what differs.
+@dataclass(frozen=True)
+class Pair:
+    """What a model gave, and what its traced graph gave (or `why` it gave nothing)."""
+
+    expected: Answer
+    found: Answer | None
+    why: str = ""
+
+    def error(self) -> float:
+        """Return the largest relative error of the outputs."""
+        if self.found is None or _shapes(self.found) != _shapes(self.expected):
+            return float("inf")
+        return max(map(_error, self.found.outputs, self.expected.outputs), default=0.0)
+
+    def difference(self, tolerance: float) -> str:
+        """Return "" where outputs, what is written, and gradients agree; else what differs.
+
+        Args:
+            tolerance: relative error of an output; gradients get ten times as much.
+        """
+        if self.found is None:
+            return self.why
+        try:
+            return self._difference(self.found, tolerance) or _other_gradient(
+                self.found, self.expected, 10 * tolerance
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return _fails(error)
+
+    def _difference(self, found: Answer, tolerance: float) -> str:
+        shapes = [_shapes(answer) for answer in (found, self.expected)]
+        if shapes[0] != shapes[1]:
+            return f"the outputs have the shapes {shapes[0]}, the model's {shapes[1]}"
+        error = self.error()
+        if not error <= tolerance:
+            return f"the outputs are off by {error:.1e}"
+        return _other_state(found, self.expected)
+
+
+def _shapes(answer: Answer) -> list[tuple[int, ...]]:
+    return [tuple(v.shape) for v in answer.outputs]
+
+
+def _fails(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"the graph fails where the model does not ({text[0][:150] if text else ''})"
+
+
+def compared(
+    trace: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: bool
+) -> Pair | None:
+    """Run graph and model on a call with gradients; None where the model itself cannot.
 
     Args:
         trace: the traced model; its graph is what a sliced doll computes at full width.
         model: the user's.
         flat: the flat tensors of a call.
         training: the mode of both. Dropout drops nothing.
-        tolerance: relative error of an output; gradients get ten times as much.
     """
     expected = _of_model(trace, model, flat, training=training)
-    if expected is None:
-        return ""
+    return None if expected is None else _beside(expected, trace, flat, training=training)
+
+
+def _beside(expected: Answer, trace: Trace, flat: Sequence[Tensor], *, training: bool) -> Pair:
     try:
-        found = _of_graph(trace, flat, training=training)
-        return _difference(found, expected, tolerance) or _other_gradient(
-            found, expected, 10 * tolerance
-        )
+        return Pair(expected, _of_graph(trace, flat, training=training))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        return f"the graph fails where the model does not ({str(error).splitlines()[0][:150]})"
+        return Pair(expected, None, _fails(error))
 
 
-def follow_gradients(
-    trace: Trace, model: nn.Module, flat: Sequence[Tensor], tolerance: float
-) -> Trace:
-    """Return the trace, with a remark where it does not train as the model does.
+def trained(
+    trace: Trace, model: nn.Module, flat: Sequence[Tensor], evaluated: Pair | None
+) -> tuple[Trace, Pair | None]:
+    """Return the trace with what training mode does alone, and graph and model in that mode.
 
-    Where gradients differ the outputs carry none; where training mode differs a doll refuses it.
+    The model runs once, watched. Where no op of the graph but dropout depends on the mode, the
+    graph would compute again what it gave in evaluation mode.
     """
-    why = gradients_agree(trace, model, flat, training=False, tolerance=tolerance)
-    if why:
-        _detach_outputs(trace.graph)
-        note = f"{NO_GRADIENTS}{why}; the outputs carry no gradient, and train() is refused"
-        return replace(trace, notes=(*trace.notes, note))
-    if any("training mode" in note for note in trace.notes):
-        return trace
-    why = gradients_agree(trace, model, flat, training=True, tolerance=tolerance)
+    watch = Watch()
+    expected = _of_model(trace, model, flat, training=True, watch=watch)
+    if expected is None:
+        return follow_training(trace, model, *trace.signature.call(flat)), None
+    trace = follow(trace, watch)
+    if evaluated is not None and evaluated.found is not None and _has_one_mode(trace.graph):
+        return trace, Pair(expected, evaluated.found)
+    return trace, _beside(expected, trace, flat, training=True)
+
+
+def _has_one_mode(graph: fx.Graph) -> bool:
+    """Tell whether `self.training` is read by dropout alone."""
+    dropped = {*DROPOUTS.values(), SDPA.__name__}
+    readers = [n for flag in graph.find_nodes(op="get_attr", target="training") for n in flag.users]
+    rates = [n for n in readers if n.target is operator.mul]
+    ops = [n for n in readers if n not in rates] + [n for rate in rates for n in rate.users]
+    return all(op_key(n) in dropped for n in ops)
+
+
+def without_gradients(trace: Trace, why: str) -> Trace:
+    """Return the trace of a graph that does not train as its model: its outputs carry none."""
+    _detach_outputs(trace.graph)
+    note = f"{NO_GRADIENTS}{why}; the outputs carry no gradient, and train() is refused"
+    return replace(trace, notes=(*trace.notes, note))
+
+
+def without_training(trace: Trace, why: str) -> Trace:
+    """Return the trace of a graph that is its model in evaluation mode alone."""
     note = f"{NO_TRAINING}{why}, as of a branch on self.training; train() is refused"
-    return replace(trace, notes=(*trace.notes, note)) if why else trace
+    return replace(trace, notes=(*trace.notes, note))
 
 
 def _of_model(
-    trace: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: bool
+    trace: Trace,
+    model: nn.Module,
+    flat: Sequence[Tensor],
+    *,
+    training: bool,
+    watch: Watch | None = None,
 ) -> Answer | None:
     """None where the model itself cannot be trained on the example."""
     mine, leaves = _fresh(flat)
     args, kwargs = trace.signature.call(mine)
     try:
-        with spare(model) as twin, torch.enable_grad(), _NoDropout() as watch:
+        with spare(model) as twin, torch.enable_grad(), _NoDropout() as plain:
             if training:
                 twin = twin if model.training else twin.train()
             else:
                 twin.eval()
             seed_torch(0)
-            return replace(_answer(twin(*args, **kwargs), twin, leaves), hooked=watch.hooked)
+            reseed_others(0)  # what they drew while it was traced is a constant of the graph
+            with watch or contextlib.nullcontext():
+                result = twin(*args, **kwargs)
+            answer = _answer(result, twin, leaves)
+            return replace(answer, hooked=plain.hooked, dropped=plain.dropped)
     except Exception:  # noqa: BLE001  the user's forward may raise anything
         return None
 
@@ -179,26 +269,21 @@ def _answer(result: object, model: nn.Module, leaves: dict[str, Tensor]) -> Answ
     )
 
 
-def _difference(found: Answer, expected: Answer, tolerance: float) -> str:
-    shapes = [[tuple(v.shape) for v in answer.outputs] for answer in (found, expected)]
-    if shapes[0] != shapes[1]:
-        return f"the outputs have the shapes {shapes[0]}, the model's {shapes[1]}"
-    error = max(map(_error, found.outputs, expected.outputs), default=0.0)
-    if not error <= tolerance:
-        return f"the outputs are off by {error:.1e}"
-    return _other_state(found, expected)
-
-
 def _other_state(found: Answer, expected: Answer) -> str:
     """Tell what the forward writes that the graph does not; batch norm's are written by both."""
     for name, mine in found.state.items():
         theirs = expected.state.get(name)
         counts = name.endswith("num_batches_tracked")
-        if theirs is None or counts or torch.equal(mine, theirs):
+        if theirs is None or counts or _untouched(mine, theirs) or torch.equal(mine, theirs):
             continue
         if _error(mine, theirs) > FLOOR:
             return f"the forward writes into {name!r}, which the graph leaves as it is"
     return ""
+
+
+def _untouched(mine: Tensor, theirs: Tensor) -> bool:
+    """Two copies of a tensor that still share its memory: nothing was written to either."""
+    return all(map(torch._C._is_cow_tensor, (mine, theirs)))
 
 
 def _other_gradient(found: Answer, expected: Answer, tolerance: float) -> str:
@@ -206,10 +291,10 @@ def _other_gradient(found: Answer, expected: Answer, tolerance: float) -> str:
     if not own and not expected.hooked and found.structure() == expected.structure():
         return ""  # the same ops of torch's in the same places: nothing is left to compute
     try:
-        theirs = expected.gradients()
+        theirs = expected.gradients
     except RuntimeError:
         return ""  # the model itself cannot be trained
-    mine = found.gradients()
+    mine = found.gradients
     scale = max((float(g.abs().max()) for g in theirs.values() if g.numel()), default=0.0)
     if scale != scale or scale == float("inf"):
         return ""
@@ -245,7 +330,7 @@ class _NoDropout(TorchFunctionMode):
     hook on a value is noted.
     """
 
-    hooked = False
+    hooked = dropped = False
 
     def __torch_function__(
         self,
@@ -258,13 +343,16 @@ class _NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         self.hooked |= func is getattr(Tensor, "register_hook", None)
         if func in DROPOUTS:
-            return args[0] if args else kwargs["input"]
+            given = arguments(func, args, kwargs)
+            self.dropped |= bool(given["training"] and given["p"])
+            return given["input"]
         if func is SDPA:
+            self.dropped |= bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **_after(args)}
         if func is F.multi_head_attention_forward:
-            names = F.multi_head_attention_forward.__code__.co_varnames[: len(args)]
-            kwargs = dict(zip(names, args, strict=True)) | kwargs | {"dropout_p": 0.0}
-            args = ()
+            kwargs = arguments(func, args, kwargs)
+            self.dropped |= bool(kwargs["training"] and kwargs["dropout_p"])
+            args, kwargs = (), kwargs | {"dropout_p": 0.0}
         return func(*args, **kwargs)
 
 

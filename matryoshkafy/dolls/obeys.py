@@ -1,11 +1,12 @@
 """check_sizes(): the plan is obeyed; each node of every rewritten graph has the size it says.
 
-The graphs run on fake tensors, which hold no memory: milliseconds instead of a forward.
+The graphs run on fake tensors, which hold no memory: milliseconds instead of a forward. Layers that
+repeat are computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -60,6 +61,8 @@ class _Checker:
         self.whole = {name: tuple(t.shape) for name, t in self.state.items()}
         self.nodes = {n.name: n for n in trace.graph.nodes}
         self.sources = statistics(plan)
+        self.mode = FakeTensorMode()
+        self.known: dict[Hashable, object] = {}
 
     def check(
         self,
@@ -72,7 +75,7 @@ class _Checker:
         """Run one graph over tensors of these shapes; what fakes cannot follow is left alone."""
         widths = self.plan.ladder[level if standalone else -1]
         values: dict[fx.Node, object] = {}
-        with FakeTensorMode(), torch.no_grad():
+        with self.mode, torch.no_grad():
             for node in graph.nodes:
                 if node.op == "placeholder":
                     values[node] = self._input(node, widths)
@@ -92,8 +95,11 @@ class _Checker:
             return False
         if name in self.state:
             own = self.state[name]
-            fake = torch.empty(shapes.get(name, tuple(own.shape)), dtype=own.dtype)
-            return fake if own.layout == torch.strided else fake.to_sparse()
+            shape = shapes.get(name, tuple(own.shape))
+            if own.layout != torch.strided:
+                return torch.empty(shape, dtype=own.dtype).to_sparse()
+            made = self._once((shape, own.dtype), lambda: torch.empty(shape, dtype=own.dtype))
+            return cast("Tensor", made)
         info = info_of(self.nodes[self.sources[name]])
         assert isinstance(info, TensorInfo)
         return torch.empty(shapes[name], dtype=info.dtype)
@@ -101,13 +107,23 @@ class _Checker:
     def _run(self, node: fx.Node, values: dict[fx.Node, object]) -> None:
         place, own = self._place(node), "origin" in node.meta
         try:
-            values[node] = _called(node, values.__getitem__)
+            values[node] = _called(node, values.__getitem__, self._once)
         except Exception as error:  # noqa: BLE001  ops of any library run here
             if place is not None and (not own or self._follows(place.node)):
                 raise PlanError(self._text(place, f"fails: {_first_line(error)}")) from error
             return
         if place is not None and own:
             self._compare(place, values[node])
+
+    def _once(self, key: Hashable, compute: Callable[[], object]) -> object:
+        """Return what an op gives for arguments of such shapes."""
+        try:
+            known = self.known.get(key)
+        except TypeError:  # an argument that has no hash
+            return compute()
+        if known is None:
+            known = self.known[key] = compute()
+        return known
 
     def _place(self, node: fx.Node) -> _Place | None:
         """Return what a node computes; of a cut or a mask, what it is made for."""
@@ -157,11 +173,27 @@ class _Checker:
         )
 
 
-def _called(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> object:
+def _word(value: object) -> Hashable:
+    """Return all of an argument that the shape of a result depends on."""
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.layout == torch.strided else None
+        return value.layout, value.shape, strides, value.dtype
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, tuple(map(_word, cast("Sequence[object]", value)))
+    if isinstance(value, dict):
+        return tuple((n, _word(v)) for n, v in cast("dict[str, object]", value).items())
+    return type(value), cast("Hashable", value)
+
+
+def _called(
+    node: fx.Node,
+    value_of: Callable[[fx.Node], Any],
+    once: Callable[[Hashable, Callable[[], object]], object] = lambda _, compute: compute(),
+) -> object:
     """Compute a node over values of our own."""
     call = cast("Callable[..., object]", node.target)
     args, kwargs = cast("tuple[Any, Any]", fx.map_arg((node.args, node.kwargs), value_of))
-    return call(*args, **kwargs)
+    return once((node.target, _word(args), _word(kwargs)), lambda: call(*args, **kwargs))
 
 
 def _faked(info: Info) -> object:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Segments, Widths
 from matryoshkafy.axes.dims import relative as relative
+from matryoshkafy.dolls.caveats import Recorded, refuse_training, why_untrained
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.errors import PlanError
@@ -23,6 +24,7 @@ from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Plan, Stored
 from matryoshkafy.plan.stored import statistics
+from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.rewrite.graphs import sub_graph
 from matryoshkafy.rewrite.linears import as_modules, foreign
 
@@ -64,12 +66,27 @@ def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the f
     """
     trace, plan = parts_of(model)
     level = plan.level(size)
+    tensors, kinds = _cut(trace, plan, state_of(model), level)
+    return assemble(trace, plan.up_to(level), tensors, kinds)
+
+
+def cut_out(
+    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
+) -> tuple[fx.Graph, nn.Module]:
+    """Return the graph of a sub-model, and the root that it reads."""
+    tensors, kinds = _cut(trace, plan, state, level)
+    return _parts(trace, plan.up_to(level), tensors, kinds)
+
+
+def _cut(
+    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Kind]]:
     full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
-    state = state_of(model) | full
+    state = {**state, **full}
     tensors = _cut_state(state, cuts_of(plan, level))
     if level < plan.levels - 1:
         tensors |= reparametrised(trace, plan, state, level)
-    return assemble(trace, plan.up_to(level), tensors, kinds_of(state))
+    return tensors, kinds_of(state)
 
 
 def reparametrised(
@@ -163,7 +180,7 @@ def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
         memo[node] = graph.node_copy(node, lambda n: memo[n])
     graph.output([memo[n] for n in nodes])
     with torch.no_grad():
-        return fx.GraphModule(trace.root, graph)()
+        return runnable(trace.root, graph)()
 
 
 def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -305,6 +322,16 @@ class SubModel(fx.GraphModule):
             )
         return super().__getattr__(name)
 
+    def train(self, mode: bool = True) -> SubModel:
+        """Switch dropout and batch norm, as in any module.
+
+        Raises `TraceError` where the doll that it was cut from does not train as the model does.
+        """
+        if mode and "matryoshka" in self.meta:
+            refuse_training(self.meta["matryoshka"][1], "sub-model")
+        super().train(mode)
+        return self
+
     def __reduce__(self) -> Reduced:
         return reduced(self)
 
@@ -321,6 +348,20 @@ def assemble(
     trace: Trace, plan: Plan, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]
 ) -> fx.GraphModule:
     """Return the GraphModule of the largest size of a plan over tensors that are cut to it."""
+    graph, root = _parts(trace, plan, tensors, kinds)
+    _mention(graph, [free_name(name) for name in tensors])
+    module = SubModel(root, graph, class_name="SubModel")
+    module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
+    module.train(root.training and not why_untrained(plan))
+    recorded = Recorded(plan)
+    if recorded.text:
+        module.register_forward_pre_hook(recorded)
+    return module
+
+
+def _parts(
+    trace: Trace, plan: Plan, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]
+) -> tuple[fx.Graph, nn.Module]:
     root = nn.Module()
     root.training = trace.root.training
     objects: dict[int, torch.Tensor] = {}
@@ -336,8 +377,4 @@ def assemble(
         if node.op == "get_attr":
             node.target = free_name(str(node.target))
     as_modules(root, graph)
-    _mention(graph, [free_name(name) for name in tensors])
-    module = SubModel(root, graph, class_name="SubModel")
-    module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
-    module.train(root.training)
-    return module
+    return graph, root

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
-from matryoshkafy.dolls.gradients import follow_gradients
+from matryoshkafy.dolls.gradients import (
+    Pair,
+    compared,
+    trained,
+    without_gradients,
+    without_training,
+)
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.copies import chance_kept, copied_inputs, reseed_others, seed_torch, spare
@@ -39,17 +46,46 @@ def traced(
     if any(t.is_meta for t in (*found.state().values(), *flat)):
         return found
     with silent():
-        beside = Beside(found, model)
-        _refuse(beside.error(flat), beside.tolerance)
-        found = follow_training(found, model, args, dict(kwargs or {}))
-        if not check:
-            return found
-        found = _settled(found, flat, beside)
-        return follow_gradients(found, model, flat, beside.tolerance)
+        if check:
+            return _checked(found, model, flat)
+        _refuse(Beside(found, model), flat)
+        return follow_training(found, model, args, dict(kwargs or {}))
 
 
-def _refuse(error: float, tolerance: float) -> None:
-    if not error <= tolerance:
+def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace:
+    evaluated = compared(found, model, flat, training=False)
+    _refuse(Beside(found, model), flat, evaluated)
+    found, training = trained(found, model, flat, evaluated)
+    beside = Beside(found, model)
+    found = _settled(found, flat, beside)
+    if why := _difference(beside, flat, evaluated, training=False):
+        return without_gradients(found, why)
+    if any("training mode" in note for note in found.notes):
+        return found
+    why = _difference(beside, flat, training, training=True)
+    return without_training(found, why) if why else found
+
+
+def _difference(
+    beside: Beside, flat: Sequence[torch.Tensor], pair: Pair | None, *, training: bool
+) -> str:
+    """Return "" where graph and model agree; what float32 rounds away is seen in float64."""
+    why = pair.difference(beside.tolerance) if pair is not None else ""
+    if not why or beside.tolerance != TOLERANCE[torch.float32]:
+        return why
+    with beside.doubled(flat) as (wide, inputs):
+        again = compared(wide.trace, wide.model, inputs, training=training)
+        return "" if again is not None and not again.difference(wide.tolerance) else why
+
+
+def _refuse(beside: Beside, flat: Sequence[torch.Tensor], evaluated: Pair | None = None) -> None:
+    """Refuse a graph of other values; `evaluated` are its values where they are known."""
+    tolerance = beside.tolerance
+    if evaluated is None or evaluated.found is None or evaluated.expected.dropped:
+        error = beside.error(flat)
+    else:
+        error = evaluated.error()
+    if not error <= tolerance and not beside.is_rounding(flat):
         raise TraceError(
             "the traced graph does not compute what the model computes on the example inputs "
             f"(relative error {error:.1e}; at most {tolerance:g} expected). Some forwards take "
@@ -85,9 +121,24 @@ class Beside:
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
         try:
-            return self._against(expected, flat) <= self.tolerance
+            near = self._against(expected, flat) <= self.tolerance
+            return near or self.is_rounding(flat)
         except (RuntimeError, ValueError, IndexError):
             return False
+
+    @contextlib.contextmanager
+    def doubled(self, flat: Sequence[torch.Tensor]) -> Generator[tuple[Beside, list[torch.Tensor]]]:
+        """Yield graph, model and inputs in float64, in memory of their own."""
+        with spare(self.model) as twin, spare(self.trace.root) as root:
+            wide = Beside(replace(self.trace, root=root.double()), twin.double())
+            yield wide, [t.double() if t.is_floating_point() else t for t in flat]
+
+    def is_rounding(self, flat: Sequence[torch.Tensor]) -> bool:
+        """Tell whether graph and model of float32 are one in float64."""
+        if self.tolerance != TOLERANCE[torch.float32]:
+            return False
+        with self.doubled(flat) as (wide, inputs):
+            return wide.agree(inputs) is True
 
     def _of_model(self, flat: Sequence[torch.Tensor]) -> object:
         args, kwargs = copied_inputs(*self.trace.signature.call(flat))

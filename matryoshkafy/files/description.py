@@ -23,6 +23,7 @@ from matryoshkafy.files.json_text import Json, printable, shown
 from matryoshkafy.files.operators import allowed, namespaces_of
 from matryoshkafy.files.records import CheckpointError, Record, record_from_json, record_to_json
 from matryoshkafy.files.signature_json import signature_from_json, signature_to_json
+from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.plan import Plan, plan_to_dict
 
@@ -90,7 +91,7 @@ def description_to_json(
         "versions": {"matryoshkafy": _own_version(), "torch": torch.__version__},
         "sizes": list(plan.sizes),
         "nesting": plan.options.nesting,
-        "specialised": any(note.startswith("specialised") for note in trace.notes),
+        "specialised": any(note.startswith(SPECIALISED) for note in trace.notes),
         "notes": list(trace.notes),
         "training": model.training,
         "namespaces": list(namespaces_of(trace.graph)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,7 @@ from matryoshkafy.graph.nodes import (
     TORCH_FOLDER,
     outputs_of,
 )
-from matryoshkafy.graph.quiet import silent
-from matryoshkafy.graph.signature import named_args
+from matryoshkafy.graph.quiet import silent, uncollected
 from matryoshkafy.graph.storage import mark_storage
 
 
@@ -61,7 +61,7 @@ def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) 
     traced values in it. Raises `TraceError` that names the user's line.
     """
     call = Example(args, kwargs)
-    with silent():
+    with silent(), uncollected():
         errors: list[BaseException] = []
         larger = _enlarged(model, call)
         for dims, note in ATTEMPTS:
@@ -76,6 +76,10 @@ def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) 
 
 # Which sizes torch.export leaves open, in the structure of the inputs; None: none.
 Shapes = tuple[Any, ...] | dict[str, Any] | None
+
+# How the remark begins that only the path of the example was recorded.
+SPECIALISED = "specialised: "
+
 ATTEMPTS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     ((0, 1), ()),
     ((0,), ("only the batch size may differ from the example's",)),
@@ -223,7 +227,7 @@ def _lifted(
     count = len(outputs_of(module.graph))
     place = _user_frame(error) or "an unknown line"
     why = "branches on the values of tensors" if _depends_on_values(error) else "cannot be exported"
-    note = f"specialised: the forward {why} at {place}; the path of the example inputs was recorded"
+    note = f"{SPECIALISED}the forward {why} at {place}; the path of the example inputs was recorded"
     notes = (note, *ATTEMPTS[2][1])
     guards = example_only(_inputs(module.graph, state), place)
     return Captured(module, state, tuple(range(count)), out_spec, {}, guards, (), notes)
@@ -341,14 +345,13 @@ def _dynamic_shapes(
             return None
         return {d: torch.export.Dim.AUTO for d in dims if _is_open(value, d)}
 
-    tree = pytree.tree_map(shapes_of, (tuple(args), kwargs))
-    return tuple(tree[0]) if not kwargs else _by_name(model, args, tree)
+    positional, named = pytree.tree_map(shapes_of, (tuple(args), kwargs))
+    return _by_name(model, positional, named)
 
 
 def _by_name(
-    model: nn.Module, args: tuple[object, ...], tree: tuple[tuple[object, ...], dict[str, object]]
+    model: nn.Module, positional: tuple[object, ...], named: Mapping[str, object]
 ) -> Shapes:
-    names = list(named_args(model, args))
-    if any(n.startswith("args_") for n in names):
-        return None
-    return dict(zip(names, tree[0], strict=True)) | tree[1]
+    """Return shapes by the names of the forward's parameters: *args is one of them, a tuple."""
+    signature = inspect.signature(model.forward)
+    return dict(signature.bind(*positional, **named).arguments)

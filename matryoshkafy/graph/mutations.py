@@ -10,7 +10,7 @@ decides dropout and batch norm for evaluation mode, and leaves `aten.copy`, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -171,17 +171,19 @@ def _without_writing(target: object) -> Target | None:
     packet: object = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     if not isinstance(packet, OpOverloadPacket):
         return None
-    wanted = [_plain(a) for a in own.arguments if not a.is_out]
+    wanted = _plain(a for a in own.arguments if not a.is_out)
     for overload in packet.overloads():
         found = getattr(packet, overload)
         schema = schema_of(found)
-        if not schema.is_mutable and [_plain(a) for a in schema.arguments] == wanted:
+        if not schema.is_mutable and _plain(schema.arguments) == wanted:
             return found
     return None
 
 
-def _plain(argument: SchemaArgument) -> tuple[str, str]:
-    return argument.name, str(argument.type)
+def _plain(arguments: Iterable[SchemaArgument]) -> list[tuple[str, str]]:
+    """What is `self` of dropout_ is `input` of dropout: the first argument goes by its type."""
+    found = [(argument.name, str(argument.type)) for argument in arguments]
+    return [("", kind) for _, kind in found[:1]] + found[1:]
 
 
 # --- aliases ------------------------------------------------------------------------------------

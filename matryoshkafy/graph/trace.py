@@ -44,6 +44,8 @@ from matryoshkafy.graph.signature import (
 # How remarks begin that say in what a graph is not its model.
 NO_GRADIENTS = "inference only: "
 NO_TRAINING = "no training mode: "
+# A recorded path has these two where an exported one has a body: the user's autocast stays theirs.
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class _Copier:
             return
         if node.target is torch._C._set_grad_enabled:
             self.grad = bool(node.args[0])
+            return
+        if node.target in AUTOCAST:
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise TraceError(

@@ -54,7 +54,7 @@ RANDOM: Mapping[object, str] = {
 
 
 @dataclass
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Notes the dropout of every fused attention, in order, and where else chance is asked; and
     the `training` of every dropout and batch norm.
     """
@@ -77,14 +77,14 @@ class _Watch(TorchFunctionMode):
         if func is SDPA:
             self.attention.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)))
         elif func is F.multi_head_attention_forward:
-            self._multi_head(_given(func, args, kwargs))
+            self._multi_head(arguments(func, args, kwargs))
         elif func in DROPOUTS:
-            given = _given(func, args, kwargs)
+            given = arguments(func, args, kwargs)
             self.flags.setdefault(DROPOUTS[func], []).append(bool(given["training"]))
             if given["training"] and given["p"]:
                 self._chance(DROPOUTS[func])
         elif func is F.batch_norm:
-            given = _given(func, args, kwargs)
+            given = arguments(func, args, kwargs)
             if given["running_mean"] is not None:
                 self.flags.setdefault("batch_norm", []).append(bool(given["training"]))
         elif func in RANDOM:
@@ -102,7 +102,7 @@ class _Watch(TorchFunctionMode):
         self.chances.setdefault(name, []).append(_user_line())
 
 
-def _given(
+def arguments(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults included."""
@@ -130,7 +130,7 @@ def follow_training(
     mode there (a frozen batch norm: a `train` of the user's, `training=False`, or `eval()` on a
     part of a model in training mode) does so in the doll.
     """
-    watch = _Watch()
+    watch = Watch()
     try:
         with spare(model) as twin, torch.no_grad(), watch:
             own_args, own_kwargs = copied_inputs(args, kwargs)
@@ -143,6 +143,11 @@ def follow_training(
             f"({type(error).__name__}: {text[0][:120] if text else ''}), so what it does there "
             "alone was not looked at; dropout and batch norm follow train()",
         )
+    return follow(traced, watch)
+
+
+def follow(traced: Trace, watch: Watch) -> Trace:
+    """Return the trace with what was seen of a forward in training mode."""
     _keep_frozen(traced, watch.flags)
     notes = [_set_attention(traced, watch.attention), *_unseen(traced, watch.chances)]
     return _noted(traced, *(note for note in notes if note))

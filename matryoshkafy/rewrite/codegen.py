@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import keyword
+import re
 from typing import Any
 
+from torch import fx, nn
 from torch.fx.graph import CodeGen
 
 from matryoshkafy.graph.signature import Signature
 
+# torch writes the tensor of a module called "class" as self.class.weight, which is no Python.
+READS_STATE = re.compile(r"^\w+[^=]* = (getattr\()*self[.,]")
+KEYWORD = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b")
 
-class CallCodeGen(CodeGen):
+
+class StateCodeGen(CodeGen):
+    """Writes the usual forward; tensors are reached whatever the modules on the way are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._body_transformer = _reached
+
+
+def _reached(body: list[str]) -> list[str]:
+    """x = self.class.weight  ->  x = self.__getattr__("class").weight"""
+    return [
+        KEYWORD.sub(r'.__getattr__("\1")', line) if READS_STATE.match(line) else line
+        for line in body
+    ]
+
+
+def runnable(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return the module of a graph that takes flat tensors, over the state of a root."""
+    graph.set_codegen(StateCodeGen())
+    return fx.GraphModule(root, graph)
+
+
+class CallCodeGen(StateCodeGen):
     """Writes a forward that takes the user's arguments and returns the user's output structure.
 
     With `flat` the outputs are returned as the list they are in the graph.

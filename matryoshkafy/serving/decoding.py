@@ -21,6 +21,7 @@ from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.graph.nodes import bound_args, op_key
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.serving.escalation import CACHE, PART, WHOLE, Step, Writer, answer
 from matryoshkafy.serving.positions import Positions, check_one_input, positions_of
 from matryoshkafy.serving.session import grown
@@ -203,7 +204,7 @@ class Decoder:
         return _Decoding(self._trace, self._plan, levels, self._positions)
 
     def _module(self, step: Step) -> tuple[Step, fx.GraphModule]:
-        return step, fx.GraphModule(self._trace.root, step.graph)
+        return step, runnable(self._trace.root, step.graph)
 
     def _check(self, ids: Tensor) -> None:
         """Decode the example in windows of two and one, and compare with the doll."""

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from matryoshkafy.graph.nodes import is_tensor, op_key, outputs_of
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.serving.vectors import ServingError
 
 SIZE_OPS = ("sym_size", "size", "sym_numel", "numel")
@@ -136,7 +137,7 @@ def _graph_of(trace: Trace, names: frozenset[str]) -> fx.GraphModule:
     by_name = {node.name: node for node in written}
     graph.output(tuple(written[by_name[name]] for name in sorted(names)))
     graph.eliminate_dead_code()
-    return fx.GraphModule(trace.root, graph)
+    return runnable(trace.root, graph)
 
 
 def check_one_input(trace: Trace) -> None:

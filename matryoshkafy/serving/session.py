@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of
+from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.serving.escalation import Step, Writer, answer, grow
 from matryoshkafy.serving.vectors import ServingError
 
@@ -110,7 +111,7 @@ class Session:
         self._cache |= dict(zip(step.returns, values, strict=True))
 
     def _module(self, step: Step) -> tuple[Step, fx.GraphModule]:
-        return step, fx.GraphModule(self._trace.root, step.graph)
+        return step, runnable(self._trace.root, step.graph)
 
     def _grown(self) -> list[Step]:
         """Return the steps; each gives what the answers and all later steps read."""

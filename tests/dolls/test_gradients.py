@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
+from matryoshkafy.dolls import tracing
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.trace import Trace, trace
 
 Body = Callable[[Tensor], Tensor]
 
@@ -117,9 +120,52 @@ def test_a_backward_that_a_trace_cannot_hold_is_refused(body: Body, tmp_path: An
     assert not doll.training and not doll(example()).requires_grad
     with pytest.raises(TraceError, match="inference only"):
         doll.train()
-    assert not mk.slice(doll, doll.sizes[0])(example()).requires_grad
+    small = mk.slice(doll, doll.sizes[0])
+    assert not small(example()).requires_grad
+    with pytest.raises(TraceError, match="this sub-model cannot be trained; inference only"):
+        small.train()
     with pytest.raises(TraceError, match="inference only"):
         mk.load(mk.save(doll, tmp_path / "doll")).train()
+
+
+class Cancelling(nn.Module):
+    """(x + a) + b, where a and b are large and all but cancel: float32 keeps three digits of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("a", torch.full((8,), 3e4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 5] -> [N, 3]"""
+        return self.last(torch.tanh(self.first(x) + self.a + (0.5 - self.a)) ** 2)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_float32_rounds_away_is_judged_in_float64(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that adds in another order is the model; one that adds something else is not."""
+
+    def reordered(*given: Any) -> Trace:
+        found = trace(*given)
+        add = torch.ops.aten.add.Tensor
+        first, second = found.graph.find_nodes(op="call_function", target=add)
+        (x, a), b = first.args, second.args[1]
+        first.args = (a, b)
+        second.prepend(first)
+        second.args = (x, first)
+        second.kwargs = {"alpha": 1.001} if wrong else {}
+        return found
+
+    monkeypatch.setattr(tracing, "trace", reordered)
+    x = example().float()
+    if wrong:
+        with pytest.raises(TraceError, match="does not compute what the model computes"):
+            tracing.traced(Cancelling(), (x,), {})
+    else:
+        assert not tracing.traced(Cancelling(), (x,), {}).notes
 
 
 class Branch(nn.Module):
@@ -164,9 +210,11 @@ def test_training_mode_that_is_another_is_refused(part: type[nn.Module]) -> None
     model = Around(part())
     doll = convert(model)
     assert any(r.startswith("no training mode") for r in doll.plan.remarks)
-    assert not doll.training
-    with pytest.raises(TraceError, match="no training mode"):
-        doll.train()
+    small = mk.slice(doll, doll.sizes[0])
+    for it in (doll, small, pickle.loads(pickle.dumps(small))):
+        assert not it.training
+        with pytest.raises(TraceError, match="no training mode"):
+            it.train()
     model.eval()
     for found, expected in zip(gradients_of(doll), gradients_of(model), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

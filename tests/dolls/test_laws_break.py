@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -275,19 +276,36 @@ def test_rounding_is_told_from_a_wrong_size() -> None:
     assert report.passed and (report.exact is None or max(errors) > report.tolerance)
 
 
+def test_convert_refuses_a_doll_whose_sizes_fail_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matryoshkafy.dolls import check
+
+    compute = check.run
+
+    def failing(graph: fx.Graph, root: nn.Module, flat: list[Any]) -> Any:
+        if len(graph.output_node().args[0]) > 1:
+            raise RuntimeError("no two sizes at once")
+        return compute(graph, root, flat)
+
+    monkeypatch.setattr(check, "run", failing)
+    with pytest.raises(PlanError, match="the pass over all sizes fails .*no two sizes at once"):
+        doll_of()
+
+
 def test_convert_refuses_what_breaks_a_law_by_size_and_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from matryoshkafy.dolls import check
 
-    cut = check.slice
+    cut = check.cut_out
 
-    def wrong(model: Doll, size: int) -> nn.Module:
-        small = cut(model, size)
+    def wrong(*given: Any) -> tuple[fx.Graph, nn.Module]:
+        graph, small = cut(*given)
         small.get_parameter("up.bias").data.add_(1.0)
-        return small
+        return graph, small
 
-    monkeypatch.setattr(check, "slice", wrong)
+    monkeypatch.setattr(check, "cut_out", wrong)
     with pytest.raises(
         PlanError, match=r"size 4 is not what its slice computes.*linear at .*keep="
     ):

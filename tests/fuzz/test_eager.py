@@ -47,13 +47,7 @@ def test_some_blocks_alone(name: str, nesting: str) -> None:
 
 
 # What is still wrong, by block and nesting; a mark that is no longer true fails the suite.
-DIAGONAL = "diagonal_scatter, which the library writes itself, is not saved"
-KEYWORD = "a module named by a keyword of Python gives code that does not compile"
 WRONG = {
-    ("write_diagonal", "sliced"): DIAGONAL,
-    ("write_diagonal", "masked"): DIAGONAL,
-    ("names_of_python", "sliced"): KEYWORD,
-    ("names_of_python", "masked"): KEYWORD,
     ("SpectralNorm", "masked"): "a small size sends gradients to entries that it does not keep",
 }
 

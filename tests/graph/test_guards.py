@@ -162,6 +162,25 @@ def test_a_recorded_path_answers_for_the_sizes_of_the_example_alone() -> None:
             doll(ids(shape))
 
 
+def test_the_batch_of_star_args_is_free() -> None:
+    class Variadic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, *parts: Tensor, **more: Tensor) -> Tensor:
+            return self.last(self.first(sum(parts) * more["scale"]))  # type: ignore[arg-type]
+
+    def call(n: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        return (torch.randn(n, 3), torch.randn(n, 3)), {"scale": torch.randn(n, 1)}
+
+    model = Variadic()
+    args, kwargs = call(2)
+    doll = mk.convert(model, args, kwargs, sizes=[4, 8], nesting="sliced")
+    args, kwargs = call(5)
+    torch.testing.assert_close(doll(*args, **kwargs), model(*args, **kwargs))
+
+
 def test_inputs_of_one_symbol_must_agree() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

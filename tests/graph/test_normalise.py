@@ -237,3 +237,26 @@ def test_a_shared_mask_follows_autocast() -> None:
     doll = mk.convert(model, (x, mask), sizes=[0.5, 1.0], nesting="sliced")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(doll(x, mask), model(x, mask))
+
+
+class WithoutAutocast(nn.Module):
+    """A block that autocast leaves alone, recorded because of a branch on a value."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.enabled = nn.Linear(4, 8), nn.Linear(8, 3), enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 4] -> [N, 3]"""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            h = self.first(x)
+            h = -h if h.sum() > 1e6 else h
+        return self.last(h.float())
+
+
+def test_autocast_on_a_recorded_path_is_left_out_or_refused() -> None:
+    x, model = torch.randn(3, 4), WithoutAutocast(enabled=False)
+    doll = mk.convert(model, (x,), sizes=[4, 8], nesting="sliced")
+    torch.testing.assert_close(doll(x), model(x))
+    with pytest.raises(mk.MatryoshkafyError, match="does not compute what the model computes"):
+        mk.convert(WithoutAutocast(enabled=True), (x,), sizes=[4, 8])

@@ -110,3 +110,20 @@ def test_noise_of_training_mode_alone_is_said_with_its_line() -> None:
 def test_a_forward_that_fails_in_training_mode_is_said() -> None:
     plan = mk.inspect(Noisy(), (torch.randn(1, 5),))
     assert any("fails on the example inputs in training mode" in r for r in plan.remarks)
+
+
+IN_PLACE = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+
+
+@pytest.mark.parametrize("layer", IN_PLACE, ids=lambda kind: kind.__name__)
+def test_dropout_in_place_follows_the_mode(layer: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GELU(), layer(inplace=True), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 4, 4)
+    doll = mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced")
+    assert not doll.plan.remarks
+    for training in (False, True):
+        answers = []
+        for each in (doll.train(training), model.train(training)):
+            torch.manual_seed(0)
+            answers.append(each(x))
+        torch.testing.assert_close(*answers)

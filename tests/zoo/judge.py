@@ -9,6 +9,7 @@ error of the library's own is a refusal; any other exception is a crash.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import sys
@@ -93,7 +94,7 @@ def judge(entry: Entry, nesting: str, only: Collection[str] = ()) -> Verdict:
         return verdict
     case = Case(entry, model, doll, (args, kwargs))
     verdict.note("convert", "right")
-    verdict.note("unchanged", _outcome(lambda: unchanged(before, model)))
+    verdict.note("unchanged", _outcome(lambda: _untouched(case, before)))
     for name, check in (SLICED if nesting == "sliced" else MASKED).items():
         if only and name not in only:
             continue
@@ -244,6 +245,14 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _random_state() -> Any:
     legacy = np.random.get_state()  # noqa: NPY002  the global state is what must not move
     return torch.get_rng_state(), random.getstate(), str(legacy)
+
+
+def _untouched(case: Case, before: dict[str, Any]) -> None:
+    """Neither converting nor slicing nor saving changes the user's model; nor does a refusal."""
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder:
+        mk.slice(case.doll, case.small)
+        mk.save(case.doll, Path(folder) / "doll")
+    unchanged(before, case.model)
 
 
 def unchanged(before: dict[str, Any], model: nn.Module) -> None:

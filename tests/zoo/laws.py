@@ -20,6 +20,7 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request
 from matryoshkafy.plan.plan import Options
+from tests.zoo.judge import Wrong, snapshot, unchanged
 from tests.zoo.registry import Entry
 
 RATIOS = (0.25, 0.5, 1.0)
@@ -56,32 +57,49 @@ class Row:
 def measure(entry: Entry) -> list[Row]:
     """Return one row per nesting; the model is traced once."""
     model, args, kwargs = entry.build()
+    before, found, text = snapshot(model), None, ""
     try:
         found = traced(model, args, kwargs)
     except mk.MatryoshkafyError as error:
         text = str(error).splitlines()[0]
-        return [Row(entry.name, entry.family, n, "refused", text) for n in ("sliced", "masked")]
+    changed = _changed(before, model)
+    if found is None or changed:
+        status = "broken" if changed else "refused"
+        rows = ((n, status, changed or text) for n in ("sliced", "masked"))
+        return [Row(entry.name, entry.family, *row) for row in rows]
     return [_row(entry, (model, args, kwargs), found, n) for n in ("sliced", "masked")]
+
+
+def _changed(before: dict[str, Any], model: nn.Module) -> str:
+    """Law 0: nothing of the user's model differs after it was looked at, bit for bit."""
+    try:
+        unchanged(before, model)
+    except Wrong as error:
+        return str(error)
+    return ""
 
 
 def _row(entry: Entry, built: Any, found: Trace, nesting: str) -> Row:
     model, args, kwargs = built
+    before = snapshot(model)
     try:
         doll = Doll(found, _plan(found, Request(Options(nesting), list(RATIOS)), ()))
         _refuse_specialised(doll, Call(model, tuple(args), dict(kwargs)))
     except mk.MatryoshkafyError as error:
         return Row(entry.name, entry.family, nesting, "refused", str(error).splitlines()[0])
     report = mk.verify(doll, args, kwargs)
+    mk.slice(doll, doll.sizes[0])
+    changed = _changed(before, model)
     identity = _identity(model, doll, (args, kwargs)) if nesting == "sliced" else 0.0
     native = native_error(entry, doll, (args, kwargs)) if nesting == "sliced" else None
     laws = max(max(s.output_error, s.trunk_error, s.beyond_error) for s in report.sizes)
-    broken = not report.passed or identity > TOLERANCE
+    broken = not report.passed or identity > TOLERANCE or bool(changed)
     return Row(
         entry.name,
         entry.family,
         nesting,
         "broken" if broken else "ok",
-        "",
+        changed,
         identity,
         laws,
         native,

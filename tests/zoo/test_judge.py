@@ -55,6 +55,19 @@ def test_a_right_doll_passes_every_check(nesting: str, checks: dict[str, Any]) -
     assert verdict.share < 0.5
 
 
+def test_a_save_that_writes_into_the_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = mk.save
+
+    def writing(doll: mk.Doll, path: Any) -> Any:
+        with torch.no_grad():
+            next(doll.parameters()).view(-1)[0] += 1e-3
+        return save(doll, path)
+
+    monkeypatch.setattr(mk, "save", writing)
+    verdict = judge(small_entry(), "sliced", ["slice"])
+    assert verdict.checks["unchanged"].startswith("wrong: the user's"), verdict.checks
+
+
 def _replace(case: Case, change: Callable[[Any], Any]) -> None:
     """Let the doll answer something else, at full size and at every size."""
     forward, outputs = case.doll.forward, case.doll.outputs

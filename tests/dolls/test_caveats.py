@@ -1,0 +1,59 @@
+"""A model whose path was chosen by values of the example says so, once, at its first call."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from matryoshkafy.dolls.caveats import RecordedPathWarning
+
+
+class Chosen(nn.Module):
+    """Another path for inputs of another sign."""
+
+    def __init__(self, branches: bool = True) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 4] -> [N, 3]"""
+        h = self.first(x)
+        if self.branches and x.sum() > 0:
+            h = 2 * h
+        return self.last(h)
+
+
+def said(call: Callable[[Tensor], Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(torch.ones(3, 4))
+        call(-torch.ones(3, 4))
+    return [str(w.message) for w in caught if issubclass(w.category, RecordedPathWarning)]
+
+
+def doll_of(model: nn.Module) -> mk.Doll:
+    return mk.convert(model, (torch.ones(3, 4),), sizes=[4, 8])
+
+
+def test_doll_outputs_slice_copy_and_file_say_it_once(tmp_path: Path) -> None:
+    doll = doll_of(Chosen())
+    small = mk.slice(doll, 4)
+    path = mk.save(doll, tmp_path / "doll")
+    calls = (doll, doll_of(Chosen()).outputs, small, copy.deepcopy(small), mk.load(path, size=4))
+    for call in calls:
+        (text,) = said(call)
+        assert "test_caveats.py:" in text and "was recorded" in text
+    assert not said(doll.outputs)
+
+
+def test_a_model_of_one_path_says_nothing() -> None:
+    doll = doll_of(Chosen(branches=False))
+    assert not said(doll) and not said(mk.slice(doll, 4))
