@@ -26,25 +26,34 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "slicing": "dolls.slice",
     }
 )
+# Names that have changed, too: {old module: {old name: new name}}.
+RENAMED: Mapping[str, Mapping[str, str]] = MappingProxyType({"dims": {"Cat": "Sum"}})
 # Parents of the above that hold nothing themselves.
 PARENTS = frozenset({"report_page"})
 
 
-def forwarder(old: str, new: str, only: Collection[str] | None = None) -> Callable[[str], object]:
+def forwarder(
+    old: str,
+    new: str,
+    only: Collection[str] | None = None,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[[str], object]:
     """Return a module's `__getattr__`, which warns and takes each name from where it is now.
 
     Args:
         old: the module that has it.
         new: the module that holds what it hands out.
         only: the names that it hands out; all by default.
+        renamed: {old name: new name}, where it has changed as well.
     """
 
     def taken(name: str) -> object:
         if name.startswith("__") or (only is not None and name not in only):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
-        found = getattr(import_module(new), name)
+        now = renamed.get(name, name)
+        found = getattr(import_module(new), now)
         warnings.warn(
-            f"{old}.{name} is {new}.{name} now; the old name will be gone in the next version",
+            f"{old}.{name} is {new}.{now} now; the old name will be gone in the next version",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -67,7 +76,8 @@ class _Old(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         package, _, name = module.__name__.partition(".")
         if name in MODULES:
-            forward = forwarder(module.__name__, f"{package}.{MODULES[name]}")
+            new, renamed = f"{package}.{MODULES[name]}", RENAMED.get(name, {})
+            forward = forwarder(module.__name__, new, renamed=renamed)
             module.__getattr__ = forward  # type: ignore[method-assign]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
-from matryoshkafy.old_names import MODULES, PARENTS
+from matryoshkafy.old_names import MODULES, PARENTS, RENAMED
 from matryoshkafy.plan import OLD
 
 # What the reference of version 0.1 showed of each module that has moved since.
@@ -37,16 +37,17 @@ def home(module: str) -> str:
 
 def test_the_list_is_whole() -> None:
     assert set(NAMES) == {*MODULES, "plan"}
+    assert all(name in NAMES[module] for module, names in RENAMED.items() for name in names)
     assert {name.rpartition(".")[0] for name in MODULES} - {""} == PARENTS
 
 
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, ns in NAMES.items() for n in ns])
 def test_a_module_is_found_where_it_was(module: str, name: str) -> None:
     new = f"matryoshkafy.{home(module)}"
-    old = import_module(f"matryoshkafy.{module}")
-    with pytest.warns(DeprecationWarning, match=rf"is {new}\.{name} now") as caught:
+    old, now = import_module(f"matryoshkafy.{module}"), RENAMED.get(module, {}).get(name, name)
+    with pytest.warns(DeprecationWarning, match=rf"is {new}\.{now} now") as caught:
         found = getattr(old, name)
-    assert found is getattr(import_module(new), name)
+    assert found is getattr(import_module(new), now)
     assert caught[0].filename == __file__
 
 
