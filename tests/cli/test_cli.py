@@ -47,7 +47,7 @@ FLAGS = {
     "convert": "--debug --force --json --keep --multiple-of --nesting --norm --output --quiet "
     "--scope --sizes --weights -o -q",
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
-    "pack": "--debug --force --import --json --output --quiet -o -q",
+    "pack": "--debug --force --import --json --output --quiet --to -o -q",
     "verify": "--against --debug --device --import --json --quiet -q",
     "report": "--batch --cascade --debug --device --import --json --length --metrics --output "
     "--quiet --retrieval -o -q",
@@ -55,8 +55,8 @@ FLAGS = {
     "export": "--batch --debug --force --import --json --length --output --quiet --size --to -o -q",
     "retrieve": "--budget --debug --encoder --json --k --query --quiet --report --stages --text "
     "--tune --vectors -q",
-    "family": "--column --data --debug --json --length --output --quiet --seed --sizes --steps -o "
-    "-q",
+    "family": "--column --data --debug --json --length --output --quiet --seed --sizes --steps "
+    "--task --weights -o -q",
     "cascade": "--costs --debug --floor --json --quiet --report --shared --test -q",
 }
 
