@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def _gradients(doll: Doll, place: tuple[Plan, int], flat: Sequence[Any]) -> Mapp
             return {}
         loss = torch.stack([_projected(t, draw) for t in floats]).sum()
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    pairs = zip(weights.items(), found, strict=True)
+    pairs = zip(weights.items(), cast("tuple[Tensor | None, ...]", found), strict=True)
     return {n: torch.zeros_like(t) if g is None else g.to_dense() for (n, t), g in pairs}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def trained_norm(model: nn.Module) -> str | None:
 
     Training moves them all. Where most of them are alike, the others were initialised so.
     """
-    gains = {f"{name}.weight": gain for name, gain in _gains(model)}
+    gains = dict(_gains(model))
     moved = [name for name, gain in gains.items() if bool((gain != gain[0]).any())]
     return moved[0] if 2 * len(moved) > len(gains) else None
 
@@ -161,6 +161,10 @@ def _gains(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     for name, module in modules:
         gain = getattr(module, "weight", None)
-        norm = "norm" in type(module).__name__.lower() and isinstance(gain, Tensor)
-        if norm and gain.ndim == 1 and gain.numel() > 1 and not gain.is_meta:
-            yield name, gain
+        if "norm" in type(module).__name__.lower() and _is_gain(gain):
+            yield f"{name}.weight", gain
+
+
+def _is_gain(value: object) -> TypeGuard[Tensor]:
+    known = isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1
+    return known and not value.is_meta

@@ -28,6 +28,7 @@ from matryoshkafy.rules.weights import Place, weight_places
 
 KIND = "frozen table"
 ROWS = "table rows"
+Users = dict[Axis, set[str]]
 
 
 def hold_tables(trace: Trace, found: Findings) -> None:
@@ -53,7 +54,7 @@ def hold_rows(trace: Trace, found: Findings) -> None:
     of the class has as many. Without the softmax it is an autoencoder of tied weights, whose hidden
     axis is a width.
     """
-    written, read = _by_axis(found, "outs"), _by_axis(found, "into")
+    written, read = _readers(found)
     for node in trace.graph.nodes:
         if not _weighs(node, found):
             continue
@@ -69,19 +70,21 @@ def _weighs(node: fx.Node, found: Findings) -> bool:
 
 def _keeps_shape(node: fx.Node) -> bool:
     info, source = info_of(node), info_of(node.all_input_nodes[0])
-    both = isinstance(info, TensorInfo) and isinstance(source, TensorInfo)
-    return both and not op_of(node).statistic and info.shape == source.shape
+    if not isinstance(info, TensorInfo) or not isinstance(source, TensorInfo):
+        return False
+    return not op_of(node).statistic and info.shape == source.shape
 
 
-def _by_axis(found: Findings, side: str) -> dict[Axis, set[str]]:
-    """Return for each axis the parameters that contractions write it from, or sum it with."""
-    out: dict[Axis, set[str]] = {}
+def _readers(found: Findings) -> tuple[Users, Users]:
+    """Return for each axis the tensors that contractions write it from, and sum it with."""
+    written, read = Users(), Users()
     for node in found.contracted:
         for weight, place in weight_places(node).items() if is_op(node) else ():
-            terms = found.flat(weight)
-            for leaf in _axes(terms[d] for d in getattr(place, side)):
-                out.setdefault(leaf, set()).update(_bases(weight))
-    return out
+            terms, bases = found.flat(weight), set(_bases(weight))
+            for users, dims in ((written, place.outs), (read, place.into)):
+                for leaf in _axes(terms[d] for d in dims):
+                    users.setdefault(leaf, set()).update(bases)
+    return written, read
 
 
 def _bases(node: fx.Node) -> Iterator[str]:
