@@ -78,13 +78,17 @@ def _keeps_shape(node: fx.Node) -> bool:
 def _readers(found: Findings) -> tuple[Users, Users]:
     """Return for each axis the tensors that contractions write it from, and sum it with."""
     written, read = Users(), Users()
-    for node in found.contracted:
-        for weight, place in weight_places(node).items() if is_op(node) else ():
-            terms, bases = found.flat(weight), set(_bases(weight))
-            for users, dims in ((written, place.outs), (read, place.into)):
-                for leaf in _axes(terms[d] for d in dims):
-                    users.setdefault(leaf, set()).update(bases)
+    reads = [(w, p) for n in found.contracted if is_op(n) for w, p in weight_places(n).items()]
+    for weight, place in reads:
+        _note(written, found, weight, place.outs)
+        _note(read, found, weight, place.into)
     return written, read
+
+
+def _note(users: Users, found: Findings, weight: fx.Node, dims: tuple[int, ...]) -> None:
+    terms = found.flat(weight)
+    for leaf in _axes(terms[d] for d in dims):
+        users.setdefault(leaf, set()).update(_bases(weight))
 
 
 def _bases(node: fx.Node) -> Iterator[str]:
