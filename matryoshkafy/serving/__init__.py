@@ -13,6 +13,9 @@ from matryoshkafy.serving.ranks import Banned as Banned
 from matryoshkafy.serving.ranks import metrics_by_size as metrics_by_size
 from matryoshkafy.serving.rotation import Rotation as Rotation
 from matryoshkafy.serving.rotation import fit_rotation as fit_rotation
+from matryoshkafy.serving.rotation import train_rotation as train_rotation
+from matryoshkafy.serving.router import fit_projection as fit_projection
+from matryoshkafy.serving.router import save_router as save_router
 from matryoshkafy.serving.session import Session as Session
 from matryoshkafy.serving.tune import Setting as Setting
 from matryoshkafy.serving.tune import tune as tune

@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from matryoshkafy.serving.index import ShortIndex
+from matryoshkafy.serving.select import best_of
 from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
 
 Ids = NDArray[np.int64]
+# Units of documents that are copied at a time: a megabyte.
+CACHED = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +31,7 @@ class Ranking:
         ids: int64 [queries, k], rows of the documents' table; -1 (score -inf) where an
             approximate index found fewer than k.
         scores: float32 [queries, k], cosines at the last stage's size.
-        products: multiply-adds per query, the index's own not counted (`index_products` has them
-            where the first stage is exact).
+        products: multiply-adds per query, those of an index as it counted them.
     """
 
     ids: Ids
@@ -56,7 +58,7 @@ def funnel(  # noqa: PLR0913  the public signature
     sizes: Sequence[int],
     keep: Sequence[int],
     index: ShortIndex | None = None,
-    batch: int = 64,
+    batch: int = 128,
 ) -> Ranking:
     """Return the nearest documents, found in stages of growing size and shrinking lists.
 
@@ -79,21 +81,23 @@ def funnel(  # noqa: PLR0913  the public signature
         _search(queries, documents, slice(at, at + batch), (stages, index))
         for at in range(0, len(queries), batch)
     ]
-    ids, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Ranking(ids, scores, products(len(documents), stages, exact_first=index is None))
+    ids, scores = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    first = sum(part[2] for part in parts) / len(queries)
+    return Ranking(ids, scores, first + _later(stages))
 
 
-def products(count: int, stages: Sequence[tuple[int, int]], *, exact_first: bool = True) -> float:
-    """Return the multiply-adds of one query over `count` documents.
+def products(count: int, stages: Sequence[tuple[int, int]]) -> float:
+    """Return the multiply-adds of one query over `count` documents, the first stage exact.
 
     Args:
         count: how many documents there are.
         stages: (size, how many are kept) pairs.
-        exact_first: whether the first stage compares with every document.
     """
-    first = count * stages[0][0] if exact_first else stages[0][1] * stages[0][0]
-    later = (kept * (after - before) for (before, kept), (after, _) in pairwise(stages))
-    return float(first + sum(later))
+    return float(count * stages[0][0]) + _later(stages)
+
+
+def _later(stages: Sequence[tuple[int, int]]) -> float:
+    return float(sum(kept * (after - before) for (before, kept), (after, _) in pairwise(stages)))
 
 
 def _stages(documents: Vectors, sizes: Sequence[int], keep: Sequence[int]) -> list[tuple[int, int]]:
@@ -119,26 +123,26 @@ def _search(
     documents: Vectors,
     rows: slice,
     how: tuple[list[tuple[int, int]], ShortIndex | None],
-) -> tuple[Ids, Floats]:
+) -> tuple[Ids, Floats, float]:
     stages, index = how
     (size, kept), level = stages[0], documents.level(stages[0][0])
     asked = queries.values[rows]
     if index is None:
-        dots: Floats = asked[:, :size] @ np.transpose(documents.values[:, :size])
-        ids = _best(dots * documents.inverse_lengths[:, level], kept)
-        dots = _taken(dots, ids)
+        scores: Floats = asked[:, :size] @ np.transpose(documents.front(size))
+        ids, counted = best_of(scores, kept), float(len(documents) * size)
+        dots = _taken(scores, ids) / documents.inverse_lengths[ids, level]
     else:
-        ids = index.search(queries.at(size)[rows], kept)
+        ids, counted = index.search(queries.at(size)[rows], kept)
         dots = np.where(ids < 0, -np.inf, _dots(asked, documents, ids, (0, size)))
     for (before, _), (after, kept) in pairwise(stages):
         dots = dots + _dots(asked, documents, ids, (before, after))
         level = documents.level(after)
-        order = _best(dots * documents.inverse_lengths[ids, level], kept)
+        order = best_of(dots * documents.inverse_lengths[ids, level], kept)
         ids, dots = _taken(ids, order), _taken(dots, order)
     lengths = queries.inverse_lengths[rows, queries.level(stages[-1][0])][:, None]
     scores = dots * documents.inverse_lengths[ids, level] * lengths
     order = np.argsort(-scores, axis=1, kind="stable")
-    return _taken(ids, order), _taken(scores, order)
+    return _taken(ids, order), _taken(scores, order), counted * len(asked)
 
 
 def _taken(values: NDArray[Any], order: Ids) -> NDArray[Any]:
@@ -146,14 +150,16 @@ def _taken(values: NDArray[Any], order: Ids) -> NDArray[Any]:
     return np.take_along_axis(values, order, axis=1)
 
 
-def _best(scores: Floats, k: int) -> Ids:
-    """Return the columns of the k largest scores of each row, in no order."""
-    if k >= scores.shape[1]:
-        return np.tile(np.arange(scores.shape[1], dtype=np.int64), (len(scores), 1))
-    return np.argpartition(-scores, k - 1, axis=1)[:, :k].astype(np.int64)
-
-
 def _dots(asked: Floats, documents: Vectors, ids: Ids, units: tuple[int, int]) -> Floats:
-    """Return the products of the units between two sizes, [queries, candidates]."""
+    """Return the products of the units between two sizes, [queries, candidates].
+
+    Documents are copied for a few queries at a time, so that the copies stay in the cache.
+    """
     a, b = units
-    return np.einsum("qd,qkd->qk", asked[:, a:b], documents.values[ids, a:b], optimize=True)
+    out = np.empty(ids.shape, dtype=np.float32)
+    step = max(1, CACHED // (ids.shape[1] * (b - a)))
+    for at in range(0, len(ids), step):
+        part = slice(at, at + step)
+        copied = documents.values[ids[part], a:b]
+        np.matmul(copied, asked[part, a:b, None], out=out[part, :, None])
+    return out

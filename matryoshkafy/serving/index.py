@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
 
-Search = Callable[[Floats, int], NDArray[np.int64]]
+# Ids [queries, k], and the multiply-adds of a query as the engine counted them.
+Found = tuple[NDArray[np.int64], float]
+Search = Callable[[Floats, int], Found]
 
 
 class Build(Protocol):
@@ -27,7 +29,8 @@ class ShortIndex:
 
     Args:
         size: which prefix it holds.
-        search: (queries [Q, size], k) -> ids [Q, k]; -1 where it found fewer than k.
+        search: (queries [Q, size], k) -> ids [Q, k], -1 where it found fewer than k; and the
+            multiply-adds of a query.
         model: whose vectors it holds.
         rows: how many.
     """
@@ -44,7 +47,8 @@ class ShortIndex:
         Args:
             documents: the table.
             size: a rung of its ladder, usually the shortest.
-            kind: "hnsw" or "ivf" (FAISS), or "usearch".
+            kind: "hnsw", "ivf" or "codes" (FAISS), or "usearch". Codes look at every row, by four
+                bits for each two units ("fast scan").
             effort: how far a search looks: candidates of HNSW, cells of IVF.
 
         Raises:
@@ -81,9 +85,11 @@ def _hnsw(vectors: Floats, effort: int) -> Search:
     index.hnsw.efConstruction = 200
     index.add(vectors)
 
-    def search(queries: Floats, k: int) -> NDArray[np.int64]:
+    def search(queries: Floats, k: int) -> Found:
         index.hnsw.efSearch = max(effort, k)
-        return index.search(queries, k)[1]
+        faiss.cvar.hnsw_stats.reset()
+        ids = index.search(queries, k)[1]
+        return ids, faiss.cvar.hnsw_stats.ndis * vectors.shape[1] / len(queries)
 
     return search
 
@@ -97,8 +103,26 @@ def _ivf(vectors: Floats, effort: int) -> Search:
     index.add(vectors)
     index.nprobe = min(effort, cells)
 
-    def search(queries: Floats, k: int) -> NDArray[np.int64]:
-        return index.search(queries, k)[1]
+    def search(queries: Floats, k: int) -> Found:
+        faiss.cvar.indexIVF_stats.reset()
+        ids = index.search(queries, k)[1]
+        compared = faiss.cvar.indexIVF_stats.ndis / len(queries) + cells
+        return ids, compared * vectors.shape[1]
+
+    return search
+
+
+def _codes(vectors: Floats, effort: int) -> Search:
+    del effort
+    faiss = _package("faiss", "faiss-cpu")
+    count = max(1, vectors.shape[1] // 2)
+    index = faiss.IndexPQFastScan(vectors.shape[1], count, 4, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+
+    def search(queries: Floats, k: int) -> Found:
+        # A table of 16 products for each code, then an addition a code and row.
+        return index.search(queries, k)[1], float(16 * vectors.shape[1] + count * len(vectors))
 
     return search
 
@@ -109,11 +133,12 @@ def _usearch(vectors: Floats, effort: int) -> Search:
     # One thread: rows that are added at the same time can miss each other, and are not found then.
     index.add(np.arange(len(vectors)), vectors, threads=1)
 
-    def search(queries: Floats, k: int) -> NDArray[np.int64]:
+    def search(queries: Floats, k: int) -> Found:
         found = index.search(queries, k)
-        return np.reshape(np.asarray(found.keys, dtype=np.int64), (len(queries), -1))
+        ids = np.reshape(np.asarray(found.keys, dtype=np.int64), (len(queries), -1))
+        return ids, found.computed_distances * vectors.shape[1] / len(queries)
 
     return search
 
 
-KINDS: Mapping[str, Build] = {"hnsw": _hnsw, "ivf": _ivf, "usearch": _usearch}
+KINDS: Mapping[str, Build] = {"hnsw": _hnsw, "ivf": _ivf, "codes": _codes, "usearch": _usearch}

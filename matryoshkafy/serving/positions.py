@@ -129,15 +129,32 @@ def _shapes(trace: Trace, ids: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def _graph_of(trace: Trace, names: frozenset[str]) -> fx.GraphModule:
+    """Return the graph of the values, and of nothing else: it runs at every token."""
+    needed = _what_makes(trace, names)
     graph = fx.Graph()
     written: dict[fx.Node, Any] = {}
     for node in trace.graph.nodes:
-        if node.op != "output":
+        if node in needed or node.op == "placeholder":
             written[node] = graph.node_copy(node, lambda n: written[n])
     by_name = {node.name: node for node in written}
     graph.output(tuple(written[by_name[name]] for name in sorted(names)))
-    graph.eliminate_dead_code()
     return runnable(trace.root, graph)
+
+
+def _what_makes(trace: Trace, names: frozenset[str]) -> set[fx.Node]:
+    """Return nodes by name with all that they are computed from.
+
+    Dead code alone does not leave them out: an op with an effect (a check of a shape) would keep
+    all that it reads, which is the model.
+    """
+    stack = [node for node in trace.graph.nodes if node.name in names]
+    found: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def check_one_input(trace: Trace) -> None:

@@ -29,15 +29,26 @@ def load_encoder(folder: str | os.PathLike[str]) -> Any:
     return SentenceTransformer(str(path), device="cpu")
 
 
-def encode(encoder: Any, texts: Sequence[str], sizes: Sequence[int] | None = None) -> Vectors:
+def encode(
+    encoder: Any,
+    texts: Sequence[str],
+    sizes: Sequence[int] | None = None,
+    *,
+    task: str | None = None,
+) -> Vectors:
     """Return the vectors of texts, in the order of the texts.
 
     Args:
         encoder: a `SentenceTransformer`.
         texts: what to encode.
         sizes: the ladder; halves of the width down to 16 by default.
+        task: "query" or "document" of an encoder with a part for each, see `save_router`.
     """
-    values = encoder.encode(list(texts), batch_size=64, convert_to_numpy=True)
+    calls = {None: "encode", "query": "encode_query", "document": "encode_document"}
+    if task not in calls:
+        raise ServingError(f'task={task!r} was given; expected "query", "document" or None')
+    call = getattr(encoder, calls[task])
+    values = call(list(texts), batch_size=64, convert_to_numpy=True, show_progress_bar=False)
     ladder = tuple(sizes) if sizes else halves(values.shape[1])
     return Vectors(np.asarray(values, dtype=np.float32), ladder, model_of(encoder))
 

@@ -1,4 +1,9 @@
-"""tune(): sizes and list lengths of a funnel, chosen on validation queries."""
+"""tune(): sizes and list lengths of a funnel, chosen on validation queries.
+
+Settings share their beginnings: the scores of every size are computed once for some queries (the
+price of one exact search), and a setting is then a matter of looking numbers up. Only the settings
+that are returned are run, for their time.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,16 @@ from numpy.typing import NDArray
 
 from matryoshkafy.serving.funnel import funnel, products
 from matryoshkafy.serving.metrics import recall_of, reciprocal_rank_of
-from matryoshkafy.serving.vectors import ServingError, Vectors
+from matryoshkafy.serving.select import Ids, best_of
+from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
 
 # List lengths that are tried between the stages, as multiples of k.
 SHORTLISTS = (2, 5, 10, 20, 50, 100)
 MOST_STAGES = 4
+BLOCK = 64
+Stages = tuple[tuple[int, int], ...]
+# What follows a stage: {size: {how many it keeps: what follows it}}; nothing follows the last one.
+Tree = dict[int, dict[int, "Tree"]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def tune(
         )
     allowed = [
         stages
-        for stages in _candidates(documents, k)
+        for stages in candidates(documents, k)
         if budget is None or products(len(documents), stages) <= budget
     ]
     if not allowed:
@@ -88,10 +98,95 @@ def tune(
             f"{len(documents)} documents needs {cheapest:,} (size {documents.sizes[0]}). Allow "
             "more, or give the first stage an index"
         )
-    return frontier([measured(queries, documents, relevant, stages) for stages in allowed])
+    best = frontier(judged(queries, documents, relevant, allowed))
+    return [measured(queries, documents, relevant, _stages(setting)) for setting in best]
 
 
-def _candidates(documents: Vectors, k: int) -> Iterator[tuple[tuple[int, int], ...]]:
+def judged(
+    queries: Vectors, documents: Vectors, relevant: NDArray[np.int64], allowed: Sequence[Stages]
+) -> list[Setting]:
+    """Return every setting with its recall and MRR, not timed."""
+    queries.check_against(documents)
+    tree: Tree = {}
+    for stages in allowed:
+        below = tree
+        for size, kept in stages:
+            below = below.setdefault(size, {}).setdefault(kept, {})
+    sums = {stages: np.zeros(2) for stages in allowed}
+    for at in range(0, len(queries), BLOCK):
+        rows = slice(at, at + BLOCK)
+        _Judge(_scores(queries, documents, rows), relevant[rows], sums).walk(tree)
+    return [_setting(stages, found / len(queries), documents) for stages, found in sums.items()]
+
+
+def _setting(stages: Stages, found: NDArray[np.float64], documents: Vectors) -> Setting:
+    sizes, keep = zip(*stages, strict=True)
+    recall, reciprocal_rank = found.tolist()
+    return Setting(sizes, keep, recall, reciprocal_rank, products(len(documents), stages))
+
+
+def _scores(queries: Vectors, documents: Vectors, rows: slice) -> dict[int, Floats]:
+    """Return the cosines of some queries with all documents at every size, but for a factor."""
+    asked, before = queries.values[rows], 0
+    out: dict[int, Floats] = {}
+    dots = np.zeros((len(asked), len(documents)), dtype=np.float32)
+    for level, size in enumerate(documents.sizes):
+        dots += asked[:, before:size] @ np.transpose(documents.values[:, before:size])
+        out[size], before = dots * documents.inverse_lengths[:, level], size
+    return out
+
+
+class _Judge:
+    """Walks the settings of some queries, and adds up what each gave.
+
+    Args:
+        scores: {size: [queries, documents]}.
+        relevant: int64 [queries].
+        sums: {stages: (hits, reciprocal ranks)}, added to.
+    """
+
+    def __init__(
+        self, scores: dict[int, Floats], relevant: Ids, sums: dict[Stages, NDArray[np.float64]]
+    ) -> None:
+        self.scores, self.relevant, self.sums = scores, relevant[:, None], sums
+
+    def walk(self, tree: Tree, ids: Ids | None = None, before: Stages = ()) -> None:
+        """Judge what follows some stages that left the documents `ids` (None: all of them)."""
+        for size, lists in tree.items():
+            scores = self.scores[size]
+            left = scores if ids is None else np.take_along_axis(scores, ids, axis=1)
+            ends = [kept for kept, after in lists.items() if not after]
+            goes_on = {kept: after for kept, after in lists.items() if after}
+            for kept in ends:
+                self._judge((*before, (size, kept)), left, ids)
+            if goes_on:
+                chosen = _sorted(left, max(goes_on))
+                found = chosen if ids is None else np.take_along_axis(ids, chosen, axis=1)
+                for kept, after in goes_on.items():
+                    self.walk(after, found[:, :kept], (*before, (size, kept)))
+
+    def _judge(self, stages: Stages, left: Floats, ids: Ids | None) -> None:
+        size, kept = stages[-1]
+        own = np.take_along_axis(self.scores[size], self.relevant, axis=1)
+        ranks = 1 + (left > own).sum(axis=1)
+        found = ranks <= kept
+        if ids is not None:
+            found &= (ids == self.relevant).any(axis=1)
+        self.sums[stages] += found.sum(), (found / ranks).sum()
+
+
+def _sorted(scores: Floats, k: int) -> Ids:
+    """Return the columns of the k largest scores of each row, largest first."""
+    best = best_of(scores, k)
+    order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
+    return np.take_along_axis(best, order, axis=1)
+
+
+def _stages(setting: Setting) -> Stages:
+    return tuple(zip(setting.sizes, setting.keep, strict=True))
+
+
+def candidates(documents: Vectors, k: int) -> Iterator[Stages]:
     """Yield the stages to try: (size, kept) pairs, the last size is the full one or any alone."""
     lists = sorted({min(k * times, len(documents)) for times in SHORTLISTS}, reverse=True)
     for size in documents.sizes:
@@ -106,7 +201,7 @@ def measured(
     queries: Vectors,
     documents: Vectors,
     relevant: NDArray[np.int64],
-    stages: Sequence[tuple[int, int]],
+    stages: Stages,
 ) -> Setting:
     """Return a setting with its recall, MRR, products and time on these queries."""
     sizes, keep = zip(*stages, strict=True)

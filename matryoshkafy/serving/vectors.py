@@ -111,6 +111,16 @@ class Vectors:
         level = self.level(size)
         return self.values[:, :size] * self.inverse_lengths[:, level : level + 1]
 
+    def front(self, size: int) -> Floats:
+        """Return `at(size)`, kept beside the table: what every search begins with."""
+        if size not in self._fronts:
+            self._fronts[size] = self.at(size)
+        return self._fronts[size]
+
+    @cached_property
+    def _fronts(self) -> dict[int, Floats]:
+        return {}
+
     def rows(self, index: NDArray[np.int64]) -> Vectors:
         """Return the table of some rows."""
         return Vectors(self.values[index], self.sizes, self.model)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import matryoshkafy as mk
 from matryoshkafy.serving import Decoder, Session
@@ -52,6 +53,21 @@ def timed(call: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
+def flops(call: Callable[[], object]) -> float:
+    """Return the millions of multiply-adds of a call."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 2e6
+
+
+def counted(what: str, more: float, small: float, large: float) -> str:
+    """Return a row: what an extension multiplies, against the difference."""
+    return (
+        f"| {what}: multiply-adds | {more:.1f} M | {large:.1f} - {small:.1f} M | "
+        f"{more / (large - small):.3f} |"
+    )
+
+
 def encoder() -> list[str]:
     """Return the rows of the encoder."""
     ids = torch.randint(1000, (8, 48))
@@ -63,14 +79,43 @@ def encoder() -> list[str]:
         row = [timed(lambda: session.extend(LARGE))]
         row += [timed(lambda: small(ids)), timed(lambda: large(ids))]
         times.append(row)
+    session.answer(ids, size=SMALL)
+    exact = counted(
+        f"encoder, 8 x 48 tokens: extend {SMALL} to {LARGE}",
+        flops(lambda: session.extend(LARGE)),
+        flops(lambda: small(ids)),
+        flops(lambda: large(ids)),
+    )
     extend, alone, whole = (statistics.median(t[i] for t in times[2:]) for i in range(3))
     ratios = [t[0] / (t[2] - t[1]) for t in times[2:]]
     return [
+        exact,
         f"| encoder, 8 x 48 tokens: extend {SMALL} to {LARGE} | {extend:.1f} ms | "
         f"{whole:.1f} - {alone:.1f} ms | {spread(ratios)} |",
         f"| the same against one pass at {LARGE} | {extend:.1f} ms | {whole:.1f} ms | "
         f"{spread([t[0] / t[2] for t in times[2:]])} |",
     ]
+
+
+def checked(made: Decoder, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Return what checking eight drafted tokens multiplies, and what both sizes do from nothing."""
+    small, large = (made._plan.level(size) for size in (SMALL, LARGE))
+    start, end = ids.shape[1] - 8, ids[:, -8:]
+
+    def window(levels: tuple[int, int], cached: dict) -> dict:
+        return made._window(end, start, levels, cached)[1]
+
+    def prefilled(level: int) -> None:
+        made._forget()
+        made._window(ids[:, :start], 0, (-1, level), {})
+
+    found = []
+    for level in (small, large):
+        prefilled(large)
+        found.append(flops(lambda level=level: window((-1, level), {})))
+    prefilled(large)
+    cached = window((-1, small), {})
+    return flops(lambda: window((small, large), cached)), found[0], found[1]
 
 
 def decoder() -> list[str]:
@@ -86,11 +131,20 @@ def decoder() -> list[str]:
     held = {size: made.cache_bytes(size) for size in (64, 128, 256)}
     found = made.generate(ids, size=LARGE, draft=SMALL, new_tokens=NEW)
     assert found.tokens == alone.tokens
+    drafted = sum(made.cache_bytes(size) for size in (64, 128, 256)) - sum(held.values())
+    positions = ids.shape[1] + NEW - 1
+    each = sum(held.values()) // positions
+    assert drafted <= each, "a draft keeps no more than the positions that it was right about"
     rows = [statistics.median(t[i] for t in times[1:]) / NEW for i in range(2)]
+    long = torch.randint(1000, (1, 64))
     return [
+        counted(
+            f"decoder, 8 tokens after 56: check a draft of {SMALL} at {LARGE}",
+            *checked(made, long),
+        ),
         f"| decoder, a token at {LARGE} with the cache | {rows[0]:.1f} ms | at {SMALL}: "
         f"{rows[1]:.1f} ms | {spread([t[0] / t[1] for t in times[1:]])} |",
-        f"| its cache: bytes that sizes 64, 128, 256 add for {ids.shape[1] + NEW - 1} positions | "
+        f"| its cache: bytes that sizes 64, 128, 256 add for {positions} positions | "
         f"{', '.join(f'{n:,}' for n in held.values())} | a draft adds 0 |  |",
     ]
 

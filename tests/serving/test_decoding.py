@@ -8,7 +8,7 @@ import torch
 import matryoshkafy as mk
 from matryoshkafy.serving.decoding import Decoder
 from matryoshkafy.serving.vectors import ServingError
-from tests.serving.test_session import Transformer
+from tests.serving.test_session import Transformer, flops
 
 
 def decoder_of(**options) -> tuple[mk.Doll, Decoder]:
@@ -110,3 +110,29 @@ def test_positions_that_are_mixed_elsewhere_are_refused() -> None:
     doll = mk.convert(Mixing(causal=True).eval(), (ids,), sizes="16..64", nesting="masked")
     with pytest.raises(ServingError, match="some op beside the attention mixes positions"):
         Decoder(doll, ids)
+
+
+def test_checking_a_draft_costs_the_difference() -> None:
+    """Multiply-adds of a window of five tokens, by size and from the small size to the large."""
+    doll, decoder = decoder_of()
+    doll.requires_grad_(False)  # the counter of multiply-adds looks at gradients
+    ids, start = torch.randint(50, (1, 9)), 4
+    new = ids[:, start:]
+
+    def window(levels: tuple[int, int], cached: dict):
+        return decoder._window(new, start, levels, cached)
+
+    def prefilled() -> None:
+        decoder._forget()
+        decoder._window(ids[:, :start], 0, (-1, 2), {})
+
+    costs = []
+    for level in (0, 2):
+        prefilled()
+        costs.append(flops(lambda level=level: window((-1, level), {})))
+    # The weights of the large size, once each: two blocks of 12 D^2, whole, and the head.
+    assert costs[1] < 1.2 * 2 * new.numel() * (2 * 12 * 64 * 64 + 50 * 64)
+    prefilled()
+    cached = window((-1, 0), {})[1]
+    head = 2 * new.numel() * 50 * 16
+    assert flops(lambda: window((0, 2), cached)) <= 1.1 * (costs[1] - costs[0]) + head

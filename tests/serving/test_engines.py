@@ -4,12 +4,13 @@ vectors, the same plan of stages.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from matryoshkafy.serving import Vectors, funnel
+from matryoshkafy.serving import ServingError, Vectors, engines, funnel
 
 SIZES, SHORT, WIDTH, KEEP, K, QUERIES = (8, 32), 8, 32, 100, 10, 500
 
@@ -57,10 +58,10 @@ ORDER BY embedding <=> %(whole)s::vector({WIDTH}) LIMIT {K};
 
 def test_postgres_with_pgvector(queries, documents, wanted, tmp_path: Path) -> None:
     pgserver = pytest.importorskip("pgserver", reason="pgserver is not installed")
-    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
     server = pgserver.get_server(tmp_path / "data", cleanup_mode="stop")
     try:
-        with psycopg.connect(server.get_uri()) as connection:
+        with engines.postgres(server.get_uri()) as connection:
             connection.execute(SCHEMA)
             with connection.cursor().copy("COPY documents FROM STDIN") as copy:
                 for i, row in enumerate(documents.values):
@@ -88,7 +89,7 @@ def asked(connection, row: np.ndarray) -> list[int]:
 def test_qdrant(queries, documents, wanted) -> None:
     client_of = pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
     models = client_of.models
-    client = client_of.QdrantClient(":memory:")
+    client = engines.qdrant(":memory:")
     cosine = models.Distance.COSINE
     client.create_collection(
         "documents",
@@ -147,3 +148,32 @@ def test_faiss_on_disk(queries, documents, wanted, tmp_path: Path) -> None:
     scores = np.einsum("qd,qkd->qk", asked_whole, whole[shortlist])
     best = np.argsort(-scores, axis=1, kind="stable")[:, :K]
     assert np.array_equal(np.take_along_axis(shortlist, best, axis=1), wanted)
+
+
+def test_an_engine_that_is_not_running_is_named_with_the_remedy() -> None:
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
+    # Port 1 of this machine: nobody listens.
+    with pytest.raises(ServingError, match="no PostgreSQL answers at .*Start one, or without"):
+        engines.postgres("postgresql://127.0.0.1:1/texts")
+    with pytest.raises(ServingError, match="no Qdrant answers at .*Start one .*embedded mode"):
+        engines.qdrant("http://127.0.0.1:1")
+
+
+def test_a_server_without_pgvector_is_named_with_the_remedy() -> None:
+    class Without:
+        def execute(self, sql: str):
+            assert "pg_available_extensions" in sql
+            return self
+
+        def fetchone(self):
+            return None
+
+    with pytest.raises(ServingError, match="has no pgvector. Install .* CREATE EXTENSION vector"):
+        engines.check_pgvector(Without())
+
+
+def test_a_client_that_is_not_installed_is_named_with_the_remedy(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ServingError, match="pip install psycopg\\[binary\\]"):
+        engines.postgres("postgresql://127.0.0.1:1/texts")

@@ -12,11 +12,13 @@ from matryoshkafy.serving import (
     exact,
     fit_rotation,
     funnel,
+    train_rotation,
     tune,
 )
 from matryoshkafy.serving.funnel import products
 from matryoshkafy.serving.metrics import ndcg_of, recall_of, reciprocal_rank_of
-from matryoshkafy.serving.tune import frontier, measured
+from matryoshkafy.serving.select import best_of
+from matryoshkafy.serving.tune import candidates, frontier, judged, measured
 
 SIZES = (4, 8, 16, 32)
 
@@ -76,7 +78,7 @@ def test_an_index_that_looks_everywhere_finds_what_exact_search_finds(kind: str)
 def test_what_an_index_does_not_find_is_no_document() -> None:
     queries, documents = table(2, 6), table(30, 7)
     ids = np.array([[3, -1, 5], [7, 8, 9]])
-    index = ShortIndex(8, lambda asked, k: ids, "m", 30)
+    index = ShortIndex(8, lambda asked, k: (ids, 0.0), "m", 30)
     found = funnel(queries, documents, sizes=[8, 32], keep=[3, 3], index=index)
     assert set(found.ids[0]) == {3, 5, -1}
     assert found.ids[0, -1] == -1 and np.isneginf(found.scores[0, -1])
@@ -114,7 +116,7 @@ def test_tuning_returns_the_settings_that_no_cheaper_one_equals() -> None:
     costs, recalls = [s.products for s in settings], [s.recall for s in settings]
     assert costs == sorted(costs) and recalls == sorted(recalls)
     for setting in settings:
-        stages = list(zip(setting.sizes, setting.keep, strict=True))
+        stages = tuple(zip(setting.sizes, setting.keep, strict=True))
         assert setting.products == products(300, stages)
         again = measured(queries, documents, truth, stages)
         assert (again.recall, again.reciprocal_rank) == (setting.recall, setting.reciprocal_rank)
@@ -191,5 +193,78 @@ def test_a_budget_below_the_cheapest_search_is_refused() -> None:
         tune(table(2, 0), table(20, 1), np.zeros(2, dtype=np.int64), budget=10)
     with pytest.raises(ServingError, match="1 relevant documents were given for 2 queries"):
         tune(table(2, 0), table(20, 1), np.zeros(1, dtype=np.int64))
-    with pytest.raises(ServingError, match="expected one of hnsw, ivf, usearch"):
+    with pytest.raises(ServingError, match="expected one of hnsw, ivf, codes, usearch"):
         ShortIndex.of(table(5, 0), 4, kind="annoy")
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(3, 5000, 7), (2, 5003, 100), (4, 40, 20)])
+def test_the_best_columns_are_those_of_a_whole_sort(rows: int, columns: int, k: int) -> None:
+    scores = np.random.default_rng(k).normal(size=(rows, columns)).astype(np.float32)
+    wanted = np.sort(np.argsort(-scores, axis=1)[:, :k], axis=1)
+    assert np.array_equal(np.sort(best_of(scores, k), axis=1), wanted)
+    # With equal scores any k of them are right: their values are compared.
+    rough = np.round(scores)
+    found = np.take_along_axis(rough, best_of(rough, k), axis=1)
+    assert np.array_equal(np.sort(found, axis=1), np.sort(rough, axis=1)[:, columns - k :])
+
+
+def test_settings_judged_together_are_those_run_one_by_one() -> None:
+    queries, documents = table(70, 21), table(400, 22)
+    relevant = np.random.default_rng(23).integers(0, 400, 70)
+    allowed = list(candidates(documents, 4))
+    assert len(allowed) == 87
+    for setting in judged(queries, documents, relevant, allowed):
+        stages = tuple(zip(setting.sizes, setting.keep, strict=True))
+        again = measured(queries, documents, relevant, stages)
+        assert (setting.recall, setting.products) == (again.recall, again.products)
+        assert setting.reciprocal_rank == pytest.approx(again.reciprocal_rank, abs=1e-12)
+
+
+def test_an_index_says_what_it_multiplied() -> None:
+    pytest.importorskip("faiss")
+    queries, documents = table(20, 6), table(400, 7)
+    cells = int(4 * 400**0.5)
+    everywhere = ShortIndex.of(documents, 8, kind="ivf", effort=cells)
+    found = funnel(queries, documents, sizes=[8, 32], keep=[60, 5], index=everywhere)
+    assert found.products == (400 + cells) * 8 + 60 * 24
+    codes = ShortIndex.of(documents, 8, kind="codes")
+    found = funnel(queries, documents, sizes=[8, 32], keep=[200, 5], index=codes)
+    assert found.products == 16 * 8 + 4 * 400 + 200 * 24
+    wanted = funnel(queries, documents, sizes=[8, 32], keep=[60, 5])
+    assert recall_of(found.ids, wanted.ids) > 0.9
+
+
+def test_a_trained_rotation_keeps_full_cosines_and_learns_what_tells_documents_apart() -> None:
+    random = np.random.default_rng(30)
+    # Half of the units are loud noise of each text; the quiet half is shared by query and document.
+    topic = random.normal(size=(400, 16)) / 3
+    loud = (random.normal(size=(400, 16)) for _ in range(2))
+    mix = np.linalg.qr(random.normal(size=(32, 32)))[0]
+    pair = [Vectors(np.hstack([noise, topic]) @ mix, (4, 16, 32), "m") for noise in loud]
+    queries, documents = pair
+    rows = np.arange(400)
+    turn = train_rotation(queries, documents, rows, steps=150, rate=0.03)
+    np.testing.assert_allclose(turn.matrix.T @ turn.matrix, np.eye(32), atol=1e-5)
+    plain = fit_rotation(documents)
+    found = [
+        recall_of(exact(r(queries), r(documents), size=16, k=1).ids, rows) for r in (plain, turn)
+    ]
+    assert found[1] > found[0] + 0.3
+    np.testing.assert_allclose(
+        turn(queries).at(32) @ turn(documents).at(32).T,
+        queries.at(32) @ documents.at(32).T,
+        atol=1e-5,
+    )
+    with pytest.raises(ServingError, match="3 relevant documents were given for 400 queries"):
+        train_rotation(queries, documents, rows[:3])
+
+
+def test_lengths_of_rows_change_no_ranking() -> None:
+    queries, documents = table(9, 2), table(200, 3)
+    factors = np.exp(np.random.default_rng(4).normal(size=(200, 1)))
+    scaled = Vectors(documents.values * factors, SIZES, "m")
+    stages = {"sizes": [4, 16, 32], "keep": [40, 12, 5]}
+    wanted = funnel(queries, documents, **stages)
+    found = funnel(queries, scaled, **stages)
+    assert np.array_equal(found.ids, wanted.ids)
+    np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
