@@ -37,8 +37,7 @@ class Tokens:
 
     def batch(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the stretches as a batch."""
-        ids = torch.stack(list(rows))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {"input_ids": torch.stack(list(rows))}
 
     def terms(self, doll: Doll) -> tuple[Term, ...]:
         """Return the next token's distribution."""
