@@ -124,7 +124,7 @@ def same_section(documents: Tensor, sections: list[str]) -> float:
 
 def started(out: Path, encoder: TextEncoder, pairs: Pairs, options: argparse.Namespace) -> Doll:
     """Return the doll with its units as the start asks."""
-    sizes = [int(size) for size in options.sizes.split(",")]
+    sizes = [float(s) if "." in s else int(s) for s in options.sizes.split(",")]
     example = encoder.batch(["one text", "and another, longer text"])
     doll = mk.convert(
         encoder.embedder, (), example, sizes=sizes, nesting="sliced", scope=options.scope
@@ -172,7 +172,7 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     pairs, val = (taught(options.teacher, encoder, n, parts[n]) for n in ("train", "val"))
     lessons, texts = pairs.vectors(), pairs.texts()
     doll = started(out, encoder, pairs, options)
-    weights = {max(doll.sizes): 0.5, min(doll.sizes): 1.5} if len(doll.sizes) > 1 else {}
+    weights = {max(doll.sizes): 1.5, min(doll.sizes): 1.2} if len(doll.sizes) > 1 else {}
     recipe = Recipe(
         options.steps,
         options.batch,
@@ -239,10 +239,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="96,192,288,384")
     parser.add_argument("--scope", default="full")
     parser.add_argument("--shares", default="rows")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--packages", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--packages", type=int, default=6000)
     parser.add_argument("--documents", type=int, default=5000)
     parser.add_argument("--save", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
