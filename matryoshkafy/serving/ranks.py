@@ -35,7 +35,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Banned:
-    """Items that must not be ranked: pairs of a row of the batch and an item, none twice."""
+    """Items that must not be ranked: pairs of a row of the batch and an item, none twice.
+
+    Args:
+        rows: int64 [N], rows of the batch.
+        items: int64 [N], the item of each.
+    """
 
     rows: Tensor
     items: Tensor
