@@ -1,5 +1,7 @@
 """A native size as a GGUF file, which llama.cpp loads: LLaMA, Mistral, Qwen 2 and 3."""
 
+# gguf and transformers tell few types.
+# pyright: basic
 from __future__ import annotations
 
 import os

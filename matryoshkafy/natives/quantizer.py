@@ -6,6 +6,8 @@ built and the weights before they are put in place: ours shrinks the first and r
 from the files of the size.
 """
 
+# transformers tells few types.
+# pyright: basic
 from __future__ import annotations
 
 from pathlib import Path

@@ -65,7 +65,8 @@ def _place(root: nn.Module, node: fx.Node) -> str | None:
         return None
     leaves = ["weight", "bias"][: len(names)]
     holder = root.get_submodule(place)
-    held = list(holder._parameters) == leaves and not holder._buffers and not holder._modules
+    others = [*holder.buffers(recurse=False), *holder.children()]
+    held = [name for name, _ in holder.named_parameters(recurse=False)] == leaves and not others
     plain = type(holder) is nn.Module and held and names == [f"{place}.{leaf}" for leaf in leaves]
     return place if plain else None
 
@@ -75,11 +76,11 @@ def _is_own(operand: object) -> bool:
 
 
 def _linear(holder: nn.Module) -> nn.Linear:
-    weight, bias = holder._parameters["weight"], holder._parameters.get("bias")
-    assert weight is not None
+    held = dict(holder.named_parameters(recurse=False))
+    weight, bias = held["weight"], held.get("bias")
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    made.weight = weight  # type: ignore[assignment]
+    made.weight = weight
     if bias is not None:
         made.bias = bias
     return made
