@@ -172,11 +172,10 @@ def _quiet_changes(space: Space, shaped: Mapping[Field, object]) -> Iterator[dic
 
     Counts that stand in one list are changed together, and those that only together move none.
     """
-    counts = {f: v for f, v in heads(space).items() if f not in shaped}
+    every = {f: v for f, v in heads(space).items() if f not in shaped}
+    counts = {f: v for f, v in every.items() if f in space.quiet}
     fields = list(counts)
-    if fields:
-        yield counts
-    yield {}
+    yield from (every, counts, {})
     yield from families(counts)
     yield from counted(space, shaped)
     for number in (1, len(fields) - 1, 2, len(fields) - 2):

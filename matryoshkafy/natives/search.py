@@ -94,6 +94,12 @@ class Space:
         moving = {field for fields in self.movers.values() for field in fields}
         return tuple(field for field in self.probes if field not in moving)
 
+    @cached_property
+    def bound(self) -> tuple[Field, ...]:
+        """The integers of which no other value builds alone: layers, heads that must divide."""
+        whole = (f for f, v in self.fields.items() if isinstance(v, int))
+        return tuple(f for f in whole if f not in self.probes)
+
 
 def _moved(before: Shapes, after: Shapes) -> Iterator[Place]:
     for name, shape in after.items():
@@ -160,9 +166,9 @@ def _shapes(space: Space, done: dict[Field, Any]) -> Shapes | None:
 
 
 def heads(space: Space) -> dict[Field, Any]:
-    """Return the fields that move no shape but hold the units of a group that shrinks."""
-    widths = space.wanted.widths
-    return {f: widths[space.fields[f]] for f in space.quiet if space.fields[f] in widths}
+    """Return the fields that move no shape alone, but hold the units of a group that shrinks."""
+    widths, fields = space.wanted.widths, space.fields
+    return {f: widths[fields[f]] for f in (*space.quiet, *space.bound) if fields[f] in widths}
 
 
 def counted(space: Space, shaped: Mapping[Field, object]) -> Iterator[dict[Field, int]]:
