@@ -316,4 +316,4 @@ def scores_of(output: object) -> object:
         return parts[names[0]] if len(names) == 1 else parts
     listed = isinstance(output, (tuple, list))
     parts = cast("Sequence[object]", output) if listed else ()
-    return parts[0] if parts else cast("object", output)
+    return parts[0] if parts else output

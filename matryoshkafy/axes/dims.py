@@ -8,7 +8,7 @@ indices kept at a level, and the level of each index.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -157,7 +157,7 @@ def _pairs(flat: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _joined(pairs: object) -> list[tuple[int, int]]:
+def _joined(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     out: list[tuple[int, int]] = []
     for length, level in pairs:
         if out and out[-1][1] == level:

@@ -178,7 +178,7 @@ def _keys(context: object) -> list[object]:
     if not isinstance(context, list):
         return []
     keys = cast("list[object]", context)
-    return _keys(cast("object", keys[1])) if len(keys) == 2 and _is_list(keys[1]) else keys
+    return _keys(keys[1]) if len(keys) == 2 and _is_list(keys[1]) else keys
 
 
 def _is_list(value: object) -> bool:
@@ -237,7 +237,7 @@ def _write_onnx(program: ExportedProgram, flat: list[Tensor], path: Path) -> lis
     held = sum(t.nbytes for t in program.state_dict.values())
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
-        write: Any = torch.onnx.export  # pyright: ignore[reportUnknownMemberType]
+        write = cast(Any, torch.onnx.export)  # pyright: ignore[reportUnknownMemberType]
         write(
             program,
             (),

@@ -73,7 +73,7 @@ class Method(nn.Module):
         self.__dict__["forward"] = found
 
     @property
-    def training(self) -> bool:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The mode of the user's module."""
         return self.__dict__["owner"].training
 

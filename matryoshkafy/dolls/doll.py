@@ -216,6 +216,11 @@ def replan(doll: Doll, plan: Plan) -> None:
     doll.__dict__["_plan"] = plan
 
 
+def attributes_of(doll: Doll) -> dict[str, object]:
+    """Return what the user's model said of itself."""
+    return dict(doll.__dict__["_attributes"])
+
+
 def root_of(doll: Doll) -> nn.Module:
     """Return the containers of a doll's tensors, which its graph reads them from."""
     return doll.__dict__["_root"]

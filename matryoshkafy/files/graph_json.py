@@ -16,9 +16,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
@@ -47,7 +48,7 @@ PATH = re.compile(rf"{PART}(?:\.{PART})*")
 OPERATOR = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*\.[A-Za-z_]\w*", re.ASCII)
 
 
-def _functions() -> dict[str, Callable[..., Any]]:
+def _functions() -> dict[str, Callable[..., object]]:
     modules = {
         operator: "add sub mul floordiv truediv mod pow neg pos abs eq ne lt le gt ge and_ or_ "
         "not_ xor invert lshift rshift getitem is_ is_not contains index",
@@ -66,7 +67,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
     }
 
 
-FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(_functions())
+FUNCTIONS: Mapping[str, Callable[..., object]] = MappingProxyType(_functions())
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Callables:
     """What a saved graph may call: namespaces of torch.ops, and Python functions by name."""
 
     namespaces: tuple[str, ...]
-    functions: Mapping[str, Callable[..., Any]]
+    functions: Mapping[str, Callable[..., object]]
 
 
 def callables(
@@ -84,7 +85,7 @@ def callables(
     return Callables((*NAMESPACES, *namespaces), {**FUNCTIONS, **(functions or {})})
 
 
-def graph_to_json(graph: Graph, allowed: Callables | None = None) -> dict[str, Any]:
+def graph_to_json(graph: Graph, allowed: Callables | None = None) -> dict[str, object]:
     """Return a flat torch.fx graph as JSON values, from which graph_from_json builds it again.
 
     Kept: order, names, targets, arguments, `meta["source"]` (or the user's frame of the stack
@@ -105,7 +106,8 @@ def graph_from_json(saved: object, allowed: Callables | None = None) -> Graph:
     Raises JsonError for a target that is not allowed and for JSON that is no graph.
     """
     allowed = allowed or callables()
-    graph, nodes = Graph(), {}
+    graph = Graph()
+    nodes: dict[str, Node] = {}
     for record in _records(saved):
         node = _read_node(graph, record, nodes, allowed)
         nodes[node.name] = node
@@ -115,7 +117,7 @@ def graph_from_json(saved: object, allowed: Callables | None = None) -> Graph:
     return graph
 
 
-def _write_node(node: Node, allowed: Callables) -> dict[str, Any]:
+def _write_node(node: Node, allowed: Callables) -> dict[str, object]:
     source = source_of(node)
     place = f"node {node.name!r} ({source})" if source else f"node {node.name!r}"
     values = Values(place, {})
@@ -140,7 +142,7 @@ def _write_target(node: Node, allowed: Callables, place: str) -> str:
             f"{place} is a {node.op} of {node.target!r}; only {', '.join(OPS)} can be saved. "
             f"Trace the model with torch.export, which flattens modules and methods."
         )
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or isinstance(node.target, OpOverload):
         return str(node.target)
     names = [name for name, known in allowed.functions.items() if known is node.target]
     if names:
@@ -158,7 +160,7 @@ def _qualified(target: object) -> str:
     return f"{module}.{name}" if name and module else shown(target)
 
 
-def _records(saved: object) -> list[Any]:
+def _records(saved: object) -> list[object]:
     if not is_object(saved) or not is_list(saved.get("nodes")):
         raise JsonError("the saved graph is no JSON object with a list of nodes; it is damaged.")
     if saved.get("format") != FORMAT:
@@ -227,7 +229,7 @@ def is_path(target: str) -> bool:
     return PATH.fullmatch(target) is not None and not hidden
 
 
-def _read_function(target: str, allowed: Callables, place: str) -> Callable[..., Any]:
+def _read_function(target: str, allowed: Callables, place: str) -> Callable[..., object]:
     if target in allowed.functions:
         return allowed.functions[target]
     namespace = target.partition(".")[0]
@@ -249,15 +251,16 @@ def _read_function(target: str, allowed: Callables, place: str) -> Callable[...,
     return found
 
 
-def _operator(target: str) -> torch._ops.OpOverload | None:
+def _operator(target: str) -> OpOverload[..., Any] | None:
     namespace, packet, overload = target.split(".")
     if namespace == "torchvision" and importlib.util.find_spec(namespace):
         importlib.import_module("torchvision")
-    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    return found if isinstance(found, torch._ops.OpOverload) and str(found) == target else None
+    found: Any = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    known = isinstance(found, OpOverload) and str(cast("object", found)) == target
+    return cast("OpOverload[..., Any]", found) if known else None
 
 
-def _write_info(info: Info) -> Any:
+def _write_info(info: Info) -> object:
     if isinstance(info, TensorInfo):
         return {"dtype": write_constant(info.dtype), "shape": list(info.shape)}
     if isinstance(info, tuple):
@@ -265,8 +268,8 @@ def _write_info(info: Info) -> Any:
     return Values("a shape", {}).write(info)
 
 
-def _read_meta(record: Mapping[str, object], place: str) -> dict[str, Any]:
-    meta = {"info": _read_info(record.get("shape"), place, 0)}
+def _read_meta(record: Mapping[str, object], place: str) -> dict[str, object]:
+    meta: dict[str, object] = {"info": _read_info(record.get("shape"), place, 0)}
     source = record.get("source")
     if source is None:
         return meta

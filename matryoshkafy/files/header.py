@@ -124,7 +124,8 @@ def _record(entry: Entry, begin: int) -> tuple[dict[str, object], int]:
             f"of {', '.join(str(known)[6:] for known in CODES)}."
         )
     end = begin + math.prod(shape) * dtype.itemsize
-    record = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    record: dict[str, object] = {"dtype": CODES[dtype], "shape": list(shape)}
+    record["data_offsets"] = [begin, end]
     return record, end
 
 

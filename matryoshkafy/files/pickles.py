@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor, nn
 
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, attributes_of
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.files.description import (
     check_fields,
@@ -36,8 +35,8 @@ def frozen(model: nn.Module) -> tuple[str, dict[str, Tensor], dict[str, object]]
     records = [record_of(name, tensor, kinds[name]) for name, tensor in tensors.items()]
     described = description_to_json(model, trace, plan, records)
     described["graph"] = graph_to_json(trace.graph, callables(described["namespaces"]))
-    own = model.__dict__.get("_attributes", {}) if isinstance(model, Doll) else {}
-    return json.dumps(described, allow_nan=False), tensors, dict(cast("dict[str, object]", own))
+    own = attributes_of(model) if isinstance(model, Doll) else {}
+    return json.dumps(described, allow_nan=False), tensors, own
 
 
 def revive(text: str, tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> nn.Module:

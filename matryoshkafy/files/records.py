@@ -94,13 +94,13 @@ def record_of(name: str, tensor: Tensor, kind: str) -> Record:
 
 def record_to_json(record: Record) -> dict[str, object]:
     """Return a record as JSON values, without what is plain."""
-    values = {
+    values: dict[str, object] = {
         "requires_grad": record.requires_grad,
         "sparse": record.sparse,
         "shape": list(record.shape),
         "coalesced": record.coalesced,
     }
-    return {"name": record.name, "kind": record.kind} | {k: v for k, v in values.items() if v}
+    return {"name": record.name, "kind": record.kind, **{k: v for k, v in values.items() if v}}
 
 
 def record_from_json(saved: object) -> Record:

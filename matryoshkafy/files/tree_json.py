@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import re
 from collections import OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def _type_and_context(spec: TreeSpec) -> tuple[str, Any]:
     )
 
 
-def _output_to_json(output: type, keys: object) -> tuple[str, Any]:
+def _output_to_json(output: type, keys: Iterable[object]) -> tuple[str, Any]:
     listed = _write_keys(keys)
     if not OUTPUT_MODULES.fullmatch(output.__module__):
         return "dict", listed
@@ -111,7 +111,7 @@ def _read(saved: object, depth: int) -> TreeSpec:
     return TreeSpec(kind.type, found, children)
 
 
-def _output_from_json(context: object, children: list[TreeSpec]) -> TreeSpec:
+def _output_from_json(context: Any, children: list[TreeSpec]) -> TreeSpec:
     try:
         module, name = context["module"], context["name"]
         keys = _read_keys(context["keys"], len(children))
@@ -133,11 +133,11 @@ def _output_class(module: str, name: str) -> type | None:
     return found if registered else None
 
 
-def _write_keys(keys: object) -> list[Any]:
+def _write_keys(keys: Iterable[object]) -> list[object]:
     return [Values(PLACE, {}).write(key) for key in keys]
 
 
-def _read_keys(saved: object, count: int) -> list[Any]:
+def _read_keys(saved: Iterable[object], count: int) -> list[object]:
     keys = [Values(PLACE, {}).read(key) for key in saved]
     if len(keys) != count or len(set(keys)) != count:
         raise ValueError(saved)
@@ -149,11 +149,11 @@ def _no_context(context: object, count: int) -> None:
         raise ValueError(context)
 
 
-def _write_namedtuple(kind: object) -> dict[str, Any]:
+def _write_namedtuple(kind: Any) -> dict[str, object]:
     return {"name": kind.__name__, "fields": list(kind._fields)}
 
 
-def _read_namedtuple(saved: object, count: int) -> type:
+def _read_namedtuple(saved: Any, count: int) -> type:
     name, fields = saved["name"], tuple(saved["fields"])
     if not all(map(is_name, (name, *fields))) or len(fields) != count:
         raise ValueError(saved)
@@ -162,10 +162,10 @@ def _read_namedtuple(saved: object, count: int) -> type:
 
 @lru_cache(maxsize=256)
 def _namedtuple(name: str, fields: tuple[str, ...]) -> type:
-    return namedtuple(name, fields)
+    return namedtuple(name, fields)  # pyright: ignore[reportUntypedNamedTuple]  a file names them
 
 
-def _write_defaultdict(context: object) -> dict[str, Any]:
+def _write_defaultdict(context: Any) -> dict[str, object]:
     factory, keys = context
     names = [name for name, known in FACTORIES.items() if known is factory]
     if not names:
@@ -173,7 +173,7 @@ def _write_defaultdict(context: object) -> dict[str, Any]:
     return {"factory": names[0], "keys": _write_keys(keys)}
 
 
-def _read_defaultdict(saved: object, count: int) -> list[Any]:
+def _read_defaultdict(saved: Any, count: int) -> list[object]:
     return [FACTORIES[saved["factory"]], _read_keys(saved["keys"], count)]
 
 
@@ -187,18 +187,22 @@ def _return_type_from_json(name: object, children: list[TreeSpec]) -> TreeSpec:
     found = getattr(torch.return_types, name, None) if is_name(name) else None
     if not isinstance(found, type) or not pytree.is_structseq_class(found):
         raise JsonError(f"{PLACE} has the type torch.return_types.{shown(name)}, which is none.")
-    if found.n_sequence_fields != len(children):
+    if getattr(found, "n_sequence_fields", None) != len(children):
         raise JsonError(f"{PLACE} has {len(children)} parts for the {name} of torch: damaged.")
     return TreeSpec(found, None, children)
 
 
+def _as_it_is(context: object) -> object:
+    return context
+
+
 KINDS = {
-    "tuple": _Kind(tuple, lambda context: None, _no_context),
-    "list": _Kind(list, lambda context: None, _no_context),
+    "tuple": _Kind(tuple, _as_it_is, _no_context),
+    "list": _Kind(list, _as_it_is, _no_context),
     "dict": _Kind(dict, _write_keys, _read_keys),
     "OrderedDict": _Kind(OrderedDict, _write_keys, _read_keys),
     "defaultdict": _Kind(defaultdict, _write_defaultdict, _read_defaultdict),
-    "deque": _Kind(deque, lambda maxlen: maxlen, _read_maxlen),
+    "deque": _Kind(deque, _as_it_is, _read_maxlen),
     "namedtuple": _Kind(namedtuple, _write_namedtuple, _read_namedtuple),
 }
 # Here the file chooses the class itself, out of the modules that the reader allows.

@@ -49,11 +49,11 @@ class Captured:
 class Example:
     """Example inputs of a forward."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
-def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Captured:
+def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Captured:
     """Export with dynamic batch and length, else dynamic batch, else with the example's sizes.
 
     A forward that branches on the values of tensors is recorded along the path of the example.
@@ -195,7 +195,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     with _prepared(model) as twin:
         named = dict(twin.named_parameters()) | dict(twin.named_buffers())
 
-        def run(tensors: list[Any], inputs: list[Any]) -> list[Any]:
+        def run(tensors: list[torch.Tensor], inputs: list[object]) -> list[object]:
             args, kwargs = pytree.tree_unflatten(inputs, spec)
             state = dict(zip(named, tensors, strict=True))
             result = torch.func.functional_call(twin, state, args, kwargs)
@@ -273,7 +273,7 @@ def _prepared(model: nn.Module) -> Generator[nn.Module, None, None]:
             torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, str]]:
     """A loop over experts depends on the data; transformers offers the same sum as a product."""
     seen: set[int] = set()
     for module in model.modules():
@@ -338,7 +338,7 @@ def _user_frame(error: BaseException) -> str | None:
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any], dims: tuple[int, ...]
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], dims: tuple[int, ...]
 ) -> Shapes:
     def shapes_of(value: object) -> dict[int, object] | None:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:

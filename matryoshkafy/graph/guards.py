@@ -285,12 +285,12 @@ def _from_json(saved: object, ranks: Sequence[int], left: list[int]) -> Expr:
         return saved
     if isinstance(saved, dict):
         return _size(cast("dict[str, object]", saved), ranks)
-    if isinstance(saved, list) and saved and left[0] > 0:
-        op, *args = cast("list[Any]", saved)
+    if isinstance(saved, list) and left[0] > 0:
+        op, *args = cast("list[Any]", saved) or [None]
         row = OPS.get(op) if isinstance(op, str) else None
         if row is not None and len(args) == (row.arity or max(2, len(args))):
             return Apply(op, tuple(_from_json(arg, ranks, left) for arg in args))
-    raise _damaged(saved)
+    raise _damaged(cast("object", saved))
 
 
 def _size(saved: dict[str, object], ranks: Sequence[int]) -> Size:

@@ -11,11 +11,10 @@ decides dropout and batch norm for evaluation mode, and leaves `aten.copy`, whic
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._ops import OpOverloadPacket
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.nodes import (
@@ -168,8 +167,8 @@ def _without_writing(target: object) -> Target | None:
     """
     own = schema_of(target)
     namespace, _, name = own.name.partition("::")
-    packet: object = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    if not isinstance(packet, OpOverloadPacket):
+    packet: Any = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    if packet is None or not hasattr(packet, "overloads"):
         return None
     wanted = _plain(a for a in own.arguments if not a.is_out)
     for overload in packet.overloads():

@@ -23,7 +23,7 @@ def parameter_names(model: nn.Module) -> tuple[list[str], bool]:
     return names, any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
 
-def named_args(model: nn.Module, args: tuple[object, ...]) -> dict[str, Any]:
+def named_args(model: nn.Module, args: tuple[object, ...]) -> dict[str, object]:
     names, variadic = parameter_names(model)
     if variadic or len(args) > len(names):
         names = names[: len(args)]

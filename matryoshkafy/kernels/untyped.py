@@ -12,6 +12,9 @@ _norm = cast("Callable[..., Tensor]", torch.linalg.vector_norm)  # pyright: igno
 vecdot = cast("Callable[[Tensor, Tensor], Tensor]", torch.linalg.vecdot)  # pyright: ignore[reportUnknownMemberType]
 
 
+eigh = cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.eigh)  # pyright: ignore[reportUnknownMemberType]
+
+
 def vector_norm(x: Tensor, dims: Sequence[int], *, keepdim: bool = False) -> Tensor:
     """Return the 2-norm of x over dims."""
     return _norm(x, dim=tuple(dims), keepdim=keepdim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,7 @@ def readout_divergences(
     cells = BUDGET["cpu"] // (4 * max(len(readout.table), 1) * 3 * len(widths))
     factors = [scales[size] for size in sorted(sizes)] if scales else [None] * len(widths)
     fixed = (readout.table, readout.bias, list(zip(widths, factors, strict=True)), config)
-    again: Callable[..., Tensor] = checkpoints.checkpoint  # pyright: ignore[reportUnknownMemberType]
+    again = cast("Callable[..., Tensor]", checkpoints.checkpoint)  # pyright: ignore[reportUnknownMemberType]
     sums = [
         again(chunk_sums, part, *fixed, use_reentrant=False, preserve_rng_state=False)
         for part in torch.split(hidden, max(cells, 16))

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -63,7 +63,12 @@ def _recipe(kind: Foreign, config: Foreign, source: nn.Module | None) -> Recipe:
     more = {"attn_implementation": attention} if isinstance(attention, str) else {}
 
     def maker(keywords: Mapping[str, object]) -> Callable[[Tree], nn.Module]:
-        return lambda tree: kind._from_config(type(config).from_dict(tree), **more, **keywords)
+        read = cast(Any, type(config)).from_dict
+
+        def make(tree: Tree) -> nn.Module:
+            return kind._from_config(read(tree), **more, **keywords)
+
+        return make
 
     tree = config.to_dict()
     keywords = {} if source is None else _keywords(kind, source, lambda k: maker(k)(tree))

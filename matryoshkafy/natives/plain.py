@@ -41,7 +41,9 @@ def from_json(value: Any) -> Any:
     """Read what `as_json` wrote."""
     if isinstance(value, list):
         return [from_json(item) for item in cast("list[Any]", value)]
-    held = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return value
+    held = cast("dict[str, Any]", value)
     if "tuple" in held:
         return tuple(from_json(item) for item in held["tuple"])
-    return {key: from_json(item) for key, item in held["dict"].items()} if held else value
+    return {str(key): from_json(item) for key, item in held["dict"].items()}

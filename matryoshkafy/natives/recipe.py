@@ -124,5 +124,6 @@ def arguments(function: Callable[..., object]) -> Iterator[inspect.Parameter]:
 
 def _is_number(value: object) -> bool:
     if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_is_number, cast("Sequence[object]", value)))
+        items = cast("Sequence[object]", value)
+        return len(items) > 0 and all(map(_is_number, items))
     return isinstance(value, (int, float)) and not isinstance(value, bool)

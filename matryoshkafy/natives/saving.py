@@ -113,10 +113,10 @@ def save_native(  # noqa: PLR0913  the public signature
         return write_tree(target, lambda path: write(package, path, to), force=force)
 
 
-def _source(given: Source | str | Path | None) -> Source | None:
+def _source(given: Source | str | os.PathLike[str] | None) -> Source | None:
     if given is None or isinstance(given, Source):
         return given
-    return source_of(given)
+    return source_of(os.fspath(given))
 
 
 def _like(like: object) -> tuple[Any, Source | None]:

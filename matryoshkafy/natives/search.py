@@ -13,6 +13,7 @@ from matryoshkafy.natives.recipe import Recipe, Shapes
 from matryoshkafy.natives.tree import Field, numbers
 
 Place = tuple[str, int]
+Assignment = dict[Field, Any]  # fields of a configuration, each with a value
 """A dimension of a tensor: the tensor's name and which of its dimensions."""
 
 MOST_SHAPES = 40
@@ -113,7 +114,7 @@ def _near(value: int) -> tuple[int, ...]:
     return (2 * value, *halves, 3 * value, value + 1, value - 1)
 
 
-def guess(space: Space) -> dict[Field, Any]:
+def guess(space: Space) -> Assignment:
     """Return every field that holds a width which shrinks, at what that width becomes."""
     becomes: dict[float, set[int]] = {}
     for name, i in space.off(space.base):
@@ -124,13 +125,13 @@ def guess(space: Space) -> dict[Field, Any]:
     return {f: table[v] for f, v in space.fields.items() if isinstance(v, int) and v in table}
 
 
-def assignments(space: Space) -> Iterator[dict[Field, Any]]:
+def assignments(space: Space) -> Iterator[Assignment]:
     """Yield changes of fields that give every shape that is wanted, the likeliest first."""
     first = guess(space)
     if space.fits(first):
         yield first
     steps = [0]
-    seen: list[dict[Field, Any]] = []
+    seen: list[Assignment] = []
     for found in _assigned(space, {}, steps):
         if found not in (first, *seen):
             seen.append(found)
@@ -139,7 +140,7 @@ def assignments(space: Space) -> Iterator[dict[Field, Any]]:
             return
 
 
-def _assigned(space: Space, done: dict[Field, Any], steps: list[int]) -> Iterator[dict[Field, Any]]:
+def _assigned(space: Space, done: Assignment, steps: list[int]) -> Iterator[Assignment]:
     """Mend the dimension that fewest fields move, by each of them; then what is still off."""
     steps[0] += 1
     if steps[0] > MOST_STEPS:
@@ -157,7 +158,7 @@ def _assigned(space: Space, done: dict[Field, Any], steps: list[int]) -> Iterato
         yield from _assigned(space, done | {field: value}, steps)
 
 
-def _shapes(space: Space, done: dict[Field, Any]) -> Shapes | None:
+def _shapes(space: Space, done: Assignment) -> Shapes | None:
     """A width may only build with the count of heads that divides it."""
     shapes = space.recipe.shapes(done)
     if shapes is None:
@@ -165,7 +166,7 @@ def _shapes(space: Space, done: dict[Field, Any]) -> Shapes | None:
     return shapes
 
 
-def heads(space: Space) -> dict[Field, Any]:
+def heads(space: Space) -> Assignment:
     """Return the fields that move no shape alone, but hold the units of a group that shrinks."""
     widths, fields = space.wanted.widths, space.fields
     return {f: widths[fields[f]] for f in (*space.quiet, *space.bound) if fields[f] in widths}
@@ -203,7 +204,7 @@ def families(counts: Mapping[Field, object]) -> Iterator[dict[Field, object]]:
 
 
 def _options(
-    space: Space, done: dict[Field, Any], place: Place, fields: list[Field]
+    space: Space, done: Assignment, place: Place, fields: list[Field]
 ) -> Iterator[tuple[Field, Any]]:
     """Yield (field, value) that give a dimension its size; widths of groups first."""
     found = [
@@ -215,7 +216,7 @@ def _options(
         yield fields[i], value
 
 
-def _implied(space: Space, done: dict[Field, Any], place: Place, field: Field) -> set[Any]:
+def _implied(space: Space, done: Assignment, place: Place, field: Field) -> set[Any]:
     """Return values of a field that give a dimension its size: along a line or a hyperbola."""
     name, i = place
     value, (other, probed) = space.fields[field], space.probes[field]

@@ -32,8 +32,10 @@ def recipe(like: object) -> Recipe | None:
             return _recipe(str(held.args[0]), held.keywords, None)
     cfg: Any = getattr(like, "pretrained_cfg", None)
     name = cast("Mapping[str, object]", cfg).get("architecture") if hasattr(cfg, "get") else None
-    if isinstance(like, nn.Module) and isinstance(name, str) and timm.is_model(name):
-        return _recipe(name, getattr(like, "_model_args", {}), like)
+    known = isinstance(name, str) and timm.is_model(name)
+    if known and isinstance(like, nn.Module):
+        given: Mapping[str, object] = getattr(like, "_model_args", {})
+        return _recipe(str(name), given, like)
     return None
 
 

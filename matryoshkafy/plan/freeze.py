@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -298,7 +298,7 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     outputs = outputs_of(trace.graph)
     shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs]
     named: Any = trace.signature.unflatten(list(range(len(outputs))))
-    names: Mapping[str, object] = named if isinstance(named, Mapping) else {}
+    names = cast("Mapping[str, object]", named if isinstance(named, Mapping) else {})
     first = [names[n] for n in EMBEDDINGS if n in names]
     order = [*[i for i in first if isinstance(i, int)], *range(len(outputs))]
     width = next((shape[-1] for shape in (shapes[i] for i in order) if shape), None)

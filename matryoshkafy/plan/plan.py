@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
@@ -222,7 +222,8 @@ def _outputs_from_json(saved: Any, version: int) -> tuple[Shape, ...]:
     """Formats 1 and 2 have the dims of one tensor as they are, and a word before several."""
     if version < 3:
         one = [saved] if saved else []
-        saved = saved["many"] if isinstance(saved, Mapping) else one
+        several = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {"many": one}
+        saved = several["many"]
     return tuple(tuple(map(dims.from_json, shape)) for shape in saved)
 
 

@@ -59,7 +59,7 @@ def matmul(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return _product(walk, args[names[0]], args[names[1]])
 
 
-def _product(walk: Walk, left: object, right: object) -> Terms:
+def _product(walk: Walk, left: fx.Node, right: fx.Node) -> Terms:
     """Return the terms of left @ right."""
     a, b = walk.of(left), walk.of(right)
     inner = b[-2:][0]

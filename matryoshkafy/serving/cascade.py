@@ -145,13 +145,17 @@ def _with(cascade: Cascade, thresholds: Sequence[float]) -> Cascade:
     )
 
 
+def _shape_of(values: object) -> tuple[int, ...]:
+    return np.asarray(values).shape
+
+
 def _stacked(logits: Mapping[int, Logits], sizes: Sequence[int]) -> NDArray[np.float64]:
     missing = [size for size in sizes if size not in logits]
     if missing or not sizes:
         raise ServingError(
             f"the logits have the sizes {sorted(logits)}; the cascade needs {list(sizes)}"
         )
-    shapes = {np.shape(logits[size]) for size in sizes}
+    shapes = {_shape_of(logits[size]) for size in sizes}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ServingError(f"logits of shapes {sorted(shapes)} were given; expected one [N, C]")
     stacked = np.stack([np.asarray(logits[size], dtype=np.float64) for size in sizes])
@@ -189,11 +193,12 @@ def _level(sure: NDArray[np.float64], thresholds: Sequence[float]) -> NDArray[np
     """Return the first level that is sure enough, [N]; the last where none is."""
     passed = sure >= np.asarray(thresholds)[:, None]
     passed[-1] = True
-    return passed.argmax(axis=0)
+    return np.argmax(passed, axis=0).astype(np.int64)
 
 
 def _grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.append(np.linspace(values.min(), values.max(), GRID), NEVER)
+    grid = np.linspace(float(values.min()), float(values.max()), GRID, dtype=np.float64)
+    return np.concatenate([grid, np.asarray([NEVER], dtype=np.float64)])
 
 
 def _best_accuracy(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> list[float]:

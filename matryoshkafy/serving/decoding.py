@@ -253,7 +253,7 @@ def _logits(output: object) -> Tensor:
 def attend(
     query: Tensor,
     new: tuple[Tensor, Tensor],
-    past: tuple[object, object],
+    past: tuple[Tensor | None, Tensor | None],
     mask: Tensor,
     how: tuple[float | None, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +145,7 @@ class Vectors:
         beside = target.with_name(f".{target.name}.{os.getpid()}.part")
         about = {"format": FORMAT, "sizes": ",".join(map(str, self.sizes)), "model": self.model}
         try:
-            save: Any = numpy.save_file  # pyright: ignore[reportUnknownMemberType]
+            save = cast(Any, numpy.save_file)  # pyright: ignore[reportUnknownMemberType]
             save({"vectors": self.values}, beside, metadata=about)
             os.replace(beside, target)
         finally:
@@ -155,9 +155,9 @@ class Vectors:
     def load(path: str | os.PathLike[str]) -> Vectors:
         """Read a table that `save` wrote; raises `ServingError` for anything else."""
         try:
-            opened: Any = safe_open  # its module says nothing of types
+            opened = cast(Any, safe_open)  # its module says nothing of types
             with opened(os.fspath(path), "np") as file:
-                about = file.metadata() or {}
+                about: dict[str, str] = file.metadata() or {}
                 values = file.get_tensor("vectors")
         except (OSError, SafetensorError) as error:
             raise ServingError(

@@ -19,6 +19,11 @@ Metrics = Callable[[EvalPrediction], dict[str, float]]
 Batch = dict[str, Any]  # what a collator makes
 
 
+def untyped(value: object) -> Any:
+    """A part of transformers or accelerate, whose own types are not known."""
+    return value
+
+
 class NestedTrainer(Trainer):
     """Trainer(model=doll, loss=MatryoshkaLoss(...)): trains every size, evaluates every size.
 
@@ -49,8 +54,8 @@ class NestedTrainer(Trainer):
         everything = model if made else AllSizes(model, loss, shift_labels=shift_labels)
         metrics = None if compute_metrics is None else per_size(compute_metrics, everything.sizes)
         self._everything, self._seen = everything, dict[int, list[Tensor]]()
-        self._judged = dict[int, list[Tensor]]()
-        start: Any = super().__init__  # pyright: ignore[reportUnknownMemberType]
+        self._judged: dict[int, list[Tensor]] = {}
+        start = untyped(super().__init__)  # pyright: ignore[reportUnknownMemberType]
         start(everything, *args, compute_metrics=metrics, **kwargs)
         self._columns = input_names(everything.doll)
         self._signature_columns = [*self._columns, "label", "label_ids", "labels"]
@@ -79,18 +84,17 @@ class NestedTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the mean loss of each size over the batches."""
         self._judged = {}
-        judge: Any = super().evaluation_loop  # pyright: ignore[reportUnknownMemberType]
+        judge = untyped(super().evaluation_loop)  # pyright: ignore[reportUnknownMemberType]
         found = judge(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         for size, values in self._judged.items():
-            shared: Any = self.accelerator  # accelerate has no types
-            mean = shared.reduce(torch.stack(values).mean(), "mean")
+            mean = untyped(self.accelerator).reduce(torch.stack(values).mean(), "mean")
             found.metrics[f"{prefix}_{size}_loss"] = mean.item()
         return found
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a checkpoint of the doll beside what Trainer reads, unless it is sharded."""
-        write: Any = super()._save  # pyright: ignore[reportUnknownMemberType]
+        write = untyped(super()._save)  # pyright: ignore[reportUnknownMemberType]
         write(output_dir, state_dict=state_dict)
         doll, folder = self._everything.doll, output_dir or self.args.output_dir
         if folder is not None and all(type(p) is nn.Parameter for p in doll.parameters()):

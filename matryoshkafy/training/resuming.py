@@ -278,7 +278,7 @@ KINDS: Mapping[type, tuple[str, Callable[[Any, str, Tensors], object], Reader]] 
     Counter: ("counter", pairs, _made(Counter, as_dict)),
     float: ("float", hexed, as_float),
 }
-READERS = {name: reader for name, _, reader in KINDS.values()}
+READERS: Mapping[str, Reader] = {name: reader for name, _, reader in KINDS.values()}
 
 
 def encode(value: object, place: str, tensors: Tensors) -> object:

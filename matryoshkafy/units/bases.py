@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
-from matryoshkafy.kernels.untyped import vector_norm
+from matryoshkafy.kernels.untyped import eigh, vector_norm
 from matryoshkafy.plan.plan import Plan
 
 
 def principal(moment: Tensor) -> Tensor:
     """Return [n, n] the directions of a second moment as rows, the strongest first."""
     moment = moment.to(torch.float64)
-    eigh: Callable[[Tensor], tuple[Tensor, Tensor]]
-    eigh = torch.linalg.eigh  # pyright: ignore[reportUnknownMemberType]
     return eigh((moment + moment.t()) / 2)[1].flip(1).t()
 
 

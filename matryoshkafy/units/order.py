@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -128,7 +128,7 @@ def _unread(doll: Doll) -> tuple[str, ...]:
 
 def _ordered(
     doll: Doll,
-    batches: list[Any],
+    batches: list[object],
     how: tuple[str, Loss | None],
     what: tuple[Sequence[str], tuple[str, ...]],
 ) -> OrderReport:
@@ -159,7 +159,7 @@ def _ordered(
     )
 
 
-def _scores(doll: Doll, batches: list[Any], by: str, loss: Loss | None) -> list[Tensor]:
+def _scores(doll: Doll, batches: list[object], by: str, loss: Loss | None) -> list[Tensor]:
     groups = range(len(doll.plan.groups))
     if loss is not None:
         found = scoring.taylor(doll, batches, loss)
@@ -195,7 +195,7 @@ def _meaning(node: fx.Node) -> str:
 
 
 def _applied(
-    doll: Doll, wanted: Orders, probe: list[Any]
+    doll: Doll, wanted: Orders, probe: list[Tensor]
 ) -> tuple[dict[int, Tensor], float, dict[int, str]]:
     """Permute; return the orders applied, the full model's error, and the groups left out."""
     reference = run_graph(doll, trace_of(doll).graph, probe)
@@ -228,7 +228,7 @@ def _undo(doll: Doll, orders: Orders) -> None:
     permute(trace_of(doll).state(), doll.plan, inverse(orders))
 
 
-def _tried(doll: Doll, orders: Orders, probe: list[Any], reference: list[Any]) -> float:
+def _tried(doll: Doll, orders: Orders, probe: list[Tensor], reference: list[object]) -> float:
     permute(trace_of(doll).state(), doll.plan, orders)
     found = run_graph(doll, trace_of(doll).graph, probe)
     return relative_error(put_back(doll, orders, found), reference)
@@ -239,7 +239,7 @@ def _tolerance(doll: Doll) -> float:
     return TOLERANCE.get(dtype, 1e-5)
 
 
-def _agreements(doll: Doll, probe: list[Any]) -> list[float]:
+def _agreements(doll: Doll, probe: list[Tensor]) -> list[float]:
     """Return per size the linear CKA of its first floating output with the full model's."""
     values: list[Tensor] = []
     for level in range(doll.plan.levels):
@@ -248,7 +248,7 @@ def _agreements(doll: Doll, probe: list[Any]) -> list[float]:
     return [cka(value, values[-1]) for value in values]
 
 
-def _first(outputs: list[Any]) -> Tensor:
+def _first(outputs: list[object]) -> Tensor:
     """Return the first floating output as rows [n, p], at most `ROWS` of them."""
     found = (v for v in outputs if isinstance(v, Tensor) and v.is_floating_point())
     value = next(found, torch.zeros(1, 1))

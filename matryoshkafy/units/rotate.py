@@ -166,7 +166,7 @@ def _surveyed(doll: Doll, keep: Sequence[str]) -> tuple[dict[int, Survey], dict[
 
 
 def _rotated(
-    doll: Doll, batches: list[Any], found: Mapping[int, Survey], obstacles: dict[int, str]
+    doll: Doll, batches: list[object], found: Mapping[int, Survey], obstacles: dict[int, str]
 ) -> tuple[tuple[GroupBasis, ...], dict[int, Tensor]]:
     """Fold and turn one group after the other; a group that moves the model is put back."""
     rows: list[GroupBasis] = []

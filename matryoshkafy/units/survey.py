@@ -381,8 +381,7 @@ NORMS = ("layer_norm", "rms_norm")
 # By the word of the op's row.
 RULES: Mapping[str, Handler] = {
     **dict.fromkeys(("carry", "same", "turn", "spread"), _carried),
-    "add": _added,
-    "subtract": _added,
+    **dict.fromkeys(("add", "subtract"), _added),
     "multiply": _multiplied,
     "divide": _divided,
     "power": _power,
