@@ -26,7 +26,8 @@ def beyond(doll: Doll, noisy: Doll, place: tuple[Plan, int], flat: Sequence[Any]
 
     Returns:
         The largest gradient of an entry that the size does not keep, or the largest change, under
-        the noise, of the gradient of one that it keeps; relative to the largest gradient.
+        the noise, of the gradient of one that it keeps; relative to the largest gradient. 0 where
+        an op has no derivative: there is nothing to learn from.
     """
     own, moved = (_gradients(d, place, flat) for d in (doll, noisy))
     scale = max(map(_largest, own.values()), default=0.0)
@@ -49,7 +50,14 @@ def _gradients(doll: Doll, place: tuple[Plan, int], flat: Sequence[Any]) -> Mapp
         if not floats or not weights:
             return {}
         loss = torch.stack([_projected(t, draw) for t in floats]).sum()
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        except NotImplementedError:
+            return {}
+        except RuntimeError as error:
+            if "derivative for" in str(error) and "is not implemented" in str(error):
+                return {}
+            raise
     pairs = zip(weights.items(), cast("tuple[Tensor | None, ...]", found), strict=True)
     return {n: torch.zeros_like(t) if g is None else g.to_dense() for (n, t), g in pairs}
 
