@@ -13,8 +13,10 @@ from matryoshkafy.natives.recipe import Recipe, Shapes
 from matryoshkafy.natives.tree import Field, numbers
 
 Place = tuple[str, int]
-Assignment = dict[Field, Any]  # fields of a configuration, each with a value
 """A dimension of a tensor: the tensor's name and which of its dimensions."""
+
+Assignment = dict[Field, Any]
+"""Fields of a configuration, each with a value."""
 
 MOST_SHAPES = 40
 MOST_STEPS = 400
