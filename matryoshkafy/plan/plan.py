@@ -219,10 +219,13 @@ def on_stairs(plan: Plan, stairs: tuple[Stair, ...]) -> Plan:
 
 
 def _outputs_from_json(saved: Any, version: int) -> tuple[Shape, ...]:
-    """Formats 1 and 2 have the dims of one tensor as they are, and a word before several."""
+    """Formats 1 and 2 have the dims of one tensor as they are, and a word before several.
+
+    They write a number as they write a tensor without dims, which loses nothing: neither has a size.
+    """
     if version < 3:
-        one = [saved] if saved else []
-        several = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {"many": one}
+        one = {"many": [saved]}
+        several = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else one
         saved = several["many"]
     return tuple(tuple(map(dims.from_json, shape)) for shape in saved)
 

@@ -103,6 +103,14 @@ def test_json_round_trip(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_format_2_is_read_tensor_by_tensor(plan: Plan) -> None:
+    saved = json.loads(plan.to_json())
+    nodes = {"scalar": [], "one": [[2], [3]], "two": {"many": [[[2]], []]}}
+    read = Plan.from_json(json.dumps(saved | {"format": 2, "nodes": nodes}))
+    two, three = (2,), (3,)
+    assert read.nodes == {"scalar": ((),), "one": ((two, three),), "two": ((two,), ())}
+
+
 def test_it_reads_as_a_table(plan: Plan) -> None:
     text = str(plan)
     assert all(group.name in text for group in plan.groups)
