@@ -129,11 +129,12 @@ def pictures_subject(spec: str, weights: Path | None, folder: Path, seed: int) -
 
 
 def _timm_tools(model: Any, spec: str) -> tuple[Callable[[Any], Tensor], None]:
-    import timm.data
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
     del spec
-    config = timm.data.resolve_model_data_config(model)
-    prepare: Any = timm.data.create_transform(**config, is_training=False)
+    config = resolve_model_data_config(model)
+    prepare: Any = create_transform(**config, is_training=False)
     return prepare, None
 
 

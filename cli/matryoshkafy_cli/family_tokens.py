@@ -61,8 +61,7 @@ class Tokens:
         from matryoshkafy.natives.loading import load_native
 
         small = matryoshkafy.slice(doll, size)
-        source = self.folder
-        matryoshkafy.save(small, folder, to="hf", like=self.model, source=source, force=True)
+        matryoshkafy.save(small, folder, to="hf", like=self.folder, force=True)
         return load_native(folder)
 
 

@@ -227,7 +227,8 @@ def _first_line(error: object) -> str:
 
 def _write_pt2(program: ExportedProgram, flat: list[Tensor], path: Path) -> list[Tensor]:
     torch.export.save(program, path)
-    args, kwargs = program.example_inputs
+    inputs = cast("tuple[tuple[Tensor, ...], dict[str, Tensor]]", program.example_inputs)
+    args, kwargs = inputs
     return _tensors(torch.export.load(path).module()(*args, **kwargs))
 
 
@@ -255,25 +256,27 @@ def _write_onnx(program: ExportedProgram, flat: list[Tensor], path: Path) -> lis
 def _write_half(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
     _write_onnx(program, flat, path)
     import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers import float16  # pyright: ignore[reportMissingTypeStubs]
 
-    half = convert_float_to_float16(onnx.load(path), keep_io_types=True)
+    halve = cast("Callable[..., onnx.ModelProto]", float16.convert_float_to_float16)  # pyright: ignore[reportUnknownMemberType]
+    half = halve(onnx.load(path), keep_io_types=True)  # pyright: ignore[reportUnknownMemberType]
     _forget(path)
     held = sum(t.nbytes for t in program.state_dict.values()) / 2
-    onnx.save(half, path, save_as_external_data=held > LARGEST_SINGLE)
+    save = cast("Callable[..., None]", onnx.save)  # pyright: ignore[reportUnknownMemberType]
+    save(half, path, save_as_external_data=held > LARGEST_SINGLE)
     return _run_onnx(path, flat)
 
 
 def _write_int8(program: Any, flat: list[Tensor], path: Path) -> list[Tensor]:
     _write_onnx(program, flat, path)
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime import quantization  # pyright: ignore[reportMissingTypeStubs]
 
+    quantize = cast("Callable[..., None]", quantization.quantize_dynamic)  # pyright: ignore[reportUnknownMemberType]
+    kind = quantization.QuantType.QInt8
     held = sum(t.nbytes for t in program.state_dict.values()) / 4
     exact = path.with_name(f"exact.{path.name}")
     os.replace(path, exact)
-    quantize_dynamic(
-        exact, path, weight_type=QuantType.QInt8, use_external_data_format=held > LARGEST_SINGLE
-    )
+    quantize(exact, path, weight_type=kind, use_external_data_format=held > LARGEST_SINGLE)
     _forget(exact)
     return _run_onnx(path, flat)
 

@@ -73,12 +73,12 @@ class Method(nn.Module):
         self.__dict__["forward"] = found
 
     @property
-    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self) -> bool:
         """The mode of the user's module."""
         return self.__dict__["owner"].training
 
     @training.setter
-    def training(self, mode: bool) -> None:
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         # nn.Module.__init__ sets a mode of its own before there are tables.
         if "_modules" in self.__dict__:
             self.__dict__["owner"].training = mode

@@ -11,9 +11,8 @@ from torch import nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
-from matryoshkafy.dolls.caveats import Recorded
 from matryoshkafy.dolls.check import refuse_broken
-from matryoshkafy.dolls.doll import Doll, trace_of
+from matryoshkafy.dolls.doll import Doll, trace_of, unsaid
 from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.optional import with_defaults
@@ -250,7 +249,7 @@ def _refuse_specialised(doll: Doll, call: Call) -> None:
     """One path of a branching forward must keep the laws on its example."""
     note = next((n for n in trace_of(doll).notes if n.startswith(SPECIALISED)), None)
     failure = _failure(doll, call) if note else None
-    doll._recorded = Recorded(doll.plan)  # what is said at the first call was said to nobody
+    unsaid(doll)
     if note and failure:
         reason = note.removeprefix(f"{SPECIALISED}the forward ").partition(";")[0]
         raise TraceError(

@@ -216,6 +216,11 @@ def replan(doll: Doll, plan: Plan) -> None:
     doll.__dict__["_plan"] = plan
 
 
+def unsaid(doll: Doll) -> None:
+    """Let the next call of a doll count as its first: what was said so far was said to nobody."""
+    doll.__dict__["_recorded"] = Recorded(doll.plan)
+
+
 def attributes_of(doll: Doll) -> dict[str, object]:
     """Return what the user's model said of itself."""
     return dict(doll.__dict__["_attributes"])

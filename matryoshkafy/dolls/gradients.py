@@ -283,7 +283,8 @@ def _other_state(found: Answer, expected: Answer) -> str:
 
 def _untouched(mine: Tensor, theirs: Tensor) -> bool:
     """Two copies of a tensor that still share its memory: nothing was written to either."""
-    return all(map(torch._C._is_cow_tensor, (mine, theirs)))
+    shares = cast("Callable[[Tensor], bool]", torch._C._is_cow_tensor)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
+    return shares(mine) and shares(theirs)
 
 
 def _other_gradient(found: Answer, expected: Answer, tolerance: float) -> str:

@@ -166,5 +166,4 @@ def _gains(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_gain(value: object) -> TypeGuard[Tensor]:
-    known = isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1
-    return known and not value.is_meta
+    return isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1 and not value.is_meta

@@ -179,7 +179,8 @@ def _word(value: object) -> Hashable:
         strides = value.stride() if value.layout == torch.strided else None
         return value.layout, value.shape, strides, value.dtype
     if isinstance(value, (tuple, list)):
-        return type(value).__name__, tuple(map(_word, cast("Sequence[object]", value)))
+        parts = cast("Sequence[object]", value)
+        return type(parts).__name__, tuple(map(_word, parts))
     if isinstance(value, dict):
         return tuple((n, _word(v)) for n, v in cast("dict[str, object]", value).items())
     return type(value), cast("Hashable", value)

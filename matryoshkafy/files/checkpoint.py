@@ -219,7 +219,7 @@ class Checkpoint:
         return self._cut(level, first=first, base=base)
 
     @contextmanager
-    def tensors(self, size: float) -> Iterator[Mapping[str, Tensor]]:
+    def tensors(self, size: float) -> Generator[Mapping[str, Tensor], None, None]:
         """Yield the tensors of a size by name, each read when it is asked for, and not kept.
 
         Of the largest size also those that no sub-model reads. Raises PlanError that lists the

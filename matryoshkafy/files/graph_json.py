@@ -94,7 +94,8 @@ def graph_to_json(graph: Graph, allowed: Callables | None = None) -> dict[str, o
     remedy, for what cannot be saved.
     """
     allowed = allowed or callables()
-    saved = {"format": FORMAT, "nodes": [_write_node(node, allowed) for node in graph.nodes]}
+    nodes = [_write_node(node, allowed) for node in graph.nodes]
+    saved: dict[str, object] = {"format": FORMAT, "nodes": nodes}
     # What would be refused at load is refused now, while the user still has the model.
     graph_from_json(saved, allowed)
     return saved
@@ -142,8 +143,9 @@ def _write_target(node: Node, allowed: Callables, place: str) -> str:
             f"{place} is a {node.op} of {node.target!r}; only {', '.join(OPS)} can be saved. "
             f"Trace the model with torch.export, which flattens modules and methods."
         )
+    target: object = node.target
     if node.op != "call_function" or isinstance(node.target, OpOverload):
-        return str(node.target)
+        return str(target)
     names = [name for name, known in allowed.functions.items() if known is node.target]
     if names:
         return names[0]

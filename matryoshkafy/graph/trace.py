@@ -11,7 +11,7 @@ line).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,7 +45,10 @@ from matryoshkafy.graph.signature import (
 NO_GRADIENTS = "inference only: "
 NO_TRAINING = "no training mode: "
 # A recorded path has these two where an exported one has a body: the user's autocast stays theirs.
-AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+AUTOCAST = (
+    cast("Callable[..., object]", torch.amp.autocast_mode._enter_autocast),  # pyright: ignore[reportUnknownMemberType]
+    cast("Callable[..., object]", torch.amp.autocast_mode._exit_autocast),  # pyright: ignore[reportUnknownMemberType]
+)
 
 
 @dataclass(frozen=True)

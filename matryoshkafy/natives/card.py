@@ -36,7 +36,7 @@ class Facts:
     changes: Mapping[str, tuple[object, object]]
     error: float
     notes: tuple[str, ...] = ()
-    keywords: Mapping[str, object] = field(default_factory=dict)
+    keywords: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 def card(facts: Facts, original: str | None) -> str:

@@ -17,7 +17,7 @@ from matryoshkafy.natives import huggingface, sentences, sized
 from matryoshkafy.natives.card import card_of_every
 from matryoshkafy.natives.native import Native, find
 from matryoshkafy.natives.quantizer import MatryoshkaConfig
-from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, library, tensors_of
 from matryoshkafy.natives.source import SOURCE, Source
 from matryoshkafy.natives.tree import Changes
 from matryoshkafy.natives.trees import MARK
@@ -91,18 +91,14 @@ def _found(whole: Whole, size: int) -> Native:
 
 def _write_names(module: nn.Module, folder: Path) -> None:
     """The loader asks for values of the names that it finds; tied tensors have one name."""
-    from safetensors.torch import save_file
-
     names: dict[int, tuple[str, torch.dtype]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), (name, tensor.dtype))
     held = {name: torch.empty(0, dtype=dtype) for name, dtype in names.values()}
-    save_file(held, str(folder / sized.NAMES), {"format": "pt"})
+    library("safetensors.torch").save_file(held, str(folder / sized.NAMES), {"format": "pt"})
 
 
 def _write_size(native: Native, folder: Path, what: tuple[int, Mapping[int, Changes]]) -> None:
-    from safetensors.torch import save_file
-
     size, fields = what
     config = json.loads((folder / CONFIG).read_text())
     held = sized.held_fields(dict(sorted(fields.items())))
@@ -110,7 +106,9 @@ def _write_size(native: Native, folder: Path, what: tuple[int, Mapping[int, Chan
     if native.unread and native.changes:
         state = tensors_of(native.module)
         spare = {name: state[name].detach().contiguous() for name in native.unread}
-        save_file(spare, str(folder / sized.spare_file(size)), {"format": "pt"})
+        library("safetensors.torch").save_file(
+            spare, str(folder / sized.spare_file(size)), {"format": "pt"}
+        )
 
 
 def _compare(native: Native, folder: Path, size: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from matryoshkafy.natives.recipe import Foreign, NativeError
+from matryoshkafy.natives.recipe import Foreign, NativeError, library
 
 # The class of transformers -> the architecture of llama.cpp, and whether it turns neighbouring
 # channels by RoPE, where transformers turns the two halves of a head.
@@ -74,7 +74,7 @@ def _architecture(model: Foreign) -> tuple[str, bool]:
 
 
 def _write(model: Foreign, path: Path, how: tuple[str, bool], vocabulary: Foreign) -> None:
-    import gguf
+    gguf = library("gguf")
 
     name, turned = how
     kinds = {p.dtype for p in model.parameters()}
@@ -136,7 +136,7 @@ def _paired(name: str, tensor: Tensor, config: Foreign) -> Tensor:
 
 def _add(writer: Foreign, name: str, tensor: Tensor) -> None:
     """Vectors are float32 in every file of llama.cpp."""
-    import gguf
+    gguf = library("gguf")
 
     if tensor.dim() == 1:
         tensor = tensor.float()
@@ -149,7 +149,7 @@ def _add(writer: Foreign, name: str, tensor: Tensor) -> None:
 
 
 def _copy_vocabulary(writer: Foreign, path: Foreign, size: int) -> None:
-    import gguf
+    gguf = library("gguf")
 
     if path is None:
         writer.add_tokenizer_model("no_vocab")

@@ -88,7 +88,7 @@ def _keywords(
     for number in range(len(switches[:MOST_SWITCHES]) + 1):
         for some in itertools.combinations(switches[:MOST_SWITCHES], number):
             defaults = {p.name: p.default for p in arguments(kind.__init__)}
-            keywords = {name: not defaults[name] for name in some}
+            keywords: dict[str, object] = {name: not defaults[name] for name in some}
             if _names(build, keywords) == wanted:
                 return keywords
     return {}

@@ -210,13 +210,12 @@ def _filled(recipe: Recipe, changes: Changes, check: Check) -> tuple[nn.Module, 
     try:
         module = recipe.build(changes, hollow=True)
         unread = load_slice(module, state, check.spare, shared=check.shared)
-        whole = not any(t.is_meta for t in tensors_of(module).values())
+        if not any(t.is_meta for t in tensors_of(module).values()):
+            return module, unread
     except Exception:  # noqa: BLE001  a constructor that reads its weights, a tensor that is watched
-        whole = False
-    if not whole:
-        module = recipe.build(changes)
-        unread = load_slice(module, state, check.spare, shared=check.shared)
-    return module, unread
+        pass
+    module = recipe.build(changes)
+    return module, load_slice(module, state, check.spare, shared=check.shared)
 
 
 def _leanest(space: Space, check: Check, made: Native) -> Native:
@@ -265,7 +264,7 @@ def _put(tensor: Tensor, value: Tensor, *, shared: bool = False) -> None:
     device = value.device if tensor.is_meta else tensor.device
     value = value.detach().to(device, copy=not shared)
     if tensor.is_meta:
-        torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad))
+        torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad))  # pyright: ignore[reportUnknownMemberType]
     else:
         tensor.data = value
 

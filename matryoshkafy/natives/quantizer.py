@@ -25,7 +25,6 @@ from matryoshkafy.natives.tree import changed
 METHOD = "matryoshka"
 
 
-@register_quantization_config(METHOD)
 class MatryoshkaConfig(QuantizationConfigMixin):
     """Which size of a folder `from_pretrained(folder, quantization_config=...)` loads.
 
@@ -33,9 +32,15 @@ class MatryoshkaConfig(QuantizationConfigMixin):
         size: one of the folder's sizes; None for the largest.
     """
 
+    quant_method: str
+
     def __init__(self, size: int | None = None, **_: object) -> None:
         self.quant_method = METHOD
         self.size = size
+
+
+# Not as a decorator: its type would hide that of the class.
+register_quantization_config(METHOD)(MatryoshkaConfig)
 
 
 @register_quantizer(METHOD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -66,7 +66,7 @@ class Recipe:
 
 
 @contextlib.contextmanager
-def without_memory() -> Iterator[None]:
+def without_memory() -> Generator[None, None, None]:
     """Move each parameter to the meta device as a module gets it; a tied one stays one object."""
     register = nn.Module.register_parameter
 

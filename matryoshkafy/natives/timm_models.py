@@ -26,8 +26,9 @@ def recipe(like: object) -> Recipe | None:
     timm = sys.modules.get("timm")
     if timm is None:
         return None
-    if isinstance(like, functools.partial):
-        held = cast("functools.partial[object]", like)
+    asked: object = like
+    if isinstance(asked, functools.partial):
+        held = cast("functools.partial[object]", asked)
         if held.func is timm.create_model and held.args:
             return _recipe(str(held.args[0]), held.keywords, None)
     cfg: Any = getattr(like, "pretrained_cfg", None)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from matryoshkafy.files.tensors import TensorFolder
 from matryoshkafy.natives import card, huggingface, open_clip_models, sentences
 from matryoshkafy.natives.native import Native
 from matryoshkafy.natives.plain import as_json, from_json, is_json
-from matryoshkafy.natives.recipe import NativeError, library, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, library, tensors_of
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import changed, named, value_at
 from matryoshkafy.natives.trees import MARK
@@ -286,7 +286,8 @@ def _is_written(native: Native, folder: Path) -> bool:
         there = {id(state[name]) for name in held.names}
         off = [name for name in held.names if not torch.equal(held.read(name), state[name])]
         off += [name for name, tensor in state.items() if id(tensor) not in there]
-    tree = type(module.config).from_pretrained(folder).to_dict()
+    kind = cast("Foreign", type(module.config))
+    tree = kind.from_pretrained(folder).to_dict()
     off += [named(field) for field, v in native.changes.items() if value_at(tree, field) != v]
     if off:
         raise NativeError(

@@ -282,7 +282,8 @@ def _place(node: fx.Node) -> str:
     """The user's line that made a node, else the module; an input or a tensor by its own name."""
     if node.op in ("placeholder", "get_attr"):
         return str(node.target)
-    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    stack = cast("Mapping[str, tuple[str, object]] | None", node.meta.get("nn_module_stack"))
+    modules = [path for path, _ in (stack or {}).values()]
     return source_of(node) or (modules[-1] if modules else "")
 
 

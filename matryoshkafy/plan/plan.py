@@ -221,7 +221,7 @@ def on_stairs(plan: Plan, stairs: tuple[Stair, ...]) -> Plan:
 def _outputs_from_json(saved: Any, version: int) -> tuple[Shape, ...]:
     """Formats 1 and 2 have the dims of one tensor as they are, and a word before several.
 
-    They write a number as they write a tensor without dims, which loses nothing: neither has a size.
+    They write a number as they write a tensor without dims: neither has a size.
     """
     if version < 3:
         one = {"many": [saved]}

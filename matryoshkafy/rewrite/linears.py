@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keyword
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -39,7 +41,8 @@ def as_functions(graph: fx.Graph, root: nn.Module) -> None:
         if type(module) is not nn.Linear:
             raise TypeError(place)
         with graph.inserting_before(node):
-            names = [f"{place}.weight"] + ([f"{place}.bias"] if module.bias is not None else [])
+            bias = cast("nn.Parameter | None", module.bias)
+            names = [f"{place}.weight"] + ([f"{place}.bias"] if bias is not None else [])
             operands = [graph.create_node("get_attr", name) for name in names]
         node.args = (*node.args, *operands)
         node.op, node.target = "call_function", LINEAR
@@ -48,8 +51,9 @@ def as_functions(graph: fx.Graph, root: nn.Module) -> None:
 def foreign(model: nn.Module) -> dict[str, str]:
     """Return {place: class} of modules in a sub-model that another library has put there."""
     own = (nn.Module, nn.Linear)
-    modules = ((name, type(m)) for name, m in model.named_modules() if name)
-    return {name: kind.__name__ for name, kind in modules if kind not in own}
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    kinds = ((name, type(m)) for name, m in modules if name)
+    return {name: kind.__name__ for name, kind in kinds if kind not in own}
 
 
 def _place(root: nn.Module, node: fx.Node) -> str | None:

@@ -94,10 +94,10 @@ def trained(queries: Vectors, documents: Vectors, cache: Path) -> Rotation:
     return Rotation(load_file(file)["matrix"], queries.model)
 
 
-def chosen(corpus: Corpus, table: list[Setting], full: float) -> tuple[str, list[Setting]]:
+def chosen(corpus: Corpus, table: list[Setting]) -> list[Setting]:
     """Return the cheapest settings that lose at most 0.1 and 1 point on the tuning queries."""
-    out = [next(s for s in table if s.recall >= full - loss) for loss in (LOSS, 0.01)]
-    return stages(out[0].sizes, out[0].keep), out
+    full = full_recall(corpus)
+    return [next(s for s in table if s.recall >= full - loss) for loss in (LOSS, 0.01)]
 
 
 def methods(corpora_: dict[str, Corpus], tables: dict[str, list[Setting]]) -> list[Method]:
@@ -113,8 +113,7 @@ def methods(corpora_: dict[str, Corpus], tables: dict[str, list[Setting]]) -> li
     graph.add(full)
     out += [hnsw(graph, asked, effort) for effort in (64, 128, 256)]
     for name, table in tables.items():
-        best = tables_full(table)
-        for setting in chosen(corpora_[name], table, best)[1]:
+        for setting in chosen(corpora_[name], table):
             out.append(staged(corpora_[name], setting.sizes, setting.keep, None, name))
     for kind, size, kept, effort in INDEXED:
         index = ShortIndex.of(documents, size, kind=kind, effort=effort)
@@ -134,9 +133,10 @@ INDEXED = (
 )
 
 
-def tables_full(table: list[Setting]) -> float:
-    """Return the best recall of a table: the full size's, or a little more."""
-    return max(s.recall for s in table if s.sizes[-1] == SIZES[-1])
+def full_recall(corpus: Corpus) -> float:
+    """Return the recall of the full size, exactly, on the tuning queries."""
+    found = funnel(corpus.tuning, corpus.documents, sizes=[SIZES[-1]], keep=[K])
+    return recall_of(found.ids, corpus.tuning_rows)
 
 
 def hnsw(graph: faiss.IndexHNSWFlat, asked: Vectors, effort: int) -> Method:

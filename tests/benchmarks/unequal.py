@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matryoshkafy_cli.families import Task, written
+from matryoshkafy_cli.family_texts import Texts as Family
 from matryoshkafy_cli.text_encoders import TextEncoder, load_encoder
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,9 +91,10 @@ def distilled(texts: Texts, cache: Path, steps: int) -> Path:
 
 def cut(doll: Doll, encoder: TextEncoder, place: Path) -> Path:
     """Write the small size in MiniLM's own class."""
-    sizes = ",".join(map(str, doll.sizes))
-    written(doll, encoder, Task(encoder.folder, sizes, (), 0, LENGTH, place), SMALL)
-    return place / f"size-{SMALL}"
+    folder = place / f"size-{SMALL}"
+    if not (folder / "config.json").is_file():
+        Family(encoder, ["a text"], ["another"]).write(doll, SMALL, folder)
+    return folder
 
 
 def of_doll(path: Path, cache: Path) -> Path:

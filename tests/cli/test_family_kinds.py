@@ -34,13 +34,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=32,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
         initializer_range=0.4,
         tie_word_embeddings=False,
     )
@@ -59,14 +58,14 @@ def test_a_language_model_becomes_a_family(llama: Path, tmp_path: Path) -> None:
     ]
     texts, out = tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("\n".join(lines))
-    words = ["family", llama, "--sizes", "16,32", "--data", texts, "-o", out, "--length", 8]
+    words = ["family", llama, "--sizes", "32,64", "--data", texts, "-o", out, "--length", 8]
     found = run(*words, "--steps", 2, "--json")
     assert found.exit_code == 0, found.output
     small, full = json.loads(found.stdout)["sizes"]
     assert full["same token"] > 0.9 and small["parameters"] < full["parameters"]
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(out / "size-16")
-    assert loaded.config.hidden_size == 16 and loaded.config.num_key_value_heads == 1
-    assert (out / "size-16" / "tokenizer.json").is_file()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out / "size-32")
+    assert loaded.config.hidden_size == 32 and loaded.config.num_key_value_heads == 2
+    assert (out / "size-32" / "tokenizer.json").is_file()
     assert small["perplexity"] == pytest.approx(_perplexity(loaded, texts, llama), rel=1e-4)
     assert (out / "start").is_dir() and (out / "run").is_dir()
 
