@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.fx.graph_module import _forward_from_src  # pyright: ignore[reportPrivateUsage]
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as checkpoints
 
 from matryoshkafy.rewrite.codegen import CallCodeGen
 
@@ -42,18 +42,18 @@ def checkpointed(graph: fx.Graph, parts: int) -> Function:
     found = [_part(graph, stretch) for stretch in _stretches(graph, parts)]
     holes = [node for node in graph.nodes if node.op == "placeholder"]
     (last,) = (node for node in graph.nodes if node.op == "output")
-    codegen = graph._codegen
+    codegen = graph._codegen  # pyright: ignore[reportPrivateUsage]
 
     def function(root: Any, *args: Any, **kwargs: Any) -> Any:
-        called = isinstance(codegen, CallCodeGen)
-        flat = codegen.signature.flatten(args, kwargs) if called else args
+        called = codegen if isinstance(codegen, CallCodeGen) else None
+        flat = args if called is None else called.signature.flatten(args, kwargs)
         env: dict[fx.Node, Any] = dict(zip(holes, flat, strict=True))
         for part in found:
             given = [env[node] for node in part.reads]
             values = _run(part.function, root, given)
             env.update(zip(part.gives, values, strict=True))
         out = fx.map_arg(last.args[0], lambda node: env[node])
-        return out if not called or codegen.flat else codegen.signature.unflatten(out)
+        return out if called is None or called.flat else called.signature.unflatten(out)
 
     return function
 
@@ -61,7 +61,8 @@ def checkpointed(graph: fx.Graph, parts: int) -> Function:
 def _run(function: Function, root: Any, given: list[Any]) -> Any:
     if not torch.is_grad_enabled():
         return function(root, *given)
-    return checkpoint(function, root, *given, use_reentrant=False)
+    again = cast("Function", checkpoints.checkpoint)  # pyright: ignore[reportUnknownMemberType]
+    return again(function, root, *given, use_reentrant=False)
 
 
 def _stretches(graph: fx.Graph, parts: int) -> list[list[fx.Node]]:

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -228,7 +228,7 @@ class _Run:
             for size, loss in self._backward(shares):
                 per_size[size] = loss
         nn.utils.clip_grad_norm_(self.trained, recipe.clip)
-        advance: Any = self.optimizer.step  # pyright: ignore[reportUnknownMemberType]
+        advance = cast("Callable[[], object]", self.optimizer.step)  # pyright: ignore[reportUnknownMemberType]
         advance()
         return per_size
 

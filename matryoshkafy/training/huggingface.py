@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class NestedTrainer(Trainer):
         metrics = None if compute_metrics is None else per_size(compute_metrics, everything.sizes)
         self._everything, self._seen = everything, dict[int, list[Tensor]]()
         self._judged: dict[int, list[Tensor]] = {}
-        start = untyped(super().__init__)  # pyright: ignore[reportUnknownMemberType]
+        start = cast("Callable[..., None]", super().__init__)  # pyright: ignore[reportUnknownMemberType]
         start(everything, *args, compute_metrics=metrics, **kwargs)
         self._columns = input_names(everything.doll)
         self._signature_columns = [*self._columns, "label", "label_ids", "labels"]
@@ -84,7 +84,7 @@ class NestedTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the mean loss of each size over the batches."""
         self._judged = {}
-        judge = untyped(super().evaluation_loop)  # pyright: ignore[reportUnknownMemberType]
+        judge = cast("Callable[..., Any]", super().evaluation_loop)  # pyright: ignore[reportUnknownMemberType]
         found = judge(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         for size, values in self._judged.items():
@@ -94,7 +94,7 @@ class NestedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a checkpoint of the doll beside what Trainer reads, unless it is sharded."""
-        write = untyped(super()._save)  # pyright: ignore[reportUnknownMemberType]
+        write = cast("Callable[..., None]", super()._save)  # pyright: ignore[reportUnknownMemberType]
         write(output_dir, state_dict=state_dict)
         doll, folder = self._everything.doll, output_dir or self.args.output_dir
         if folder is not None and all(type(p) is nn.Parameter for p in doll.parameters()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ def alike(
     known = torch.as_tensor(lengths)
     drawn = list(batches(len(known), batch * POOL, seed=seed, epoch=epoch))
     ordered = [rows[known[rows].argsort(stable=True)] for rows in drawn]
-    full = [part for rows in ordered for part in rows.split(batch) if len(part) == batch]
+    full = [part for rows in ordered for part in torch.split(rows, batch) if len(part) == batch]
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1)
-    for i in torch.randperm(len(full), generator=generator).tolist()[start:]:
+    places = torch.randperm(len(full), generator=generator)
+    order = cast("list[int]", places.tolist())  # pyright: ignore[reportUnknownMemberType]
+    for i in order[start:]:
         yield full[i]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -74,10 +74,10 @@ class NestedSentenceLoss(nn.Module):
                 "gradients; train on one process, or with AllSizes and a MatryoshkaLoss"
             )
         features = list(sentence_features)
-        parts = []
+        parts: list[Tensor] = []
         for size, weight in self.weights.items():
             value = self.__dict__["losses"][size]([dict(one) for one in features], labels)
-            value = sum(value.values()) if isinstance(value, dict) else value
+            value = _total(value)
             self.per_size[size] = float(value.detach())
             parts.append(weight * value)
         return torch.stack(parts).sum()
@@ -111,6 +111,11 @@ class _Sized(nn.Module):
         return {**features, **doll.outputs(known)[self.__dict__["size"]]}
 
 
+def _total(lost: Tensor | dict[str, Tensor]) -> Tensor:
+    """Return a loss that came whole or in named parts."""
+    return cast("Tensor", sum(lost.values())) if isinstance(lost, dict) else lost
+
+
 def _replaced(part: nn.Module, model: nn.Module, sized: nn.Module) -> Any:
     """Return a loss like this, parts and parameters shared, that calls the sized model.
 
@@ -121,10 +126,11 @@ def _replaced(part: nn.Module, model: nn.Module, sized: nn.Module) -> Any:
     if not any(one is model for one in part.modules()):
         return part
     made = copy.copy(part)
+    children: dict[str, nn.Module | None] = part.__dict__["_modules"]
     made.__dict__ = dict(part.__dict__)
     made.__dict__["_modules"] = {
         name: child if child is None else _replaced(child, model, sized)
-        for name, child in part._modules.items()
+        for name, child in children.items()
     }
     return made
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from matryoshkafy.training.recipes import PROJECTED, DistilError, Term
 from matryoshkafy.units.permute import users_order
 
 PROJECTIONS = "matryoshka_projections"
+_norm = cast("Callable[[Tensor], Tensor]", Tensor.norm)  # pyright: ignore[reportUnknownMemberType]
 
 
 class Taught(nn.Module):
@@ -25,6 +27,9 @@ class Taught(nn.Module):
     It holds the doll's own parameters under the user's own names, and the projections under one of
     ours. `foreign`: the teacher's units stand in the user's order, not in the doll's.
     """
+
+    terms: tuple[Term, ...]
+    foreign: bool
 
     def __init__(self, doll: Doll, terms: Sequence[Term], *, foreign: bool) -> None:
         super().__init__()
@@ -124,9 +129,9 @@ def _check_basis(term: Term, have: Tensor, want: Tensor) -> None:
     if have.shape != want.shape:
         return
     a, b = (x.detach().float().reshape(-1, x.shape[-1]) for x in (have, want))
-    if float((a - b).norm()) > 0.3 * float(b.norm()):
+    if float(_norm(a - b)) > 0.3 * float(_norm(b)):
         one, other = a @ a.t(), b @ b.t()
-        if float((one - other).norm()) < 0.1 * float(other.norm()):
+        if float(_norm(one - other)) < 0.1 * float(_norm(other)):
             raise DistilError(
                 f"term {term.kind!r} compares the largest size with the teacher unit by unit, but "
                 "its output stands in another basis (rotate turned it): rows agree with each "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def outliers_kept(moment: Tensor, widths: Sequence[int], outliers: Tensor, *, me
     The rest is turned among itself: `mean_kept` or `principal` of its own moment.
     """
     n, count = len(moment), len(outliers)
-    rest = torch.tensor([i for i in range(n) if i not in set(outliers.tolist())])
+    first = cast("list[int]", outliers.tolist())  # pyright: ignore[reportUnknownMemberType]
+    rest = torch.tensor([i for i in range(n) if i not in set(first)])
     inner = moment[rest][:, rest]
     turned = mean_kept(inner, [w - count for w in widths]) if mean else principal(inner)
     basis = torch.zeros(n, n, dtype=torch.float64)

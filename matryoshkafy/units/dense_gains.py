@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ class DenseGain(nn.Module):
         (width,) = norm.normalized_shape
         like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         bias = getattr(norm, "bias", None)
-        kind = type(norm)
+        kind = cast("Callable[..., nn.Module]", type(norm))
         self.norm = kind(width, eps=norm.eps, elementwise_affine=False)
         self.gain = nn.Linear(width, width, bias=bias is not None, **like)
         with torch.no_grad():
@@ -45,11 +48,13 @@ def dense_gains(model: nn.Module) -> tuple[str, ...]:
     Raises:
         OrderError: no norm of these kinds has a gain.
     """
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     found = {
         name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.LayerNorm, nn.RMSNorm)
-        and module.weight is not None
+        for name, module in modules
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        and type(module) in (nn.LayerNorm, nn.RMSNorm)
+        and getattr(module, "weight", None) is not None
         and len(module.normalized_shape) == 1
     }
     if not found:

@@ -8,9 +8,10 @@ gain is right, and a slice that holds it is still a plain model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class NormScales:
         return small
 
     @contextmanager
-    def applied(self, doll: Doll, size: int) -> Iterator[Doll]:
+    def applied(self, doll: Doll, size: int) -> Generator[Doll, None, None]:
         """The doll with the gains of a size, while the context lasts; read no other size there."""
         state = trace_of(doll).state()
         kept = {name: state[name].detach().clone() for name in self.factors}
@@ -86,7 +87,10 @@ def norm_scales(doll: Doll, batches: Iterable[object]) -> NormScales:
     spread = _Spread(doll.plan)
     if not stream(doll, batches, spread.add):
         raise OrderError("no batch was given; give a few hundred rows of inputs as the model's own")
-    found = {name: tuple((s / rows).sqrt().tolist()) for name, (s, rows) in spread.sums.items()}
+    found: dict[str, tuple[float, ...]] = {}
+    for name, (s, rows) in spread.sums.items():
+        roots = cast("list[float]", (s / rows).sqrt().tolist())  # pyright: ignore[reportUnknownMemberType]
+        found[name] = tuple(roots)
     return NormScales(doll.plan.sizes, found)
 
 
