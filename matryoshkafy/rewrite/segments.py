@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -52,10 +53,15 @@ def checkpointed(graph: fx.Graph, parts: int) -> Function:
             given = [env[node] for node in part.reads]
             values = _run(part.function, root, given)
             env.update(zip(part.gives, values, strict=True))
-        out = fx.map_arg(last.args[0], lambda node: env[node])
+        out = fx.map_arg(last.args[0], lambda n: env[n] if n in env else _held(root, n))
         return out if called is None or called.flat else called.signature.unflatten(out)
 
     return function
+
+
+def _held(root: Any, node: fx.Node) -> Any:
+    """Return a tensor of the model that the graph gives as it is."""
+    return attrgetter(str(node.target))(root)
 
 
 def _run(function: Function, root: Any, given: list[Any]) -> Any:

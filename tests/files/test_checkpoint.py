@@ -113,8 +113,10 @@ def test_a_plan_of_format_1_is_read(dolls, nesting, tmp_path):
     mk.save(doll, tmp_path / "old")
     manifest = tmp_path / "old" / "matryoshka.json"
     saved = json.loads(manifest.read_text())
-    for field in ("masks", "stored", "order", "blocks"):
-        del saved["plan"][field]
+    for field in ("masks", "stored", "order", "blocks", "stairs"):
+        saved["plan"].pop(field, None)
+    old = {n: v[0] if len(v) == 1 else {"many": v} for n, v in saved["plan"]["nodes"].items()}
+    saved["plan"]["nodes"] = old
     saved["plan"]["format"] = 1
     manifest.write_text(json.dumps(saved))
     small = mk.load(tmp_path / "old", size=8)

@@ -200,7 +200,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "plan of a lying axis": (
         edits(
             MANIFEST,
-            lambda m: m["plan"]["nodes"].update({next(iter(m["plan"]["nodes"])): [["g0:999"]]}),
+            lambda m: m["plan"]["nodes"].update({next(iter(m["plan"]["nodes"])): [[["g0:999"]]]}),
         ),
         "has an axis of 999 units",
     ),

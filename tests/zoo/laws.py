@@ -13,7 +13,7 @@ from torch import nn
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.calls import Call
-from matryoshkafy.dolls.convert import _plan, _refuse_specialised
+from matryoshkafy.dolls.convert import Asked, _refuse_specialised
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import relative_error
@@ -83,7 +83,7 @@ def _row(entry: Entry, built: Any, found: Trace, nesting: str) -> Row:
     model, args, kwargs = built
     before = snapshot(model)
     try:
-        doll = Doll(found, _plan(found, Request(Options(nesting), list(RATIOS)), ()))
+        doll = Doll(found, Asked(Request(Options(nesting), list(RATIOS)), (), "").plan(found))
         _refuse_specialised(doll, Call(model, tuple(args), dict(kwargs)))
     except mk.MatryoshkafyError as error:
         return Row(entry.name, entry.family, nesting, "refused", str(error).splitlines()[0])

@@ -17,7 +17,10 @@ QUICK = ("identity", "slice", "native", "beyond", "step")
 NESTINGS = ("sliced", "masked")
 
 # What is still wrong, by model and nesting; a mark that is no longer true fails the suite.
-WRONG: dict[tuple[str, str], str] = {}
+WRONG: dict[tuple[str, str], str] = {
+    ("published_mmssl", "sliced"): "open: features that are attended hold the streams they meet",
+    ("published_fmrlrec", "sliced"): "open: whole pieces, where the small class has halves of each",
+}
 # The authors' names, one or two of each: their checkpoints load.
 NAMES = {
     "published_sasrec": "attention_layers.1.in_proj_weight forward_layers.0.conv1.weight",

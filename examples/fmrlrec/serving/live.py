@@ -155,7 +155,7 @@ class Live:
             best = _largest(scores, min(count, len(scores) - len(set(seen))))
         else:
             wanted = min(count + len(set(seen)), len(at.rows))
-            found = at.search(hidden[None], wanted)[0]
+            found = np.asarray(at.search(hidden[None], wanted)[0]).reshape(-1)
             had = {number - 1 for number in seen}
             best = [i for i in found.tolist() if i >= 0 and i not in had][:count]
             scores = dict(zip(best, (at.rows[best] @ hidden).tolist(), strict=True))
