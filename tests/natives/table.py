@@ -25,6 +25,7 @@ from matryoshkafy.natives.native import find
 from matryoshkafy.natives.tree import named
 from matryoshkafy.natives.writing import Package, write
 from tests.natives.likes import like_of
+from tests.zoo.plain import plain
 from tests.zoo.registry import Entry, entries
 
 MUST = """
@@ -163,7 +164,7 @@ def _summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def _line(row: dict[str, Any]) -> str:
     if row["status"] not in ("equal", "tables"):
-        message = row["message"].replace("|", "/").replace("\n", " ")[:110]
+        message = plain(row["message"])[:110]
         return f"| {row['name']} | {row['status']}: {message} | | | | | |"
     fields = ", ".join(f"{name} {value}" for name, value in row["fields"].items())
     result = "equal" if row["status"] == "equal" else f"table: {row['tables'][0]}"

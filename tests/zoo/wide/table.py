@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import platform
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from tests.zoo.judge import Verdict, exports, judge
+from tests.zoo.plain import plain
 from tests.zoo.registry import Entry
 from tests.zoo.wide.registry import wide_entries
 from tests.zoo.workers import Worker
@@ -145,17 +145,10 @@ def _summary(built: list[Row]) -> list[str]:
     return lines
 
 
-def _plain(text: str) -> str:
-    """Return an outcome fit for a table: without bars, lines, and the folders of this machine."""
-    text = re.sub(r"/\S*/site-packages/", "", text.replace("\n", " "))
-    text = re.sub(r"/\S*?/(?=(tests|matryoshkafy)/)", "", text)
-    return re.sub(r"/tmp/\S*", "FOLDER", text).replace("|", "/")
-
-
 def _line(row: Row) -> str:
     share = "" if row["share"] is None else f"{row['share']:.2f}"
     shapes = [row["checks"].get(c, "").partition(":")[0] for c in ("batch", "length")]
-    what = "; ".join(_plain(text)[:160] for text in _bad(row)[:3])
+    what = "; ".join(plain(text)[:160] for text in _bad(row)[:3])
     known = f"{'yes' if row['exports'] else 'no'} | {row['nesting']} | {row['status']} | {share}"
     return f"| {row['name']} | {known} | {' | '.join(shapes)} | {what} |"
 
