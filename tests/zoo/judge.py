@@ -617,6 +617,7 @@ def _restore(doll: nn.Module, before: dict[str, Tensor]) -> None:
 
 def all_sizes_step(case: Case) -> None:
     """Every size trains: one step of gradients over all of them, in training mode."""
+    before = {n: t.detach().clone() for n, t in _tensors(case.doll)}
     case.doll.train()
     try:
         sizes = case.doll.sizes
@@ -630,6 +631,7 @@ def all_sizes_step(case: Case) -> None:
             if not any(g is not None and bool((g != 0).any()) for g in given):
                 raise Wrong("a step over all sizes has no gradient")
     finally:
+        _restore(case.doll, before)  # running statistics moved, and a slice was cut before
         case.doll.eval()
 
 

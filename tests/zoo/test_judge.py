@@ -46,7 +46,6 @@ def case_of(nesting: str) -> Case:
     return Case(subject, model, doll, (args, kwargs))
 
 
-@pytest.mark.xfail(strict=True, reason="open: the judge's `saved` finds another small size loaded")
 @pytest.mark.parametrize(("nesting", "checks"), [("sliced", SLICED), ("masked", MASKED)])
 def test_a_right_doll_passes_every_check(nesting: str, checks: dict[str, Any]) -> None:
     verdict = judge(small_entry(), nesting)
