@@ -13,7 +13,8 @@ frozen word embeddings of an encoder that is fine-tuned). One that is only read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -29,6 +30,18 @@ from matryoshkafy.rules.weights import Place, weight_places
 KIND = "frozen table"
 ROWS = "table rows"
 Users = dict[Axis, set[str]]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A contraction with a weight: the weight's axes that it writes and sums over, and the model's
+    tensors that the weight is made of.
+    """
+
+    node: fx.Node
+    written: frozenset[Axis]
+    read: frozenset[Axis]
+    bases: frozenset[str]
 
 
 def hold_tables(trace: Trace, found: Findings) -> None:
@@ -52,12 +65,13 @@ def hold_rows(trace: Trace, found: Findings) -> None:
 
     They are positions that are attended, as those of a sequence are, and no width: a smaller model
     of the class has as many. Without the softmax it is an autoencoder of tied weights, whose hidden
-    axis is a width.
+    axis is a width; so is an axis that is read elsewhere than behind the softmax.
     """
-    written, read = _readers(found)
+    reads = _reads(found)
     for node in trace.graph.nodes:
         if not _weighs(node, found):
             continue
+        written, read = _users_around(node, reads)
         for leaf in _axes(found.mixed[node]):
             if written.get(leaf, set()) & read.get(leaf, set()):
                 axes.fix((leaf,), Reason(ROWS, node.name))
@@ -75,32 +89,48 @@ def _keeps_shape(node: fx.Node) -> bool:
     return not op_of(node).statistic and info.shape == source.shape
 
 
-def _readers(found: Findings) -> tuple[Users, Users]:
-    """Return for each axis the tensors that contractions write it from, and sum it with."""
+def _reads(found: Findings) -> list[Read]:
+    """Return what every contraction makes of the tensors of the model."""
+    return [
+        Read(n, _leaves_at(found, w, p.outs), _leaves_at(found, w, p.into), frozenset(_bases(w)))
+        for n in found.contracted
+        if is_op(n)
+        for w, p in weight_places(n).items()
+    ]
+
+
+def _leaves_at(found: Findings, weight: fx.Node, dims: tuple[int, ...]) -> frozenset[Axis]:
+    terms = found.flat(weight)
+    return frozenset(_axes(terms[d] for d in dims))
+
+
+def _users_around(node: fx.Node, reads: Iterable[Read]) -> tuple[Users, Users]:
+    """Return for each axis the tensors that write it before a node, and that read it after."""
     written, read = Users(), Users()
-    reads = [(w, p) for n in found.contracted if is_op(n) for w, p in weight_places(n).items()]
-    for weight, place in reads:
-        _note(written, found, weight, place.outs)
-        _note(read, found, weight, place.into)
+    before = _reached(node, lambda n: n.all_input_nodes)
+    after = _reached(node, lambda n: n.users)
+    for each in reads:
+        for leaf in each.written if each.node in before else ():
+            written.setdefault(leaf, set()).update(each.bases)
+        for leaf in each.read if each.node in after else ():
+            read.setdefault(leaf, set()).update(each.bases)
     return written, read
 
 
-def _note(users: Users, found: Findings, weight: fx.Node, dims: tuple[int, ...]) -> None:
-    terms = found.flat(weight)
-    for leaf in _axes(terms[d] for d in dims):
-        users.setdefault(leaf, set()).update(_bases(weight))
+def _reached(node: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return the nodes that steps from a node lead to, with itself."""
+    queue, seen = [node], {node}
+    while queue:
+        fresh = [n for n in step(queue.pop()) if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return seen
 
 
 def _bases(node: fx.Node) -> Iterator[str]:
     """Yield the tensors of the model that a value is made of."""
-    queue, seen = [node], {node}
-    while queue:
-        at = queue.pop()
-        if at.op == "get_attr":
-            yield str(at.target)
-        fresh = [n for n in at.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
+    made_of = _reached(node, lambda n: n.all_input_nodes)
+    return (str(n.target) for n in made_of if n.op == "get_attr")
 
 
 class _Owners:

@@ -155,4 +155,5 @@ class LRU(nn.Module):
 
 @entry("published_fmrlrec", FAMILY, tags=("complex", "frozen-table", "nested-already"))
 def fmrlrec(scale: Scale) -> Built:
-    return LRU(scale.each(SIZES)), (histories(),), {}
+    kept = [size for size in SIZES if size <= scale(SIZES[-1])]  # a small one has whole pieces
+    return LRU(kept), (histories(),), {}
