@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
@@ -19,7 +19,7 @@ from matryoshkafy.dolls.caveats import Recorded, refuse_training, why_untrained
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import bound_args
+from matryoshkafy.graph.nodes import bound_args, reached, sources_of
 from matryoshkafy.graph.trace import Trace, attach
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Plan, Stored
@@ -176,22 +176,12 @@ def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
         return []
     graph = fx.Graph()
     memo: dict[fx.Node, fx.Node] = {}
-    for node in _ancestors(trace.graph, nodes):
+    needed = reached(nodes, sources_of)
+    for node in (n for n in trace.graph.nodes if n in needed):
         memo[node] = graph.node_copy(node, lambda n: memo[n])
     graph.output([memo[n] for n in nodes])
     with torch.no_grad():
         return runnable(trace.root, graph)()
-
-
-def _ancestors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    needed: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue.extend(node.all_input_nodes)
-    return [n for n in graph.nodes if n in needed]
 
 
 def cuts_of(plan: Plan, level: int) -> list[Cut]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
@@ -191,3 +191,32 @@ def set_arg(node: fx.Node, name: str, value: Argument) -> None:
         node.update_arg(at, value)
     else:
         node.update_kwarg(name, value)
+
+
+def reached(
+    starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
+) -> set[fx.Node]:
+    """Return the nodes that steps lead to, the starts among them.
+
+    Args:
+        starts: where to begin.
+        step: a node's next ones: `sources_of` for what a value is made of, `readers_of` for what it
+            makes.
+    """
+    seen = set(starts)
+    queue = list(seen)
+    while queue:
+        fresh = [n for n in step(queue.pop()) if n not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return seen
+
+
+def sources_of(node: fx.Node) -> Iterable[fx.Node]:
+    """Return the nodes that a node reads."""
+    return node.all_input_nodes
+
+
+def readers_of(node: fx.Node) -> Iterable[fx.Node]:
+    """Return the nodes that read a node."""
+    return node.users

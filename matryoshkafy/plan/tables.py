@@ -13,7 +13,7 @@ frozen word embeddings of an encoder that is fine-tuned). One that is only read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.nodes import TensorInfo, info_of, is_op
+from matryoshkafy.graph.nodes import TensorInfo, info_of, is_op, reached, readers_of, sources_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
@@ -107,8 +107,8 @@ def _leaves_at(found: Findings, weight: fx.Node, dims: tuple[int, ...]) -> froze
 def _users_around(node: fx.Node, reads: Iterable[Read]) -> tuple[Users, Users]:
     """Return for each axis the tensors that write it before a node, and that read it after."""
     written, read = Users(), Users()
-    before = _reached(node, lambda n: n.all_input_nodes)
-    after = _reached(node, lambda n: n.users)
+    before = reached([node], sources_of)
+    after = reached([node], readers_of)
     for each in reads:
         for leaf in each.written if each.node in before else ():
             written.setdefault(leaf, set()).update(each.bases)
@@ -117,19 +117,9 @@ def _users_around(node: fx.Node, reads: Iterable[Read]) -> tuple[Users, Users]:
     return written, read
 
 
-def _reached(node: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Return the nodes that steps from a node lead to, with itself."""
-    queue, seen = [node], {node}
-    while queue:
-        fresh = [n for n in step(queue.pop()) if n not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return seen
-
-
 def _bases(node: fx.Node) -> Iterator[str]:
     """Yield the tensors of the model that a value is made of."""
-    made_of = _reached(node, lambda n: n.all_input_nodes)
+    made_of = reached([node], sources_of)
     return (str(n.target) for n in made_of if n.op == "get_attr")
 
 

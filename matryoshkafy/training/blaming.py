@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.copies import forked
-from matryoshkafy.graph.nodes import op_key, output_node
+from matryoshkafy.graph.nodes import op_key, output_node, reached
 from matryoshkafy.rewrite.graphs import outputs_graph
 from matryoshkafy.rules import op_of
 
@@ -142,13 +142,10 @@ def masks(node: fx.Node, value: str) -> bool:
 
 def ancestors(output: fx.Node, found: Mapping[fx.Node, str]) -> set[fx.Node]:
     """The non-finite nodes from which non-finite values reach the output."""
-    reached, queue = set[fx.Node](), list(output.all_input_nodes)
-    while queue:
-        node = queue.pop()
-        if node in found and node not in reached:
-            reached.add(node)
-            queue.extend(node.all_input_nodes)
-    return reached
+    return reached(
+        filter(found.__contains__, output.all_input_nodes),
+        lambda n: filter(found.__contains__, n.all_input_nodes),
+    )
 
 
 def blame(node: fx.Node, value: str, doll: Doll) -> Blame:

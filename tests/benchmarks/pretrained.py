@@ -25,6 +25,7 @@ from torch import Tensor
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training import Recipe, distil
+from tests.benchmarks.distilled import reciprocal_rank
 
 SIZES = [96, 192, 288, 384]
 CALIBRATION, SENTENCES = 256, 400
@@ -71,14 +72,6 @@ def _sentences() -> list[str]:
     kept = sorted({s for s in found if 40 <= len(s) <= 300})
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
     return [kept[i] for i in order.tolist()]
-
-
-def reciprocal_rank(queries: Tensor, documents: Tensor) -> float:
-    """Return MRR@10 in percent; query i asks for document i."""
-    a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (queries, documents))
-    scores = a @ b.t()
-    rank = (scores > scores.diagonal()[:, None]).sum(1) + 1
-    return 100 * float(torch.where(rank <= 10, 1 / rank.double(), 0.0).mean())
 
 
 Model = Callable[..., Tensor]
