@@ -90,12 +90,14 @@ def _summary(doll: Any, output: Path, weights: str) -> dict[str, Any]:
 
 
 def _text(summary: dict[str, Any]) -> str:
+    from matryoshkafy.plan.text import told
+
     lines = [
         f"{summary['checkpoint']}: a doll of width {summary['width']} with the sizes "
         f"{', '.join(map(str, summary['sizes']))}",
         f"{counted(summary['parameters'])} parameters, {stored(summary['bytes'])}, "
         f"{summary['groups']} groups, {summary['nesting']} nesting",
         *(f"weights: {summary['weights']}" for _ in range(bool(summary["weights"]))),
-        *(f"remark: {remark}" for remark in summary["remarks"]),
+        *(f"remark: {remark}" for remark in told(summary["remarks"])),
     ]
     return wrapped("\n".join(lines))

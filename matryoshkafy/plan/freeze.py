@@ -66,8 +66,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
     order = _group_order(parameters)
     dim_of = _freezer({axis: i for i, axis in enumerate(order)})
     solved_parameters = {name: tuple(map(dim_of, terms)) for name, terms in parameters.items()}
-    tables = _tables(trace)
-    groups = tuple(Group(_group_name(a, tables), a.size, _members(parameters, a)) for a in order)
+    groups = tuple(_named(order, parameters, _tables(trace)))
     nodes = {n.name: _frozen(found.terms[n], dim_of) for n in found.terms if n.op != "output"}
     values = (dim for shapes in nodes.values() for shape in shapes for dim in shape)
     stairs = stairs_of(solved_parameters, values)
@@ -215,11 +214,24 @@ def _tables(trace: Trace) -> set[str]:
     return {str(a.target) for n in reads for a in n.all_input_nodes[:1] if a.op == "get_attr"}
 
 
-def _group_name(axis: Axis, tables: Collection[str]) -> str:
+def _named(order: Sequence[Axis], parameters: ByName, tables: Collection[str]) -> Iterator[Group]:
+    """Yield the groups, each under a name of its own: plans are read and changed by names."""
+    taken: set[str] = set()
+    for axis in order:
+        members = _members(parameters, axis)
+        # A part that several axes share was born in no parameter: its first one stands for it.
+        places = (axis.name, *members) if ":" in axis.name else members
+        wanted = [_group_name(place, tables) for place in places]
+        name = next((n for n in wanted if n not in taken), f"{wanted[0]}#{len(taken)}")
+        taken.add(name)
+        yield Group(name, axis.size, members)
+
+
+def _group_name(place: str, tables: Collection[str]) -> str:
     """Name a group after where it was born: `encoder.layer.0.output.dense.out`."""
-    name, _, rest = axis.name.partition(":")
+    name, _, rest = place.partition(":")
     position = rest.partition("[")[0]
-    piece = axis.name[axis.name.index("[") :] if "[" in axis.name else ""
+    piece = place[place.index("[") :] if "[" in place else ""
     owner, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias") and position:
         side = PLACES.get(position, f"dim{position}") if leaf == "weight" else "out"

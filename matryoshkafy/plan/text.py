@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from matryoshkafy.plan.folding import Row, folded
 
 # plan.py prints itself by this module, which therefore cannot name its type.
 Plan = Any
 WIDTH = 80
 # A column that is not the first: what is longer is cut in the middle.
 CELL = 24
-MOST = 60
-Row = tuple[str, ...]
+# Rows for one reason.
+MOST = 20
+# Remarks that a plan may hold once for each of many axes.
+OFTEN = ("demoted", "clamp", "per size", "held at full width")
 # What the commonest reasons mean; the others say it themselves.
 MEANINGS = {
     "input": "an axis of your inputs",
@@ -21,12 +25,17 @@ MEANINGS = {
     "inner": "a factor inside the units that shrink, such as the size of a head",
     "indexed": "single positions are picked out of it",
     "frozen table": "features that the model holds and does not learn",
+    "table rows": "rows of a table that are read as keys and values",
+    "kept": "you asked for it: keep=[...]",
+    "frequency": "frequencies of a transform",
     "space": "positions in space or time",
     "range": "counted positions",
     "reshaped": "a reshape takes it apart in a way that no prefix follows",
     "misaligned": "two axes met whose pieces do not line up",
     "clamp": "masked nesting reads its smallest size only",
-    "demoted": "masked nesting sums over it inside the model",
+    "demoted": "masked nesting would sum over it inside the model",
+    "groups": "groups of channels, which a norm or a convolution keeps apart",
+    "sequence": "steps of a sequence",
 }
 
 
@@ -50,7 +59,8 @@ def _heading(plan: Plan) -> Iterator[str]:
     if plan.tail:
         share = len(plan.tail) / max(1, sum(1 for _ in plan.nodes))
         nodes = "1 node is" if len(plan.tail) == 1 else f"{len(plan.tail)} nodes are"
-        yield f"tail: {nodes} computed once per size ({share:.0%} of all)"
+        said = f"{share:.0%}" if share >= 0.005 else "under 1%"
+        yield f"tail: {nodes} computed once per size ({said} of all)"
 
 
 def _groups(plan: Plan) -> Iterator[str]:
@@ -58,9 +68,9 @@ def _groups(plan: Plan) -> Iterator[str]:
     for i, group in enumerate(plan.groups):
         widths = _few([str(w[i]) for w in plan.ladder], 5)
         name = group.name + (" (main)" if i == plan.main else "")
-        rows.append((name, str(group.size), *widths, str(len(group.parameters))))
-    head = ("group", "units", *_few([f"at {m}" for m in plan.sizes], 5), "axes")
-    yield from columns([head, *folded(rows)], right=True)
+        rows.append((name, str(group.size), *widths))
+    head = ("group", "units", *_few([f"at {m}" for m in plan.sizes], 5))
+    yield from columns([head, *folded(rows, plan.parameters)], right=True)
 
 
 def _few(words: list[str], most: int) -> list[str]:
@@ -69,28 +79,75 @@ def _few(words: list[str], most: int) -> list[str]:
 
 
 def _rest(plan: Plan) -> Iterator[str]:
-    whole = [(w.axis, str(w.size), w.why, place_of(w.place, w.axis)) for w in plan.whole
-             if w.why != "no feature"]  # fmt: skip
+    yield from _whole(whole_rows(plan))
     unknown = [(u.op, place_of(u.source) or u.node) for u in plan.unknown]
     scalars = [(f"scalar:{s.node}", str(s), place_of(s.source)) for s in plan.scalars]
-    yield from _section("stays whole (tensor:dim, size, why, where)", whole)
-    yield from _meanings({row[2] for row in whole})
     yield from _section("ops without a rule (their axes stay whole)", unknown)
     yield from _section("scalars derived from a width (keep one with its name)", scalars)
     if plan.remarks:
         yield from ("", "remarks")
-    for remark in plan.remarks:
-        yield from textwrap.wrap(remark, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    for remark in told(plan.remarks):
+        yield from _wrapped(remark, "  ")
+
+
+def whole_rows(plan: Plan) -> list[Row]:
+    """Return what stays whole as (tensor:dim, size, why, where), layers that repeat as one row.
+
+    Where is the user's line, input or tensor; "" where the reason says it all.
+    """
+    first: dict[Row, str] = {}
+    for axis in plan.whole:
+        if axis.why != "no feature":
+            first.setdefault((axis.axis, str(axis.size), axis.why), _where(axis))
+    return folded([(*row, where) for row, where in first.items()], plan.parameters)
+
+
+def _where(axis: Any) -> str:
+    # Within the units of a layer only a line of code tells a person more than the layer does.
+    if axis.why == "inner" and ".py:" not in axis.place:
+        return ""
+    place = place_of(axis.place, axis.axis)
+    return "" if place == axis.axis.partition(":")[0] else place
+
+
+def _whole(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what stays whole under its reasons, which are explained once."""
+    reasons: dict[str, list[Row]] = {}
+    for name, size, why, where in rows:
+        reasons.setdefault(why, []).append((name, size, where))
+    if rows:
+        yield from ("", "stays whole (size, tensor:dim, where)")
+    for why, found in reasons.items():
+        means = meaning(why)
+        yield from _wrapped(f"{why}: {means}" if means else why, "  ")
+        shown = found[:MOST]
+        sizes = max(len(size) for _, size, _ in shown)
+        lines = columns([(name, where) for name, _, where in shown], WIDTH - sizes - 6)
+        yield from (
+            f"    {row[1]:>{sizes}}  {line}" for row, line in zip(shown, lines, strict=True)
+        )
+        if len(found) > MOST:
+            yield f"    and {len(found) - MOST} more rows"
+
+
+def told(remarks: Sequence[str]) -> list[str]:
+    """Return remarks for a screen: one of a kind that comes once for each axis, and how many."""
+    kinds = [remark.partition(":")[0] for remark in remarks]
+    out: list[str] = []
+    for at, (kind, remark) in enumerate(zip(kinds, remarks, strict=True)):
+        if kind not in OFTEN or kind not in kinds[:at]:
+            more = kinds.count(kind) - 1 if kind in OFTEN else 0
+            out.append(f"{remark} (and {more} more like it)" if more else remark)
+    return out
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ")
 
 
 def meaning(why: str) -> str:
     """Return what a reason to stay whole means; "" where the word itself says it."""
     return MEANINGS.get(why, "")
-
-
-def _meanings(reasons: set[str]) -> Iterator[str]:
-    told = [f"  {why}: {means}" for why, means in MEANINGS.items() if why in reasons]
-    yield from ("", *told) if told else ()
 
 
 def place_of(source: str, axis: str = "") -> str:
@@ -105,7 +162,7 @@ def _section(title: str, rows: Sequence[Row]) -> Iterator[str]:
         yield from ("", title)
         yield from (f"  {line}" for line in columns(rows[:MOST], WIDTH - 2))
     if len(rows) > MOST:
-        yield f"  and {len(rows) - MOST} more"
+        yield f"  and {len(rows) - MOST} more rows"
 
 
 def columns(rows: Sequence[Row], width: int = WIDTH, *, right: bool = False) -> Iterator[str]:
@@ -129,43 +186,3 @@ def _cut(word: str, width: int) -> str:
         return word
     left = (width - 2) // 2
     return f"{word[:left]}..{word[len(word) - (width - 2 - left) :]}"
-
-
-def folded(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows, those that differ in one number of their name alone as one: `layers.0-31`.
-
-    Args:
-        rows: (dotted name, cells that are equal in the rows that are folded).
-    """
-    split = [(row[0].split("."), row[1:]) for row in rows]
-    depth = max((len(parts) for parts, _ in split), default=0)
-    for at in reversed(range(depth)):
-        split = _folded_at(split, at)
-    return [(".".join(parts), *cells) for parts, cells in split]
-
-
-def _folded_at(rows: list[tuple[list[str], Row]], at: int) -> list[tuple[list[str], Row]]:
-    """Fold the rows that differ in part `at` of the name, a number, and nowhere else."""
-    same: dict[tuple[object, ...], list[tuple[list[str], Row]]] = {}
-    for number, (parts, cells) in enumerate(rows):
-        fits = at < len(parts) and parts[at].isdecimal()
-        key = (*parts[:at], None, *parts[at + 1 :], cells) if fits else (number,)
-        same.setdefault(key, []).append((parts, cells))
-    out: list[tuple[list[str], Row]] = []
-    for group in same.values():
-        parts, cells = group[0]
-        if len(group) > 1:
-            found = sorted({int(p[at]) for p, _ in group})
-            parts = [*parts[:at], ",".join(_ranges(found)), *parts[at + 1 :]]
-        out.append((parts, cells))
-    return out
-
-
-def _ranges(numbers: list[int]) -> Iterator[str]:
-    """Yield "0-3", "7" for 0, 1, 2, 3, 7."""
-    start = last = numbers[0]
-    for number in [*numbers[1:], -1]:
-        if number != last + 1:
-            yield str(start) if start == last else f"{start}-{last}"
-            start = number
-        last = number

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
+from matryoshkafy.plan.folding import folded as fold
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.plan.text import folded as fold
-from matryoshkafy.plan.text import meaning, place_of
+from matryoshkafy.plan.text import meaning, place_of, told, whole_rows
 from matryoshkafy.report import pictures
 from matryoshkafy.report.page.contents import Report
 from matryoshkafy.report.page.html import beside, figure, folded, grid, section, table
@@ -101,10 +101,11 @@ def plan_section(report: Report) -> str:
     """Every group and its widths, layers that repeat as one; and one layer's weight in blocks."""
     plan = report.plan
     head = ("group", "units", *plan.sizes, "parameters' axes")
-    rows = fold(
+    groups = (
         (g.name, str(g.size), *(str(w[i]) for w in plan.ladder), _members(g.parameters))
         for i, g in enumerate(plan.groups)
     )
+    rows = fold(groups, plan.parameters)
     drawn = [figure("groups", pictures.groups(plan, wide=WIDE), _shades(plan)), *_layer(plan)]
     words = [tag("p", "A bar is a group of axes that shrink together, drawn for each size.")]
     words += [tag("p", MASKED if plan.masked else SLICED)] if len(drawn) > 1 else []
@@ -127,11 +128,7 @@ def _members(parameters: Sequence[str]) -> str:
 def whole_section(report: Report) -> str:
     """What stays whole and why, ops without a rule, derived scalars, remarks."""
     plan = report.plan
-    rows = fold(
-        (axis.axis, str(axis.size), axis.why, place_of(axis.place, axis.axis))
-        for axis in plan.whole
-        if axis.why != "no feature"
-    )
+    rows = whole_rows(plan)
     head = ("axis", "size", "why", "where")
     body = table(head, rows[:MOST_ROWS]) if rows else tag("p", "Nothing.")
     body += tag("p", f"and {len(rows) - MOST_ROWS} more") if len(rows) > MOST_ROWS else ""
@@ -141,7 +138,7 @@ def whole_section(report: Report) -> str:
          [(u.op, place_of(u.source) or u.node) for u in plan.unknown]),
         ("Constants derived from a width", ("value", "where"),
          [(str(s), place_of(s.source) or s.node) for s in plan.scalars]),
-        ("Remarks", ("remark",), [(remark,) for remark in plan.remarks]),
+        ("Remarks", ("remark",), [(remark,) for remark in told(plan.remarks)]),
     )  # fmt: skip
     body += "".join(folded(title, table(head, rows)) for title, head, rows in rest if rows)
     return section("What stays whole, and why", body)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from matryoshkafy.plan.folding import folded
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.plan.text import folded
 from matryoshkafy.report.pictures.svg import Box, segment, svg, tag, text
 
 Bar = tuple[str, int, tuple[int, ...]]
@@ -36,7 +36,7 @@ def bars_of(plan: Plan) -> list[Bar]:
     ]
     return [
         (f"{'main: ' if main else ''}{name}", int(widths[-1]), tuple(map(int, widths)))
-        for name, main, *widths in folded(rows)
+        for name, main, *widths in folded(rows, plan.parameters)
     ]
 
 
