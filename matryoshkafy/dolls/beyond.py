@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from matryoshkafy.dolls.doll import Doll, root_of, trace_of
-from matryoshkafy.dolls.measure import cut_tensors, run
-from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.graphs import outputs_graph
+from matryoshkafy.dolls.doll import Doll, root_of
+from matryoshkafy.dolls.measure import Written, cut_tensors, run
+from matryoshkafy.dolls.slice import state_of
 
 
-def beyond(doll: Doll, noisy: Doll, place: tuple[Plan, int], flat: Sequence[Any]) -> float:
+def beyond(written: Written, noisy: Doll, level: int, flat: Sequence[Any]) -> float:
     """Return how far the gradients of a size are from those of its prefix alone.
 
     Args:
-        doll: the doll.
+        written: the doll, with its graphs.
         noisy: a copy of it with noise past the prefix.
-        place: the plan, and the level of the size.
+        level: of the size.
         flat: the flat inputs of its graphs.
 
     Returns:
@@ -29,23 +28,27 @@ def beyond(doll: Doll, noisy: Doll, place: tuple[Plan, int], flat: Sequence[Any]
         the noise, of the gradient of one that it keeps; relative to the largest gradient. 0 where
         an op has no derivative: there is nothing to learn from.
     """
-    own, moved = (_gradients(d, place, flat) for d in (doll, noisy))
+    kept = {name: keep for name, _, keep in cut_tensors(written.doll, written.plan, level)}
+    graph = written.at(level)
+    own, moved = (_gradients(d, graph, kept, flat) for d in (written.doll, noisy))
     scale = max(map(_largest, own.values()), default=0.0)
     worst = 0.0
-    for name, _, keep in cut_tensors(doll, *place):
+    for name, keep in kept.items():
         if name in own:
             change = torch.where(own[name] == moved[name], 0, own[name] - moved[name])
             worst = max(worst, _largest(own[name][~keep]), _largest(change[keep]))
     return worst / max(scale, 1e-30)
 
 
-def _gradients(doll: Doll, place: tuple[Plan, int], flat: Sequence[Any]) -> Mapping[str, Tensor]:
-    """Return the gradients of a fixed random sum of a size's outputs, of each tensor it cuts."""
-    plan, level = place
-    weights = {n: t for n, t, _ in cut_tensors(doll, plan, level) if t.requires_grad}
+def _gradients(
+    doll: Doll, graph: fx.Graph, names: Collection[str], flat: Sequence[Any]
+) -> Mapping[str, Tensor]:
+    """Return the gradients of a fixed random sum of a graph's outputs, by name."""
+    state = state_of(doll)
+    weights = {n: state[n] for n in names if state[n].requires_grad}
     draw = torch.Generator().manual_seed(1)
     with torch.enable_grad():
-        out = run(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), list(flat))
+        out = run(graph, root_of(doll), list(flat))
         floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
         if not floats or not weights:
             return {}

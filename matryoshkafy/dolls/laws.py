@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import starmap
 from typing import Any, cast
 
@@ -13,16 +14,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
-from matryoshkafy.dolls.measure import relative_error, run, tolerance_of
+from matryoshkafy.dolls.measure import Written, relative_error, run, tolerance_of
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.pickling import reduced
-from matryoshkafy.dolls.slice import parts_of, slice, state_of
+from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.copies import seed_torch
 from matryoshkafy.graph.guards import Guards
 from matryoshkafy.graph.trials import candidates, classes, resized
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
+from matryoshkafy.rewrite.graphs import outputs_graph
 
 # Sums of gradients run over every position of a batch, so they round more than an output does.
 GRADIENT_ROUNDING = 10.0
@@ -65,6 +66,11 @@ class Question:
         """The user's model, where it is at hand."""
         return self.against if isinstance(self.against, nn.Module) else None
 
+    @cached_property
+    def written(self) -> Written:
+        """The doll's graphs and slices."""
+        return Written(self.doll)
+
     @property
     def flat(self) -> list[torch.Tensor]:
         """The flat inputs of the doll's graphs."""
@@ -75,7 +81,7 @@ def rows(asked: Question) -> Iterator[Law]:
     """Yield the laws that are no matter of a single size."""
     yield _identity(asked)
     yield _survives(asked)
-    yield _names(asked.doll)
+    yield _names(asked.written)
     yield _reported(asked.doll.plan)
     yield _gradients(asked)
     yield _guards(asked)
@@ -116,24 +122,19 @@ def _survives(asked: Question) -> Law:
         again = make(*words)
     except MatryoshkafyError as error:
         return Law(4, name, None, detail=f"it is not saved: {str(error).splitlines()[0]}")
-    own, other = (_every_output(d, asked.flat) for d in (doll, again))
+    trace, plan = parts_of(again)
+    root, flat = root_of(again) if isinstance(again, Doll) else again, asked.flat
+    levels = range(plan.levels)
+    own = [run(asked.written.at(level), root_of(doll), flat) for level in levels]
+    other = [run(outputs_graph(trace, plan, [level]), root, flat) for level in levels]
     moved = max(starmap(relative_error, zip(other, own, strict=True)))
     return Law(4, name, moved == 0, moved, "" if moved == 0 else f"outputs move by {moved:.1e}")
 
 
-def _every_output(doll: nn.Module, flat: list[Any]) -> list[Any]:
-    """Return the flat outputs of every size."""
-    trace, plan = parts_of(doll)
-    graphs = (outputs_graph(trace, plan, [level]) for level in range(plan.levels))
-    root = root_of(doll) if isinstance(doll, Doll) else doll
-    return [run(graph, root, flat) for graph in graphs]
-
-
-def _names(doll: Doll) -> Law:
+def _names(written: Written) -> Law:
     """Every tensor of a slice has the user's name, and what was one tensor is one."""
-    own = state_of(doll)
-    small = state_of(slice(doll, doll.sizes[0]))
-    shown = slice(doll, doll.sizes[0]).state_dict().keys()
+    own, small = state_of(written.doll), state_of(written.slice(0))
+    shown = written.slice(0).state_dict().keys()
     strange = sorted(n for n in small if n not in own and n in shown)
     ties = {(a, b) for a in small for b in small if a in own and b in own and own[a] is own[b]}
     loose = sorted(a for a, b in ties if small[a] is not small[b])
@@ -189,7 +190,7 @@ def _guards(asked: Question) -> Law:
     guards, flat = trace_of(asked.doll).signature.guards, asked.flat
     for group in classes(guards):
         tried = candidates(guards, [tuple(t.shape) for t in flat], group)
-        failures = [_failure(asked.doll, resized(flat, sizes)) for sizes in tried]
+        failures = [_failure(asked.written, resized(flat, sizes)) for sizes in tried]
         if failures and all(failures):
             return Law(9, name, False, detail=failures[0])
     passing = _unguarded(guards, flat)
@@ -197,10 +198,10 @@ def _guards(asked: Question) -> Law:
     return Law(9, name, not passing, detail=detail)
 
 
-def _failure(doll: Doll, inputs: list[torch.Tensor]) -> str:
+def _failure(written: Written, inputs: list[torch.Tensor]) -> str:
     """Return what stops the doll at other sizes, "" if nothing does."""
     try:
-        run(full_graph(trace_of(doll), doll.plan), root_of(doll), inputs)
+        run(written.full, root_of(written.doll), inputs)
     except (RuntimeError, IndexError, MatryoshkafyError) as error:
         return str(error).splitlines()[0]
     return ""
@@ -244,7 +245,7 @@ def _native_error(asked: Question, size: int, native: nn.Module) -> float:
     _, plan = parts_of(asked.doll)
     if size not in plan.sizes:
         raise PlanError(f"against has the size {size}; this model has {list(plan.sizes)}")
-    small, native = slice(asked.doll, size), copy.deepcopy(native)
+    small, native = asked.written.slice(plan.sizes.index(size)), copy.deepcopy(native)
     try:
         native.load_state_dict(small.state_dict(), strict=False)
     except RuntimeError:

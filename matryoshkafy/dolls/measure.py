@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.slice import relative, state_of, take
+from matryoshkafy.dolls.slice import slice as slice_at
 from matryoshkafy.graph.copies import forked, seed_torch
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -52,6 +55,35 @@ def prefix_inputs(
     holes = [n.name for n in trace_of(doll).graph.nodes if n.op == "placeholder"]
     widths = (plan.ladder[-1], plan.ladder[level])
     return [prefix(value, plan.dims(name), widths) for name, value in zip(holes, flat, strict=True)]
+
+
+class Written:
+    """The graphs and the slices of a doll, each made once: writing a small model's graph takes as
+    long as running it.
+    """
+
+    def __init__(self, doll: Doll) -> None:
+        self.doll = doll
+        self.trace, self.plan = trace_of(doll), doll.plan
+        self._levels: dict[int, fx.Graph] = {}
+        self._slices: dict[int, fx.GraphModule] = {}
+
+    @cached_property
+    def full(self) -> fx.Graph:
+        """The doll's own call."""
+        return full_graph(self.trace, self.plan)
+
+    def at(self, level: int) -> fx.Graph:
+        """Return the graph of the outputs of a level."""
+        if level not in self._levels:
+            self._levels[level] = outputs_graph(self.trace, self.plan, [level])
+        return self._levels[level]
+
+    def slice(self, level: int) -> fx.GraphModule:
+        """Return the standalone sub-model of a level."""
+        if level not in self._slices:
+            self._slices[level] = slice_at(self.doll, self.plan.sizes[level])
+        return self._slices[level]
 
 
 class Recorder(fx.Interpreter):

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from matryoshkafy.dolls.beyond import beyond
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.laws import GRADIENT_ROUNDING, Law, Question, rows
 from matryoshkafy.dolls.measure import (
     TOLERANCE,
+    Written,
     disturb,
     doubled,
     evaluated,
@@ -27,8 +28,6 @@ from matryoshkafy.dolls.measure import (
 )
 from matryoshkafy.dolls.slice import parts_of, slice, state_of
 from matryoshkafy.graph.signature import as_inputs
-from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 
 __all__ = ["TOLERANCE", "Law", "Report", "SizeReport", "relative_error", "verify"]
 
@@ -158,31 +157,25 @@ def verify(
     Raises:
         PlanError: the model is no doll and no sub-model.
     """
-    trace, plan = parts_of(model)
+    trace, _ = parts_of(model)
     doll = model if isinstance(model, Doll) else _as_doll(model)
     signature = trace.signature
     names = {*signature.positional, *(item.name for item in signature.inputs)}
     asked = Question(doll, *as_inputs(args, kwargs, names), against)
     with evaluated(doll):
-        report = _report(doll, plan, asked.flat)
+        report = _report(asked.written, asked.flat)
         if not report.passed and report.tolerance > TOLERANCE[torch.float64]:
-            report = replace(report, exact=_exact(doll, plan, asked.flat))
+            report = replace(report, exact=_exact(doll, asked.flat))
         return replace(report, others=tuple(rows(asked)))
 
 
-def _exact(doll: Doll, plan: Plan, flat: list[torch.Tensor]) -> Report | None:
+def _exact(doll: Doll, flat: list[torch.Tensor]) -> Report | None:
     """Return the report in float64; None where the model does not compute in it."""
     try:
-        return _report(*_wide(doll, plan, flat))
+        copied, inputs = doubled(doll, flat)
+        return _report(Written(copied), inputs)
     except (RuntimeError, TypeError):
         return None
-
-
-def _wide(
-    doll: Doll, plan: Plan, flat: list[torch.Tensor]
-) -> tuple[Doll, Plan, list[torch.Tensor]]:
-    copied, inputs = doubled(doll, flat)
-    return copied, plan, inputs
 
 
 def _as_doll(model: nn.Module) -> Doll:
@@ -190,52 +183,40 @@ def _as_doll(model: nn.Module) -> Doll:
     return Doll(trace, plan)
 
 
-def _report(doll: Doll, plan: Plan, flat: list[torch.Tensor]) -> Report:
+def _report(written: Written, flat: list[torch.Tensor]) -> Report:
+    doll, plan = written.doll, written.plan
     work = [n for n in trace_of(doll).graph.nodes if n.op == "call_function"]
     share = len(plan.tail) / max(1, len(work))
     measured: list[SizeReport] = []
-    larger: fx.GraphModule | None = None
-    full = (
-        None
-        if not plan.masked
-        else values_of(full_graph(trace_of(doll), plan), root_of(doll), flat)
-    )
+    full = values_of(written.full, root_of(doll), flat) if plan.masked else None
     noisy = copy.deepcopy(doll)
     generator = torch.Generator().manual_seed(0)
     for level in reversed(range(plan.levels)):
-        small = slice(doll, plan.sizes[level])
         disturb(noisy, plan, level, generator)
-        measured.append(
-            _size_report(_Models(doll, noisy, small, larger), (plan, level), flat, full)
-        )
-        larger = small
+        measured.append(_size_report(_Models(written, noisy), level, flat, full))
     return Report(tolerance_of(doll), share, tuple(measured[::-1]))
 
 
 @dataclass(frozen=True)
 class _Models:
-    """What is compared at a size: the doll, one whose far units are noise, two of its slices."""
+    """What is compared at a size: the doll with its slices, and one whose far units are noise."""
 
-    doll: Doll
+    own: Written
     noisy: Doll
-    small: fx.GraphModule
-    larger: fx.GraphModule | None
 
 
 def _size_report(
-    models: _Models,
-    place: tuple[Plan, int],
-    flat: list[torch.Tensor],
-    full: dict[str, Any] | None,
+    models: _Models, level: int, flat: list[torch.Tensor], full: dict[str, Any] | None
 ) -> SizeReport:
-    doll, noisy, small, larger = models.doll, models.noisy, models.small, models.larger
-    plan, level = place
-    own = run(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), flat)
-    values = values_of(small.graph, small, prefix_inputs(doll, place, flat))
+    doll, noisy, plan = models.own.doll, models.noisy, models.own.plan
+    graph, small = models.own.at(level), models.own.slice(level)
+    values = values_of(small.graph, small, prefix_inputs(doll, (plan, level), flat))
     reference = values.pop("output")
-    moved = run(outputs_graph(trace_of(doll), plan, [level]), root_of(noisy), flat)
+    live = values_of(graph, root_of(doll), flat)
+    own = live.pop("output")
+    moved = run(graph, root_of(noisy), flat)
     if full is None:
-        full = values_of(outputs_graph(trace_of(doll), plan, [level]), root_of(doll), flat)
+        full = live
         pairs = [(full[n], v) for n, v in values.items() if n in full]
     else:
         pairs = [(a, b) for _, a, b in prefixes(plan, level, full, values)]
@@ -244,12 +225,18 @@ def _size_report(
         output_error=relative_error(own, reference),
         trunk_error=max((relative_error(a, b) for a, b in pairs), default=0.0),
         beyond_error=relative_error(moved, own),
-        gradient_error=beyond(doll, noisy, place, flat),
-        resliced=larger is None or _same_state(slice(larger, plan.sizes[level]), small),
+        gradient_error=beyond(models.own, noisy, level, flat),
+        resliced=level + 1 == plan.levels or _resliced(models.own, level),
         trunk_nodes=len(pairs),
         parameters=sum(p.numel() for p in small.parameters()),
         bytes=sum(t.numel() * t.element_size() for t in _tensors(small)),
     )
+
+
+def _resliced(written: Written, level: int) -> bool:
+    """Tell whether a slice of the next larger slice is this one, bit for bit."""
+    again = slice(written.slice(level + 1), written.plan.sizes[level])
+    return _same_state(again, written.slice(level))
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

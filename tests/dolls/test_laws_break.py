@@ -166,17 +166,17 @@ def test_5_units_beyond_a_prefix_that_count() -> None:
 
 
 def test_6_a_tie_that_comes_loose(monkeypatch: pytest.MonkeyPatch) -> None:
-    from matryoshkafy.dolls import laws
+    from matryoshkafy.dolls.measure import Written
 
-    cut = laws.slice
+    cut = Written.slice
 
-    def loose(model: nn.Module, size: int) -> nn.Module:
-        small = cut(model, size)
+    def loose(written: Written, level: int) -> fx.GraphModule:
+        small = cut(written, level)
         head = small.get_submodule("head")
         head.weight = nn.Parameter(head.weight.detach().clone())  # type: ignore[union-attr]
         return small
 
-    monkeypatch.setattr(laws, "slice", loose)
+    monkeypatch.setattr(Written, "slice", loose)
     found = law(mk.verify(doll_of(), ids()), 6)
     assert found.holds is False and "head.weight" in found.detail
 
