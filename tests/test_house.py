@@ -72,6 +72,29 @@ def measures(path: Path) -> Iterator[Measure]:
             yield Measure(f"{name}:{node.lineno}", "bare raise", 1)
 
 
+def compares_ops(path: Path) -> list[int]:
+    """Return the lines that compare an op's key with names: those belong in its row."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = {
+        target.id
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name) and any(map(_is_text, ast.walk(node.value)))
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        and any(isinstance(n, ast.Name) and n.id == "op_key" for n in ast.walk(node))
+        and any(_is_text(n) or (isinstance(n, ast.Name) and n.id in named) for n in ast.walk(node))
+    ]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
 def body_lines(node: Function) -> int:
     """Return the lines of a function's body without its docstring."""
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -140,6 +163,17 @@ def test_the_measures_count_what_they_say(code: str, wanted: tuple[int, int, int
     assert body_lines(node) == wanted[0]
     assert nesting(node.body) == wanted[1]
     assert parameters(node) == wanted[2]
+
+
+def test_only_graphs_and_rows_name_ops(tmp_path: Path) -> None:
+    """What a stage asks of an op is a field of its row, so that `mk.rule` can say it, too."""
+    library = ROOT / "matryoshkafy"
+    later = [p for p in library.rglob("*.py") if p.parent.name not in ("graph", "rules")]
+    found = {str(p.relative_to(ROOT)): lines for p in later if (lines := compares_ops(p))}
+    assert not found, found
+    code = tmp_path / "code.py"
+    code.write_text("A = ('sum',)\nop_key(n) in A\nop_key(n) == 'sum'\nop_key(n) in OPS\n")
+    assert compares_ops(code) == [2, 3]
 
 
 def test_any_is_rare() -> None:

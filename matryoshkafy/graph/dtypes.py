@@ -14,11 +14,10 @@ import torch
 from torch import fx, nn
 
 from matryoshkafy.graph.nodes import Argument, info_of, op_key, set_info, tensor_info
+from matryoshkafy.graph.vocabulary import basics_of
 
 aten = torch.ops.aten
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Products of two types are an error in torch; everything else promotes.
-PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "linear", "mv", "dot"}
 LARGEST = {torch.finfo(torch.float32).max: torch.finfo(torch.bfloat16).max}
 
 
@@ -39,7 +38,7 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
         if node in ours:
             _join(graph, node, ours, model_dtype)
             _replace_dtype(node, (dtype, model_dtype), reference)
-        elif op_key(node) in PRODUCTS:
+        elif basics_of(op_key(node)).one_type:
             _agree(graph, node, dtype)
 
 

@@ -33,6 +33,7 @@ from matryoshkafy.graph.nodes import (
     tensor_info,
 )
 from matryoshkafy.graph.reductions import keep_reduced
+from matryoshkafy.graph.vocabulary import basics_of
 
 aten = torch.ops.aten
 
@@ -192,26 +193,11 @@ def training_flag(graph: fx.Graph) -> fx.Node:
     return flag
 
 
-# The argument of an op that follows `self.training`; `mk.rule(..., training=)` adds to it.
-TRAINING_FLAGS: dict[str, str] = {
-    "dropout": "train",
-    "feature_dropout": "train",
-    "alpha_dropout": "train",
-    "feature_alpha_dropout": "train",
-    "batch_norm": "training",
-    "rrelu": "training",
-    "lstm": "train",
-    "gru": "train",
-    "rnn_tanh": "train",
-    "rnn_relu": "train",
-}
-
-
 def _follow_training(graph: fx.Graph) -> None:
-    affected = [n for n in graph.nodes if n.op == "call_function" and op_key(n) in TRAINING_FLAGS]
-    affected = [n for n in affected if has_statistics(n)]
-    for node in affected:
-        set_arg(node, TRAINING_FLAGS[op_key(node)], training_flag(graph))
+    for node in list(graph.nodes):
+        argument = basics_of(op_key(node)).training
+        if argument and has_statistics(node):
+            set_arg(node, argument, training_flag(graph))
 
 
 def has_statistics(node: fx.Node) -> bool:

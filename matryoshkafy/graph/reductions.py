@@ -16,6 +16,8 @@ from matryoshkafy.graph.nodes import (
     bound_args,
     info_of,
     is_item,
+    is_op,
+    is_tensor,
     op_key,
     set_arg,
     set_info,
@@ -24,7 +26,6 @@ from matryoshkafy.graph.nodes import (
 
 aten = torch.ops.aten
 
-ALONG = {"mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm", "norm"}
 PAIRS: Mapping[object, Callable[..., object]] = {
     aten.var_mean.correction: aten.var.correction,
     aten.std_mean.correction: aten.std.correction,
@@ -39,7 +40,7 @@ def keep_reduced(graph: fx.Graph) -> None:
         if node.op == "call_function" and node.target in PAIRS:
             _split_pair(graph, node)
     for node in list(graph.nodes):
-        if op_key(node) in ALONG and node.users:
+        if node.users and is_op(node) and is_tensor(node):
             _keep(graph, node)
 
 
@@ -63,13 +64,14 @@ def _split_pair(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _keep(graph: fx.Graph, node: fx.Node) -> None:
-    given, source = bound_args(node), node.args[0]
-    dim, kept = given.get("dim"), given.get("keepdim")
-    dims = [dim] if isinstance(dim, int) else list(dim or ())
-    if kept is not False or len(dims) != 1 or not isinstance(source, fx.Node):
+    given = bound_args(node)
+    if given.get("keepdim") is not False:  # what has the argument is a statistic along `dim`
         return
-    old, new = tensor_info(source), tensor_info(node)
-    rank = len(old.shape)
+    dim, source = given.get("dim"), node.args[0]
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    if len(dims) != 1 or not is_tensor(source):
+        return
+    rank, new = len(tensor_info(source).shape), tensor_info(node)
     at = dims[0] % rank
     for user in node.users:
         if op_key(user) != "unsqueeze" or bound_args(user)["dim"] % rank != at:

@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_key, set_arg, set_info
-from matryoshkafy.graph.normalise import TRAINING_FLAGS, has_statistics, training_flag
+from matryoshkafy.graph.normalise import has_statistics, training_flag
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.graph.vocabulary import basics_of
 
 SDPA = F.scaled_dot_product_attention
 DROPOUTS: Mapping[object, str] = {
@@ -159,7 +160,7 @@ def _keep_frozen(traced: Trace, flags: dict[str, list[bool]]) -> None:
         nodes = [n for n in traced.graph.nodes if op_key(n) == key and has_statistics(n)]
         if len(nodes) == len(training):
             for node in (n for n, flag in zip(nodes, training, strict=True) if not flag):
-                set_arg(node, TRAINING_FLAGS[key], False)
+                set_arg(node, basics_of(key).training, False)
 
 
 def _set_attention(traced: Trace, rates: list[float]) -> str | None:

@@ -21,7 +21,7 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import bound_args, is_op, op_key
+from matryoshkafy.graph.nodes import bound_args, is_op
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
@@ -37,8 +37,8 @@ def is_reparametrised(node: fx.Node) -> bool:
 
     Then the small model computes its weight as the user's class does, from the user's two names.
     """
-    plain = op_key(node) == "_weight_norm"
-    return plain and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
+    found = op_of(node).reparametrises
+    return found and all(n.op == "get_attr" and len(n.users) == 1 for n in node.all_input_nodes)
 
 
 def weights_of(found: Findings) -> set[fx.Node]:

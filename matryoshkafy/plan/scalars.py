@@ -23,7 +23,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import bound_args, is_op, op_key
+from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
@@ -87,7 +87,7 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
         return _factors_of(node, search)
     if len(node.args) != 2:
         return []
-    if op_key(node) == "pow":
+    if op_of(node).algebra == "power":
         return _slopes_of(node, search)
     if not op_of(node).scaling:
         return []
@@ -245,8 +245,10 @@ def _constant(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, 
         return float(argument), EXACT
     while isinstance(argument, fx.Node) and op_of(argument).casts:
         argument = argument.args[0]
-    if isinstance(argument, fx.Node) and op_key(argument) == "full" and argument.args[0] == []:
-        return float(argument.args[1]), EXACT  # type: ignore[arg-type]
+    if isinstance(argument, fx.Node) and op_of(argument).algebra == "uniform":
+        filled = bound_args(argument).get("fill_value")
+        if tensor_info(argument).shape == () and isinstance(filled, (int, float)):
+            return float(filled), EXACT
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return 0.0, 0.0
     tensor = state.get(str(argument.target))

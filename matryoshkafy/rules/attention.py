@@ -9,7 +9,7 @@ from matryoshkafy.axes.terms import Term
 from matryoshkafy.rules.table import Args, Terms, Walk, rule
 
 
-@rule("scaled_dot_product_attention", clamps=True, factor="scale")
+@rule("scaled_dot_product_attention", clamps=True, factor="scale", attends=True)
 def attention(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """softmax(q k' / sqrt(E)) v, with grouped query heads where asked for."""
     q, k, v = (walk.of(args[n]) for n in ("query", "key", "value"))

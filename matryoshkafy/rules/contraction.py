@@ -377,7 +377,7 @@ def _grouped(walk: Walk, args: Args, terms: tuple[Term, Term, Term], groups: int
     return out
 
 
-@rule("_weight_norm")
+@rule("_weight_norm", reparametrises=True)
 def weight_norm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """g v / |v|: a parameter-only statistic over all dims but one."""
     del node

@@ -35,6 +35,7 @@ def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
 
 
 @rule("scalar_tensor", fills=True)
+@rule("sym_size", "sym_numel", "size", "numel", measures=True)
 @rule(
     "linspace",
     "logspace",
@@ -46,7 +47,6 @@ def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "randperm",
     "hann_window",
     "hamming_window",
-    "sym_size",
     "nonzero",
     "bincount",
     "histc",

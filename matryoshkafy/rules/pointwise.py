@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import info_of, is_tensor, op_key
+from matryoshkafy.graph.nodes import info_of, is_tensor
 from matryoshkafy.rules.table import Args, Result, Terms, Walk, op_of, rule
 
 ACTIVATIONS = """
@@ -153,7 +153,7 @@ def _constant_along(walk: Walk, mask: fx.Node) -> bool:
     """Tell whether a mask is one value along its last dim: it was expanded from size 1."""
     while walk.shape(mask)[-1:] != (1,):
         row = op_of(mask)
-        if not (row.casts or op_key(mask) in ("expand", "expand_as", "broadcast_to", "contiguous")):
+        if not row.casts and row.algebra not in ("spread", "same"):
             return False
         mask = mask.all_input_nodes[0]
     return True

@@ -20,7 +20,7 @@ from torch import fx
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import Argument, op_key
-from matryoshkafy.graph.normalise import TRAINING_FLAGS
+from matryoshkafy.graph.vocabulary import BASICS, Basics, basics_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,6 +175,11 @@ class Op:
         algebra: what it does to the units of an axis seen as a vector, a word of `rules/algebra.py`
             ("same", "carry", "add", ...); "" where it acts on each of them in a way of its own.
         reads: of a product, the argument whose dim is summed over, and that dim.
+        measures: whether it gives sizes of its argument and nothing of its values (sym_size).
+        attends: whether it is fused attention, with the arguments of
+            `torch.nn.functional.scaled_dot_product_attention`.
+        reparametrises: whether it is g v / |v| of the arguments v, g and dim, which a sub-model
+            keeps: v becomes the cut weight and g its norm.
     """
 
     key: str
@@ -198,6 +203,9 @@ class Op:
     fills: bool = False
     algebra: str = ""
     reads: tuple[str, int] | None = None
+    measures: bool = False
+    attends: bool = False
+    reparametrises: bool = False
 
     @property
     def clampable(self) -> bool:
@@ -208,7 +216,12 @@ class Op:
     @property
     def training(self) -> str:
         """The argument that follows `self.training`, "" where there is none."""
-        return TRAINING_FLAGS.get(self.key, "")
+        return basics_of(self.key).training
+
+    @property
+    def one_type(self) -> bool:
+        """Whether operands of two floating types are an error."""
+        return basics_of(self.key).one_type
 
     def weight_arguments(self) -> tuple[str, ...]:
         """Return the arguments where weights and other parameters stand."""
@@ -217,7 +230,7 @@ class Op:
 
 
 class Facts(TypedDict, total=False):
-    """What a row may say of an op beside its rule: the fields of `Op`, and `training`."""
+    """What a row may say of an op beside its rule: the fields of `Op` and of `Basics`."""
 
     weights: Mapping[str, Weight] | FoundWeights
     parameters: tuple[str, ...]
@@ -225,6 +238,7 @@ class Facts(TypedDict, total=False):
     statistic: str
     nested: str
     training: str
+    one_type: bool
     clamps: bool
     product: bool
     picks: bool
@@ -239,6 +253,9 @@ class Facts(TypedDict, total=False):
     fills: bool
     algebra: str
     reads: tuple[str, int] | None
+    measures: bool
+    attends: bool
+    reparametrises: bool
 
 
 OPS: dict[str, Op] = {}
@@ -249,7 +266,8 @@ def rule(*ops: object, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
 
     Args:
         ops: overloads (`torch.ops.mylib.scan.default`), packets, or schema names.
-        facts: the fields of `Op`; `training` names the argument that follows `self.training`.
+        facts: the fields of `Op`; `training` names the argument that follows `self.training`, and
+            `one_type` says that operands of two floating types are an error.
 
     Example:
         @mk.rule(torch.ops.mylib.scan, parameters=("decay",))
@@ -261,11 +279,11 @@ def rule(*ops: object, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
             no field of a row.
     """
     known = dict(facts)
-    flag = known.pop("training", None)
-    strange = sorted(known.keys() - {f.name for f in fields(Op)} | (known.keys() & {"key", "axes"}))
+    words = [f.name for f in (*fields(Op), *fields(Basics)) if f.name not in ("key", "axes")]
+    strange = sorted(known.keys() - set(words))
     if strange:
-        words = ", ".join(f.name for f in fields(Op) if f.name not in ("key", "axes"))
-        raise ValueError(f"mk.rule was given {strange[0]!r}; a row says {words} or training")
+        raise ValueError(f"mk.rule was given {strange[0]!r}; a row says {', '.join(words)}")
+    early = {f.name: known.pop(f.name) for f in fields(Basics) if f.name in known}
 
     def register(function: Rule) -> Rule:
         for key in map(op_key, ops):
@@ -273,8 +291,8 @@ def rule(*ops: object, **facts: Unpack[Facts]) -> Callable[[Rule], Rule]:
                 owner = getattr(OPS[key].axes, "__name__", "")
                 raise ValueError(f"{key!r} has a rule already ({owner})")
             OPS[key] = Op(key, function, **known)  # type: ignore[arg-type]
-            if isinstance(flag, str):
-                TRAINING_FLAGS[key] = flag
+            if early:
+                BASICS[key] = Basics(**early)  # type: ignore[arg-type]
         return function
 
     return register
@@ -300,10 +318,10 @@ def dims_of(value: int | Iterable[int], rank: int) -> list[int]:
 @contextmanager
 def rules_kept() -> Generator[None, None, None]:
     """Forget at the end of the block every rule that was registered inside it."""
-    rows, flags = dict(OPS), dict(TRAINING_FLAGS)
+    rows, basics = dict(OPS), dict(BASICS)
     try:
         yield
     finally:
-        for table, before in ((OPS, rows), (TRAINING_FLAGS, flags)):
+        for table, before in ((OPS, rows), (BASICS, basics)):
             table.clear()
             table.update(before)  # type: ignore[arg-type]

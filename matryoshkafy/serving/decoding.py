@@ -18,10 +18,11 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of
-from matryoshkafy.graph.nodes import bound_args, op_key
+from matryoshkafy.graph.nodes import bound_args
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.codegen import runnable
+from matryoshkafy.rules import op_of
 from matryoshkafy.serving.escalation import CACHE, PART, WHOLE, Step, Writer, answer
 from matryoshkafy.serving.positions import Positions, check_one_input, positions_of
 from matryoshkafy.serving.session import grown
@@ -304,7 +305,7 @@ class _Decoding(Writer):
 
     def call(self, node: fx.Node, how: str) -> Any:
         """Write attention over the cache, anything else as it is."""
-        if op_key(node) != "scaled_dot_product_attention":
+        if not op_of(node).attends:
             return super().call(node, how)
         a = bound_args(node)
         read = {n: self.written[n, self.role(node, n) if how == PART else WHOLE]

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from matryoshkafy.graph.nodes import is_tensor, op_key, outputs_of
+from matryoshkafy.graph.nodes import is_tensor, outputs_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rewrite.codegen import runnable
+from matryoshkafy.rules import op_of
 from matryoshkafy.serving.vectors import ServingError
-
-SIZE_OPS = ("sym_size", "size", "sym_numel", "numel")
-# They take the type of a tensor and nothing of its values.
-LIKE_OPS = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,7 @@ def _of_length_alone(trace: Trace) -> set[fx.Node]:
     tokens: set[fx.Node] = set()
     length: set[fx.Node] = set()
     for node in trace.graph.nodes:
-        sizes = op_key(node) in SIZE_OPS
+        sizes = op_of(node).measures
         if node.op == "placeholder" or not sizes and any(n in tokens for n in node.all_input_nodes):
             tokens.add(node)
         elif sizes or any(n in length for n in node.all_input_nodes):
@@ -91,7 +88,8 @@ def _rebuilt(trace: Trace, alone: set[fx.Node]) -> frozenset[str]:
     made: set[fx.Node] = set()
     for node in trace.graph.nodes:
         inputs = node.all_input_nodes
-        like = op_key(node) in LIKE_OPS
+        # zeros_like(x), x.new_full(...): the type of a tensor, and nothing of its values.
+        like = op_of(node).algebra == "uniform" and any(map(is_tensor, inputs))
         if like or (inputs and node not in alone and all(n in made or n in alone for n in inputs)):
             made.add(node)
     return frozenset(node.name for node in made if node.op == "call_function")

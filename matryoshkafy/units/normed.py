@@ -13,10 +13,11 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.dolls.batches import flat_inputs
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
-from matryoshkafy.graph.nodes import bound_args, op_key
+from matryoshkafy.graph.nodes import bound_args
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.rules import op_of
 
-NORMS = ("layer_norm", "rms_norm")
+NORMS = ("layer_norm", "rms_norm")  # words of `Op.nested`
 # (gain, its axis, rows [n, width] without gain and bias, whether the mean was removed)
 Take = Callable[[str, Dim, Tensor, bool], None]
 
@@ -55,7 +56,7 @@ class _Meter(fx.Interpreter):
         if n.op == "placeholder" and n.target == "attention_mask":
             self.mask = value
         for gain, dim in gains_of(n, self.plan):
-            args, centred = bound_args(n), op_key(n) == "layer_norm"
+            args, centred = bound_args(n), op_of(n).nested == "layer_norm"
             given = self.env[args["input"]]
             bare = F.layer_norm if centred else F.rms_norm
             normed = bare(given.float(), args["normalized_shape"], eps=args.get("eps") or 1e-6)
@@ -71,7 +72,7 @@ class _Meter(fx.Interpreter):
 
 def gains_of(node: fx.Node, plan: Plan) -> Iterator[tuple[str, Dim]]:
     """The gain of a norm over one nested axis, with the axis."""
-    if node.op != "call_function" or op_key(node) not in NORMS:
+    if op_of(node).nested not in NORMS:
         return
     args, shape = bound_args(node), plan.dims(node.name)
     gain = args.get("weight")

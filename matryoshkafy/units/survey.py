@@ -27,6 +27,7 @@ from matryoshkafy.graph.nodes import (
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
+from matryoshkafy.units.normed import NORMS
 
 
 @dataclass(frozen=True)
@@ -377,7 +378,6 @@ def _met(walk: _Walk, values: Known, places: list[int]) -> State | str | None:
 
 
 Handler = Callable[[_Walk, fx.Node, Known, list[int]], State | str | None]
-NORMS = ("layer_norm", "rms_norm")
 # By the word of the op's row.
 RULES: Mapping[str, Handler] = {
     **dict.fromkeys(("carry", "same", "turn", "spread"), _carried),

@@ -40,7 +40,7 @@ EXEMPT: dict[str, str] = {
          "_adaptive_avg_pool1d"), COMPOSITE),
     "requires_grad_": "returns its input; recorded as the input itself",
     "addbmm_": "writes into its first argument; cleaning gives addbmm",
-    "sym_size": "gives an integer, no tensor",
+    **dict.fromkeys(("sym_size", "sym_numel", "size", "numel"), "gives an integer, no tensor"),
     "tensor": "torch.tensor is recorded as a constant of the model",
     "_grouped_mm": "bfloat16 on a GPU only",
     "_sparse_mm": "needs a sparse buffer, which the recorder of these cases has not",

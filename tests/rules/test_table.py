@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 import matryoshkafy as mk
-from matryoshkafy.graph.normalise import TRAINING_FLAGS
+from matryoshkafy.graph.vocabulary import BASICS, Basics
 from matryoshkafy.kernels.reductions import KINDS
 from matryoshkafy.rewrite.actions import FAST, NORMS
 from matryoshkafy.rules import OPS, Op, Walk, Weight, op_of, rules_kept
@@ -263,20 +263,90 @@ def _product(key: str, x: Tensor, w: Tensor) -> Tensor:
     return op(torch.zeros(3, dtype=x.dtype), x, w) if key == "addmm" else op(x, w)
 
 
+# Operands that fit, of every product of two tensors and every op of one type.
+OPERANDS = {
+    **{n: ((2, 5), (5, 3)) for n in ("matmul", "mm", "_sparse_mm")},
+    **{n: ((5,), (5,)) for n in ("dot", "vdot", "linalg_vecdot")},
+    **{f"conv{n}d": ((1, 5, *[4] * n), (3, 5, *[2] * n)) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": ((1, 5, *[4] * n), (5, 3, *[2] * n)) for n in (1, 2, 3)},
+    "mv": ((3, 5), (5,)), "bmm": ((2, 2, 5), (2, 5, 3)), "linear": ((2, 5), (3, 5)),
+    "tensordot": ((2, 5), (5, 3)), "scaled_dot_product_attention": ((1, 2, 4, 8), (1, 2, 4, 8)),
+}  # fmt: skip
+CALLS = {
+    "tensordot": lambda op, a, b: op(a, b, [1], [0]),
+    "scaled_dot_product_attention": lambda op, a, b: op(a, b, b),
+    "addmm": lambda op, a, b: op(drawn(3).to(a.dtype), a, b),
+    "addmv": lambda op, a, b: op(drawn(3).to(a.dtype), a, b),
+    "baddbmm": lambda op, a, b: op(drawn(3).to(a.dtype), a, b),
+    "addbmm": lambda op, a, b: op(drawn(3).to(a.dtype), a, b),
+    "einsum": lambda op, a, b: op("ij,jk->ik", [a, b]),
+    "bilinear": lambda op, a, b: op(a, a, b),
+    "convolution": lambda op, a, b: op(a, b, None, [1], [0], [1], False, [0], 1),
+}
+OPERANDS |= {
+    "addmm": OPERANDS["mm"], "einsum": OPERANDS["mm"], "addmv": OPERANDS["mv"],
+    "baddbmm": OPERANDS["bmm"], "addbmm": OPERANDS["bmm"], "convolution": OPERANDS["conv1d"],
+    "bilinear": ((2, 5), (3, 5, 5)),
+}  # fmt: skip
+
+
+def test_what_is_of_one_type_refuses_two() -> None:
+    of_one_type = {key for key, basics in BASICS.items() if basics.one_type}
+    assert of_one_type <= set(OPERANDS)
+    for key, shapes in OPERANDS.items():
+        op, call = getattr(torch.ops.aten, key), CALLS.get(key, lambda op, a, b: op(a, b))
+        a, b = (drawn(*shape) for shape in shapes)
+        call(op, a, b)
+        try:
+            call(op, a.float(), b)
+        except RuntimeError:
+            assert key in of_one_type or not OPS[key].product, key
+        else:
+            assert key not in of_one_type, key
+
+
+def test_every_product_has_operands_to_try() -> None:
+    products = {row.key for row in aten_rows() if row.product or row.attends}
+    assert products - {"_grouped_mm"} <= set(OPERANDS)  # that one takes bfloat16 alone
+
+
+def test_what_measures_gives_sizes_alone() -> None:
+    rows, x = [k for k in ROWS if OPS[k].measures], torch.ones(2, 3)
+    assert {len({str(_measured(k, x * n)) for n in (0, 1, torch.nan)}) for k in rows} == {1}
+
+
+def _measured(key: str, x: Tensor) -> object:
+    op = getattr(torch.ops.aten, key)
+    return op(x) if "numel" in key else op(x, 1)
+
+
+def test_what_attends_has_the_arguments_of_fused_attention() -> None:
+    named = {"query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa"}
+    assert all(named <= arguments(k) for k in ROWS if OPS[k].attends)
+
+
+def test_what_reparametrises_has_the_rows_of_v_at_the_lengths_of_g() -> None:
+    v, g = drawn(3, 5), drawn(3, 1)
+    for key in (k for k in ROWS if OPS[k].reparametrises):
+        found = getattr(torch.ops.aten, key)(v, g, 0)
+        torch.testing.assert_close(found, g * v / v.square().sum(1, keepdim=True).sqrt())
+
+
 def test_the_words_of_rule_are_the_fields_of_a_row() -> None:
     own = {f.name for f in fields(Op)} - {"key", "axes"}
-    assert set(Facts.__annotations__) == own | {"training"}
+    assert set(Facts.__annotations__) == own | {f.name for f in fields(Basics)}
     with pytest.raises(ValueError, match="'wieghts'; a row says weights, parameters, sizes"):
         mk.rule("mylib::op", wieghts={})  # type: ignore[call-arg]
 
 
 def test_rules_of_a_block_are_forgotten_at_its_end() -> None:
     with rules_kept():
-        mk.rule("mylib::forgotten", training="train")(lambda walk, node, args: ())
-        assert "mylib::forgotten" in OPS and TRAINING_FLAGS["mylib::forgotten"] == "train"
+        mk.rule("mylib::forgotten", training="train", one_type=True)(lambda walk, node, args: ())
+        assert BASICS["mylib::forgotten"] == Basics("train", one_type=True)
+        assert OPS["mylib::forgotten"].training == "train" and OPS["mylib::forgotten"].one_type
         with pytest.raises(ValueError, match="has a rule already"):
             mk.rule("mylib::forgotten")(lambda walk, node, args: ())
-    assert "mylib::forgotten" not in OPS and "mylib::forgotten" not in TRAINING_FLAGS
+    assert "mylib::forgotten" not in OPS and "mylib::forgotten" not in BASICS
 
 
 @custom_op("tabletest::affine", mutates_args=())
