@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from matryoshkafy.old_names import find as _find
+from matryoshkafy.old_names import watch_imports as _watch_imports
 
 if TYPE_CHECKING:
     from matryoshkafy.deploy.export import export as export
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_find()
+_watch_imports()
 
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
 _HOMES = {

@@ -81,7 +81,7 @@ class _Old(MetaPathFinder, Loader):
             module.__getattr__ = forward  # type: ignore[method-assign]
 
 
-def find() -> None:
+def watch_imports() -> None:
     """Let the old names be imported."""
     if not any(isinstance(finder, _Old) for finder in sys.meta_path):
         sys.meta_path.append(_Old())

@@ -13,7 +13,7 @@ from torch.fx.node import Argument
 
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
-from matryoshkafy.kernels.reductions import level_reduce, reduction
+from matryoshkafy.kernels.reductions import level_reduce
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,9 +30,9 @@ def _moments(x: Tensor, place: Place, *, centred: bool) -> tuple[Tensor | float,
     """Mean (0 where not centred) and mean square deviation of each unit's level."""
     dims, dim, runs, prefix = place
     if not centred:
-        return 0.0, reduce_levels(x.square(), dims, dim, runs, "mean", prefix)
-    mean = reduce_levels(x, dims, dim, runs, "mean", prefix)
-    return mean, reduce_levels(x, dims, dim, runs, "var0", prefix)
+        return 0.0, level_reduce(x.square(), dims, dim, runs, "mean", prefix)
+    mean = level_reduce(x, dims, dim, runs, "mean", prefix)
+    return mean, level_reduce(x, dims, dim, runs, "var0", prefix)
 
 
 def _normalised(x: Tensor, place: Place, eps: float, *, centred: bool) -> Tensor:
@@ -46,7 +46,7 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[i
     return y if bias is None else y + bias.view(shape)
 
 
-def layer_norm(
+def plain_layer_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -61,13 +61,15 @@ def layer_norm(
     return _affine(y, weight, bias, [-1]).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, runs: list[int], prefix: bool) -> Tensor:
+def plain_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, runs: list[int], prefix: bool
+) -> Tensor:
     """matryoshkafy::rms_norm in plain ATen."""
     y = _normalised(x, ([-1], -1, runs, prefix), eps, centred=False)
     return _affine(y, weight, None, [-1]).to(x.dtype)
 
 
-def group_norm(
+def plain_group_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -78,16 +80,6 @@ def group_norm(
     """matryoshkafy::group_norm in plain ATen."""
     y = _normalised(x, (list(range(1, x.ndim)), 1, runs, prefix), eps, centred=True)
     return _affine(y, weight, bias, [-1] + [1] * (x.ndim - 2)).to(x.dtype)
-
-
-def reduce_levels(  # noqa: PLR0913  the operator's schema
-    x: Tensor, over: list[int], dim: int, runs: list[int], kind: str, prefix: bool
-) -> Tensor:
-    """matryoshkafy::level_reduce in plain ATen."""
-    reduce, dims = reduction(kind), [d % x.ndim for d in over]
-    return level_reduce(
-        x, lambda part: reduce(part, dims), dim % x.ndim, tuple(runs), prefix=prefix
-    )
 
 
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> Tensor:
@@ -149,10 +141,10 @@ MASKED: Mapping[object, tuple[Callable[..., Tensor], Order]] = {
 
 
 PLAIN: Mapping[object, Callable[..., Tensor]] = {
-    nested.layer_norm.default: layer_norm,
-    nested.rms_norm.default: rms_norm,
-    nested.group_norm.default: group_norm,
-    nested.level_reduce.default: reduce_levels,
+    nested.layer_norm.default: plain_layer_norm,
+    nested.rms_norm.default: plain_rms_norm,
+    nested.group_norm.default: plain_group_norm,
+    nested.level_reduce.default: level_reduce,
 }
 
 

@@ -30,9 +30,9 @@ from matryoshkafy.graph.training_mode import (
     DROPOUTS,
     SDPA,
     Watch,
-    arguments,
     follow,
     follow_training,
+    named_arguments,
 )
 
 # Relative to the largest gradient of all: some gradients are zero but for rounding (the bias of
@@ -42,7 +42,7 @@ Step = torch.autograd.graph.Node
 
 
 @dataclass(frozen=True)
-class Answer:
+class Behaviour:
     """What a model or graph gave: outputs, what may have a gradient, what it holds afterwards.
 
     `smooth` are the outputs that autograd follows; `hooked` whether a hook was set on the way,
@@ -105,8 +105,8 @@ class Answer:
 class Pair:
     """What a model gave, and what its traced graph gave (or `why` it gave nothing)."""
 
-    expected: Answer
-    found: Answer | None
+    expected: Behaviour
+    found: Behaviour | None
     why: str = ""
 
     def error(self) -> float:
@@ -130,7 +130,7 @@ class Pair:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return _fails(error)
 
-    def _difference(self, found: Answer, tolerance: float) -> str:
+    def _difference(self, found: Behaviour, tolerance: float) -> str:
         shapes = [_shapes(answer) for answer in (found, self.expected)]
         if shapes[0] != shapes[1]:
             return f"the outputs have the shapes {shapes[0]}, the model's {shapes[1]}"
@@ -140,7 +140,7 @@ class Pair:
         return _other_state(found, self.expected)
 
 
-def _shapes(answer: Answer) -> list[tuple[int, ...]]:
+def _shapes(answer: Behaviour) -> list[tuple[int, ...]]:
     return [tuple(v.shape) for v in answer.outputs]
 
 
@@ -164,7 +164,7 @@ def compared(
     return None if expected is None else _beside(expected, trace, flat, training=training)
 
 
-def _beside(expected: Answer, trace: Trace, flat: Sequence[Tensor], *, training: bool) -> Pair:
+def _beside(expected: Behaviour, trace: Trace, flat: Sequence[Tensor], *, training: bool) -> Pair:
     try:
         return Pair(expected, _of_graph(trace, flat, training=training))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -218,7 +218,7 @@ def _of_model(
     *,
     training: bool,
     watch: Watch | None = None,
-) -> Answer | None:
+) -> Behaviour | None:
     """None where the model itself cannot be trained on the example."""
     mine, leaves = _fresh(flat)
     args, kwargs = trace.signature.call(mine)
@@ -238,7 +238,7 @@ def _of_model(
         return None
 
 
-def _of_graph(trace: Trace, flat: Sequence[Tensor], *, training: bool) -> Answer:
+def _of_graph(trace: Trace, flat: Sequence[Tensor], *, training: bool) -> Behaviour:
     mine, leaves = _fresh(flat)
     with spare(trace.root) as root, torch.enable_grad():
         root.training = training
@@ -257,11 +257,11 @@ def _fresh(flat: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     return [t.clone() for t in args], leaves
 
 
-def _answer(result: object, model: nn.Module, leaves: dict[str, Tensor]) -> Answer:
+def _answer(result: object, model: nn.Module, leaves: dict[str, Tensor]) -> Behaviour:
     outputs = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = parameters | dict(model.named_buffers(remove_duplicate=False))
-    return Answer(
+    return Behaviour(
         outputs=tuple(v.detach() for v in outputs),
         smooth=tuple(v for v in outputs if v.requires_grad),
         wanted={name: t for name, t in (parameters | leaves).items() if t.requires_grad},
@@ -269,7 +269,7 @@ def _answer(result: object, model: nn.Module, leaves: dict[str, Tensor]) -> Answ
     )
 
 
-def _other_state(found: Answer, expected: Answer) -> str:
+def _other_state(found: Behaviour, expected: Behaviour) -> str:
     """Tell what the forward writes that the graph does not; batch norm's are written by both."""
     for name, mine in found.state.items():
         theirs = expected.state.get(name)
@@ -287,7 +287,7 @@ def _untouched(mine: Tensor, theirs: Tensor) -> bool:
     return shares(mine) and shares(theirs)
 
 
-def _other_gradient(found: Answer, expected: Answer, tolerance: float) -> str:
+def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> str:
     own = expected.functions()
     if not own and not expected.hooked and found.structure() == expected.structure():
         return ""  # the same ops of torch's in the same places: nothing is left to compute
@@ -344,14 +344,14 @@ class _NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         self.hooked |= func is getattr(Tensor, "register_hook", None)
         if func in DROPOUTS:
-            given = arguments(func, args, kwargs)
+            given = named_arguments(func, args, kwargs)
             self.dropped |= bool(given["training"] and given["p"])
             return given["input"]
         if func is SDPA:
             self.dropped |= bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **_after(args)}
         if func is F.multi_head_attention_forward:
-            kwargs = arguments(func, args, kwargs)
+            kwargs = named_arguments(func, args, kwargs)
             self.dropped |= bool(kwargs["training"] and kwargs["dropout_p"])
             args, kwargs = (), kwargs | {"dropout_p": 0.0}
         return func(*args, **kwargs)

@@ -21,7 +21,7 @@ from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError
 from matryoshkafy.graph.copies import seed_torch
 from matryoshkafy.graph.guards import Guards
-from matryoshkafy.graph.trials import candidates, classes, resized
+from matryoshkafy.graph.trials import classes, other_sizes, resized
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import outputs_graph
 
@@ -189,7 +189,7 @@ def _guards(asked: Question) -> Law:
     name = "inside its guards or not at all"
     guards, flat = trace_of(asked.doll).signature.guards, asked.flat
     for group in classes(guards):
-        tried = candidates(guards, [tuple(t.shape) for t in flat], group)
+        tried = other_sizes(guards, [tuple(t.shape) for t in flat], group)
         failures = [_failure(asked.written, resized(flat, sizes)) for sizes in tried]
         if failures and all(failures):
             return Law(9, name, False, detail=failures[0])

@@ -78,14 +78,14 @@ class Watch(TorchFunctionMode):
         if func is SDPA:
             self.attention.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)))
         elif func is F.multi_head_attention_forward:
-            self._multi_head(arguments(func, args, kwargs))
+            self._multi_head(named_arguments(func, args, kwargs))
         elif func in DROPOUTS:
-            given = arguments(func, args, kwargs)
+            given = named_arguments(func, args, kwargs)
             self.flags.setdefault(DROPOUTS[func], []).append(bool(given["training"]))
             if given["training"] and given["p"]:
                 self._chance(DROPOUTS[func])
         elif func is F.batch_norm:
-            given = arguments(func, args, kwargs)
+            given = named_arguments(func, args, kwargs)
             if given["running_mean"] is not None:
                 self.flags.setdefault("batch_norm", []).append(bool(given["training"]))
         elif func in RANDOM:
@@ -103,7 +103,7 @@ class Watch(TorchFunctionMode):
         self.chances.setdefault(name, []).append(_user_line())
 
 
-def arguments(
+def named_arguments(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults included."""

@@ -33,11 +33,11 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
         return None if sizes is None else agree(resized(flat, sizes))
 
     groups = classes(guards)
-    others = [next(candidates(guards, shapes, g), None) for g in groups]
+    others = [next(other_sizes(guards, shapes, g), None) for g in groups]
     jointly = verdict(_jointly(guards, shapes, others)) is True
     fixed: dict[Size, int] = {}
     for group in () if jointly else groups:
-        found = (verdict(sizes) for sizes in candidates(guards, shapes, group))
+        found = (verdict(sizes) for sizes in other_sizes(guards, shapes, group))
         if not next((v for v in found if v is not None), False):
             fixed |= {s: shapes[s.leaf][s.dim] for s in group}
     guards = guards.with_fixed(fixed, "the traced graph is not the model at other sizes")
@@ -63,7 +63,7 @@ def classes(guards: Guards) -> list[tuple[Size, ...]]:
     return [tuple(group) for group in {id(g): g for g in found.values()}.values()]
 
 
-def candidates(
+def other_sizes(
     guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size]
 ) -> Iterator[Sizes]:
     """Yield other sizes of a class, near the example's, that the guards allow."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matryoshkafy.kernels.levels import Runs, keep_mask, zero
 from matryoshkafy.kernels.overflow import by_level, overflowed
-from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, conv_tiling, span_of
+from matryoshkafy.kernels.tiling import Tile, Tiling, conv_tiling, span_of, zeros_of
 
 Ints = tuple[int, ...]
 Arguments = tuple[Ints, Ints, Ints, bool, Ints, int]
@@ -83,7 +83,7 @@ def _block(weight: Tensor, tile: Tile, geometry: Geometry) -> Tensor:
 
 def hidden(part: Tensor, tile: Tile, geometry: Geometry) -> Tensor:
     """The structural zeros of a tile, broadcast over the kernel's dims."""
-    found = beyond(geometry.out_runs, geometry.in_runs, tile, part.device)
+    found = zeros_of(geometry.out_runs, geometry.in_runs, tile, part.device)
     return found.view(*found.shape, *[1] * (part.ndim - 2))
 
 

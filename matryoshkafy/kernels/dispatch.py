@@ -61,5 +61,6 @@ class DoubleBackward(MatryoshkafyError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"matryoshkafy::{name} has no double backward: nested layers are differentiable once; "
-            "call backward without create_graph=True, or use matryoshkafy.kernels.reference"
+            "call backward without create_graph=True. For second derivatives nest with "
+            "nesting='sliced' and call torch's own cross_entropy at each size"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from matryoshkafy.kernels.dispatch import Context, DoubleBackward, Grads
 from matryoshkafy.kernels.levels import Runs, keep_mask, zero
 from matryoshkafy.kernels.overflow import by_level, overflowed
-from matryoshkafy.kernels.tiling import Tile, Tiling, beyond, span_of, tiling
+from matryoshkafy.kernels.tiling import Tile, Tiling, span_of, tiling, zeros_of
 
 Pair = tuple[Runs, Runs]
 
@@ -36,7 +36,7 @@ def _block(weight: Tensor, tile: Tile, out_runs: Runs, in_runs: Runs) -> Tensor:
     part = tile.of(weight)
     if not tile.masked:
         return part
-    return part.masked_fill(beyond(out_runs, in_runs, tile, weight.device), 0)
+    return part.masked_fill(zeros_of(out_runs, in_runs, tile, weight.device), 0)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def forward(
         if not strip.tiles:
             part.copy_(start) if start is not None else part.zero_()
         for tile in strip.tiles:
-            _product(part, span_of(x, 1, tile.columns), _block(weight, tile, *runs).t(), start)
+            _add_product(part, span_of(x, 1, tile.columns), _block(weight, tile, *runs).t(), start)
             start = part
         if strip.masked and overflowed(part, out_runs, start=strip.rows[0]):
             exact = by_level(lambda seen: dense(seen, weight, bias, runs), x, runs, dim=1)
@@ -70,7 +70,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Pair) -> Tensor:
     return F.linear(x, weight.where(keep, zero(weight.dtype, weight.device)), bias)
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
+def _add_product(out: Tensor, a: Tensor, b: Tensor, start: Tensor | None) -> None:
     """out = start + a @ b."""
     if start is None:
         torch.mm(a, b, out=out)
@@ -87,7 +87,7 @@ def grad_input(dy: Tensor, weight: Tensor, out_runs: Runs, in_runs: Runs) -> Ten
     for number, tile in enumerate(cut.widest_first):
         part = span_of(dx, 1, tile.columns)
         start = None if cut.covering and number == 0 else part
-        _product(part, span_of(dy, 1, tile.rows), _block(weight, tile, *runs), start)
+        _add_product(part, span_of(dy, 1, tile.rows), _block(weight, tile, *runs), start)
     return dx
 
 
@@ -101,7 +101,7 @@ def grad_weight(dy: Tensor, x: Tensor, weight: Tensor, out_runs: Runs, in_runs: 
         part = tile.of(dw)
         torch.mm(span_of(dy, 1, tile.rows).t(), span_of(x, 1, tile.columns), out=part)
         if tile.masked:
-            part.masked_fill_(beyond(*runs, tile, dw.device), 0)
+            part.masked_fill_(zeros_of(*runs, tile, dw.device), 0)
     return dw
 
 
@@ -133,7 +133,9 @@ class Triangular(torch.autograd.Function):
         return dx, dw, dy.sum(0) if needs_bias else None, None
 
 
-def apply(x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_runs: Runs, in_runs: Runs
+) -> Tensor:
     """x [..., I] -> [..., O], differentiable once."""
     flat = as_rows(x)
     if _plan(flat, out_runs, in_runs).dense:

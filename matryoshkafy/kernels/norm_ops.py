@@ -1,4 +1,4 @@
-"""Norms and reductions per level as operators: what runs, which shapes come out, gradients."""
+"""Norms per level as operators: what runs, which shapes come out, gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from matryoshkafy.kernels import norms, reductions
+from matryoshkafy.kernels import norms
 from matryoshkafy.kernels.dispatch import Context, Grads
 from matryoshkafy.kernels.levels import bands_of, check_runs
 from matryoshkafy.kernels.norms import Norm, Saved
@@ -110,13 +110,3 @@ def group_norm(
 ) -> Tensor:
     y = torch.ops.matryoshkafy.norm(channels(x), weight, bias, *args, True)[0]
     return y.view(x.shape)
-
-
-def level_reduce(  # noqa: PLR0913 - the operator's schema
-    x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
-) -> Tensor:
-    check_runs(runs, x.shape[dim], f"dim {dim}")
-    reduce, dims = reductions.reduction(kind), [d % x.ndim for d in dims]
-    return reductions.level_reduce(
-        x, lambda part: reduce(part, dims), dim % x.ndim, tuple(runs), prefix=prefix
-    )

@@ -39,7 +39,6 @@ from matryoshkafy.kernels.linear import as_rows
 from matryoshkafy.kernels.norm_ops import (
     group_norm,
     layer_norm,
-    level_reduce,
     norm,
     norm_autograd,
     norm_backward,
@@ -48,6 +47,7 @@ from matryoshkafy.kernels.norm_ops import (
     norm_shape,
     rms_norm,
 )
+from matryoshkafy.kernels.reductions import level_reduce
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -136,7 +136,7 @@ def _linear(
     if not is_plain(x):
         return torch.ops.matryoshkafy.linear_opaque(x, weight, bias, out_runs, in_runs)
     check_linear(x, weight, out_runs, in_runs)
-    return triangular.apply(x, weight, bias, tuple(out_runs), tuple(in_runs))
+    return triangular.product(x, weight, bias, tuple(out_runs), tuple(in_runs))
 
 
 def check_linear(x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels.levels import Runs, joined, spans_of
+from matryoshkafy.kernels.levels import Runs, check_runs, joined, spans_of
 from matryoshkafy.kernels.untyped import vector_norm
 
 Reduce = Callable[[Tensor, list[int]], Tensor]
@@ -57,10 +57,17 @@ def spread(statistics: dict[int, Tensor], dim: int, runs: Runs) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def level_reduce(
-    x: Tensor, reduce: Callable[[Tensor], Tensor], dim: int, runs: Runs, *, prefix: bool
+def level_reduce(  # noqa: PLR0913 - the operator's schema
+    x: Tensor, dims: list[int], dim: int, runs: list[int], kind: str, prefix: bool
 ) -> Tensor:
-    """reduce(units that a level reaches along dim), at each index of that level."""
-    levels = sorted({span.level for span in spans_of(runs)})
-    parts = {level: reduce(_reached(x, dim, runs, level, prefix=prefix)) for level in levels}
-    return spread(parts, dim, runs)
+    """The statistic over dims of the units that a level reaches, at each index of that level."""
+    check_runs(runs, x.shape[dim], f"dim {dim}")
+    reduce, over, dim, pairs = (
+        reduction(kind),
+        [d % x.ndim for d in dims],
+        dim % x.ndim,
+        tuple(runs),
+    )
+    levels = sorted({span.level for span in spans_of(pairs)})
+    parts = {level: reduce(_reached(x, dim, pairs, level, prefix=prefix), over) for level in levels}
+    return spread(parts, dim, pairs)

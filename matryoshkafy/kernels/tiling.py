@@ -164,7 +164,7 @@ def cut_all(out_runs: Runs, in_runs: Runs, bits: int, cost: Estimate) -> Tiling:
 
 @lru_cache(maxsize=4096)
 @torch.inference_mode(False)
-def beyond(out_runs: Runs, in_runs: Runs, tile: Tile, device: torch.device) -> Tensor:
+def zeros_of(out_runs: Runs, in_runs: Runs, tile: Tile, device: torch.device) -> Tensor:
     """The bool matrix of a tile's structural zeros, cached: never write into it."""
     outer = torch.tensor(levels_of(out_runs)[slice(*tile.rows)], device=device)
     inner = torch.tensor(levels_of(in_runs)[slice(*tile.columns)], device=device)

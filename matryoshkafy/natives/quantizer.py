@@ -103,7 +103,7 @@ class Read(ConversionOps):
     """Puts the values of the size where the loader found a name without values."""
 
     def __init__(self, folder: Path, size: int, prefix: str) -> None:
-        self.sizes = sized.Sizes(folder, size)
+        self.sizes = sized.SizeTensors(folder, size)
         self._prefix = prefix
 
     def __deepcopy__(self, memo: Foreign) -> Read:

@@ -57,7 +57,7 @@ def fields_of(held: Foreign, size: int | None) -> tuple[int, dict[tuple[Foreign,
     return wanted, known[wanted]
 
 
-class Sizes(Mapping[str, Tensor]):
+class SizeTensors(Mapping[str, Tensor]):
     """The tensors of one size by name, each read when it is asked for. Close it after use.
 
     Only the files of the levels up to the size are read, without their digests: each byte once.

@@ -24,7 +24,7 @@ from matryoshkafy.plan.parts import Scalar as Scalar
 from matryoshkafy.plan.parts import Stored as Stored
 from matryoshkafy.plan.parts import Unknown as Unknown
 from matryoshkafy.plan.parts import Whole as Whole
-from matryoshkafy.plan.stairs import Stair, filled
+from matryoshkafy.plan.stairs import Stair, steps_taken
 from matryoshkafy.plan.text import table
 from matryoshkafy.sizes import SizesError, one_size, width_at
 
@@ -212,7 +212,7 @@ def on_stairs(plan: Plan, stairs: tuple[Stair, ...]) -> Plan:
     plan, full = replace(plan, stairs=stairs), tuple(g.size for g in plan.groups)
     ladder = [
         dict(enumerate(widths))
-        | {g: n for stair in stairs for g, n in filled(stair, full, size, plan.width)}
+        | {g: n for stair in stairs for g, n in steps_taken(stair, full, size, plan.width)}
         for size, widths in zip(plan.sizes, plan.ladder, strict=True)
     ]
     return replace(plan, ladder=tuple(tuple(widths.values()) for widths in ladder))

@@ -63,7 +63,7 @@ def _pieces(dim: Dim) -> Stair:
     return tuple(groups) if len(set(groups)) == len(parts) else ()
 
 
-def filled(stair: Stair, full: Widths, size: int, width: int) -> Iterator[tuple[int, int]]:
+def steps_taken(stair: Stair, full: Widths, size: int, width: int) -> Iterator[tuple[int, int]]:
     """Yield (group, units) of a row at a size: piece after piece, as far as the units go.
 
     Args:

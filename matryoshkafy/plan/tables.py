@@ -33,7 +33,7 @@ Users = dict[Axis, set[str]]
 
 
 @dataclass(frozen=True)
-class Read:
+class Contraction:
     """A contraction with a weight: the weight's axes that it writes and sums over, and the model's
     tensors that the weight is made of.
     """
@@ -89,10 +89,12 @@ def _keeps_shape(node: fx.Node) -> bool:
     return not op_of(node).statistic and info.shape == source.shape
 
 
-def _reads(found: Findings) -> list[Read]:
+def _reads(found: Findings) -> list[Contraction]:
     """Return what every contraction makes of the tensors of the model."""
     return [
-        Read(n, _leaves_at(found, w, p.outs), _leaves_at(found, w, p.into), frozenset(_bases(w)))
+        Contraction(
+            n, _leaves_at(found, w, p.outs), _leaves_at(found, w, p.into), frozenset(_bases(w))
+        )
         for n in found.contracted
         if is_op(n)
         for w, p in weight_places(n).items()
@@ -104,7 +106,7 @@ def _leaves_at(found: Findings, weight: fx.Node, dims: tuple[int, ...]) -> froze
     return frozenset(_axes(terms[d] for d in dims))
 
 
-def _users_around(node: fx.Node, reads: Iterable[Read]) -> tuple[Users, Users]:
+def _users_around(node: fx.Node, reads: Iterable[Contraction]) -> tuple[Users, Users]:
     """Return for each axis the tensors that write it before a node, and that read it after."""
     written, read = Users(), Users()
     before = reached([node], sources_of)

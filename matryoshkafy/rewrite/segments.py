@@ -27,7 +27,7 @@ def compiled(graph: fx.Graph) -> Function:
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """A stretch of a graph: its function over the values it reads, and the values that it gives."""
 
     function: Function
@@ -93,7 +93,7 @@ def _stretches(graph: fx.Graph, parts: int) -> list[list[fx.Node]]:
     return [nodes[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
 
 
-def _part(graph: fx.Graph, stretch: list[fx.Node]) -> Part:
+def _part(graph: fx.Graph, stretch: list[fx.Node]) -> Stretch:
     inside = set(stretch)
     read = dict.fromkeys(n for node in stretch for n in node.all_input_nodes if n not in inside)
     gives = tuple(n for n in stretch if any(user not in inside for user in n.users))
@@ -104,4 +104,4 @@ def _part(graph: fx.Graph, stretch: list[fx.Node]) -> Part:
     for node in [*(n for n in read if n.op == "get_attr"), *stretch]:
         memo[node] = made.node_copy(node, lambda n: memo[n])
     made.output([memo[n] for n in gives])
-    return Part(compiled(made), reads, gives)
+    return Stretch(compiled(made), reads, gives)

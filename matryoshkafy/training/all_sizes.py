@@ -80,10 +80,10 @@ class AllSizes(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
-        inside = "labels" in input_names(doll)
+        inside = "labels" in argument_names(doll)
         check_loss(loss, inside)
         if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
-            self.__dict__["_modules"] = beside(doll, loss)
+            self.__dict__["_modules"] = with_loss(doll, loss)
         # Past nn.Module's __setattr__, which would register both under names of ours.
         self.__dict__["doll"] = doll
         self.__dict__["loss"] = MatryoshkaLoss(own_loss) if loss is None else loss
@@ -152,7 +152,7 @@ class AllSizes(nn.Module):
         return self
 
 
-def input_names(doll: Doll) -> list[str]:
+def argument_names(doll: Doll) -> list[str]:
     """The names of the arguments that a doll was traced with."""
     return [item.name for item in trace_of(doll).signature.inputs]
 
@@ -166,7 +166,7 @@ def check_loss(loss: Callable[..., object] | None, inside: bool) -> None:
         )
 
 
-def beside(doll: Doll, loss: nn.Module) -> dict[str, nn.Module | None]:
+def with_loss(doll: Doll, loss: nn.Module) -> dict[str, nn.Module | None]:
     """The modules of a doll, and the loss under a name of its own."""
     parts: dict[str, nn.Module | None] = doll.__dict__["_modules"]
     if "loss" in parts:

@@ -13,7 +13,7 @@ from transformers import EvalPrediction, Trainer
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.files.checkpoint import save
 from matryoshkafy.losses import scores_of
-from matryoshkafy.training.all_sizes import AllSizes, are_inputs, input_names
+from matryoshkafy.training.all_sizes import AllSizes, are_inputs, argument_names
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 Batch = dict[str, Any]  # what a collator makes
@@ -57,7 +57,7 @@ class NestedTrainer(Trainer):
         self._judged: dict[int, list[Tensor]] = {}
         start = cast("Callable[..., None]", super().__init__)  # pyright: ignore[reportUnknownMemberType]
         start(everything, *args, compute_metrics=metrics, **kwargs)
-        self._columns = input_names(everything.doll)
+        self._columns = argument_names(everything.doll)
         self._signature_columns = [*self._columns, "label", "label_ids", "labels"]
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -62,8 +62,8 @@ def save_run(
     """
     tensors: dict[str, Tensor] = {}
     states = {name: _state_of(part) for name, part in parts.items()} | {RANDOM: random_state()}
-    tree = {name: encode(state, name, tensors) for name, state in states.items()}
-    content = {"format": FORMAT, "parts": tree, "position": encode(position, "position", {})}
+    tree = {name: state_to_json(state, name, tensors) for name, state in states.items()}
+    content = {"format": FORMAT, "parts": tree, "position": state_to_json(position, "position", {})}
     failure = None
     if is_first():
         try:
@@ -123,8 +123,8 @@ def resume_run(folder: str | os.PathLike[str], parts: Mapping[str, object]) -> A
             "parts that were saved"
         )
     with TensorFile(target / TENSORS) as file:
-        states = {name: decode(tree, file) for name, tree in content["parts"].items()}
-    position = decode(content["position"], None)
+        states = {name: state_from_json(tree, file) for name, tree in content["parts"].items()}
+    position = state_from_json(content["position"], None)
     for name, part in parts.items():
         _load(part, states[name])
     set_random_state(states[RANDOM])
@@ -230,24 +230,24 @@ def set_random_state(state: State) -> None:
 def pairs(value: Mapping[object, object], place: str, tensors: Tensors) -> list[object]:
     """[[key, value], ...]: JSON's own objects have texts as keys only."""
     return [
-        [encode(k, f"{place}.{k}", tensors), encode(v, f"{place}.{k}", tensors)]
+        [state_to_json(k, f"{place}.{k}", tensors), state_to_json(v, f"{place}.{k}", tensors)]
         for k, v in value.items()
     ]
 
 
 def items(value: Sequence[object], place: str, tensors: Tensors) -> list[object]:
     """[value, ...]."""
-    return [encode(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
+    return [state_to_json(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
 
 
 def as_dict(rows: list[Any], file: TensorFile | None) -> dict[object, object]:
     """What `pairs` was made of."""
-    return {decode(k, file): decode(v, file) for k, v in rows}
+    return {state_from_json(k, file): state_from_json(v, file) for k, v in rows}
 
 
 def as_list(rows: list[Any], file: TensorFile | None) -> list[object]:
     """What `items` was made of."""
-    return [decode(row, file) for row in rows]
+    return [state_from_json(row, file) for row in rows]
 
 
 def as_float(text: str, file: TensorFile | None) -> float:
@@ -281,7 +281,7 @@ KINDS: Mapping[type, tuple[str, Callable[[Any, str, Tensors], object], Reader]] 
 READERS: Mapping[str, Reader] = {name: reader for name, _, reader in KINDS.values()}
 
 
-def encode(value: object, place: str, tensors: Tensors) -> object:
+def state_to_json(value: object, place: str, tensors: Tensors) -> object:
     """A state as JSON; its tensors go into `tensors` under their places. Raises ResumeError."""
     if type(value) in PLAIN:
         return value
@@ -298,8 +298,8 @@ def encode(value: object, place: str, tensors: Tensors) -> object:
     return {name: writer(value, place, tensors)}
 
 
-def decode(tree: object, file: TensorFile | None) -> Any:
-    """What `encode` was given. Raises ResumeError."""
+def state_from_json(tree: object, file: TensorFile | None) -> Any:
+    """What `state_to_json` was given. Raises ResumeError."""
     if type(tree) in PLAIN:
         return tree
     name, value = next(iter(tree.items())) if is_object(tree) and tree else ("", None)

@@ -32,9 +32,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import matryoshkafy as mk
 import matryoshkafy.kernels.ops  # noqa: F401 - registers the operators
-from matryoshkafy.kernels import reference
 from matryoshkafy.losses import MatryoshkaLoss, nested_cross_entropy
 from matryoshkafy.losses.heads import MRLEHead, MRLHead
+from tests.kernels import reference
 
 Step = Callable[[], None]
 Returned = TypeVar("Returned")

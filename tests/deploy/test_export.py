@@ -18,7 +18,7 @@ from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.trace import trace
 from matryoshkafy.kernels import ops as _ops
-from matryoshkafy.kernels import reference
+from tests.kernels import reference
 from tests.small_models import MODELS, WORDS, build
 
 assert _ops
@@ -110,13 +110,13 @@ def test_norms_against_the_reference(runs, prefix):
     x, weight, bias = torch.randn(2, 10, 3), torch.randn(10), torch.randn(10)
     last = x.transpose(1, 2)
     pairs = [
-        (plain_ops.layer_norm(last, weight, bias, 1e-5, runs, prefix),
+        (plain_ops.plain_layer_norm(last, weight, bias, 1e-5, runs, prefix),
          reference.layer_norm(last, weight, bias, 1e-5, runs, prefix)),
-        (plain_ops.rms_norm(last, weight, 1e-5, runs, prefix),
+        (plain_ops.plain_rms_norm(last, weight, 1e-5, runs, prefix),
          reference.rms_norm(last, weight, 1e-5, runs, prefix)),
-        (plain_ops.group_norm(x, weight, bias, 1e-5, runs, prefix),
+        (plain_ops.plain_group_norm(x, weight, bias, 1e-5, runs, prefix),
          reference.group_norm(x, weight, bias, 1e-5, runs, prefix)),
-        (plain_ops.reduce_levels(x, [1], 1, runs, "std0", prefix),
+        (plain_ops.level_reduce(x, [1], 1, runs, "std0", prefix),
          reference.level_reduce(x, [1], 1, runs, "std0", prefix)),
     ]  # fmt: skip
     for found, expected in pairs:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels import ops, reference, tiling
+from matryoshkafy.kernels import ops, tiling
 from matryoshkafy.kernels.levels import levels_of
+from tests.kernels import reference
 
 nested = torch.ops.matryoshkafy
 NAN = float("nan")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from matryoshkafy.errors import MatryoshkafyError
-from matryoshkafy.kernels import cross_entropy, reference
+from matryoshkafy.kernels import cross_entropy
 from matryoshkafy.losses import (
     Distillation,
     MatryoshkaLoss,
@@ -21,6 +21,7 @@ from matryoshkafy.losses import (
     nested_sampled_softmax,
 )
 from matryoshkafy.outputs import Late, Outputs
+from tests.kernels import reference
 
 SIZES = [1, 4, 8, 16]
 

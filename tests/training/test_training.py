@@ -35,7 +35,7 @@ from matryoshkafy.training import (
     scale_rows,
 )
 from matryoshkafy.training.all_sizes import AllSizesError
-from matryoshkafy.training.resuming import decode, encode
+from matryoshkafy.training.resuming import state_from_json, state_to_json
 from tests.training.runs import (
     BATCH,
     EXAMPLES,
@@ -221,7 +221,7 @@ def test_states_survive_as_they_are(tmp_path: Path) -> None:
         "tiny": 5e-324,
         "flag": True,
     }
-    back = decode(json.loads(json.dumps(encode(state, "x", {}))), None)
+    back = state_from_json(json.loads(json.dumps(state_to_json(state, "x", {}))), None)
     assert back == state and list(back[2][1]) == ["b", "a"]
     assert str(back[2][0][1]) == "-0.0"
     assert type(back["milestones"]) is Counter and back["flag"] is True
