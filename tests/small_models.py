@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
+
+import matryoshkafy as mk
 
 CLASSES, WIDTH, WORDS = 5, 16, 40
 
@@ -80,6 +84,7 @@ def vector_inputs() -> tuple[Tensor, ...]:
     return (torch.randn(4, 6, generator=torch.Generator().manual_seed(1)),)
 
 
+SIZES = [4, 8, 16]
 MODELS = {
     "tied": (Tied, tied_inputs),
     "images": (Images, image_inputs),
@@ -97,3 +102,10 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     return model, inputs()
+
+
+@cache
+def converted(name: str, nesting: str) -> mk.Doll:
+    """Return a doll of one of the models, one for all tests: none may change it."""
+    model, inputs = build(name)
+    return mk.convert(model, inputs, sizes=SIZES, nesting=nesting)

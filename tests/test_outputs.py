@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -57,17 +59,23 @@ TAILS: dict[str, Callable[[Tagger, Tensor, Tensor], Any]] = {
 }
 
 
-def doll_of(tail: str, nesting: str) -> tuple[Tagger, mk.Doll]:
+@cache
+def converted(tail: str, nesting: str) -> mk.Doll:
     torch.manual_seed(0)
-    model = Tagger(tail).double()
     ids = torch.randint(11, (3, 5))
-    return model, mk.convert(model, (ids,), sizes=SIZES, nesting=nesting).eval()
+    return mk.convert(Tagger(tail).double(), (ids,), sizes=SIZES, nesting=nesting)
+
+
+def doll_of(tail: str, nesting: str) -> mk.Doll:
+    """A copy: a test may train it."""
+    torch.manual_seed(0)
+    return copy.deepcopy(converted(tail, nesting)).eval()
 
 
 @NESTINGS
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_last_linear_is_fused_in_every_form(tail: str, nesting: str) -> None:
-    _, doll = doll_of(tail, nesting)
+    doll = doll_of(tail, nesting)
     ids, labels = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
     outputs, loss = doll.outputs(ids), MatryoshkaLoss(nn.CrossEntropyLoss())
     assert loss.fuses(outputs, labels)
@@ -86,7 +94,7 @@ def test_a_last_linear_is_fused_in_every_form(tail: str, nesting: str) -> None:
 @NESTINGS
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_output_is_that_of_the_slice(tail: str, nesting: str) -> None:
-    _, doll = doll_of(tail, nesting)
+    doll = doll_of(tail, nesting)
     ids = torch.randint(11, (2, 7))
     outputs = doll.outputs(ids)
     for size in SIZES:
@@ -97,7 +105,7 @@ def test_every_output_is_that_of_the_slice(tail: str, nesting: str) -> None:
 
 @NESTINGS
 def test_distillation_between_structured_outputs(nesting: str) -> None:
-    _, doll = doll_of("tuple", nesting)
+    doll = doll_of("tuple", nesting)
     ids, labels = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
     loss = MatryoshkaLoss(nn.CrossEntropyLoss(), distill=Distillation())
     plain = {m: out[0] for m, out in doll.outputs(ids).items()}
@@ -105,7 +113,7 @@ def test_distillation_between_structured_outputs(nesting: str) -> None:
 
 
 def test_what_no_kernel_computes_is_not_fused() -> None:
-    _, doll = doll_of("product", "masked")
+    doll = doll_of("product", "masked")
     ids, labels = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
     weighted = nn.CrossEntropyLoss(torch.ones(11).double())
     assert not MatryoshkaLoss(weighted).fuses(doll.outputs(ids), labels)
@@ -123,7 +131,7 @@ def step(doll: mk.Doll, **options: Any) -> None:
 @NESTINGS
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_output_of_before_a_step_is_refused(nesting: str, fused: bool) -> None:
-    _, doll = doll_of("product", nesting)
+    doll = doll_of("product", nesting)
     outputs = doll.outputs(torch.randint(11, (2, 7)))
     early = outputs[4]
     step(doll, fused=fused)
@@ -142,7 +150,7 @@ def test_an_output_of_before_a_step_is_refused(nesting: str, fused: bool) -> Non
     ],
 )
 def test_every_change_is_seen(change: Callable[[Any, Tensor], Any]) -> None:
-    _, doll = doll_of("product", "sliced")
+    doll = doll_of("product", "sliced")
     ids = torch.randint(11, (2, 7))
     outputs = doll.outputs(ids)
     change(doll, ids)
@@ -151,15 +159,15 @@ def test_every_change_is_seen(change: Callable[[Any, Tensor], Any]) -> None:
 
 
 def test_a_step_of_another_model_is_none_of_ours() -> None:
-    _, doll = doll_of("product", "sliced")
+    doll = doll_of("product", "sliced")
     outputs = doll.outputs(torch.randint(11, (2, 7)))
-    step(doll_of("product", "sliced")[1], fused=True)
+    step(doll_of("product", "sliced"), fused=True)
     assert outputs[4].shape == (2, 7, 11)
 
 
 @NESTINGS
 def test_late_values_follow_the_mode_of_the_call(nesting: str) -> None:
-    _, doll = doll_of("tuple", nesting)
+    doll = doll_of("tuple", nesting)
     ids = torch.randint(11, (2, 7))
     doll.float()
     with torch.no_grad():
@@ -173,7 +181,7 @@ def test_late_values_follow_the_mode_of_the_call(nesting: str) -> None:
 
 
 def test_training_mode_is_that_of_the_call() -> None:
-    _, doll = doll_of("product", "sliced")
+    doll = doll_of("product", "sliced")
     ids = torch.randint(11, (2, 7))
     outputs = doll.outputs(ids)
     doll.train()
@@ -197,7 +205,7 @@ def test_a_failed_computation_fails_again() -> None:
 
 
 def test_it_is_a_mapping() -> None:
-    _, doll = doll_of("product", "masked")
+    doll = doll_of("product", "masked")
     ids = torch.randint(11, (2, 7))
     outputs, again = doll.outputs(ids), doll.outputs(ids)
     assert outputs == again and outputs == dict(again)
@@ -239,7 +247,7 @@ def test_running_logits_are_those_of_each_size(shape: tuple[int, ...], scale: An
 @NESTINGS
 @pytest.mark.parametrize("tail", [name for name in TAILS if name != "tuple"])
 def test_scores_at_chosen_positions_are_those_of_the_whole_output(tail: str, nesting: str) -> None:
-    _, doll = doll_of(tail, nesting)
+    doll = doll_of(tail, nesting)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     rows, last = torch.arange(2), torch.tensor([0, 2])
     doll.eval()
@@ -253,7 +261,7 @@ def test_scores_at_chosen_positions_are_those_of_the_whole_output(tail: str, nes
 
 @NESTINGS
 def test_scores_at_chosen_positions_compute_no_others(nesting: str) -> None:
-    _, doll = doll_of("linear", nesting)
+    doll = doll_of("linear", nesting)
     outputs = doll.outputs(torch.ones(4, 50, dtype=torch.int64))
     with Widest() as widest:
         list(outputs.scores_at(slice(None), -1))

@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 import matryoshkafy as mk
 from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.outputs import Outputs
-from tests.small_models import MODELS, build
+from tests.small_models import MODELS, build, converted
 
 KINDS = ("doll", "slice")
 
 
 def model_of(name, nesting, kind):
-    model, inputs = build(name)
-    doll = mk.convert(model, inputs, sizes=[4, 8, 16], nesting=nesting)
+    doll, inputs = converted(name, nesting), MODELS[name][1]()
+    next(iter(doll.parameters())).requires_grad_(False)  # a frozen weight travels as one
     return (doll if kind == "doll" else mk.slice(doll, 8)), inputs
 
 
@@ -52,7 +52,6 @@ def ties(named):
 @pytest.mark.parametrize("through", [by_pickle, by_torch, copy.deepcopy])
 def test_a_model_comes_back_as_it_was(name, nesting, kind, through):
     model, inputs = model_of(name, nesting, kind)
-    next(iter(model.parameters())).requires_grad_(False)
     again = through(model)
     one, other = state_of(model), state_of(again)
     assert list(one) == list(other) and ties(one) == ties(other)
