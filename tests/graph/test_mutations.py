@@ -212,6 +212,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @each_body
 @either_way
+@pytest.mark.filterwarnings("ignore:the forward branches on the values")
 def test_values_and_gradients_are_the_models(body: Body, record: bool) -> None:
     model, x = Around(body, record=record).eval(), example()
     doll = mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced")
