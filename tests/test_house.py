@@ -43,7 +43,7 @@ KNOWN = {
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,
     "matryoshkafy/natives/saving.py:save parameters": 7,
     "matryoshkafy/natives/saving.py:save_native parameters": 7,
-    "matryoshkafy/training/distil.py:distil parameters": 10,
+    "matryoshkafy/training/distil.py:distil parameters": 11,
     "matryoshkafy/units/rotate.py:rotate parameters": 7,
 }
 

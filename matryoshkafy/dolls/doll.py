@@ -114,8 +114,13 @@ class Doll(nn.Module):
         self._forward = self._compiled(full_graph(self._trace, self._plan))
         return self
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether `checkpoint_gradients` is on."""
+        return self._parts > 1
+
     def _compiled(self, graph: fx.Graph) -> Function:
-        return checkpointed(graph, self._parts) if self._parts > 1 else compiled(graph)
+        return checkpointed(graph, self._parts) if self.recomputes else compiled(graph)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""

@@ -15,23 +15,28 @@ from torch import Tensor, nn
 
 from matryoshkafy.dolls.batches import arguments_of
 from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.training.live_scales import LiveScales
 from matryoshkafy.training.recipes import DistilError, Recipe
 from matryoshkafy.training.resuming import batches, is_first, resume_run, save_run
 from matryoshkafy.training.rota import Rota, Share
 from matryoshkafy.training.rows import alike
 from matryoshkafy.training.taught import Taught
 from matryoshkafy.training.watching import RunLog
+from matryoshkafy.units.norm_scales import NormScales
 
 Prepare = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
 class DistilReport:
-    """Steps done in all, and per size the mean loss over its first and its last ten steps."""
+    """Steps done in all, and per size the mean loss over its first and its last ten steps; the
+    learnt `scales`, where distillation began with some.
+    """
 
     steps: int
     first: Mapping[int, float]
     last: Mapping[int, float]
+    scales: NormScales | None = None
 
     def __str__(self) -> str:
         rows = [f"{m:>6}  {self.first[m]:9.5f}  {self.last[m]:9.5f}" for m in self.last]
@@ -50,6 +55,7 @@ def distil(  # noqa: PLR0913  the public signature
     events: str | os.PathLike[str] | None = None,
     watch: Callable[[int], object] | None = None,
     prepare: Prepare | None = None,
+    scales: NormScales | None = None,
 ) -> DistilReport:
     """Train every size of a doll on a frozen teacher's outputs, in place.
 
@@ -75,9 +81,11 @@ def distil(  # noqa: PLR0913  the public signature
         prepare: module -> module, what several processes need around the one that is trained:
             `accelerator.prepare`, DistributedDataParallel, or FSDP2's fully_shard. Each process
             computes its part of the rows of a batch, and only they are compared with each other.
+        scales: `norm_scales` of the doll: each size learns with its own factors of the norms, and
+            they learn too. Fold the report's into the slices; the doll itself is without.
 
     Returns:
-        The losses per size of the steps done in this call.
+        The losses per size of the steps done in this call, and the scales as they are then.
 
     Raises:
         DistilError: rows, teacher or recipe do not fit.
@@ -99,8 +107,19 @@ def distil(  # noqa: PLR0913  the public signature
         raise DistilError(
             f"{len(lengths)} lengths were given for {len(data)} rows; give one for each row"
         )
-    run = _Run(doll, teacher, Rows(data, collate, lengths, world), recipe, prepare)
+    live = None if scales is None else LiveScales(doll, scales)
+    student = Student(doll, teacher, live)
+    run = _Run(student, Rows(data, collate, lengths, world), recipe, prepare)
     return run.carried_out(Places(folder, events), watch or _nobody)
+
+
+@dataclass(frozen=True)
+class Student:
+    """Who learns from whom, and with which factors of its norms."""
+
+    doll: Doll
+    teacher: nn.Module | Tensor | None
+    scales: LiveScales | None = None
 
 
 @dataclass(frozen=True)
@@ -164,19 +183,16 @@ class _Run:
     """The parts of one distillation; everything random follows from the seed and the step."""
 
     def __init__(
-        self,
-        doll: Doll,
-        teacher: nn.Module | Tensor | None,
-        rows: Rows,
-        recipe: Recipe,
-        prepare: Prepare | None = None,
+        self, student: Student, rows: Rows, recipe: Recipe, prepare: Prepare | None = None
     ) -> None:
+        doll, teacher = student.doll, student.teacher
         self.doll, self.rows, self.recipe = doll, rows, recipe
         # A copy of the doll has the doll's order of units, every other teacher the user's own.
         self.teacher = _frozen(doll, teacher)
         self.device = next(doll.parameters()).device.type
         self.rota = Rota(tuple(doll.sizes), recipe.sizes, recipe.weights, recipe.widen, recipe.last)
-        self.taught = Taught(doll, recipe.terms, foreign=teacher is not None)
+        foreign = teacher is not None
+        self.taught = Taught(doll, recipe.terms, foreign=foreign, scales=student.scales)
         first = torch.arange(min(8, len(rows.data)))
         batch = rows.batch(first)
         self.taught.project(batch, self.lessons(first, batch))
@@ -188,8 +204,9 @@ class _Run:
         """Do the steps that are left."""
         recipe = self.recipe
         losses: dict[int, list[float]] = {m: [] for m in self.doll.sizes}
-        projections = self.taught.projections
+        projections, scales = self.taught.projections, self.taught.scales
         parts = {"model": self.doll, "projections": projections, "optimizer": self.optimizer}
+        parts |= {} if scales is None else {"scales": scales}
         position = None if places.run is None else resume_run(places.run, parts)
         start = 0 if position is None else position["step"]
         drawn = self.rows.drawn(recipe.batch, recipe.seed, start)
@@ -203,7 +220,8 @@ class _Run:
                     self._saved(places.run, parts, step + 1)
                     watch(step + 1)
         first = {m: _mean(values[:10]) for m, values in losses.items()}
-        return DistilReport(recipe.steps, first, {m: _mean(v[-10:]) for m, v in losses.items()})
+        last = {m: _mean(v[-10:]) for m, v in losses.items()}
+        return DistilReport(recipe.steps, first, last, None if scales is None else scales.found())
 
     def _saved(
         self, folder: str | os.PathLike[str] | None, parts: Mapping[str, object], done: int

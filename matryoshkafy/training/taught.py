@@ -14,27 +14,36 @@ from matryoshkafy.dolls.batches import arguments_of
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.losses.distillation import KINDS
 from matryoshkafy.training.all_sizes import TABLES
+from matryoshkafy.training.live_scales import LiveScales
 from matryoshkafy.training.recipes import PROJECTED, DistilError, Term
 from matryoshkafy.units.permute import users_order
 
-PROJECTIONS = "matryoshka_projections"
+PROJECTIONS, SCALES = "matryoshka_projections", "matryoshka_scales"
 _norm = cast("Callable[[Tensor], Tensor]", Tensor.norm)  # pyright: ignore[reportUnknownMemberType]
 
 
 class Taught(nn.Module):
     """`losses = Taught(doll, terms)(sizes, batch, lessons)`: what these sizes have yet to learn.
 
-    It holds the doll's own parameters under the user's own names, and the projections under one of
-    ours. `foreign`: the teacher's units stand in the user's order, not in the doll's.
+    It holds the doll's own parameters under the user's own names, the projections and the scales
+    under names of ours. `foreign`: the teacher's units stand in the user's order, not the doll's.
     """
 
     terms: tuple[Term, ...]
     foreign: bool
+    scales: LiveScales | None
 
-    def __init__(self, doll: Doll, terms: Sequence[Term], *, foreign: bool) -> None:
+    def __init__(
+        self,
+        doll: Doll,
+        terms: Sequence[Term],
+        *,
+        foreign: bool,
+        scales: LiveScales | None = None,
+    ) -> None:
         super().__init__()
         self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
-        self.__dict__.update(doll=doll, terms=tuple(terms), foreign=foreign)
+        self.__dict__.update(doll=doll, terms=tuple(terms), foreign=foreign, scales=scales)
         self._hold(nn.ModuleDict())
         self.training = doll.training
 
@@ -47,16 +56,32 @@ class Taught(nn.Module):
 
     def _hold(self, made: nn.ModuleDict) -> None:
         # Past nn.Module's __setattr__: the doll's own table is not to hold them.
-        self.__dict__["_modules"] = {**self.__dict__["doll"]._modules, PROJECTIONS: made}
+        ours = {PROJECTIONS: made} | ({SCALES: self.scales} if self.scales is not None else {})
+        self.__dict__["_modules"] = {**self.__dict__["doll"]._modules, **ours}
 
     def forward(self, sizes: Sequence[int], batch: object, lessons: Sequence[Tensor]) -> Tensor:
         """What each of the sizes has yet to learn [sizes]."""
-        args, kwargs = arguments_of(batch)
-        outputs = self.__dict__["doll"].outputs(*args, **kwargs)
-        found = [self.loss(m, self.said(m, outputs[m]), batch, lessons) for m in sizes]
+        outputs = self._outputs(sizes, batch)
+        found = [
+            self.loss(m, self.said(m, out), batch, lessons)
+            for m, out in zip(sizes, outputs, strict=True)
+        ]
         # Wrappers want every parameter in every pass.
-        unused = [0.0 * p.sum() for p in self.projections.parameters()]
-        return torch.stack(found) + sum(unused)
+        ours = [*self.projections.parameters(), *(self.scales.parameters() if self.scales else ())]
+        return torch.stack(found) + sum(0.0 * p.sum() for p in ours)
+
+    def _outputs(self, sizes: Sequence[int], batch: object) -> list[object]:
+        """Return the output of each size, with its own scales where there are some."""
+        args, kwargs = arguments_of(batch)
+        doll = self.__dict__["doll"]
+        if self.scales is None:
+            outputs = doll.outputs(*args, **kwargs)
+            return [outputs[m] for m in sizes]
+        found: list[object] = []
+        for size in sizes:
+            with self.scales.applied(size):
+                found.append(doll.outputs(*args, **kwargs)[size])
+        return found
 
     def loss(self, size: int, output: object, batch: object, lessons: Sequence[Tensor]) -> Tensor:
         """The weighted sum of the terms of one size, mean over the rows."""

@@ -17,7 +17,7 @@ import torch
 
 import matryoshkafy as mk
 from matryoshkafy.training import Recipe, Term
-from matryoshkafy.training.distil import Rows, _Run
+from matryoshkafy.training.distil import Rows, Student, _Run
 from tests.benchmarks.distilled import LENGTH, minilm
 
 SIZES = [96, 192, 288, 384]
@@ -42,7 +42,7 @@ def main() -> None:
     for name, sizes in WAYS.items():
         model = copy.deepcopy(encoder.embedder)
         doll = mk.convert(model, (), _batch(ids[:2]), sizes=sizes, nesting="sliced").eval()
-        runs[name] = _Run(doll, lessons, rows, recipe)
+        runs[name] = _Run(Student(doll, lessons), rows, recipe)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(options.rounds + 1):
         for name, run in runs.items():

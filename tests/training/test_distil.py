@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training import DistilError, Recipe, Term, distil
-from matryoshkafy.training.distil import Rows, _Run
+from matryoshkafy.training.distil import Rows, Student, _Run
 from matryoshkafy.training.rota import ROTAS, Rota
 from matryoshkafy.training.rows import alike
 
@@ -83,7 +83,7 @@ def test_the_loss_is_the_formula(kind: str) -> None:
     doll, teacher = made(Classifier)
     x = torch.stack(rows(8))
     terms = (Term(kind, 2.0, 3.0),)
-    run = _Run(doll, teacher, Rows(rows(), torch.stack), Recipe(terms=terms))
+    run = _Run(Student(doll, teacher), Rows(rows(), torch.stack), Recipe(terms=terms))
     with torch.no_grad():
         student, lesson = doll.outputs(x)[4], teacher(x)
         (found,) = run.taught([4], x, run.lessons(torch.arange(8), x))
@@ -160,7 +160,8 @@ def test_a_frozen_copy_anchors_the_largest() -> None:
 def test_a_projection_is_learnt_where_widths_differ_and_thrown_away() -> None:
     doll, teacher = made()
     names = set(doll.state_dict())
-    run = _Run(doll, teacher, Rows(rows(), torch.stack), Recipe(terms=(Term("cosine"),)))
+    recipe = Recipe(terms=(Term("cosine"),))
+    run = _Run(Student(doll, teacher), Rows(rows(), torch.stack), recipe)
     assert sorted(run.taught.projections) == ["0_4", "0_8"]
     distil(doll, teacher, rows(), Recipe(3, 16, terms=(Term("cosine"),)))
     assert set(doll.state_dict()) == names
@@ -173,7 +174,7 @@ def test_the_teacher_speaks_the_users_order() -> None:
     with torch.no_grad():
         known = teacher(torch.stack(rows()))
     given = Rows(rows(), torch.stack)
-    run = _Run(doll, known, given, Recipe(terms=(Term("mse"),)))
+    run = _Run(Student(doll, known), given, Recipe(terms=(Term("mse"),)))
     x, first = torch.stack(rows(8)), torch.arange(8)
     found = run.taught([16, 8], x, run.lessons(first, x)).tolist()
     assert found[0] <= 1e-10
