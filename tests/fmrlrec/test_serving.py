@@ -267,6 +267,7 @@ def test_the_page_shows_every_size_side_by_side(address: str, shop, tmp_path: Pa
     if not binary or not driver:
         pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -277,7 +278,8 @@ def test_the_page_shows_every_size_side_by_side(address: str, shop, tmp_path: Pa
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
         browser.get(address)
-        wait = WebDriverWait(browser, 120)
+        # The page replaces its lists while they are looked at.
+        wait = WebDriverWait(browser, 120, ignored_exceptions=[StaleElementReferenceException])
         columns = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#sizes section"))
         assert [c.find_element(By.TAG_NAME, "h2").text for c in columns] == [
             "size 2", "size 4", "size 8"]  # fmt: skip

@@ -33,7 +33,7 @@ checked = settings(
 
 
 @pytest.mark.timeout(1200)  # 2,000 models: four minutes on a quiet core, more on a busy one
-@settings(checked, max_examples=1000)  # each checks values and gradients at every size
+@settings(checked, max_examples=2000)  # each checks values and gradients at every size
 @given(programs, st.sampled_from(NESTINGS))
 def test_random_models_keep_the_laws(program: Program, options: Options) -> None:
     check(build(program), options)
