@@ -80,13 +80,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def wrapped(text: str) -> str:
-    """Return text of which no line is wider than a screen, where words allow it."""
+    """Return text of which no line is wider than a screen, where words allow it.
+
+    A no-break space holds words together and is written as a space.
+    """
     lines = (
         textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False,
                       break_on_hyphens=False)
         for line in text.splitlines()
     )  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

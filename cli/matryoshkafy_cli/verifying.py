@@ -79,11 +79,13 @@ def _finite(value: Any) -> Any:
 
 
 def _text(described: dict[str, Any]) -> str:
+    from matryoshkafy.plan.text import percent
+
     rows = [_row(row) for row in described["sizes"]]
     verdict = "every law holds" if described["passed"] else "A LAW FAILS"
     title = (
         f"{verdict}: errors of at most {described['tolerance']:g} are allowed; "
-        f"{described['tail_share']:.0%} of the nodes are computed once per size"
+        f"{percent(described['tail_share'])} of the nodes are computed once per size"
     )
     broken = [
         f"law {law['number']} fails: {law['name']} {law['detail']}".rstrip()

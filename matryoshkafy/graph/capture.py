@@ -1,4 +1,4 @@
-"""capture(): torch.export, or the path that the example takes, in one frozen form."""
+"""capture(): torch.export with batch and length dynamic, or the example's path, in one form."""
 
 from __future__ import annotations
 

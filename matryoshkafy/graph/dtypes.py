@@ -1,4 +1,6 @@
-"""follow_dtype(): a trace in float32 runs in whatever type the user casts the model to.
+"""follow_dtype(): which dtype each constant and value of a graph gets when the model is cast.
+
+A trace in float32 runs in whatever type the user casts the model to.
 
 Values that depend on parameters or floating inputs have the model's type; what is made of integers,
 buffers and constants alone (rotary angles, position biases, masks) stays in float32, as models ask

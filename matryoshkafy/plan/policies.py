@@ -1,7 +1,6 @@
-"""solve(): findings become a frozen plan. Which axes nest, in which groups, and what each node
-does.
+"""What nests: the policies that decide which axes are widths, and which stay whole and why.
 
-The policies, in order: what the user keeps stays whole; an axis nests only if it is a feature
+In order: what the user keeps stays whole; an axis nests only if it is a feature
 (in or out of a contraction with a parameter, or the columns of an embedding); of a product only the
 outermost free factor nests; an output axis that nothing contracts is a head and stays whole; in
 masked nesting a width that is contracted into a whole axis either ends in the tail, is demoted, or

@@ -1,4 +1,4 @@
-"""solve(): findings become a frozen plan: which axes nest, in which groups, what nodes do."""
+"""solve(): the policies applied one after another, then what masked nesting does, then freeze()."""
 
 from __future__ import annotations
 

@@ -59,8 +59,14 @@ def _heading(plan: Plan) -> Iterator[str]:
     if plan.tail:
         share = len(plan.tail) / max(1, sum(1 for _ in plan.nodes))
         nodes = "1 node is" if len(plan.tail) == 1 else f"{len(plan.tail)} nodes are"
-        said = f"{share:.0%}" if share >= 0.005 else "under 1%"
-        yield f"tail: {nodes} computed once per size ({said} of all)"
+        yield f"tail: {nodes} computed once per size ({percent(share)} of all)"
+
+
+def percent(share: float) -> str:
+    """Return a share as a person says it: 12%, under 1%, none."""
+    if share == 0:
+        return "none"
+    return f"{share:.0%}" if share >= 0.005 else "under 1%"
 
 
 def _groups(plan: Plan) -> Iterator[str]:

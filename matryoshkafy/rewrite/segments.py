@@ -1,4 +1,4 @@
-"""A graph run in parts that are computed again in the backward (Chen et al. 2016)."""
+"""A graph run in parts that are computed again in the backward (Chen 2016)."""
 
 from __future__ import annotations
 

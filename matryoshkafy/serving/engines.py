@@ -1,4 +1,4 @@
-"""Is the engine there? One clear message before a search, instead of a client's stack of causes.
+"""Whether a vector database is there: one clear message before a search, no stack of causes.
 
 Nothing of this library stands between an engine's client and its tables: these two functions look,
 and hand back what the client gave.

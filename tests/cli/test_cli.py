@@ -212,7 +212,8 @@ def test_info_counts(place):
         # Two for each multiply-add of three linears, on a batch of 2.
         assert row["flops"] == 2 * 2 * (6 * m + m * m + 5 * m)
         assert row["latency_seconds"] > 0
-    assert "doll of width 32" in said("info", place / "ckpt", "--runs", "1")
+    told = said("info", place / "ckpt", "--runs", "1")
+    assert "doll of width 32" in told and "takes 2 × 6\n" in told
 
 
 @pytest.mark.parametrize("to", ["pt2", "onnx"])
