@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 # Rules of modules that a page imports stay: they are registered once, when they are imported.
-import examples.fmrlrec.building  # noqa: F401
+import examples.fmrlrec.nesting  # noqa: F401
 from matryoshkafy.rules import rules_kept
 from tests.docs_blocks import Block, blocks_of, code_of
 

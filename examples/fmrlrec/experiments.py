@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from examples.fmrlrec import pipeline
-from examples.fmrlrec.building import sizes_of
 from examples.fmrlrec.config import MODALITIES
 from examples.fmrlrec.evaluation import Table
-from examples.fmrlrec.objectives import NestedObjective
+from examples.fmrlrec.nesting import NestedObjective, sizes_of
 from examples.fmrlrec.pipeline import Material, Run
 from examples.fmrlrec.reporting import Curves, Sheet, plot, print_files, write_sheet
 from examples.fmrlrec.training import train

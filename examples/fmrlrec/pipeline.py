@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from examples.fmrlrec import data, encoders, formats, synthetic
-from examples.fmrlrec.building import build, nest, sizes_of
 from examples.fmrlrec.config import Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import (
     Table,
@@ -20,12 +19,15 @@ from examples.fmrlrec.evaluation import (
     module_scorer,
     popularity_scorer,
 )
-from examples.fmrlrec.objectives import (
+from examples.fmrlrec.nesting import (
     NestedObjective,
     PlainObjective,
+    build,
     intervals,
+    nest,
     nested_scorer,
     per_size,
+    sizes_of,
 )
 from examples.fmrlrec.reporting import Sheet, metric_sheet, write_environment, write_sheet
 from examples.fmrlrec.training import Progress, load_weights, train

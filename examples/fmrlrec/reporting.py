@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from rich.table import Table as RichTable
 from examples.fmrlrec.config import Config, write_text
 from examples.fmrlrec.evaluation import CUTOFFS, GAINS, PROTOCOLS, Table
 
-PACKAGES = ("matryoshkafy", "torch", "numpy", "polars", "scikit-learn", "scikit-image",
-            "accelerate", "sentence-transformers", "open_clip_torch")  # fmt: skip
 METRICS = tuple(f"{name}@{cutoff}" for name in GAINS for cutoff in CUTOFFS)
 SHORT = ("NDCG@10", "Recall@10", "MRR@10", "NDCG@50", "Recall@50")
 
@@ -127,7 +125,7 @@ def environment(config: Config) -> dict[str, Any]:
         "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {d.name: d.version for d in distributions()},
     }
 
 
@@ -146,13 +144,6 @@ def _drawn(line: Mapping[float, float], curves: Curves) -> tuple[Sequence[float]
 
 def _text(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git(*words: str) -> str | None:

@@ -18,15 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.progress import Progress as Bar
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from examples.fmrlrec.config import Config, DataError, RunError
 from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
-from matryoshkafy.training import resume_run, save_run
+from matryoshkafy.training import RunLog, resume_run, save_run
 
 STATE, BEST = "state", "best.safetensors"
 LAST_RATE = 0.02  # of the learning rate is left at the end of a cosine
@@ -80,13 +79,9 @@ class Session:
     data: Dataset
     config: Config
     folder: Path
-    writer: SummaryWriter
+    log: RunLog
     windows: np.ndarray
-
-    @property
-    def batches(self) -> int:
-        """Batches of an epoch."""
-        return -(-len(self.windows) // self.config.batch)
+    batches: int
 
 
 def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> Progress:
@@ -97,14 +92,11 @@ def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> 
     """
     folder.mkdir(parents=True, exist_ok=True)
     session, progress = _open(objective, data, config, folder)
-    with Bar(disable=not session.accelerator.is_main_process, transient=True) as bar:
-        task = bar.add_task("training", total=None)
+    with session.log as log:
         while not finished(progress, config):
-            progress = _epoch(session, progress, lambda text, n: bar.update(
-                task, description=text, completed=n[0], total=n[1]))  # fmt: skip
+            progress = _epoch(session, progress)
             for line in log_lines(progress):
-                bar.console.print(line, highlight=False, markup=False)
-    session.writer.close()
+                log.bar.console.print(line, highlight=False, markup=False)
     load_weights(objective.model, folder / BEST)
     return progress
 
@@ -188,21 +180,28 @@ def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[
     if position is None:
         torch.manual_seed(config.seed)
     progress = Progress(**(position or {}))
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step)
     windows = training_windows(data, config)
     if not len(windows):
         raise DataError("no user has the four items that one training step needs")
-    shared = (prepared, optimizer, accelerator, data, config, folder, writer, windows)
+    batches = -(-len(windows) // config.batch)
+    is_main = accelerator.is_main_process
+    log = RunLog(
+        config.epochs * batches,
+        folder=folder / "tensorboard" if is_main else None,
+        start=progress.step,
+        every=1,
+        console=None if is_main else Console(quiet=True),
+    )
+    shared = (prepared, optimizer, accelerator, data, config, folder, log, windows, batches)
     return Session(*shared), progress
 
 
-def _epoch(session: Session, progress: Progress, show: Any) -> Progress:
+def _epoch(session: Session, progress: Progress) -> Progress:
     config, started = session.config, time.monotonic() - progress.seconds
     session.objective.train()
     batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
     for batch in _skip(batches, progress.batch):
         progress = _step(session, progress, batch)
-        show(f"epoch {progress.epoch + 1}", (progress.batch, session.batches))
         if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
             _save(session, dataclasses.replace(progress, seconds=time.monotonic() - started))
     progress = dataclasses.replace(progress, seconds=time.monotonic() - started)
@@ -230,6 +229,7 @@ def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     session.optimizer.step()
     values = {name: _mean(session.accelerator, value, share)
               for name, value in {"loss": loss, **losses}.items()}  # fmt: skip
+    session.log.step(values["loss"], {int(n[5:]): v for n, v in values.items() if n != "loss"})
     sums, counts = dict(progress.losses), dict(progress.counts)
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
@@ -281,7 +281,8 @@ def _check_loss(loss: Tensor, progress: Progress) -> None:
 def _close_epoch(session: Session, progress: Progress) -> Progress:
     found = _validate(session)
     row = _row(progress, found)
-    _log(session.writer, row)
+    scores = {int(size): table["all"]["NDCG@10"] for size, table in found.items()}
+    session.log.record("NDCG@10", scores, progress.step)
     value = _selected(found, session.config)
     better = value > progress.best
     if better and session.accelerator.is_main_process:
@@ -316,12 +317,6 @@ def _row(progress: Progress, found: dict[str, Table]) -> dict[str, float]:
     losses = {name: total / progress.counts[name] for name, total in progress.losses.items()}
     ndcg = {f"NDCG@10 {size}": table["all"]["NDCG@10"] for size, table in found.items()}
     return {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses, **ndcg}
-
-
-def _log(writer: SummaryWriter, row: dict[str, float]) -> None:
-    for name, value in row.items():
-        writer.add_scalar(name.replace(" ", "/"), value, int(row["epoch"]))
-    writer.flush()
 
 
 def _save(session: Session, progress: Progress) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from examples.fmrlrec.building import sizes_of
 from examples.fmrlrec.config import Config, preset, replace
+from examples.fmrlrec.nesting import sizes_of
 from examples.fmrlrec.reporting import Curves, Sheet, plot, write_sheet
 
 PAPER = {128: 0.0, 256: 25.16, 512: 31.39, 1024: 32.90, 2048: 33.25}
@@ -137,8 +137,7 @@ def _measure_here(probe: Probe, sender: Any) -> None:
 
 
 def _objectives(probe: Probe, features: Any) -> list[Any]:
-    from examples.fmrlrec.building import build, nest
-    from examples.fmrlrec.objectives import NestedObjective, PlainObjective
+    from examples.fmrlrec.nesting import NestedObjective, PlainObjective, build, nest
 
     sizes = ",".join(map(str, probe.sizes))
     config = replace(probe.config, {"sizes": sizes, "modality": "text"})

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.fmrlrec.building import build, nest, sizes_of
 from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.data import left_pad, pack, steps
 from examples.fmrlrec.encoders import Features
-from examples.fmrlrec.objectives import NestedObjective
+from examples.fmrlrec.nesting import NestedObjective, build, nest, sizes_of
 
 ITEMS, BATCH, LENGTH = 12_101, 32, 50
 Weights = dict[str, nn.Parameter]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import examples.fmrlrec.building  # noqa: F401  how axes cross the example's own operator
+import examples.fmrlrec.nesting  # noqa: F401  how axes cross the example's own operator
 import matryoshkafy as mk
 from tests.benchmarks.recommender_models import RECIPES, small
 

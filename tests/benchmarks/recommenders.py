@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import examples.fmrlrec.building  # noqa: F401  how axes cross the example's own operator
+import examples.fmrlrec.nesting  # noqa: F401  how axes cross the example's own operator
 import matryoshkafy as mk
 from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.data import Dataset

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import matryoshkafy as mk
-from examples.fmrlrec.building import build, nest
 from examples.fmrlrec.config import replace
-from examples.fmrlrec.objectives import NestedObjective, nested_scorer
+from examples.fmrlrec.nesting import NestedObjective, build, nest, nested_scorer
 from matryoshkafy.serving.ranks import rank
 
 INPUTS = torch.ones(3, 6, dtype=torch.int64, device="meta")

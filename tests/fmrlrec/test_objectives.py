@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from examples.fmrlrec import objectives
-from examples.fmrlrec.building import build, nest
+from examples.fmrlrec import nesting
 from examples.fmrlrec.config import Config, ConfigError, preset, replace
+from examples.fmrlrec.nesting import build, nest
 
 INPUTS = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
 TARGETS = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]])
@@ -28,7 +28,7 @@ def plain(material, config: Config):
 
 def test_plain_loss_is_cross_entropy_over_real_positions(material, tiny) -> None:
     model = plain(material, tiny)
-    loss, _ = objectives.PlainObjective(model, tiny)(INPUTS, TARGETS)
+    loss, _ = nesting.PlainObjective(model, tiny)(INPUTS, TARGETS)
     torch.testing.assert_close(loss, by_torch(model(INPUTS)))
 
 
@@ -36,11 +36,11 @@ def test_plain_loss_is_cross_entropy_over_real_positions(material, tiny) -> None
 def test_scales_start_at_the_width_that_is_told(start: float, material, tiny) -> None:
     config = replace(tiny, {"learn_scales": True, "score_scale": start})
     model = plain(material, config)
-    alone = objectives.PlainObjective(model, config)
+    alone = nesting.PlainObjective(model, config)
     loss, _ = alone(INPUTS, TARGETS)
     torch.testing.assert_close(loss, by_torch(model(INPUTS) * (start / 8 if start else 1.0)))
     assert [n for n, _ in alone.named_parameters() if not n.startswith("model.")] == ["log_scale"]
-    nested = objectives.NestedObjective(nest(model, config), config)
+    nested = nesting.NestedObjective(nest(model, config), config)
     expected = {size: start / size if start else 1.0 for size in (2, 4, 8)}
     assert {size: scale.item() for size, scale in nested.loss.scales().items()} == (
         pytest.approx(expected)
@@ -51,7 +51,7 @@ def test_scales_start_at_the_width_that_is_told(start: float, material, tiny) ->
 def test_nested_loss_is_the_weighted_sum_over_sizes(weights: str, material, tiny) -> None:
     config = replace(tiny, {"weights": weights})
     doll = nest(plain(material, config), config).eval()
-    loss, per_size = objectives.NestedObjective(doll, config)(INPUTS, TARGETS)
+    loss, per_size = nesting.NestedObjective(doll, config)(INPUTS, TARGETS)
     expected = {size: by_torch(logits) for size, logits in doll.outputs(INPUTS).items()}
     given = [float(w) for w in weights.split(",")] if weights else [1.0, 1.0, 1.0]
     total = sum(w * value for w, value in zip(given, expected.values(), strict=True))
@@ -66,7 +66,7 @@ def test_nested_scores_are_those_of_every_output(modality: str, material, tiny) 
     doll = nest(plain(material, config), config).eval()
     outputs = doll.outputs(INPUTS)
     assert outputs.readout is not None, "the tail must be one product for the fused loss"
-    found = dict(objectives.nested_scorer(doll)(INPUTS))
+    found = dict(nesting.nested_scorer(doll)(INPUTS))
     assert list(found) == ["2", "4", "8"]
     for size, scores in found.items():
         torch.testing.assert_close(scores, outputs[int(size)][:, -1])
@@ -74,7 +74,7 @@ def test_nested_scores_are_those_of_every_output(modality: str, material, tiny) 
 
 def test_plain_scores_are_the_last_position(material, tiny) -> None:
     model = plain(material, tiny)
-    ((name, scores),) = objectives.PlainObjective(model, tiny).scorer()(INPUTS)
+    ((name, scores),) = nesting.PlainObjective(model, tiny).scorer()(INPUTS)
     assert name == "8"
     torch.testing.assert_close(scores, model(INPUTS)[:, -1])
 
@@ -82,7 +82,7 @@ def test_plain_scores_are_the_last_position(material, tiny) -> None:
 def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) -> None:
     config = replace(tiny, {"distill": 0.5, "distill_from": 2, "learn_scales": False})
     doll = nest(plain(material, config), config).eval()
-    nested = objectives.NestedObjective(doll, config)
+    nested = nesting.NestedObjective(doll, config)
     nested.start_step(1, 1)
     before, _ = nested(INPUTS, TARGETS)
     nested.start_step(2, 2)
@@ -99,9 +99,9 @@ def test_the_largest_size_teaches_from_the_epoch_that_is_told(material, tiny) ->
 
 def test_the_last_weight_is_that_of_all_larger_sizes() -> None:
     config = replace(Config(), {"weights": "4,2"})
-    assert objectives.per_size(config, "weights", (1, 2, 4, 8)) == [4, 2, 2, 2]
+    assert nesting.per_size(config, "weights", (1, 2, 4, 8)) == [4, 2, 2, 2]
     with pytest.raises(ConfigError, match="are 2, the sizes only 1"):
-        objectives.per_size(config, "weights", (8,))
+        nesting.per_size(config, "weights", (8,))
 
 
 @pytest.mark.parametrize(
@@ -117,20 +117,20 @@ def test_a_preset_by_shares_of_the_width_fits_every_ladder(
     sizes: tuple[int, ...], weights: list[float], every: list[float]
 ) -> None:
     config = preset("ml-1m")
-    assert objectives.per_size(config, "weights", sizes) == weights
-    assert objectives.intervals(config, sizes) == every
+    assert nesting.per_size(config, "weights", sizes) == weights
+    assert nesting.intervals(config, sizes) == every
 
 
 @pytest.mark.parametrize("text", ["a:1", "1/0:2", "1/2:", "4,two", "1:2:3"])
 def test_weights_that_are_no_numbers_are_named(text: str) -> None:
     with pytest.raises(ConfigError, match="write --set weights=4,2,1"):
-        objectives.per_size(replace(Config(), {"weights": text}), "weights", (4, 8))
+        nesting.per_size(replace(Config(), {"weights": text}), "weights", (4, 8))
 
 
 def test_a_size_learns_at_one_step_of_as_many_as_told(material, tiny) -> None:
     config = replace(tiny, {"every": "1,2,3", "weights": "4,2,1", "learn_scales": False})
     doll = nest(plain(material, config), config).eval()
-    nested = objectives.NestedObjective(doll, config)
+    nested = nesting.NestedObjective(doll, config)
     real, outputs = TARGETS != 0, doll.outputs(INPUTS)
     losses = {s: functional.cross_entropy(outputs[s][real], TARGETS[real]) for s in doll.sizes}
     for step, sizes in enumerate([(2, 4, 8), (2,), (2, 4), (2, 8), (2, 4), (2,), (2, 4, 8)]):
@@ -144,4 +144,4 @@ def test_a_size_learns_at_one_step_of_as_many_as_told(material, tiny) -> None:
 @pytest.mark.parametrize("every", ["0,1,1", "1,1.5", "2", "1,-1"])
 def test_steps_between_must_be_whole_and_one_size_learns_at_every_step(every: str) -> None:
     with pytest.raises(ConfigError, match="--set every=1,1,2"):
-        objectives.intervals(replace(Config(), {"every": every}), (2, 4, 8))
+        nesting.intervals(replace(Config(), {"every": every}), (2, 4, 8))

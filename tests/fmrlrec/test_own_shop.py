@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from examples.fmrlrec import pipeline, synthetic
-from examples.fmrlrec.cli import app
+from examples.fmrlrec.__main__ import app
 from examples.fmrlrec.config import Config
 
 FEW = ["--set", "epochs=1", "--set", "encoder_size=8"]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import matryoshkafy as mk
 from examples.fmrlrec import pipeline, synthetic
-from examples.fmrlrec.cli import app, configure
+from examples.fmrlrec.__main__ import app, configure
 from examples.fmrlrec.config import Config, DataError, RunError, preset, replace
 from examples.fmrlrec.data import left_pad
 from examples.fmrlrec.experiments import comparison_sheet

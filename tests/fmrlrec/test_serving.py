@@ -18,9 +18,9 @@ import torch
 from safetensors.numpy import load_file
 
 import matryoshkafy as mk
-from examples.fmrlrec.building import build, nest
 from examples.fmrlrec.config import DataError, RunError, replace
 from examples.fmrlrec.data import left_pad
+from examples.fmrlrec.nesting import build, nest
 from examples.fmrlrec.pipeline import Material
 from examples.fmrlrec.serving.compact import compact, export_items, project
 from examples.fmrlrec.serving.live import Live, Unknown

@@ -13,9 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.fmrlrec import training
-from examples.fmrlrec.building import build, nest
 from examples.fmrlrec.config import Config, DataError, RunError, replace
-from examples.fmrlrec.objectives import NestedObjective, PlainObjective
+from examples.fmrlrec.nesting import NestedObjective, PlainObjective, build, nest
 from examples.fmrlrec.pipeline import Material
 
 ROOT = Path(__file__).parents[2]

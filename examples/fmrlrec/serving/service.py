@@ -21,8 +21,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, Field
 
 from examples.fmrlrec import pipeline
-from examples.fmrlrec.building import sizes_of
 from examples.fmrlrec.config import DataError
+from examples.fmrlrec.nesting import sizes_of
 from examples.fmrlrec.pictures import open_picture
 from examples.fmrlrec.pipeline import Material, Run
 from examples.fmrlrec.serving.compact import compact, project, titles_of

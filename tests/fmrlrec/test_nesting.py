@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import matryoshkafy as mk
-from examples.fmrlrec.building import build, nest, sizes_of
 from examples.fmrlrec.config import ConfigError, replace
 from examples.fmrlrec.model import Recommender, Shape
+from examples.fmrlrec.nesting import build, nest, sizes_of
 
 SEQUENCES = torch.tensor([[0, 0, 3, 4, 9], [5, 6, 7, 8, 1]])
 
