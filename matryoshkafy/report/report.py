@@ -59,9 +59,11 @@ def report_of(
 
 
 def _made_with(device: torch.device, shapes: str) -> str:
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
     return (
         f"Made by matryoshkafy report with torch {torch.__version__}. Latency: the median of "
-        f"calls on {device} ({platform.machine()}, {torch.get_num_threads()} threads), inputs of "
+        f"calls on {device} ({platform.machine()}, {threads}), inputs of "
         f"{shapes or 'no tensor'}."
     )
 
