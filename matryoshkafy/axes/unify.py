@@ -25,6 +25,7 @@ def unify(a: Term, b: Term, reason: Reason) -> bool:
 
     Terminates because each step removes a factor or binds an axis to strictly smaller ones.
     """
+    # Both whole already: how their factors align decides nothing any more.
     if is_fixed(a) and is_fixed(b):
         return True
     if _unify(resolve(a), resolve(b)):
@@ -39,6 +40,7 @@ def _unify(a: Term, b: Term) -> bool:
         if _same(a[-1], b[-1]):
             a, b = a[:-1], b[:-1]
             continue
+        # From here on a ends in the larger factor: it is the one that is split.
         if a[-1].size < b[-1].size:
             a, b = b, a
         before = a[-1], b[-1]
@@ -53,6 +55,7 @@ def _unify(a: Term, b: Term) -> bool:
         elif not _meet(*before):
             return False
         a, b = resolve(a), resolve(b)
+        # No step was made (an axis that stands in the other's own term): it would never end.
         if a and b and (a[-1], b[-1]) == before and not _same(*before):
             return False
     return size(a) == size(b)
@@ -90,6 +93,7 @@ def _meet(x: Factor, y: Factor) -> bool:
 
 
 def _bind(axis: Axis, term: Term) -> bool:
+    # An axis that is part of itself would resolve without end.
     if any(leaf is axis for leaf in leaves(term)):
         return False
     if axis.fixed:
@@ -100,10 +104,12 @@ def _bind(axis: Axis, term: Term) -> bool:
 
 def _meet_axes(x: Axis, y: Axis) -> bool:
     if x.size == y.size:
+        # The elder keeps its name, which is that of the parameter that was met first.
         keep, give = (x, y) if x.serial < y.serial else (y, x)
         return _bind(give, (keep,))
     if x.size % y.size:
         return False
+    # 768 meets 64: it is 12 of them, row-major, so that the smaller one is the last factor.
     return _bind(x, (x.part(x.size // y.size), y))
 
 
@@ -134,6 +140,7 @@ def _meet_sums(x: Sum, y: Sum) -> bool:
             if not _unify(s, t):
                 return False
             continue
+        # The longer segment is cut at the shorter one's end; its rest waits for the next segment.
         if size(s) < size(t):
             left, right, s, t = right, left, t, s
         pieces = _cut_front(s, size(t))
@@ -161,6 +168,7 @@ def cut(term: Term, lengths: list[int]) -> list[Term] | None:
     first, rest = (term[0], term[1:]) if term else (None, ())
     if first is None:
         return None
+    # A cut of a product falls between units of its first factor, or through the middle of one.
     unit = size(rest)
     if any(n % unit for n in lengths):
         return None

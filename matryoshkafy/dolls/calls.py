@@ -15,6 +15,7 @@ from matryoshkafy.dolls.libraries import made_inputs
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.signature import as_inputs
 
+STATE = (Tensor, nn.Module, torch.Generator)
 TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -107,10 +108,6 @@ def _plain(model: nn.Module) -> Iterator[tuple[str, object]]:
         if (
             not private
             and not callable(value)
-            and not any(map(_holds_state, pytree.tree_leaves(value)))
+            and not any(isinstance(leaf, STATE) for leaf in pytree.tree_leaves(value))
         ):
             yield name, value
-
-
-def _holds_state(value: object) -> bool:
-    return isinstance(value, (Tensor, nn.Module, torch.Generator))

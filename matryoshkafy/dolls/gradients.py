@@ -61,6 +61,7 @@ class Behaviour:
         """Return the gradients by name, along fixed random directions of the outputs."""
         if not self.smooth or not self.wanted:
             return {}
+        # A random direction instead of ones: the gradient of a softmax along ones is zero.
         draw = torch.Generator().manual_seed(0)
         directions = [
             torch.randn(v.shape, generator=draw, dtype=torch.float64).to(v) for v in self.smooth
@@ -80,6 +81,7 @@ class Behaviour:
 
     def structure(self) -> Counter[tuple[str, tuple[str, ...]]]:
         """Return how often each op of the backward follows which others, leaves by name."""
+        # Reversed: a tied tensor goes by its first name in graph and model.
         names = {id(t): name for name, t in reversed(self.wanted.items())}
 
         def word(node: Step | None) -> str:
@@ -296,21 +298,20 @@ def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> 
     except RuntimeError:
         return ""  # the model itself cannot be trained
     mine = found.gradients
+    # Errors count against the largest gradient of all: that of a bias before a norm is rounding.
     scale = max((float(g.abs().max()) for g in theirs.values() if g.numel()), default=0.0)
     if scale != scale or scale == float("inf"):
         return ""
+    # No gradient on one side is a gradient of zeros: autograd may leave out what does not count.
     for name in mine.keys() | theirs.keys():
         pair = [gradients.get(name) for gradients in (mine, theirs)]
-        a, b = (g if g is not None else torch.zeros_like(_other(pair)) for g in pair)
+        there = next(g for g in pair if g is not None)
+        a, b = (g if g is not None else torch.zeros_like(there) for g in pair)
         error = _error(a, b, max(FLOOR * scale, 1e-30))
         if not error <= tolerance:
             by = f" (the model has backward functions of its own: {', '.join(own)})" if own else ""
             return f"the gradient of {name!r} is off by {error:.1e}{by}"
     return ""
-
-
-def _other(pair: Sequence[Tensor | None]) -> Tensor:
-    return next(g for g in pair if g is not None)
 
 
 def _error(x: Tensor, y: Tensor, floor: float = 1e-30) -> float:

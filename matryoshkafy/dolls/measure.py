@@ -17,6 +17,7 @@ from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.slice import relative, state_of, take
 from matryoshkafy.dolls.slice import slice as slice_at
 from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.graph.nodes import reached, sources_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 
@@ -187,14 +188,8 @@ def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 def _feeding(doll: Doll, plan: Plan) -> set[str]:
     """Parameters whose full-width statistics are part of every size (weight normalisation)."""
-    names: set[str] = set()
-    queue = [n for n in trace_of(doll).graph.nodes if n.name in plan.full]
-    while queue:
-        node = queue.pop()
-        if node.op == "get_attr":
-            names.add(str(node.target))
-        queue.extend(node.all_input_nodes)
-    return names
+    taken = (n for n in trace_of(doll).graph.nodes if n.name in plan.full)
+    return {str(n.target) for n in reached(taken, sources_of) if n.op == "get_attr"}
 
 
 def relative_error(a: object, b: object) -> float:

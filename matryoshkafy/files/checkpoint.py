@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 from torch import Tensor, fx, nn
@@ -125,11 +126,7 @@ def write_checkpoint(
 
 def side_writers(side: Mapping[str, bytes]) -> dict[str, Writer]:
     """Return how further files are written, by name."""
-    return {name: partial(_write_bytes, content) for name, content in side.items()}
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
+    return {name: methodcaller("write_bytes", content) for name, content in side.items()}
 
 
 def _check_written(path: Path) -> None:

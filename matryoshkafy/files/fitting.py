@@ -24,7 +24,14 @@ from torch._subclasses.fake_tensor import (
 from matryoshkafy.axes import dims
 from matryoshkafy.files.json_text import shown
 from matryoshkafy.files.records import CheckpointError
-from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, outputs_of
+from matryoshkafy.graph.nodes import (
+    Info,
+    TensorInfo,
+    info_of,
+    outputs_of,
+    reached,
+    sources_of,
+)
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.plan.plan import Plan, Shape
 from matryoshkafy.plan.stored import baked_name
@@ -322,16 +329,11 @@ def _check_statistics(
     plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
     """What slicing computes out of parameters alone stays as small as they are, and as sure."""
-    needed: set[fx.Node] = set()
-    queue = [node for node in graph.nodes if node.name in plan.full]
-    single = all(n.op == "call_function" and isinstance(info_of(n), TensorInfo) for n in queue)
-    if len(queue) != len(plan.full) or not single:
+    taken = [node for node in graph.nodes if node.name in plan.full]
+    single = all(n.op == "call_function" and isinstance(info_of(n), TensorInfo) for n in taken)
+    if len(taken) != len(plan.full) or not single:
         raise CheckpointError(f"{folder}: the plan takes statistics of nodes that give none.")
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue.extend(node.all_input_nodes)
+    needed = reached(taken, sources_of)
     read = sum(math.prod(i.shape) for n in needed if n.op == "get_attr" for i in _of(n))
     most = STATISTIC_SHARE * read + STATISTIC_LEAST
     for node in needed:

@@ -91,7 +91,9 @@ def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     owner = target
     while (base := _viewed(owner)) is not None:
         owner = base
+    # An earlier write made a value of its own, which stands for the same memory.
     owner = owner.meta.get("written", owner)
+    # One alias that is not understood is enough: it would go on showing the old value.
     for other in graph.nodes:
         shared = is_tensor(other) and other.meta.get("storage") == owner.meta.get("storage")
         known = other is owner or "written" in other.meta or _viewed(other) is not None
@@ -105,6 +107,7 @@ def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) -> None:
+    # Readers before the write keep the old value: a graph's order is the order of execution.
     later = _nodes_after(node)
     with graph.inserting_before(node):
         value = _pure(graph, node, target)
@@ -115,6 +118,7 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
     if turning:
         _redirect(target, value, later)
         return
+    # The new value takes the memory's place, so that a second write finds its way to the owner.
     value.meta |= {"storage": target.meta.get("storage"), "written": owner}
     set_info(value, tensor_info(target))
     if value.meta.pop("no_grad", False):
@@ -199,6 +203,8 @@ def _nodes_after(node: fx.Node) -> set[fx.Node]:
 
 def _publish(graph: fx.Graph, old: fx.Node, new: fx.Node, later: set[fx.Node]) -> None:
     """Write a new value back into what it is a view of, for all who read that memory later."""
+    # Up the chain of views to the memory's first value, each time as a scatter into the one above;
+    # then down again, to the views that somebody reads later.
     before, after = old, new
     while (base := _viewed(before)) is not None:
         with graph.inserting_before(after.next):
@@ -227,6 +233,7 @@ def _refresh_views(graph: fx.Graph, base: fx.Node, new: fx.Node, later: set[fx.N
 def _taken_again(graph: fx.Graph, view: fx.Node, base: fx.Node) -> fx.Node:
     """Return a view's like of another value."""
     with graph.inserting_before(base.next):
+        # Dropout in evaluation mode and the like returned its argument itself: no view to repeat.
         if not is_item(view) and op_key(view) not in INVERSES:
             again = call(graph, aten.alias.default, base)
             again.meta = dict(view.meta)

@@ -84,7 +84,8 @@ def _write(model: Foreign, path: Path, how: tuple[str, bool], vocabulary: Foreig
     _settings(writer, model.config)
     writer.add_file_type(TYPES[next(iter(kinds))])
     _copy_vocabulary(writer, vocabulary, model.config.vocab_size)
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), _layers(model))
+    layers = model.config.num_hidden_layers
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), layers)
     for key, tensor in _tensors(model):
         stored = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if stored is None:
@@ -94,10 +95,6 @@ def _write(model: Foreign, path: Path, how: tuple[str, bool], vocabulary: Foreig
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _layers(model: Foreign) -> int:
-    return model.config.num_hidden_layers
 
 
 def _settings(writer: Foreign, config: Foreign) -> None:

@@ -45,6 +45,7 @@ def weights_of(found: Findings) -> set[fx.Node]:
     """Return the values made of parameters alone that are only read as weights which nest."""
     weights: set[fx.Node] = set()
     constant = _constant(found)
+    # From the back: whether a value is only read as a weight is known of its readers first.
     for node in reversed(list(found.terms)):
         alone = node in found.pure and node in constant and bool(node.users)
         if alone and all(u in weights or _reads_weight(node, u, found) for u in node.users):

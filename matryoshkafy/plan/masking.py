@@ -90,6 +90,7 @@ class _Planner:
                 closings.append(node)
             elif kind:
                 self.choices[node.name] = Choice(kind, self._summed(node))
+        # Tails first, the shortest before: what they take is then known to those that reenter.
         closings.sort(key=lambda n: (self._reenters(n), len(self.after[n])))
         if not all(map(self._close, closings)):
             return False
@@ -103,6 +104,7 @@ class _Planner:
             return None
         if mixed and op_of(node).statistic == "normalise" and _over_one_axis(node):
             return "norm"
+        # A statistic per level needs its dim to stay, and readers that bring the axis back.
         if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
             small = len(self.after[node]) <= TAIL_SHARE * self.count
             return "closing" if small and op_of(node).statistic == "norm" else "level"
@@ -194,6 +196,7 @@ class _Planner:
                 "trunk; it reads the smallest size only, which costs capacity"
             )
             return True
+        # Nothing holds every size in one pass here, so the axis stays whole and all starts over.
         for leaf in summed:
             leaf.fixed = Reason("demoted", place)
         self.remarks.append(
@@ -267,6 +270,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _descendants(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
     known = set(nodes)
+    # Readers come later in a graph, so from the back every reader's own set is there already.
     after: dict[fx.Node, set[fx.Node]] = {}
     for node in reversed(nodes):
         mine: set[fx.Node] = set()

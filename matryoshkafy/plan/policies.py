@@ -80,6 +80,7 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     summed: set[Axis] = set()
     for terms in (*found.contracted.values(), *found.mixed.values()):
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
+    # What an activation reads is a representation: somebody goes on from it, if not this forward.
     for node in found.terms:
         if op_of(node).nonlinear and node not in found.pure:
             summed.update(leaf for t in found.flat(node) for leaf in axes.leaves(t))
@@ -101,8 +102,11 @@ def settle(found: Findings) -> None:
         for leaf in axes.leaves(resolved):
             if leaf.fixed is None and leaf not in features:
                 leaf.fixed = Reason("no feature")
+        # One product a set of leaves is enough: thousands of values share the dims of the stream.
         if len(resolved) > 1 or any(isinstance(f, Sum) for f in resolved):
             products[str([id(leaf) for leaf in axes.leaves(resolved)])] = resolved
+    # To a fixed point: an axis fixed as inner here may be the outermost of another product, whose
+    # next factor is then free to nest. A list, so that every product is visited in each round.
     changed = True
     while changed:
         changed = any([_outermost(term) for term in products.values()])
@@ -118,6 +122,7 @@ def _outermost(term: Term) -> bool:
             for leaf in mine:
                 leaf.fixed = Reason("inner", leaf.name)
         elif isinstance(factor, Sum):
+            # Segments lie side by side, none inside another: each may keep an outermost axis.
             changed |= any([_outermost(axes.resolve(s)) for s in factor.segments])
         free = free or any(leaf.fixed is None for leaf in mine)
     return changed
@@ -147,6 +152,8 @@ def only_feed_forward(trace: Trace, found: Findings, parameters: ByName) -> None
             others: set[Axis] = set[Axis]().union(*(f for j, f in enumerate(free) if j != i))
             for leaf in mine:
                 partners.setdefault(leaf, set()).update(others)
+    # Two matrices share a hidden axis, each with the stream on its other side. An axis that meets
+    # anything else (heads meet head_dim, classes meet nothing) is none.
     for leaf, others in partners.items():
         hidden = leaf is not main and leaf not in inside and others == {main}
         if not hidden and leaf.fixed is None:
@@ -162,6 +169,7 @@ def trainable(trace: Trace, parameters: ByName) -> dict[str, Terms]:
     other.
     """
     state = trace.state()
+    # Reversed, so that the first name of a tied tensor wins and is counted once.
     once = {id(state[n]): n for n in reversed(list(parameters)) if n in state}
     names = [n for n in once.values() if isinstance(state[n], nn.Parameter)]
     return {n: t for n, t in parameters.items() if n in names} or dict(parameters)
@@ -194,6 +202,7 @@ def input_remarks(trace: Trace, parameters: ByName) -> Iterator[str]:
     """
     held: Counter[str] = Counter()
     whole = 0
+    # Only what some weight writes (its dim 0) could have shrunk had the input not held it.
     written = {leaf for terms in parameters.values() if len(terms) > 1 for leaf in _held(terms[0])}
     for terms in parameters.values():
         total = math.prod(max(axes.size(term), 1) for term in terms)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, gives_several, is_op
+from matryoshkafy.graph.nodes import gives_several
 from matryoshkafy.plan.held import nests
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
@@ -43,7 +43,7 @@ def region(first: fx.Node, found: Findings, known: Callable[[fx.Node], bool]) ->
         known: tells whether a node is decided already (a mask, a norm) or computed per size.
     """
     if _nested_dims(first, found):
-        return Region(frozenset(), frozenset({first})) if is_attention(first) else None
+        return Region(frozenset(), frozenset({first})) if op_of(first).attends else None
     inner, meetings, queue = {first}, set[fx.Node](), [first]
     while queue:
         for user in queue.pop().users:
@@ -59,11 +59,6 @@ def region(first: fx.Node, found: Findings, known: Callable[[fx.Node], bool]) ->
             else:
                 return None
     return Region(frozenset(inner), frozenset(meetings)) if meetings else None
-
-
-def is_attention(node: fx.Node) -> bool:
-    """Tell whether a node is a fused attention, whose values keep their width."""
-    return is_op(node) and "query" in bound_args(node) and "value" in bound_args(node)
 
 
 def meets(node: fx.Node, found: Findings) -> bool:

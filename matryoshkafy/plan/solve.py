@@ -24,6 +24,9 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
 
     Raises `NothingNests` where no axis is a width, `PlanError` where the request does not fit.
     """
+    # The order matters: what is held early is fixed for all that comes later. Tables and heads look
+    # at which axes are summed, `settle` then picks among the free factors of each product, and
+    # masking may fix more, after which `settle` has to look again.
     parameters = parameter_terms(trace, found)
     hold_kept(trace, found, request.options.keep)
     hold_tables(trace, found)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import output_node
+from matryoshkafy.graph.nodes import output_node, reached
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Mask, Masks, Plan, Stored
@@ -60,18 +60,14 @@ def _stored(trace: Trace, plan: Plan) -> Iterator[tuple[str, Stored]]:
 
 def _read_by_sub_models(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
     """Tensors of the model, and statistics that are taken before the cut, behind the outputs."""
-    found: set[fx.Node] = set()
-    seen, queue = set[fx.Node](), [output_node(graph)]
-    while queue:
-        node = queue.pop()
+
+    def is_read(node: fx.Node) -> bool:
         statistic = node.name in plan.full and not is_reparametrised(node)
-        if statistic or node.op == "get_attr":
-            found.add(node)
-            continue
-        fresh = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return [n for n in graph.nodes if n in found]
+        return statistic or node.op == "get_attr"
+
+    # What a statistic is made of is not read behind it: it is stored in its place.
+    behind = reached([output_node(graph)], lambda n: () if is_read(n) else n.all_input_nodes)
+    return [n for n in graph.nodes if n in behind and is_read(n)]
 
 
 def _stored_masks(trace: Trace, plan: Plan) -> dict[str, Mask]:

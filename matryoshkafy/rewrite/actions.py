@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, gives_several, is_op, tensor_info
+from matryoshkafy.graph.nodes import bound_args, gives_several, tensor_info
 from matryoshkafy.plan.plan import Action, Plan, Shape
 from matryoshkafy.rewrite.blocks import write_blocks
 from matryoshkafy.rewrite.resize import resize
@@ -31,8 +31,7 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
 
     Values of an attention are not summed over their features, though they may share the group.
     """
-    given = bound_args(node) if is_op(node) else {}
-    spared = given.get("value") if "query" in given else None
+    spared = bound_args(node)["value"] if op_of(node).attends else None
     groups = set(action.groups)
     ladder = list(writer.plan.ladder[level])
     smallest = [w if i in groups else ladder[i] for i, w in enumerate(writer.plan.ladder[0])]
@@ -59,6 +58,7 @@ def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     else.
     """
     masked = writer.plan.masks.get(node.name, {})
+    # Zeros that stand in the stored weight need no mask: a slice runs torch's own operator.
     if writer.source.standalone and all(
         _has_zeros(n, writer.plan) for n in node.all_input_nodes if n.name in masked
     ):
@@ -138,6 +138,7 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
     new = [
         writer.written[writer.key(v, level)] if v is not None else None for v in (x, weight, bias)
     ]
+    # A view: the kernel reads the weight through its strides, so nothing is copied.
     turned = writer.graph.call_function(aten.t.default, (new[1],))
     return _linear(writer, node, (new[0], turned, new[2]), (shape[::-1], level))
 

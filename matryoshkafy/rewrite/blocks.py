@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, is_op
+from matryoshkafy.graph.nodes import bound_args
 from matryoshkafy.plan.plan import Action
 from matryoshkafy.rewrite.writer import Rewriter
 from matryoshkafy.rules import op_of
@@ -74,11 +74,12 @@ def _lettered(equation: str, operands: Sequence[object], value: fx.Node, dim: in
 
 def _aligned(node: fx.Node, value: fx.Node, dim: int) -> int | None:
     """Return which dim of an operand (from the right) is a dim of the output; None: none is."""
-    given = bound_args(node) if is_op(node) else {}
-    if "query" in given:
-        return dim if value is given["value"] else None
-    if not op_of(node).product:
+    row = op_of(node)
+    if not (row.attends or row.product):
         return dim
+    given = bound_args(node)
+    if row.attends:  # queries and keys are summed over; the values keep their width
+        return dim if value is given["value"] else None
     if "equation" in given:
         return _lettered(given["equation"], given["tensors"], value, dim)
     left, right = [v for v in given.values() if isinstance(v, fx.Node)][-2:]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import bound_args, info_of, is_item, is_op, tensor_info
+from matryoshkafy.graph.nodes import bound_args, info_of, is_item, is_op, reached, tensor_info
 from matryoshkafy.rules.table import op_of
 
 
@@ -28,16 +28,8 @@ def is_picked(node: fx.Node) -> bool:
 
 def is_pure(node: fx.Node) -> bool:
     """Tell whether the values depend on no input; how often they are repeated may."""
-    seen: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        at = queue.pop()
-        if at.op == "placeholder":
-            return False
-        fresh = [n for n in at.all_input_nodes if n not in seen and _holds_values(n)]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return True
+    made_of = reached([node], lambda n: filter(_holds_values, n.all_input_nodes))
+    return all(n.op != "placeholder" for n in made_of)
 
 
 def _holds_values(node: fx.Node) -> bool:

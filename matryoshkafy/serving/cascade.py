@@ -145,17 +145,13 @@ def _with(cascade: Cascade, thresholds: Sequence[float]) -> Cascade:
     )
 
 
-def _shape_of(values: object) -> tuple[int, ...]:
-    return np.asarray(values).shape
-
-
 def _stacked(logits: Mapping[int, Logits], sizes: Sequence[int]) -> NDArray[np.float64]:
     missing = [size for size in sizes if size not in logits]
     if missing or not sizes:
         raise ServingError(
             f"the logits have the sizes {sorted(logits)}; the cascade needs {list(sizes)}"
         )
-    shapes = {_shape_of(logits[size]) for size in sizes}
+    shapes = {np.shape(logits[size]) for size in sizes}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ServingError(f"logits of shapes {sorted(shapes)} were given; expected one [N, C]")
     stacked = np.stack([np.asarray(logits[size], dtype=np.float64) for size in sizes])

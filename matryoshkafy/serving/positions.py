@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from matryoshkafy.graph.nodes import is_tensor, outputs_of
+from matryoshkafy.graph.nodes import is_tensor, outputs_of, reached, sources_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.rules import op_of
@@ -145,14 +145,7 @@ def _what_makes(trace: Trace, names: frozenset[str]) -> set[fx.Node]:
     Dead code alone does not leave them out: an op with an effect (a check of a shape) would keep
     all that it reads, which is the model.
     """
-    stack = [node for node in trace.graph.nodes if node.name in names]
-    found: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
+    return reached((node for node in trace.graph.nodes if node.name in names), sources_of)
 
 
 def check_one_input(trace: Trace) -> None:

@@ -103,7 +103,8 @@ class AllSizes(nn.Module):
             targets = tuple(self.shifted(target, ids) for target in targets)
         outputs = self.doll.outputs(*args, **kwargs)
         found = self.evaluated(outputs, targets)
-        if self.check and not torch.compiler.is_compiling() and not is_finite(found.loss):
+        checked = self.check and not torch.compiler.is_compiling()
+        if checked and not bool(torch.isfinite(found.loss.detach()).all()):
             raise NonFiniteLoss(explain(found.loss, self.doll, args, kwargs))
         return found
 
@@ -185,8 +186,3 @@ def are_inputs(labels: object, ids: object) -> bool:
         return False
     real, same = torch.ne(labels, IGNORED), torch.eq(labels, ids)
     return ids.shape[1] > 1 and bool(real.any()) and bool(same[real].all())
-
-
-def is_finite(loss: Tensor) -> bool:
-    """Whether every entry is finite."""
-    return bool(torch.isfinite(loss.detach()).all())

@@ -125,14 +125,10 @@ def culprit(graph: fx.Graph, found: Mapping[fx.Node, str], doll: Doll) -> Blame 
     behind = ancestors(output, found)
     ordered = [node for node in graph.nodes if node in behind]
     roots = [n for n in ordered if not behind & set(n.all_input_nodes)]
-    nans = [n for n in ordered if found[n] == "nan" and not nan_inputs(n, found)]
+    given = {n: {found.get(source) for source in n.all_input_nodes} for n in ordered}
+    nans = [n for n in ordered if found[n] == "nan" and "nan" not in given[n]]
     first = next((n for n in roots if not masks(n, found[n])), next(iter(nans), None))
     return None if first is None else blame(first, found[first], doll)
-
-
-def nan_inputs(node: fx.Node, found: Mapping[fx.Node, str]) -> bool:
-    """Whether a node was given nan."""
-    return any(found.get(n) == "nan" for n in node.all_input_nodes)
 
 
 def masks(node: fx.Node, value: str) -> bool:

@@ -30,14 +30,12 @@ def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
         if kept.mask is not None and name in state and id(state[name]) not in done:
             done.add(id(state[name]))
             out, into = kept.mask.out, kept.mask.into
-            factors[name] = level_factors(kept.dims[into], plan.ladder)
+            dim = kept.dims[into]
+            factors[name] = tuple(
+                (dims.size(dim) / dims.size_at(dim, widths)) ** 0.5 for widths in plan.ladder
+            )
             scale_levels(state[name], (kept.dims[out], out), factors[name], plan.ladder)
     return factors
-
-
-def level_factors(into: Dim, ladder: tuple[Widths, ...]) -> tuple[float, ...]:
-    """sqrt(units / units at the level) of an input dim."""
-    return tuple((dims.size(into) / dims.size_at(into, widths)) ** 0.5 for widths in ladder)
 
 
 def scale_levels(

@@ -48,7 +48,39 @@ def test_statistics_and_nested_operators_exist() -> None:
     for row in OPS.values():
         assert row.statistic in {"", "normalise", *KINDS}, row.key
         assert row.nested in {"", *FAST, *NORMS}, row.key
-        assert (row.statistic == "normalise") <= (row.nested in NORMS), row.key
+        assert (row.statistic == "normalise") == (row.nested in NORMS), row.key
+
+
+def test_a_statistic_is_the_op() -> None:
+    x = drawn(3, 5)
+    for row in (OPS[k] for k in ROWS if OPS[k].statistic not in ("", "normalise")):
+        op = getattr(torch.ops.aten, row.key)
+        found = op(x, 2, [-1], True) if row.statistic == "norm" else op(x, dim=[-1], keepdim=True)
+        torch.testing.assert_close(KINDS[row.statistic](x, [-1]), found, msg=row.key)
+
+
+def test_a_nested_norm_of_one_level_is_the_op() -> None:
+    x, gain, runs = drawn(4, 6, 2), drawn(6), [6, 0]
+    last = x.transpose(1, 2)
+    given = {
+        "layer_norm": (last, ([6], gain, gain, 1e-5), (gain, gain)),
+        "rms_norm": (last, ([6], gain, 1e-5), (gain,)),
+        "group_norm": (x, (1, gain, gain, 1e-5), (gain, gain)),
+    }
+    for row in (OPS[k] for k in ROWS if OPS[k].nested in NORMS):
+        value, own, affine_of = given[row.key]
+        nested = NORMS[row.nested].target(value, *affine_of, 1e-5, runs, False)
+        torch.testing.assert_close(nested, getattr(torch.ops.aten, row.key)(value, *own))
+
+
+def test_what_has_a_mode_follows_it() -> None:
+    for row in aten_rows():
+        modes = arguments(row.key) & {"train", "training"}
+        assert modes == ({row.training} if row.training else set()) or row.key in MODELESS, row.key
+
+
+# They return what a backward reads, too, so that no forward of a module calls them.
+MODELESS = {"native_dropout", "_fused_dropout"}
 
 
 def test_sizes_follow_the_width() -> None:
@@ -308,6 +340,24 @@ def test_what_is_of_one_type_refuses_two() -> None:
 def test_every_product_has_operands_to_try() -> None:
     products = {row.key for row in aten_rows() if row.product or row.attends}
     assert products - {"_grouped_mm"} <= set(OPERANDS)  # that one takes bfloat16 alone
+
+
+def test_outputs_of_a_weight_are_apart_and_inputs_in_all() -> None:
+    """Without one index along an output dim some outputs are others; along an input dim all."""
+    for key, shapes in OPERANDS.items():
+        named = OPS[key].weights if key in OPS else {}
+        places = {} if callable(named) else named
+        op, call = getattr(torch.ops.aten, key), CALLS.get(key, lambda op, a, b: op(a, b))
+        operands = [drawn(*shape) + 2 for shape in shapes]
+        for name, place in places.items():
+            at = int(name not in ("self", "mat1", "batch1"))
+            out, into = place.dims(operands[at].ndim)
+            for dims, every in ((out, False), (into, True)):
+                for dim in dims:
+                    less = [x.clone() for x in operands]
+                    less[at].select(dim, 0).zero_()
+                    moved = call(op, *less) != call(op, *operands)
+                    assert moved.any() and bool(moved.all()) == every, (key, name, dim)
 
 
 def test_what_measures_gives_sizes_alone() -> None:
