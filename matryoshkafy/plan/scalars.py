@@ -5,8 +5,8 @@ or divides a tensor and equals n ** p: n the units of the tensor's last dimensio
 and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2 and n a width that stands in a product of
 factors (heads times units of a head: the whole, or the head where that is what shrinks), or that
 the products before it were summed over; or p one of 1/4, -1/4, where both operands of a product
-are scaled by it. What is found is reported in the plan and rewritten at each size, unless
-keep=["scalar:NODE"] holds it.
+are scaled by it. A number that the user's line holds as such (x * 0.25) is none of these. What is
+found is reported in the plan and rewritten at each size, unless keep=["scalar:NODE"] holds it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.literals import written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
@@ -96,7 +97,7 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
         found = _derived(constant, _widths_of(node, search))
         if found is None and constant[0] and _scales_both(node, constant[0], search):
             found = _derived(constant, _own_widths(node, search.plan, FOURTH_ROOTS))
-        if found:
+        if found and not written_out(node, constant[0]):
             return [_scalar(node, str(index), constant[0], found)]
     return []
 

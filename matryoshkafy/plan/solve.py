@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.counts import hold_counts
 from matryoshkafy.plan.freeze import Request, Solved, freeze
 from matryoshkafy.plan.masking import Masking, choose
 from matryoshkafy.plan.plan import Plan
@@ -32,6 +33,7 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
     hold_tables(trace, found)
     hold_rows(trace, found)
     fix_heads(trace, found)
+    hold_counts(trace, found)
     settle(found)
     if request.options.scope == "ffn":
         only_feed_forward(trace, found, parameters)

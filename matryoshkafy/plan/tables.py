@@ -73,7 +73,8 @@ def hold_rows(trace: Trace, found: Findings) -> None:
             continue
         written, read = _users_around(node, reads)
         for leaf in _axes(found.mixed[node]):
-            if written.get(leaf, set()) & read.get(leaf, set()):
+            values = read.get(leaf, set()) | set(_met_again(node, leaf, found))
+            if written.get(leaf, set()) & values:
                 axes.fix((leaf,), Reason(ROWS, node.name))
 
 
@@ -119,6 +120,23 @@ def _users_around(node: fx.Node, reads: Iterable[Contraction]) -> tuple[Users, U
     return written, read
 
 
+def _met_again(node: fx.Node, leaf: Axis, found: Findings) -> Iterator[str]:
+    """Yield the tensors whose rows, as they are or with something added, meet an axis of a node
+    after it: a memory of this sample starts as the table that all samples share.
+    """
+
+    def carriers(value: fx.Node) -> list[fx.Node]:
+        return [n for n in sources_of(value) if n is not node and leaf in _leaves(found, n)]
+
+    def unchanged(value: fx.Node) -> list[fx.Node]:
+        return [] if value in found.contracted else carriers(value)  # what a layer writes is new
+
+    for user in reached([node], readers_of) - {node}:
+        if leaf in _axes(found.contracted.get(user, ())):
+            behind = reached(carriers(user), unchanged)
+            yield from (str(n.target) for n in behind if n.op == "get_attr")
+
+
 def _bases(node: fx.Node) -> Iterator[str]:
     """Yield the tensors of the model that a value is made of."""
     made_of = reached([node], sources_of)
@@ -135,14 +153,14 @@ class _Owners:
         for node in trace.graph.nodes:
             if node.op != "call_function" or node not in found.terms:
                 continue
-            for weight, place in _layer(node, found).items():
+            for weight, place in weights_read(node, found).items():
                 if weight not in data:
                     terms = found.flat(weight)
                     self.written.update(_axes(terms[o] for o in place.outs))
                     self.read.update(_axes(terms[i] for i in place.into))
 
 
-def _layer(node: fx.Node, found: Findings) -> dict[fx.Node, Place]:
+def weights_read(node: fx.Node, found: Findings) -> dict[fx.Node, Place]:
     """Return the weights of a layer; a product of parameters with each other is none."""
     if op_of(node).lookup:
         sources = [n for n in node.all_input_nodes[:1] if len(found.of(n)) == 2]

@@ -23,6 +23,7 @@ MEANINGS = {
     "vocabulary": "rows of a table that ids look up",
     "classes": "what the model returns: your classes, items, tokens",
     "inner": "a factor inside the units that shrink, such as the size of a head",
+    "copies": "how many copies there are of a width that shrinks",
     "indexed": "single positions are picked out of it",
     "frozen table": "features that the model holds and does not learn",
     "table rows": "rows of a table that are read as keys and values",

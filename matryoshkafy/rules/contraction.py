@@ -157,18 +157,26 @@ def outer(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return (*walk.of(args[names[0]]), *walk.of(args[names[1]]))
 
 
-@rule("bilinear", parameters=("weight", "bias"))
+@rule("kron")
+def kron(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Every element of the one with every element of the other: a product, dim by dim."""
+    del node
+    a, b = walk.of(args["self"]), walk.of(args["other"])
+    rank = max(len(a), len(b))
+    a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
+    return tuple((*x, *y) for x, y in zip(a, b, strict=True))
+
+
+@rule("bilinear", weights={"weight": Weight(out=0, into=(1, 2))}, parameters=("bias",))
 def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """x1' W_o x2 for every output o."""
     del node
     x1, x2, weight = (walk.of(args[n]) for n in ("input1", "input2", "weight"))
     walk.contract(walk.unify(x1[-1], weight[1]))
     walk.contract(walk.unify(x2[-1], weight[2]))
-    for term in (weight[1], weight[2]):
-        walk.fix(term, "bilinear")
     walk.weight(args["weight"], 0, 1, 2)
     _bias(walk, args["bias"], weight[0])
-    return (*x1[:-1], weight[0])
+    return (*_batch(walk, x1[:-1], x2[:-1]), weight[0])
 
 
 def _einsum_weights(args: Args) -> dict[fx.Node, Weight]:

@@ -11,7 +11,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key
-from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, rule
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, op_of, rule
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack", joins=True)
@@ -145,11 +145,11 @@ def _sliced(walk: Walk, term: Term, piece: tuple[int, int, int]) -> Term:
 
 @rule("select", picks=True)
 def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """One index of a dim, which stays whole."""
-    del node
+    """One index of a dim, which stays whole, unless nothing but the shape is read."""
     terms = walk.of(args["self"])
     dim: int = args["dim"] % len(terms)
-    walk.fix(terms[dim], "indexed")
+    if args["index"] != 0 or any(op_of(user).algebra != "uniform" for user in node.users):
+        walk.fix(terms[dim], "indexed")
     return terms[:dim] + terms[dim + 1 :]
 
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import info_of
+from matryoshkafy.graph.nodes import info_of, is_item, op_key
 from matryoshkafy.rules.contraction import group_count
 from matryoshkafy.rules.pieces import cut
 from matryoshkafy.rules.pointwise import broadcast
@@ -114,26 +114,53 @@ def _each(node: fx.Node, terms: Terms) -> Result:
 @rule("amax", statistic="amax")
 @rule("amin", statistic="amin")
 @rule("linalg_vector_norm", "norm", statistic="norm")
-@rule("prod", "logsumexp", "max", "min", clamps=True)
+@rule("prod", "logsumexp", clamps=True)
 @rule(
     "any",
     "all",
-    "argmax",
-    "argmin",
     "var_mean",
     "std_mean",
-    "median",
     "count_nonzero",
     "nansum",
     "nanmean",
     "aminmax",
 )
 def reduce_dims(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Statistics over dims; torch.max of two tensors is pointwise."""
-    if isinstance(args.get("other"), fx.Node):
-        return broadcast(walk, [args["self"], args["other"]])
+    """Statistics over dims."""
     terms = _reduced(walk, node, args, args["self"])
     return _each(node, terms)
+
+
+@rule("argmax", "argmin")
+def chosen(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """Which unit is the largest: a number among all of them, so that they stay whole."""
+    _hold_counted(walk, args)
+    return reduce_dims(walk, node, args)
+
+
+@rule("max", "min", clamps=True)
+@rule("median", "nanmedian", "mode")
+def extreme(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """A statistic over a dim, with the number of its unit; torch.max of two tensors is
+    pointwise.
+    """
+    if isinstance(args.get("other"), fx.Node):
+        return broadcast(walk, [args["self"], args["other"]])
+    if _numbers_read(node):
+        _hold_counted(walk, args)
+    return reduce_dims(walk, node, args)
+
+
+def _numbers_read(node: fx.Node) -> bool:
+    """Tell whether the second of (values, numbers of units) is used."""
+    return any(is_item(u) and u.args[1] == 1 and u.users for u in node.users)
+
+
+def _hold_counted(walk: Walk, args: Args) -> None:
+    """Hold the dims whose units an op counts; all of them where it names none."""
+    terms, dim = walk.of(args["self"]), args.get("dim")
+    for d in range(len(terms)) if dim is None else dims_of(dim, len(terms)):
+        walk.fix(terms[d], "indexed")
 
 
 @rule(
@@ -151,6 +178,8 @@ def reduce_dims(walk: Walk, node: fx.Node, args: Args) -> Result:
 )
 def along(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every output unit sees the units of one dim, which is mixed."""
+    if op_key(node) in ("cummax", "cummin") and _numbers_read(node):
+        _hold_counted(walk, args)
     terms = walk.of(args["self"])
     dim: int = args["dim"] % len(terms) if terms else 0
     if terms:

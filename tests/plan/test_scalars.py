@@ -151,6 +151,33 @@ def test_the_root_of_a_head_that_shrinks(how: str) -> None:
     assert len(doll.plan.scalars) == (2 if how == "both" else 1)
 
 
+class Written(nn.Module):
+    """A scale of 0.25 beside one of 16 ** -0.5, which is the same number."""
+
+    def __init__(self, width: int, *, computed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.computed = nn.Linear(3, width), nn.Linear(width, 5), computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        x = self.first(x).tanh()
+        if self.computed:
+            return self.head(x * x.shape[-1] ** -0.5)
+        return self.head(x * 0.25)
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_number_that_the_line_holds_is_no_root(computed: bool) -> None:
+    x = torch.randn(4, 3)
+    model = Written(16, computed=computed)
+    doll = mk.convert(model, (x,), sizes=[4, 16], nesting="sliced", check=False)
+    assert len(doll.plan.scalars) == computed
+    small, native = mk.slice(doll, 4), Written(4, computed=computed)
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(x), native(x))
+
+
 def test_a_fourth_root_of_one_operand_is_a_number_like_any_other() -> None:
     class One(Scaled):
         def forward(self, ids: Tensor) -> Tensor:

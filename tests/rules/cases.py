@@ -195,7 +195,10 @@ add("outer ger", lambda b, op, x: op(b.param(3), b(aten.select.int, row(b, x), 0
 add(
     "bilinear",
     lambda b, op, x: op(x, second(b, x), b.param(4, x.width, x.width), b.param(4)),
-    holds=True,
+)
+add(
+    "kron",
+    lambda b, op, x: b(aten.linear.default, x, op(b.param(3, x.width // 2), b.param(2, 2))),
 )
 add("einsum", lambda b, op, x: op("nlc,cd->nld", [x, b.param(x.width, 6)]))
 add("einsum", lambda b, op, x: op("...c,dc", [x, b.param(6, x.width)]))
@@ -318,12 +321,14 @@ add("mean sum amax amin logsumexp", lambda b, op, x: b(aten.sub.Tensor, x, op(x,
 add("mean sum amax amin logsumexp nansum nanmean", lambda b, op, x: op(x, [1]))
 add("any all", lambda b, op, x: op(truth(b, x), 1))
 add("prod argmax argmin", lambda b, op, x: op(x, 1))
+add("argmax argmin", lambda b, op, x: op(x, 2, True), holds=True)
+add("max min median nanmedian mode", lambda b, op, x: op(x, 2, True)[1], holds=True)
 add("count_nonzero", lambda b, op, x: op(truth(b, x), [1]))
 add("var std", lambda b, op, x: op(x, [1], correction=1))
 add("var_mean std_mean", lambda b, op, x: op(x, [1], correction=0)[1])
 add("linalg_vector_norm", lambda b, op, x: b(aten.mul.Tensor, x, op(x, 2, [-1], True)))
 add("norm", lambda b, op, x: op(x, 2, [1]))
-add("max min median", lambda b, op, x: op(x, 1)[0])
+add("max min median nanmedian mode", lambda b, op, x: op(x, 1)[0])
 add("aminmax", lambda b, op, x: op(x, dim=1)[0])
 add("max min", lambda b, op, x: op(x, second(b, x)))
 add("softmax log_softmax _safe_softmax", lambda b, op, x: op(x, 1))
@@ -331,6 +336,7 @@ add("_softmax _log_softmax", lambda b, op, x: op(x, 1, False))
 add("softmax log_softmax", lambda b, op, x: op(x, -1))
 add("cumsum cumprod logcumsumexp", lambda b, op, x: op(x, 1))
 add("cummax cummin", lambda b, op, x: op(x, 1)[0])
+add("cummax cummin", lambda b, op, x: op(x, 2)[1], holds=True)
 add("diff", lambda b, op, x: op(x), holds=True)
 add("diff", lambda b, op, x: op(x, 1, 1))
 add("topk kthvalue", lambda b, op, x: op(x, 2, -1)[0], holds=True)

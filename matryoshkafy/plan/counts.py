@@ -1,0 +1,98 @@
+"""hold_counts(): factors that count copies of a width stay whole, and the width shrinks.
+
+Of a product the outermost free factor nests, which gives whole heads: 8 heads of 64 units become 4
+heads of 64. Two kinds of products are made otherwise, and nobody's smaller class has fewer copies:
+
+- Three linear pieces of a maxout, two rows of a capsule: one layer writes copies x width, and the
+  width alone is what other layers write and read. The copies are counted, never read by a layer.
+- A channel shuffle lays groups x units down again as units x groups. One order of the two would
+  shrink the groups, the other the units; the smaller factor is the number of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from matryoshkafy import axes
+from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.tables import weights_read
+from matryoshkafy.plan.walk import Findings
+
+KIND = "copies"
+
+
+def hold_counts(trace: Trace, found: Findings) -> None:
+    """Fix the factors that count copies of what shrinks."""
+    sides = _Sides(trace, found)
+    products = _products(found)
+    for term in products:
+        _hold_copies(term, sides)
+    _hold_shuffled(products)
+
+
+class _Sides:
+    """The axes that layers write and read, as part of a dim, and as all of it."""
+
+    def __init__(self, trace: Trace, found: Findings) -> None:
+        self.written, self.read = set[Axis](), set[Axis]()
+        self.written_alone, self.read_alone = set[Axis](), set[Axis]()
+        for node in trace.graph.nodes:
+            if node.op != "call_function" or node not in found.terms:
+                continue
+            for weight, place in weights_read(node, found).items():
+                terms = found.flat(weight)
+                for term in (terms[o] for o in place.outs):
+                    self.written.update(axes.leaves(term))
+                    self.written_alone.update(_alone(term))
+                for term in (terms[i] for i in place.into):
+                    self.read.update(axes.leaves(term))
+                    self.read_alone.update(_alone(term))
+
+    def is_width(self, axis: Axis) -> bool:
+        """Tell whether layers write the axis alone and read it alone."""
+        return axis in self.written_alone and axis in self.read_alone
+
+    def is_count(self, axis: Axis) -> bool:
+        """Tell whether no layer has the axis alone, nor passes it on to another layer."""
+        passed = axis in self.written and axis in self.read
+        return not passed and axis not in self.written_alone and axis not in self.read_alone
+
+
+def _alone(term: Term) -> Iterator[Axis]:
+    """Yield the axes that are all of a dim, or all of a segment of it, copies not counted."""
+    factors = [f for f in axes.resolve(term) if not (isinstance(f, Axis) and f.fixed is COPIES)]
+    if len(factors) == 1 and isinstance(factors[0], Axis):
+        yield factors[0]
+    elif len(factors) == 1 and isinstance(factors[0], Sum):
+        for segment in factors[0].segments:
+            yield from _alone(segment)
+
+
+def _products(found: Findings) -> list[Term]:
+    """Return the terms of several factors."""
+    resolved = (axes.resolve(term) for term in found.all_terms())
+    return [term for term in resolved if len(term) > 1]
+
+
+def _hold_copies(term: Term, sides: _Sides) -> None:
+    widths = (i for i, f in enumerate(term) if isinstance(f, Axis) and _free(f))
+    at = next((i for i in widths if sides.is_width(term[i])), 0)  # type: ignore[arg-type]
+    for leaf in axes.leaves(term[:at]):
+        if _free(leaf) and sides.is_count(leaf):
+            leaf.fixed = Reason(KIND, term[at].name)  # type: ignore[union-attr]
+
+
+def _hold_shuffled(products: list[Term]) -> None:
+    """Where two factors stand in both orders the smaller one counts groups."""
+    orders: dict[tuple[Axis, Axis], None] = {}  # in the order of the graph
+    for term in products:
+        free = [f for f in term if isinstance(f, Axis) and _free(f)]
+        orders |= {(a, b): None for i, a in enumerate(free) for b in free[i + 1 :] if a is not b}
+    for a, b in orders:
+        if (b, a) in orders and a.size < b.size:
+            a.fixed = a.fixed or Reason(KIND, b.name)
+
+
+def _free(axis: Axis) -> bool:
+    return axis.fixed is None
