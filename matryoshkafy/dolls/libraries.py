@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -139,12 +140,18 @@ def caches_off(model: nn.Module) -> Generator[None, None, None]:
 
 def loaded_by(model: nn.Module) -> str | None:
     """Return how one knows that a library loaded trained weights into a model, else None."""
-    # transformers marks what it read from a checkpoint, and nothing that it initialised.
-    if any(getattr(p, "_is_hf_initialized", False) for p in model.parameters()):
+    if was_loaded(model):
         return "its weights were loaded by from_pretrained"
     library = type(model).__module__.partition(".")[0]
     gain = trained_norm(model) if library in LIBRARIES else None
     return None if gain is None else f"it is a model of {library} whose norms are trained ({gain})"
+
+
+def was_loaded(model: nn.Module) -> bool:
+    """Tell whether transformers read the weights from a checkpoint: it marks those, and nothing
+    that it initialised.
+    """
+    return any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
 
 
 def trained_norm(model: nn.Module) -> str | None:
@@ -155,6 +162,41 @@ def trained_norm(model: nn.Module) -> str | None:
     gains = dict(_gains(model))
     moved = [name for name, gain in gains.items() if bool((gain != gain[0]).any())]
     return moved[0] if 2 * len(moved) > len(gains) else None
+
+
+# Above the edge of what independent entries give; small matrices scatter around it.
+SPIKE = 1.15
+EXAMINED = 16
+
+
+def has_spikes(model: nn.Module) -> bool:
+    """Tell whether most linears have a direction that no random matrix of their size has.
+
+    The largest singular value of independent entries is about s (sqrt(out) + sqrt(in)), s their
+    standard deviation; what training writes stands out of it (Marchenko and Pastur 1967; Martin and
+    Mahoney, Journal of Machine Learning Research 22, 2021).
+    """
+    weights = islice((w for w in map(_linear, model.modules()) if w is not None), EXAMINED)
+    found = [_largest(w) > SPIKE for w in weights]
+    return 2 * sum(found) > len(found)
+
+
+def _linear(module: nn.Module) -> Tensor | None:
+    """Return the weight of a linear that is large enough to tell, in single precision."""
+    weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
+    plain = isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta
+    return weight.detach().float() if plain and min(weight.shape) >= 8 else None
+
+
+def _largest(weight: Tensor) -> float:
+    """Return the largest singular value, by power iteration, over what random entries give."""
+    centred = weight - weight.mean()
+    edge = centred.std() * (len(weight) ** 0.5 + weight.shape[1] ** 0.5)
+    draw = torch.Generator().manual_seed(0)
+    at = torch.randn(weight.shape[1], generator=draw).to(weight.device)
+    for _ in range(12):
+        at = nn.functional.normalize(centred.T @ (centred @ at), dim=0)
+    return ((centred @ at).norm() / edge).item() if edge > 0 else 0.0
 
 
 def _gains(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

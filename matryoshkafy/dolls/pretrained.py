@@ -10,7 +10,13 @@ from torch import nn
 
 from matryoshkafy.dolls.calls import Call
 from matryoshkafy.dolls.doll import Doll, replan, root_of
-from matryoshkafy.dolls.libraries import caches_off, loaded_by, trained_norm
+from matryoshkafy.dolls.libraries import (
+    caches_off,
+    has_spikes,
+    loaded_by,
+    trained_norm,
+    was_loaded,
+)
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.copies import chance_kept, copied_inputs, seed_torch, spare
 from matryoshkafy.graph.quiet import modes_kept
@@ -52,8 +58,7 @@ def say_how_far_off(doll: Doll, call: Call) -> None:
     """
     if not doll.plan.masked or doll.plan.options.scope == "output":
         return
-    reason = loaded_by(call.model) or trained_norm(call.model)
-    if reason is None or any(p.is_meta for p in doll.parameters()):
+    if any(p.is_meta for p in doll.parameters()) or not _is_trained(call.model):
         return
     error = distance(doll, call)
     if error <= 1e-3:
@@ -66,6 +71,13 @@ def say_how_far_off(doll: Doll, call: Call) -> None:
     )
     replan(doll, remarked(doll.plan, text))
     warnings.warn(text, PretrainedWarning, stacklevel=3)
+
+
+def _is_trained(model: nn.Module) -> bool:
+    """Tell whether weights were read from a checkpoint, or look as only training leaves them: gains
+    of norms drawn at random are no proof.
+    """
+    return was_loaded(model) or (trained_norm(model) is not None and has_spikes(model))
 
 
 def distance(doll: Doll, call: Call) -> float:

@@ -52,8 +52,11 @@ def make_functional(graph: fx.Graph) -> list[str]:
     remarks: list[str] = []
     for node in [n for n in graph.nodes if writes(n)]:
         target = _written(node)
+        if op_key(node) in TURNING:  # the memory stays as it is, under another shape
+            _turn(graph, node, target)
+            continue
         owner = _owner(graph, node, target)
-        if owner.op != "call_function" and op_key(node) not in TURNING and not _is_constant(owner):
+        if owner.op != "call_function" and not _is_constant(owner):
             whose = "the input" if owner.op == "placeholder" else "its own"
             remarks.append(
                 f"the forward writes into {whose} {str(owner.target)!r} at {source_of(node)}: a "
@@ -87,17 +90,23 @@ def _refusal(node: fx.Node, why: str) -> TraceError:
 
 
 def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
-    """Return the first value of the memory that is written; every alias must be understood."""
+    """Return the first value of the memory that is written; every alias that was taken before the
+    write and is read after it must be understood.
+    """
     owner = target
     while (base := _viewed(owner)) is not None:
         owner = base
+    if op_key(owner) in OPAQUE:
+        raise _refusal(node, f"{op_key(owner)} gives memory whose parts may be the same")
     # An earlier write made a value of its own, which stands for the same memory.
     owner = owner.meta.get("written", owner)
-    # One alias that is not understood is enough: it would go on showing the old value.
+    # One alias that is not understood and is read later would go on showing the old value.
+    later = _nodes_after(node)
     for other in graph.nodes:
         shared = is_tensor(other) and other.meta.get("storage") == owner.meta.get("storage")
         known = other is owner or "written" in other.meta or _viewed(other) is not None
-        if shared and "storage" in other.meta and not known and not writes(other):
+        stale = other not in later and _is_read(other, later)
+        if shared and "storage" in other.meta and stale and not known and not writes(other):
             name = op_key(other) or str(other.target)
             raise _refusal(node, f"{name} shares that memory in a way that is not known")
     return owner
@@ -112,12 +121,8 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
     with graph.inserting_before(node):
         value = _pure(graph, node, target)
     value.meta = dict(node.meta)
-    turning = op_key(node) in TURNING  # the memory stays as it is, under another shape
-    node.replace_all_uses_with(value if turning else target)
+    node.replace_all_uses_with(target)
     graph.erase_node(node)
-    if turning:
-        _redirect(target, value, later)
-        return
     # The new value takes the memory's place, so that a second write finds its way to the owner.
     value.meta |= {"storage": target.meta.get("storage"), "written": owner}
     set_info(value, tensor_info(target))
@@ -127,6 +132,19 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
 
 
 TURNING = {"detach_", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+
+
+def _turn(graph: fx.Graph, node: fx.Node, target: fx.Node) -> None:
+    """No value changes: who reads the tensor later reads it in its new shape, or detached."""
+    later = _nodes_after(node)
+    with graph.inserting_before(node):
+        value = _pure(graph, node, target)
+    value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    _redirect(target, value, later)
+
+
 DRAWS = {
     "normal_": aten.normal_functional.default,
     "bernoulli_": aten.bernoulli.p,

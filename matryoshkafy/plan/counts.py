@@ -7,17 +7,24 @@ heads of 64. Two kinds of products are made otherwise, and nobody's smaller clas
   width alone is what other layers write and read. The copies are counted, never read by a layer.
 - A channel shuffle lays groups x units down again as units x groups. One order of the two would
   shrink the groups, the other the units; the smaller factor is the number of groups.
+
+So does the state of a recurrence: Mamba's A has a row of numbers for each unit, which multiply that
+unit. What rows of such a parameter hold is read by no layer, where the units are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
+from matryoshkafy.graph.nodes import reached, readers_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.tables import weights_read
 from matryoshkafy.plan.walk import Findings
+from matryoshkafy.rules import op_of
 
 KIND = "copies"
 
@@ -29,6 +36,7 @@ def hold_counts(trace: Trace, found: Findings) -> None:
     for term in products:
         _hold_copies(term, sides)
     _hold_shuffled(products)
+    _hold_states(trace, found, sides)
 
 
 class _Sides:
@@ -49,14 +57,17 @@ class _Sides:
                     self.read.update(axes.leaves(term))
                     self.read_alone.update(_alone(term))
 
+    def is_passed(self, axis: Axis) -> bool:
+        """Tell whether a layer writes the axis and another reads it."""
+        return axis in self.written and axis in self.read
+
     def is_width(self, axis: Axis) -> bool:
         """Tell whether layers write the axis alone and read it alone."""
         return axis in self.written_alone and axis in self.read_alone
 
     def is_count(self, axis: Axis) -> bool:
         """Tell whether no layer has the axis alone, nor passes it on to another layer."""
-        passed = axis in self.written and axis in self.read
-        return not passed and axis not in self.written_alone and axis not in self.read_alone
+        return not (self.is_passed(axis) or axis in self.written_alone | self.read_alone)
 
 
 def _alone(term: Term) -> Iterator[Axis]:
@@ -92,6 +103,26 @@ def _hold_shuffled(products: list[Term]) -> None:
     for a, b in orders:
         if (b, a) in orders and a.size < b.size:
             a.fixed = a.fixed or Reason(KIND, b.name)
+
+
+def _hold_states(trace: Trace, found: Findings, sides: _Sides) -> None:
+    """A parameter of several widths that meets activations element by element: what no layer reads
+    of it is a state, if another of its axes is a width of the layers.
+    """
+    for node in trace.graph.nodes:
+        if node.op != "get_attr" or node not in found.terms or not _meets_units(node, found):
+            continue
+        mine = dict.fromkeys(leaf for t in found.flat(node) for leaf in axes.leaves(t))
+        states = [leaf for leaf in mine if leaf not in sides.read]
+        if any(map(sides.is_passed, mine)):
+            axes.fix(tuple(states), Reason("state", str(node.target)))
+
+
+def _meets_units(parameter: fx.Node, found: Findings) -> bool:
+    """Tell whether activations meet a parameter, or what is made of it alone, unit by unit."""
+    made = reached([parameter], lambda n: [u for u in readers_of(n) if u in found.pure])
+    users = [u for n in made for u in readers_of(n) if u not in found.pure]
+    return bool(users) and all(op_of(u).elementwise for u in users)
 
 
 def _free(axis: Axis) -> bool:

@@ -8,20 +8,22 @@ of its own. Two kinds of statistics are different:
 - g v / |v|, torch's weight normalisation, is a reparametrisation. A smaller size keeps the prefix
   of the weight that it stands for, as if it had never been written so.
 - In masked nesting one weight serves all sizes: a row of it cannot be normalised over as many
-  inputs as each size has. Statistics of such a weight (standardisation, spectral normalisation) are
-  taken at full width, and the plan says so.
+  inputs as each size has. Statistics of the rows of such a weight (standardisation) are taken at
+  full width, and the plan says so. A number made of all of it (spectral normalisation) would make
+  every row depend on units that small sizes do not keep: that is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import bound_args, is_op
+from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of, sources_of
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
@@ -54,7 +56,11 @@ def weights_of(found: Findings) -> set[fx.Node]:
 
 
 def held(found: Findings, *, masked: bool) -> list[fx.Node]:
-    """Return the statistics of weights that are taken at full width, then cut."""
+    """Return the statistics of weights that are taken at full width, then cut.
+
+    Raises:
+        PlanError: in masked nesting, one of them is a number made of all of a weight.
+    """
     weights = weights_of(found) if masked else set[fx.Node]()
     statistics: set[fx.Node] = set()
     for node in found.terms:
@@ -63,7 +69,26 @@ def held(found: Findings, *, masked: bool) -> list[fx.Node]:
         if node.op == "call_function" and weight and any(map(nests, over)):
             statistics.add(node)
     inner = _feeding(statistics)
-    return [n for n in found.terms if n in statistics and n not in inner]
+    taken = [n for n in found.terms if n in statistics and n not in inner]
+    if masked:
+        _refuse_whole(taken, found)
+    return taken
+
+
+def _refuse_whole(statistics: Iterable[fx.Node], found: Findings) -> None:
+    """Refuse numbers that are made of all of a weight which nests."""
+    for node in statistics:
+        if any(map(nests, found.flat(node))):
+            continue
+        made_of = reached([node], sources_of)
+        weights = sorted(str(n.target) for n in made_of if n in found.pure and n.op == "get_attr")
+        raise PlanError(
+            f"{op_of(node).key} at {source_of(node) or node.name} makes one number of all of "
+            f"{', '.join(weights)} (as spectral normalisation does); in masked nesting one weight "
+            "serves every size, and the small ones would depend on units that they do not keep. "
+            'Convert with nesting="sliced", where each size takes its own, or hold the weight '
+            f"whole with keep=[{weights[0]!r}]"
+        )
 
 
 def _feeding(statistics: set[fx.Node]) -> set[fx.Node]:

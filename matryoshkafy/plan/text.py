@@ -29,6 +29,7 @@ MEANINGS = {
     "table rows": "rows of a table that are read as keys and values",
     "kept": "you asked for it: keep=[...]",
     "frequency": "frequencies of a transform",
+    "state": "what a recurrence keeps of each unit, the same at every width",
     "space": "positions in space or time",
     "range": "counted positions",
     "reshaped": "a reshape takes it apart in a way that no prefix follows",

@@ -149,24 +149,6 @@ def tensordot(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return tuple(rest)
 
 
-@rule("outer", "ger")
-def outer(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Every element with every other."""
-    del node
-    names = list(args)
-    return (*walk.of(args[names[0]]), *walk.of(args[names[1]]))
-
-
-@rule("kron")
-def kron(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Every element of the one with every element of the other: a product, dim by dim."""
-    del node
-    a, b = walk.of(args["self"]), walk.of(args["other"])
-    rank = max(len(a), len(b))
-    a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
-    return tuple((*x, *y) for x, y in zip(a, b, strict=True))
-
-
 @rule("bilinear", weights={"weight": Weight(out=0, into=(1, 2))}, parameters=("bias",))
 def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """x1' W_o x2 for every output o."""
@@ -364,9 +346,19 @@ def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) ->
         walk.weight(args["weight"], 0, 1)
     else:
         out = _grouped(walk, args, (x[1], out, inner), groups)
-    _fix_space(walk, x, weight)
     _bias(walk, args["bias"], out)
+    if _is_pointwise(walk, args):
+        return (x[0], out, *x[2:])
+    _fix_space(walk, x, weight)
     return (x[0], out, *_space(walk, node))
+
+
+def _is_pointwise(walk: Walk, args: Args) -> bool:
+    """Tell whether a convolution treats every position alike, as a linear does."""
+    kernel = walk.shape(args["weight"])[2:]
+    plain = [args["stride"], [0] if args["padding"] == "valid" else args["padding"]]
+    ones, zeros = ({plain_} if isinstance(plain_, int) else set(plain_) for plain_ in plain)
+    return set(kernel) == {1} and ones == {1} and zeros == {0}
 
 
 def _grouped(walk: Walk, args: Args, terms: tuple[Term, Term, Term], groups: int) -> Term:

@@ -94,6 +94,24 @@ def meshgrid(walk: Walk, node: fx.Node, args: Args) -> Result:
     return (tuple(terms),) * len(terms)
 
 
+@rule("outer", "ger")
+def outer(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Every element with every other."""
+    del node
+    names = list(args)
+    return (*walk.of(args[names[0]]), *walk.of(args[names[1]]))
+
+
+@rule("kron")
+def kron(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Every element of the one with every element of the other: a product, dim by dim."""
+    del node
+    a, b = walk.of(args["self"]), walk.of(args["other"])
+    rank = max(len(a), len(b))
+    a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
+    return tuple((*x, *y) for x, y in zip(a, b, strict=True))
+
+
 @rule("expand_as", elementwise=True)
 def like_other(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A dim of size 1 is repeated to the other's."""

@@ -409,3 +409,43 @@ class Cumulative(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         keep = F.logsigmoid(self.gate(x)).cumsum(1)
         return x + keep.exp() * (self.value(x) * (-keep).exp()).cumsum(1)
+
+
+@block("odd")
+class SelectiveScan(nn.Module):
+    """Mamba: a convolution, steps and gates that depend on the input, a state of 4 per unit."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        inner, self.rank = s(2 * WIDTH), s(2)
+        self.into, self.out = nn.Linear(s(WIDTH), 2 * inner), nn.Linear(inner, s(WIDTH))
+        self.conv = nn.Conv1d(inner, inner, 3, padding=2, groups=inner)
+        self.select, self.step = nn.Linear(inner, self.rank + 8), nn.Linear(self.rank, inner)
+        self.decay = nn.Parameter(torch.arange(1.0, 5.0).log().repeat(inner, 1))
+        self.skip = nn.Parameter(torch.ones(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.into(x).chunk(2, -1)
+        h = F.silu(self.conv(h.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        rank, b, c = self.select(h).split([self.rank, 4, 4], -1)
+        step = F.softplus(self.step(rank)).unsqueeze(-1)
+        keep, new = torch.exp(-step * self.decay.exp()), step * b.unsqueeze(2) * h.unsqueeze(-1)
+        state, outs = torch.zeros_like(new[:, 0]), []
+        for keep_now, new_now, read in zip(keep.unbind(1), new.unbind(1), c.unbind(1), strict=True):
+            state = keep_now * state + new_now
+            outs.append((state @ read.unsqueeze(-1)).squeeze(-1))
+        y = torch.stack(outs, 1) + self.skip * h
+        return x + self.out(y * F.silu(gate))
+
+
+@block("odd")
+class TokenMixer(nn.Module):
+    """An MLP over positions by convolutions of kernel 1 over them, as mixers write it."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(7, s(12), 1), nn.Conv1d(s(12), 7, 1)
+        self.norm = nn.LayerNorm(s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))

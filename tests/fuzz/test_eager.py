@@ -46,20 +46,10 @@ def test_some_blocks_alone(name: str, nesting: str) -> None:
     assert verdict.status == "right", verdict.checks
 
 
-# What is still wrong, by block and nesting; a mark that is no longer true fails the suite.
-WRONG = {
-    ("SpectralNorm", "masked"): "a small size sends gradients to entries that it does not keep",
-}
-
-
 def every_block() -> list[object]:
-    """Return every block in both nestings, marked where it is known to be wrong."""
-    found = []
-    for name, nesting in itertools.product(BLOCKS, NESTINGS):
-        reason = WRONG.get((name, nesting))
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-        found.append(pytest.param(name, nesting, marks=marks, id=f"{name}-{nesting}"))
-    return found
+    """Return every block in both nestings."""
+    pairs = itertools.product(BLOCKS, NESTINGS)
+    return [pytest.param(name, nesting, id=f"{name}-{nesting}") for name, nesting in pairs]
 
 
 @pytest.mark.slow
@@ -75,7 +65,5 @@ def test_every_block_alone(name: str, nesting: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_random_eager_models(number: int) -> None:
     recipe, nesting = recipe_of(1, number)
-    if any((name, nesting) in WRONG for name in recipe.blocks):
-        pytest.skip(f"{recipe} holds a block that is known to be wrong")
     verdict = judge(entry_of(recipe), nesting)
     assert verdict.status in ("right", "refused"), verdict.checks

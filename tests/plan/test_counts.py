@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import matryoshkafy as mk
-from tests.fuzz.blocks import Make
-from tests.fuzz.odd import Bilinear, Capsules, Kronecker, LowRankWriter, Maxout, Shuffled
+from tests.fuzz.blocks import BLOCKS, Make
+from tests.fuzz.odd import Maxout
 from tests.zoo.registry import Scale
 
 WIDTH, SMALL = 16, 8
@@ -59,22 +59,15 @@ class Net(nn.Module):
         return self.head(F.gelu(self.hidden(self.block(self.first(x)))))
 
 
-KINDS: tuple[type[nn.Module], ...] = (
-    Maxout,
-    Capsules,
-    LowRankWriter,
-    Shuffled,
-    Slots,
-    Buckets,
-    Bilinear,
-    Kronecker,
-)
+KINDS = ("Maxout", "Capsules", "LowRankWriter", "Shuffled", "Bilinear", "Kronecker",
+         "SelectiveScan", "TokenMixer")  # fmt: skip
+MADE: dict[str, Make] = {"Slots": Slots, "Buckets": Buckets, **{k: BLOCKS[k] for k in KINDS}}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=[k.__name__ for k in KINDS])
-def test_the_slice_is_the_class_with_as_many_of_what_is_counted(kind: Make) -> None:
-    x = torch.randn(2, 5, 3, dtype=torch.float64)
-    model, native = (Net(kind, w).double().eval() for w in (WIDTH, SMALL))
+@pytest.mark.parametrize("name", MADE)
+def test_the_slice_is_the_class_with_as_many_of_what_is_counted(name: str) -> None:
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    model, native = (Net(MADE[name], w).double().eval() for w in (WIDTH, SMALL))
     small = mk.slice(
         mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced", check=False), 0.5
     )  # fmt: skip
@@ -86,14 +79,14 @@ def test_the_slice_is_the_class_with_as_many_of_what_is_counted(kind: Make) -> N
 @pytest.mark.parametrize("pair", [False, True])
 def test_the_units_that_a_number_is_chosen_among_stay_whole(pair: bool) -> None:
     model = Net(lambda s: Buckets(s, pair=pair), WIDTH)
-    plan = mk.inspect(model, (torch.randn(2, 5, 3),), nesting="sliced")
+    plan = mk.inspect(model, (torch.randn(2, 7, 3),), nesting="sliced")
     whole = {w.axis: w.why for w in plan.whole}
     assert whole["block.bucket.weight:0"] == "indexed"
     assert "block.value.weight:0" not in whole  # its largest value alone is read
 
 
 def test_copies_say_what_they_are_copies_of() -> None:
-    plan = mk.inspect(Net(Maxout, WIDTH), (torch.randn(2, 5, 3),), nesting="sliced")
+    plan = mk.inspect(Net(Maxout, WIDTH), (torch.randn(2, 7, 3),), nesting="sliced")
     assert ("copies", 3) in {(w.why, w.size) for w in plan.whole}
 
 
@@ -101,5 +94,5 @@ def test_whole_heads_shrink_still() -> None:
     """A product that one layer writes and another reads is heads times units of a head."""
     model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     body = nn.Sequential(nn.Linear(3, 16), model, nn.Linear(16, 5))
-    plan = mk.inspect(body, (torch.randn(2, 5, 3),), nesting="sliced")
+    plan = mk.inspect(body, (torch.randn(2, 7, 3),), nesting="sliced")
     assert 4 in {g.size for g in plan.groups} and plan.width == 16
