@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from tests.zoo.registry import entries
 QUICK = ("identity", "slice", "native", "beyond", "step")
 NESTINGS = ("sliced", "masked")
 
-# What is still wrong, by model and nesting; a mark that is no longer true fails the suite.
-WRONG: dict[tuple[str, str], str] = {
-    ("published_fmrlrec", "sliced"): "open: the scores of the sizes that left stay in the output, "
-    "repeated, where the small class has fewer",
-}
 # The authors' names, one or two of each: their checkpoints load.
 NAMES = {
     "published_sasrec": "attention_layers.1.in_proj_weight forward_layers.0.conv1.weight",
@@ -43,18 +37,12 @@ NAMES = {
 }
 
 
-def cases(wrong: Mapping[tuple[str, str], str]) -> list[object]:
-    """Return every model in both nestings, marked where it is known to be wrong."""
-    found = []
-    for name in PUBLISHED:
-        for nesting in NESTINGS:
-            reason = wrong.get((name, nesting))
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-            found.append(pytest.param(name, nesting, marks=marks, id=f"{name}-{nesting}"))
-    return found
+each_model = pytest.mark.parametrize("name", PUBLISHED)
+either_nesting = pytest.mark.parametrize("nesting", NESTINGS)
 
 
-@pytest.mark.parametrize(("name", "nesting"), cases(WRONG))
+@either_nesting
+@each_model
 @pytest.mark.filterwarnings("ignore")
 def test_the_slice_is_the_small_recommender(name: str, nesting: str) -> None:
     (entry,) = entries([name])
@@ -64,7 +52,8 @@ def test_the_slice_is_the_small_recommender(name: str, nesting: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "nesting"), cases({}))
+@either_nesting
+@each_model
 @pytest.mark.filterwarnings("ignore")
 def test_every_other_check_of_the_judge(name: str, nesting: str) -> None:
     (entry,) = entries([name])

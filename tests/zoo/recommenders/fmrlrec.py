@@ -156,4 +156,8 @@ class LRU(nn.Module):
 @entry("published_fmrlrec", FAMILY, tags=("complex", "frozen-table", "nested-already"))
 def fmrlrec(scale: Scale) -> Built:
     kept = [size for size in SIZES if size <= scale(SIZES[-1])]  # a small one has whole pieces
-    return LRU(kept), (histories(),), {}
+    model = LRU(kept)
+    # A slice returns what its doll does: where a size has left, the scores of the largest that is
+    # there stand in its place. The class gives as many where it is asked for as many.
+    model.model.sizes = tuple(min(size, kept[-1]) for size in SIZES)
+    return model, (histories(),), {}
