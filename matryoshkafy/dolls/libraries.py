@@ -183,9 +183,9 @@ def has_spikes(model: nn.Module) -> bool:
 
 def _linear(module: nn.Module) -> Tensor | None:
     """Return the weight of a linear that is large enough to tell, in single precision."""
-    weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
-    plain = isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_meta
-    return weight.detach().float() if plain and min(weight.shape) >= 8 else None
+    if not isinstance(module, nn.Linear) or module.weight.is_meta or min(module.weight.shape) < 8:
+        return None
+    return module.weight.detach().float()
 
 
 def _largest(weight: Tensor) -> float:
@@ -196,7 +196,7 @@ def _largest(weight: Tensor) -> float:
     at = torch.randn(weight.shape[1], generator=draw).to(weight.device)
     for _ in range(12):
         at = nn.functional.normalize(centred.T @ (centred @ at), dim=0)
-    return ((centred @ at).norm() / edge).item() if edge > 0 else 0.0
+    return ((centred @ at).square().sum().sqrt() / edge).item() if edge > 0 else 0.0
 
 
 def _gains(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
