@@ -98,9 +98,8 @@ def fit_cascade(  # noqa: PLR0913  the public signature
     floor: float | None = None,
     budget: float | None = None,
     shared: bool = False,
-    calibrate: bool = True,
 ) -> Cascade:
-    """Learn a cascade's thresholds on validation data.
+    """Learn a cascade's temperatures, then its thresholds, on validation data.
 
     Args:
         logits: {size: [N, classes]} of validation samples.
@@ -113,7 +112,6 @@ def fit_cascade(  # noqa: PLR0913  the public signature
             the cascade that loses least keeps to it. Without either, thresholds are learned size by
             size for the best accuracy, as MRL does.
         shared: whether a larger size continues a smaller one, see `Cascade`.
-        calibrate: fit one temperature a size before.
 
     Raises:
         ServingError: where shapes do not fit, both floor and budget are given, or no threshold
@@ -133,7 +131,7 @@ def fit_cascade(  # noqa: PLR0913  the public signature
     costs = tuple(float(c) for c in (sizes if costs is None else costs))
     if len(costs) != len(sizes):
         raise ServingError(f"{len(costs)} costs were given for the sizes {list(sizes)}")
-    temperatures = tuple(_temperature(level, labels) if calibrate else 1.0 for level in stacked)
+    temperatures = tuple(_temperature(level, labels) for level in stacked)
     start = Cascade(sizes, (NEVER,) * (len(sizes) - 1) + (0.0,), temperatures, costs, shared)
     sure, answers = _confidence(stacked, temperatures)
     right = answers == labels

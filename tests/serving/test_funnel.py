@@ -256,7 +256,7 @@ def test_an_index_says_what_it_multiplied() -> None:
     assert found.products == (400 + cells) * 8 + 60 * 32
     codes = ShortIndex.of(documents, 8, kind="codes")
     found = funnel(queries, documents, sizes=[8, 32], keep=[200, 5], index=codes)
-    assert found.products == 16 * 8 + 4 * 400 + 200 * 24
+    assert found.products == 16 * 8 + 4 * 400 + 200 * 32
     wanted = funnel(queries, documents, sizes=[8, 32], keep=[60, 5])
     assert recall_of(found.ids, wanted.ids) > 0.9
 
