@@ -22,8 +22,12 @@ Logits = Annotated[
 Test = Annotated[Path | None, typer.Option("--test", help="The same of test samples, to judge on.")]
 Floor = Annotated[
     float | None,
-    typer.Option("--floor", help="The accuracy to keep at the least cost; default: the largest "
-                 "size's own."),
+    typer.Option("--floor", help="The accuracy to keep at the least cost."),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option("--budget", help="The most that a sample costs in the mean, as a share of the "
+                 "largest size's cost. Default without --floor: halfway from the smallest's."),
 ]  # fmt: skip
 Costs = Annotated[
     str | None,
@@ -40,6 +44,7 @@ def cascade(  # noqa: PLR0913  an option is a parameter
     logits: Logits,
     test: Test = None,
     floor: Floor = None,
+    budget: Budget = None,
     costs: Costs = None,
     shared: Shared = False,
     report: Page = None,
@@ -53,12 +58,11 @@ def cascade(  # noqa: PLR0913  an option is a parameter
 
     valid, labels = _read(logits)
     judged, truth = _read(test) if test else (valid, labels)
-    full = float((valid[max(valid)].argmax(1) == labels).mean())
+    paid = _costs(costs) or [float(size) for size in sorted(valid)]
+    if floor is None and budget is None:
+        budget = (paid[0] / paid[-1] + 1) / 2
     with screen.step("thresholds"):
-        learned = fit_cascade(
-            valid, labels, costs=_costs(costs), floor=full if floor is None else floor,
-            shared=shared,
-        )  # fmt: skip
+        learned = fit_cascade(valid, labels, costs=paid, floor=floor, budget=budget, shared=shared)
     described = _described(learned, learned.route(judged), judged, truth)
     if report is not None:
         from matryoshkafy.report.page.tables import cascade_of

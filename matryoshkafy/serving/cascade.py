@@ -1,13 +1,16 @@
 """Cascades: small sizes answer what they are sure of, larger ones the rest (MRL, section 4.2.1).
 
 A size is sure where its largest softmax probability reaches its threshold. Thresholds are learned
-on validation data: as MRL's appendix does it (a grid of 100, the smallest of best accuracy, size by
-size), or as the cheapest ones that keep an accuracy.
+on validation data. MRL's appendix does it size by size (a grid of 100, the smallest of best
+accuracy), which can be lucky on the validation samples. With a floor or a budget there is one
+number to choose, the price of a right answer: every size answers where asking a larger one is not
+worth it. What that loses on new samples has a bound (conformal risk control, Angelopoulos et al.,
+ICLR 2024, theorem 1; the few numbers that are fitted before it count as given).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,8 @@ from matryoshkafy.serving.vectors import ServingError
 
 Logits = NDArray[np.floating[Any]]
 GRID = 100
-ROUNDS = 8
+# Prices that are tried.
+TRIED = 300
 # No probability is above 1: a size with this threshold answers nothing.
 NEVER = np.inf
 
@@ -92,23 +96,32 @@ def fit_cascade(  # noqa: PLR0913  the public signature
     *,
     costs: Sequence[float] | None = None,
     floor: float | None = None,
+    budget: float | None = None,
     shared: bool = False,
-    calibrate: bool = True,
 ) -> Cascade:
-    """Learn a cascade's thresholds on validation data.
+    """Learn a cascade's temperatures, then its thresholds, on validation data.
 
     Args:
         logits: {size: [N, classes]} of validation samples.
         labels: int64 [N].
         costs: what each size costs, ascending with the sizes; the sizes themselves by default.
-        floor: the accuracy to keep at the least cost; None learns thresholds size by size for the
-            best accuracy, as MRL does.
+        floor: the accuracy to keep at the least cost. What the largest size has above it is the
+            part of the samples that small sizes may get wrong where the largest is right, expected
+            on new samples; what they alone have right does not pay for it.
+        budget: the most that a sample costs in the mean, as a share of the largest size's cost:
+            the cascade that loses least keeps to it. Without either, thresholds are learned size by
+            size for the best accuracy, as MRL does.
         shared: whether a larger size continues a smaller one, see `Cascade`.
-        calibrate: fit one temperature a size before.
 
     Raises:
-        ServingError: where shapes do not fit, or no thresholds keep the floor.
+        ServingError: where shapes do not fit, both floor and budget are given, or no threshold
+            keeps them.
     """
+    if floor is not None and budget is not None:
+        raise ServingError(
+            f"floor={floor:g} and budget={budget:g} were given; expected one of them: the other "
+            "follows from it"
+        )
     sizes = tuple(sorted(logits))
     stacked = _stacked(logits, sizes)
     if stacked.shape[1] != len(labels):
@@ -118,13 +131,17 @@ def fit_cascade(  # noqa: PLR0913  the public signature
     costs = tuple(float(c) for c in (sizes if costs is None else costs))
     if len(costs) != len(sizes):
         raise ServingError(f"{len(costs)} costs were given for the sizes {list(sizes)}")
-    temperatures = tuple(_temperature(level, labels) if calibrate else 1.0 for level in stacked)
+    temperatures = tuple(_temperature(level, labels) for level in stacked)
     start = Cascade(sizes, (NEVER,) * (len(sizes) - 1) + (0.0,), temperatures, costs, shared)
     sure, answers = _confidence(stacked, temperatures)
     right = answers == labels
-    if floor is None:
+    if floor is None and budget is None:
         return _with(start, _best_accuracy(sure, right))
-    return _with(start, _cheapest(sure, right, start.paid, floor))
+    chances = np.exp(_log_softmax(stacked[-1] / temperatures[-1]))
+    tried = _tried(sure, right, start, _worth(sure, answers, chances, start))
+    if floor is not None:
+        return _with(start, _cheapest(tried, right, floor))
+    return _with(start, _safest(tried, start, budget or 0.0))
 
 
 def disagreement(logits: Mapping[int, Logits], labels: NDArray[np.int64]) -> dict[int, float]:
@@ -210,35 +227,83 @@ def _best_accuracy(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> list[
     return thresholds
 
 
-def _cheapest(
+def _worth(
+    sure: NDArray[np.float64],
+    answers: NDArray[np.int64],
+    chances: NDArray[np.float64],
+    start: Cascade,
+) -> NDArray[np.float64]:
+    """What a size's doubt is worth, for each size but the last: right answers for its cost.
+
+    A larger size is right more often by about a constant times the doubt (1 - the largest
+    probability), by least squares. The judge is the largest size: its chances [N, classes] say how
+    much better an answer is, which has less noise than labels; labels decide on what is lost.
+    """
+    levels, count = sure.shape
+    each = np.arange(count, dtype=np.int64)
+    good = np.stack([chances[each, answers[level]] for level in range(levels)])
+    doubt, paid = 1 - sure, start.paid / start.costs[-1]
+    found = np.zeros(levels - 1, dtype=np.float64)
+    for size in range(levels - 1):
+        square = max(float(np.square(doubt[size]).sum()), np.finfo(np.float64).tiny)
+        gains = ((good[size + 1 :] - good[size]) * doubt[size]).sum(axis=1) / square
+        found[size] = max(0.0, float((gains / (paid[size + 1 :] - paid[size])).max()))
+    return found
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """The thresholds at a price, the loss that they may have on new samples, and their cost."""
+
+    thresholds: list[float]
+    bound: float
+    cost: float
+
+
+def _tried(
     sure: NDArray[np.float64],
     right: NDArray[np.bool_],
-    paid: NDArray[np.float64],
-    floor: float,
-) -> list[float]:
-    """Lower one threshold at a time, the one that saves most, while the accuracy holds."""
-    thresholds = [NEVER] * (len(sure) - 1) + [0.0]
-    each = np.arange(sure.shape[1], dtype=np.int64)
+    start: Cascade,
+    worth: NDArray[np.float64],
+) -> Iterator[_Tried]:
+    """Yield thresholds from the largest down: losses only grow, and costs only fall.
 
-    def judged(tried: list[float]) -> tuple[float, float]:
-        level = _level(sure, tried)
-        return float(right[level, each].mean()), float(paid[level].mean())
+    A sample is lost where the largest size is right and the answer is not. One that was lost at
+    larger thresholds stays lost, as the theorem asks; it adds one lost sample to those seen.
+    """
+    count = sure.shape[1]
+    each = np.arange(count, dtype=np.int64)
+    gone = np.zeros(count, dtype=np.bool_)
+    worths = (1 - sure[:-1]) * worth[:, None]
+    for price in np.unique(np.quantile(worths, np.linspace(0, 1, TRIED, dtype=np.float64))):
+        thresholds = [max(0.0, 1 - float(price) / w) if w > 0 else 0.0 for w in worth.tolist()]
+        level = _level(sure, [*thresholds, 0.0])
+        gone |= right[-1] & ~right[level, each]
+        bound = (int(gone.sum()) + 1) / (count + 1)
+        yield _Tried([*thresholds, 0.0], bound, float(start.paid[level].mean()))
 
-    if judged(thresholds)[0] < floor:
+
+def _cheapest(tried: Iterator[_Tried], right: NDArray[np.bool_], floor: float) -> list[float]:
+    """The smallest thresholds whose expected loss keeps the floor."""
+    full, count = float(right[-1].mean()), right.shape[1]
+    kept = [t for t in tried if t.bound <= full - floor]
+    if not kept:
         raise ServingError(
-            f"floor={floor:g} was given; the largest size alone reaches "
-            f"{judged(thresholds)[0]:.4f} on these samples. Give a lower floor"
+            f"floor={floor:g} was given; the largest size alone reaches {full:.4f} on these "
+            f"samples, and {count:,} samples vouch for no loss below {1 / (count + 1):.4f}. Give "
+            "a lower floor, more samples, or a budget"
         )
-    cost = judged(thresholds)[1]
-    for _ in range(ROUNDS):
-        tried = [
-            [*thresholds[:size], float(value), *thresholds[size + 1 :]]
-            for size in range(len(sure) - 1)
-            for value in _grid(sure[size])
-        ]
-        kept = [(judged(t)[1], t) for t in tried if judged(t)[0] >= floor]
-        best, chosen = min(kept, key=lambda pair: pair[0], default=(cost, thresholds))
-        if best >= cost:
-            return thresholds
-        cost, thresholds = best, chosen
-    return thresholds
+    return kept[-1].thresholds
+
+
+def _safest(tried: Iterator[_Tried], start: Cascade, budget: float) -> list[float]:
+    """The largest thresholds that keep to the budget."""
+    least = start.costs[0]
+    for found in tried:
+        least = found.cost
+        if found.cost <= budget * start.costs[-1]:
+            return found.thresholds
+    raise ServingError(
+        f"budget={budget:g} was given; the least that a sample costs here is "
+        f"{least / start.costs[-1]:.3f} of the largest size's cost. Allow more"
+    )

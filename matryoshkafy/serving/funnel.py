@@ -1,7 +1,8 @@
 """funnel(): many documents by a short prefix, fewer by longer ones (MRL, section 4.3, "funnel").
 
 A stage that goes from size m to size M adds only the products of the units between them: the score
-of a longer prefix is a running sum, divided by the lengths of the two prefixes.
+of a longer prefix is a running sum, divided by the lengths of the two prefixes. What an approximate
+index found is scored anew, from the first unit on: its own scores are rounded.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def funnel(  # noqa: PLR0913  the public signature
     ]
     ids, scores = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     first = sum(part[2] for part in parts) / len(queries)
+    if index is not None:
+        stages = [(0, stages[0][1]), *(stages[1:] or stages)]
     return Ranking(ids, scores, first + _later(stages))
 
 
@@ -125,22 +128,26 @@ def _search(
     how: tuple[list[tuple[int, int]], ShortIndex | None],
 ) -> tuple[Ids, Floats, float]:
     stages, index = how
-    (size, kept), level = stages[0], documents.level(stages[0][0])
     asked = queries.values[rows]
     if index is None:
+        size, kept = stages[0]
         scores: Floats = asked[:, :size] @ np.transpose(documents.front(size))
         ids, counted = best_of(scores, kept), float(len(documents) * size)
-        dots = _taken(scores, ids) / documents.inverse_lengths[ids, level]
+        scores = _taken(scores, ids)
     else:
-        ids, counted = index.search(queries.at(size)[rows], kept)
-        dots = np.where(ids < 0, -np.inf, _dots(asked, documents, ids, (0, size)))
+        found, counted = index.search(queries.at(stages[0][0])[rows], stages[0][1])
+        stages = stages[1:] or stages
+        size, kept = stages[0]
+        scores = np.where(found < 0, -np.inf, _front_scores(asked, documents, found, size))
+        order = best_of(scores, kept)
+        ids, scores = _taken(found, order), _taken(scores, order)
     for (before, _), (after, kept) in pairwise(stages):
-        dots = dots + _dots(asked, documents, ids, (before, after))
-        level = documents.level(after)
-        order = best_of(dots * documents.inverse_lengths[ids, level], kept)
-        ids, dots = _taken(ids, order), _taken(dots, order)
-    lengths = queries.inverse_lengths[rows, queries.level(stages[-1][0])][:, None]
-    scores = dots * documents.inverse_lengths[ids, level] * lengths
+        dots = scores / documents.inverse_lengths[ids, documents.level(before)]
+        dots += _dots(asked, documents, ids, (before, after))
+        scores = dots * documents.inverse_lengths[ids, documents.level(after)]
+        order = best_of(scores, kept)
+        ids, scores = _taken(ids, order), _taken(scores, order)
+    scores = scores * queries.inverse_lengths[rows, queries.level(stages[-1][0])][:, None]
     order = np.argsort(-scores, axis=1, kind="stable")
     return _taken(ids, order), _taken(scores, order), counted * len(asked)
 
@@ -148,6 +155,24 @@ def _search(
 def _taken(values: NDArray[Any], order: Ids) -> NDArray[Any]:
     """Return each row's values in that row's order."""
     return np.take_along_axis(values, order, axis=1)
+
+
+def _front_scores(asked: Floats, documents: Vectors, ids: Ids, size: int) -> Floats:
+    """Return the products with normalised prefixes, [queries, candidates].
+
+    Rows are taken out of the short table, into a room that stays in the cache.
+    """
+    front = documents.front(size)
+    out = np.empty(ids.shape, dtype=np.float32)
+    step = max(1, min(len(ids), CACHED // (ids.shape[1] * size)))
+    room = np.empty((step, ids.shape[1], size), dtype=np.float32)
+    for at in range(0, len(ids), step):
+        part = slice(at, at + step)
+        copied = room[: len(ids[part])]
+        # Rows that were not found, -1, are clipped to the first: the caller knows them.
+        np.take(front, ids[part], axis=0, out=copied, mode="clip")
+        np.matmul(copied, asked[part, :size, None], out=out[part, :, None])
+    return out
 
 
 def _dots(asked: Floats, documents: Vectors, ids: Ids, units: tuple[int, int]) -> Floats:

@@ -48,8 +48,9 @@ class ShortIndex:
             documents: the table.
             size: a rung of its ladder, usually the shortest.
             kind: "hnsw", "ivf" or "codes" (FAISS), or "usearch". Codes look at every row, by four
-                bits for each two units ("fast scan").
-            effort: how far a search looks: candidates of HNSW, cells of IVF.
+                bits for each few units ("fast scan").
+            effort: how far a search looks: candidates of HNSW, cells of IVF, codes of a row (at
+                most one for two units).
 
         Raises:
             ServingError: where the kind is unknown or its package is not installed.
@@ -113,18 +114,25 @@ def _ivf(vectors: Floats, effort: int) -> Search:
 
 
 def _codes(vectors: Floats, effort: int) -> Search:
-    del effort
     faiss = _package("faiss", "faiss-cpu")
-    count = max(1, vectors.shape[1] // 2)
-    index = faiss.IndexPQFastScan(vectors.shape[1], count, 4, faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    index.add(vectors)
+    rows, size = vectors.shape
+    count = max(1, min(effort, size // 2))
+    # Codes are of as many units each; zeros make up what is missing.
+    width = count * -(-size // count)
+    index = faiss.IndexPQFastScan(width, count, 4, faiss.METRIC_INNER_PRODUCT)
+    stored = _widened(vectors, width)
+    index.train(stored)
+    index.add(stored)
 
     def search(queries: Floats, k: int) -> Found:
         # A table of 16 products for each code, then an addition a code and row.
-        return index.search(queries, k)[1], float(16 * vectors.shape[1] + count * len(vectors))
+        return index.search(_widened(queries, width), k)[1], float(16 * size + count * rows)
 
     return search
+
+
+def _widened(vectors: Floats, width: int) -> Floats:
+    return np.pad(vectors, ((0, 0), (0, width - vectors.shape[1])))
 
 
 def _usearch(vectors: Floats, effort: int) -> Search:

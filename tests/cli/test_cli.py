@@ -57,7 +57,7 @@ FLAGS = {
     "--tune --vectors -q",
     "family": "--column --data --debug --json --length --output --quiet --seed --sizes --steps "
     "--task --weights -o -q",
-    "cascade": "--costs --debug --floor --json --quiet --report --shared --test -q",
+    "cascade": "--budget --costs --debug --floor --json --quiet --report --shared --test -q",
 }
 
 

@@ -75,6 +75,32 @@ def test_an_index_that_looks_everywhere_finds_what_exact_search_finds(kind: str)
         funnel(queries, documents, sizes=[4, 32], keep=[60, 5], index=index)
 
 
+@pytest.mark.parametrize("codes", [2, 3, 4, 64])
+def test_codes_of_units_that_do_not_divide_find_what_they_round(codes: int) -> None:
+    pytest.importorskip("faiss")
+    queries, documents = table(20, 6), table(400, 7)
+    index = ShortIndex.of(documents, 8, kind="codes", effort=codes)
+    found = funnel(queries, documents, sizes=[8, 32], keep=[200, 5], index=index)
+    wanted = funnel(queries, documents, sizes=[8, 32], keep=[200, 5])
+    assert recall_of(found.ids, wanted.ids) > 0.8
+    assert found.products == 16 * 8 + min(codes, 4) * 400 + 200 * 32
+    scores = cosines(queries, documents, 32)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.ids, 1), atol=1e-6)
+
+
+def test_an_index_is_followed_stage_by_stage() -> None:
+    queries, documents = table(9, 2), table(200, 3)
+    ids = np.argsort(-cosines(queries, documents, 4), axis=1)[:, :40]
+    index = ShortIndex(4, lambda asked, k: (ids[:, :k], 7.0), "m", 200)
+    for stages in ({"sizes": [4, 16, 32], "keep": [40, 12, 5]}, {"sizes": [4], "keep": [9]}):
+        found = funnel(queries, documents, **stages, index=index)
+        wanted = funnel(queries, documents, **stages)
+        assert np.array_equal(found.ids, wanted.ids)
+        np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
+    # One stage: what the index found is scored at its own size.
+    assert found.products == 7 + 9 * 4
+
+
 def test_what_an_index_does_not_find_is_no_document() -> None:
     queries, documents = table(2, 6), table(30, 7)
     ids = np.array([[3, -1, 5], [7, 8, 9]])
@@ -226,10 +252,11 @@ def test_an_index_says_what_it_multiplied() -> None:
     cells = int(4 * 400**0.5)
     everywhere = ShortIndex.of(documents, 8, kind="ivf", effort=cells)
     found = funnel(queries, documents, sizes=[8, 32], keep=[60, 5], index=everywhere)
-    assert found.products == (400 + cells) * 8 + 60 * 24
+    # Found rows are scored anew, from the first unit on.
+    assert found.products == (400 + cells) * 8 + 60 * 32
     codes = ShortIndex.of(documents, 8, kind="codes")
     found = funnel(queries, documents, sizes=[8, 32], keep=[200, 5], index=codes)
-    assert found.products == 16 * 8 + 4 * 400 + 200 * 24
+    assert found.products == 16 * 8 + 4 * 400 + 200 * 32
     wanted = funnel(queries, documents, sizes=[8, 32], keep=[60, 5])
     assert recall_of(found.ids, wanted.ids) > 0.9
 
