@@ -67,7 +67,8 @@ def load_encoder(folder: Path, length: int) -> TextEncoder:
     if not (folder / "config.json").is_file():
         raise CommandError(
             f"{folder} holds no config.json; expected the folder of a transformers or "
-            "sentence-transformers text encoder. Give the folder that save_pretrained wrote."
+            "sentence-transformers text encoder. Give the folder that save_pretrained wrote; "
+            "`hf download NAME --local-dir FOLDER` fetches one by its name on the hub."
         )
     import transformers
 

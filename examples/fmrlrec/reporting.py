@@ -85,9 +85,11 @@ def print_sheet(sheet: Sheet) -> None:
 
 def print_files(paths: Iterable[Path]) -> None:
     """Prints files with their sizes."""
+    from matryoshkafy.report.page.numbers import stored
+
     for path in paths:
         if path.is_file():
-            print(f"{path}  {path.stat().st_size:,} bytes")
+            print(f"{path}  {stored(path.stat().st_size)}")
 
 
 def plot(curves: Curves, folder: Path, name: str) -> None:
