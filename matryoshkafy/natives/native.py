@@ -186,7 +186,8 @@ def _quiet_changes(space: Space, shaped: Mapping[Field, object]) -> Iterator[dic
         scaled = space.fields[field] * space.wanted.ratio
         whole = isinstance(space.fields[field], float) or scaled == int(scaled)
         if whole and field not in shaped and field not in counts:
-            yield {**counts, field: type(space.fields[field])(scaled)}
+            alone = {field: type(space.fields[field])(scaled)}
+            yield from ({**counts, **alone}, alone) if counts else (alone,)
 
 
 def _made(space: Space, changes: Mapping[Field, object], check: Check) -> Native | None:
