@@ -87,12 +87,17 @@ def _refusal(node: fx.Node, why: str) -> TraceError:
 
 
 def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
-    """Return the first value of the memory that is written; every alias must be understood."""
+    """Return the first value of the memory that is written; every alias must be understood.
+
+    What turns a tensor under another shape writes no value, and what shares its memory sees none.
+    """
     owner = target
     while (base := _viewed(owner)) is not None:
         owner = base
     # An earlier write made a value of its own, which stands for the same memory.
     owner = owner.meta.get("written", owner)
+    if op_key(node) in TURNING:
+        return owner
     # One alias that is not understood is enough: it would go on showing the old value.
     for other in graph.nodes:
         shared = is_tensor(other) and other.meta.get("storage") == owner.meta.get("storage")

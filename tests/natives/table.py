@@ -72,7 +72,7 @@ def _written(made: Any, small: Any) -> str:
     plan = small.meta["matryoshka"][1]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            write(Package(made, plan, None, {}), Path(folder), library)
+            write(Package(made, plan, None, {}, tables=True), Path(folder), library)
         except Exception as error:  # noqa: BLE001  the row says what went wrong
             return f"{library}: {type(error).__name__}: {str(error)[:160]}"
     return library
