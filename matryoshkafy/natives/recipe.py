@@ -89,14 +89,29 @@ FILLERS: frozenset[object] = frozenset(
     for name in dir(holder)
     if name.endswith("_") and not name.startswith("_")
     # Those change which tensor it is, or its shape.
-    if not name.startswith(("requires_grad", "resize", "squeeze", "unsqueeze", "t_", "transpose",
-                            "swap", "as_strided", "set_", "rename", "share", "detach", "sparse"))
+    if not name.startswith(
+        (
+            "requires_grad",
+            "resize",
+            "squeeze",
+            "unsqueeze",
+            "t_",
+            "transpose",
+            "swap",
+            "as_strided",
+            "set_",
+            "rename",
+            "share",
+            "detach",
+            "sparse",
+        )
+    )
 )
 """What writes initial values into a tensor, and returns it."""
 
 
 class _Unfilled(TorchFunctionMode):
-    """A tensor without memory keeps no initial values: none are drawn, which takes most of a build."""
+    """A tensor without memory keeps no initial values: none are drawn, which took longest."""
 
     def __torch_function__(
         self,

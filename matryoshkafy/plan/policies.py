@@ -107,7 +107,11 @@ def _is_cap(node: fx.Node) -> bool:
 def _factor(node: fx.Node) -> float | None:
     """Return by which number a node scales a tensor; None where it does something else."""
     key, number = op_key(node), node.args[1] if len(node.args) > 1 else None
-    if key not in ("mul", "div") or isinstance(number, bool) or not isinstance(number, (int, float)):
+    if (
+        key not in ("mul", "div")
+        or isinstance(number, bool)
+        or not isinstance(number, (int, float))
+    ):
         return None
     return float(number) if key == "mul" else (1.0 / number if number else None)
 
