@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ def _first(space: Space, check: Check) -> tuple[Native | None, str]:
             made = _made(space, changes, check)
             if made is not None and made.error <= TOLERANCE:
                 return _leanest(space, check, made), ""
-            reason = "values" if made is not None else reason
+            if made is not None and reason != "values":
+                reason = "values" if math.isfinite(made.error) else "calls"
             if len(seen) == MOST_TRIES:
                 return None, reason
     return None, reason
@@ -324,6 +326,12 @@ def _refusal(space: Space, plan: Plan, reason: str) -> str:
         return (
             f"{name} can be built with the shapes of size {plan.sizes[-1]}, but computes other "
             f"values than the slice. {masked if plan.masked else made}"
+        )
+    if reason == "calls":
+        return (
+            f"{name} can be built with the shapes of size {plan.sizes[-1]}, but random inputs of "
+            "the traced shapes do not run through it. Expected inputs to compare on that do. Give "
+            "native(..., inputs=(ARGS, KWARGS)), such as those that were traced."
         )
     off = _unreached(space)
     shown = ", ".join(f"{p[0]} (dim {p[1]}: {w})" for p, w in off[:3]) or "no shape differs"

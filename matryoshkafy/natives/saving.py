@@ -19,7 +19,6 @@ from matryoshkafy.files.folders import MANIFEST
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives import huggingface
 from matryoshkafy.natives.dimensions import dimensions
-from matryoshkafy.natives.inputs import Call
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.native import Native, NativeWarning, find, unchecked
 from matryoshkafy.natives.recipe import NativeError, Recipe, library
@@ -39,7 +38,6 @@ def save(  # noqa: PLR0913  the public signature
     like: object = None,
     source: str | os.PathLike[str] | Source | None = None,
     tables: bool = False,
-    inputs: Call | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model whole or not at all: as a checkpoint, or a slice as a stock model's folder.
@@ -56,7 +54,6 @@ def save(  # noqa: PLR0913  the public signature
             and side files (tokenizer, pooling, licence), so that its sizes can be written later.
         tables: with `to`, whether hidden tables that the class makes from its own width may be
             kept beside the weights; only `natives.loading.load_native` puts them in place.
-        inputs: with `to`, (args, kwargs) to compare on, where random ones do not run; see `native`.
         force: replace what stands there, if it is of the same kind.
 
     Returns:
@@ -71,9 +68,7 @@ def save(  # noqa: PLR0913  the public signature
     if to is None:
         side = {} if kept is None else {SOURCE: kept.to_json().encode()}
         return checkpoint.save(model, folder, force=force, side=side)
-    return save_native(
-        model, folder, to=to, like=like, source=kept, tables=tables, inputs=inputs, force=force
-    )
+    return save_native(model, folder, to=to, like=like, source=kept, tables=tables, force=force)
 
 
 def save_native(  # noqa: PLR0913  the public signature
@@ -84,7 +79,6 @@ def save_native(  # noqa: PLR0913  the public signature
     like: object,
     source: Source | None = None,
     tables: bool = False,
-    inputs: Call | None = None,
     force: bool = False,
 ) -> Path:
     """Write a slice as the folder of a stock model, compared before it stands; see `save`.
@@ -110,7 +104,7 @@ def save_native(  # noqa: PLR0913  the public signature
             warnings.simplefilter("ignore")
             return write_tree(target, functools.partial(every.write, whole), force=force)
     _, plan = parts_of(small)
-    native = find(small, built, tables=tables, inputs=inputs, spare=_spare(like), shared=True)
+    native = find(small, built, tables=tables, spare=_spare(like), shared=True)
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
     package = Package(native, plan, source, _parameters(plan, native), dimensions(small), tables)
