@@ -33,7 +33,8 @@ def fresh_calls(small: nn.Module, given: Call | None = None) -> tuple[Call, ...]
     if not _runs(small, first):
         raise NativeError(
             "random inputs of the traced shapes do not run through the slice; expected inputs to "
-            "compare on that do. Give native(..., inputs=(ARGS, KWARGS)), such as those that were traced."
+            "compare on that do. Give native(..., inputs=(ARGS, KWARGS)), such as those that were "
+            "traced."
         )
     larger = (_grown(call, dims) for dims in _free_dims(small))
     return (first, *itertools.islice((grown for grown in larger if _runs(small, grown)), 1))

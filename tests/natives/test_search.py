@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import matryoshkafy as mk
+from matryoshkafy.natives import huggingface
 from matryoshkafy.natives.loading import load_native
 from matryoshkafy.natives.native import find
 from matryoshkafy.natives.recipe import NativeError
@@ -134,29 +135,24 @@ def test_a_model_with_a_cache_is_compared_without_and_generates_with_it() -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_class_fills_itself_as_it_loads_is_kept_beside_the_weights(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.MarianConfig(
-        vocab_size=40,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=12,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-    )
-    model = transformers.MarianModel(config).eval()
-    ids = torch.randint(1, 40, (2, 6), generator=torch.Generator().manual_seed(1))
-    call = {"input_ids": ids, "decoder_input_ids": ids}
-    small = mk.slice(mk.convert(model, (), call, sizes=[8, 16], nesting="sliced"), 8)
-    with pytest.raises(NativeError, match="embed_positions.*fills them anew.*tables=True"):
+def test_what_a_class_fills_itself_as_it_loads_is_kept_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the padding's row of some classes, which transformers zeroes in each model it loads."""
+    load = huggingface.load
+
+    def filled(*args: Any) -> Any:
+        loaded = load(*args)
+        loaded.model.embed_tokens.weight.data[0] = 0
+        return loaded
+
+    monkeypatch.setattr(huggingface, "load", filled)
+    model = llama(use_cache=False)
+    ids = torch.randint(3, 50, (2, 5), generator=torch.Generator().manual_seed(1))
+    small = mk.slice(mk.convert(model, (ids,), sizes=[16, 32], nesting="sliced"), 16)
+    with pytest.raises(NativeError, match="embed_tokens.weight.*fills them anew.*tables=True"):
         mk.save(small, tmp_path / "refused", to="hf", like=model)
     assert not (tmp_path / "refused").exists()
     folder = mk.save(small, tmp_path / "kept", to="hf", like=model, tables=True)
-    table = model.encoder.embed_positions.weight
-    assert torch.equal(load_native(folder).encoder.embed_positions.weight, table[:, :8])
+    kept = load_native(folder).model.embed_tokens.weight
+    assert torch.equal(kept, model.model.embed_tokens.weight[:, :16])
