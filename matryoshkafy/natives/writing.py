@@ -143,8 +143,8 @@ def _facts(package: Package, to: str) -> card.Facts:
     notes: list[str] = []
     if native.tables:
         notes.append(
-            f"The class fills {', '.join(native.tables)} itself; the values of the full model "
-            f"are in `{TABLES}`. `matryoshkafy.natives.loading.load_native` puts them "
+            f"The class makes {', '.join(native.tables)} from its own width, or anew as it loads; "
+            f"the values of the full model are in `{TABLES}`. `matryoshkafy.natives.loading.load_native` puts them "
             "in place; the library's own loader does not."
         )
     if native.unread:
