@@ -144,8 +144,9 @@ def _facts(package: Package, to: str) -> card.Facts:
     if native.tables:
         notes.append(
             f"The class makes {', '.join(native.tables)} from its own width, or anew as it loads; "
-            f"the values of the full model are in `{TABLES}`. `matryoshkafy.natives.loading.load_native` puts them "
-            "in place; the library's own loader does not."
+            f"the values of the full model are in `{TABLES}`. "
+            "`matryoshkafy.natives.loading.load_native` puts them in place; the library's own "
+            "loader does not."
         )
     if native.unread:
         notes.append(
@@ -321,7 +322,7 @@ def _differing(native: Native, loaded: object) -> list[str]:
     Raises NativeError where it makes another class.
     """
     written, found = native.module, encoder_of(loaded)
-    if type(found) is not type(written):
+    if _class(found) != _class(written):
         raise NativeError(
             f"{type(written).__name__} was written, but its library makes a "
             f"{type(found).__name__} of it. Save with to='class', or keep the slice as a graph."
@@ -330,6 +331,11 @@ def _differing(native: Native, loaded: object) -> list[str]:
     names = {*written.state_dict(), *native.tables}
     ours, theirs = tensors_of(written), tensors_of(found)
     return sorted(n for n in names & ours.keys() if not _same(ours[n], theirs.get(n)))
+
+
+def _class(module: nn.Module) -> tuple[str, str]:
+    """By name: a builder may define its class anew at each call."""
+    return type(module).__module__, type(module).__qualname__
 
 
 def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:

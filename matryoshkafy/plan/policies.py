@@ -15,16 +15,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from torch import fx, nn
+from torch import nn
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import op_key, output_node
+from matryoshkafy.graph.nodes import output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.scalars import KEEP
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import Terms, op_of
+from matryoshkafy.rules.bounds import is_cap
 
 ByName = Mapping[str, Terms]  # the terms of each parameter and buffer
 
@@ -83,7 +84,7 @@ def fix_heads(trace: Trace, found: Findings) -> None:
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
     # What an activation reads is a representation: somebody goes on from it, if not this forward.
     for node in found.terms:
-        if op_of(node).nonlinear and node not in found.pure and not _is_cap(node):
+        if op_of(node).nonlinear and node not in found.pure and not is_cap(node):
             summed.update(leaf for t in found.flat(node) for leaf in axes.leaves(t))
     output = output_node(trace.graph)
     for node in output.all_input_nodes:
@@ -92,28 +93,6 @@ def fix_heads(trace: Trace, found: Findings) -> None:
             few = axes.size(term) <= FEW and axes.size(term) * 4 <= largest
             for leaf in (a for a in axes.leaves(term) if few or a not in summed):
                 leaf.fixed = leaf.fixed or Reason("classes", node.name)
-
-
-def _is_cap(node: fx.Node) -> bool:
-    """Tell whether a node is the tanh of cap * tanh(x / cap), which leaves small values alone."""
-    inner = node.args[0] if op_key(node) == "tanh" and node.args else None
-    before = _factor(inner) if isinstance(inner, fx.Node) else None
-    after = [_factor(user) for user in node.users]
-    return before is not None and all(
-        f is not None and math.isclose(before * f, 1.0, rel_tol=1e-6) for f in after
-    )
-
-
-def _factor(node: fx.Node) -> float | None:
-    """Return by which number a node scales a tensor; None where it does something else."""
-    key, number = op_key(node), node.args[1] if len(node.args) > 1 else None
-    if (
-        key not in ("mul", "div")
-        or isinstance(number, bool)
-        or not isinstance(number, (int, float))
-    ):
-        return None
-    return float(number) if key == "mul" else (1.0 / number if number else None)
 
 
 def settle(found: Findings) -> None:
