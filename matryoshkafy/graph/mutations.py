@@ -92,6 +92,8 @@ def _refusal(node: fx.Node, why: str) -> TraceError:
 def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     """Return the first value of the memory that is written; every alias that was taken before the
     write and is read after it must be understood.
+
+    What turns a tensor under another shape writes no value, and what shares its memory sees none.
     """
     owner = target
     while (base := _viewed(owner)) is not None:
@@ -100,6 +102,8 @@ def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
         raise _refusal(node, f"{op_key(owner)} gives memory whose parts may be the same")
     # An earlier write made a value of its own, which stands for the same memory.
     owner = owner.meta.get("written", owner)
+    if op_key(node) in TURNING:
+        return owner
     # One alias that is not understood and is read later would go on showing the old value.
     later = _nodes_after(node)
     for other in graph.nodes:

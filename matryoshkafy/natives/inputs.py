@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,21 +11,47 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.example_inputs import example_inputs
+from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.natives.recipe import NativeError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def fresh_calls(small: nn.Module) -> Iterator[Call]:
-    """Yield a call of the traced shape, then one with another batch and length where it may."""
-    yield example_inputs(small, seed=1)
-    call = example_inputs(small, seed=2)
-    for dims in _free_dims(small):
-        grown = _grown(call, dims)
-        if _runs(small, grown):
-            yield grown
-            return
+def fresh_calls(small: nn.Module, given: Call | None = None) -> tuple[Call, ...]:
+    """Return a call of the traced shape, and one with another batch and length where it may.
+
+    given: inputs of the user's, for a model that random ones do not suit (boxes, places of
+    pictures in a text): their floats are drawn anew, all else stays.
+
+    Raises:
+        NativeError: where random inputs do not run, and none were given.
+    """
+    random = (example_inputs(small, seed=seed) for seed in (1, 2))
+    first, call = random if given is None else (_redrawn(given, seed) for seed in (1, 2))
+    if not _runs(small, first):
+        raise NativeError(
+            "random inputs of the traced shapes do not run through the slice; expected inputs to "
+            "compare on that do. Give native(..., inputs=(ARGS, KWARGS)), such as those that were "
+            "traced."
+        )
+    larger = (_grown(call, dims) for dims in _free_dims(small))
+    return (first, *itertools.islice((grown for grown in larger if _runs(small, grown)), 1))
+
+
+def _redrawn(call: Call, seed: int) -> Call:
+    """Floats of the same spread, drawn anew; ids, masks and numbers as they are."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def again(value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        drawn = torch.randn(value.shape, generator=draw, dtype=torch.float64)
+        spread = value.double().std() if value.numel() > 1 else 1.0
+        return (value.double().mean() + spread * drawn).to(value.dtype)
+
+    return pytree.tree_map(again, call)
 
 
 def _free_dims(small: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -66,7 +93,7 @@ def _runs(small: nn.Module, call: Call) -> bool:
 
 
 def outputs(model: nn.Module, call: tuple[Sequence[object], Mapping[str, object]]) -> Any:
-    """Return what a model computes, the same random numbers drawn at each call."""
-    with torch.no_grad(), forked(devices=[]):
+    """Return what a model computes, the same random numbers drawn at each call, and no cache."""
+    with torch.no_grad(), forked(devices=[]), caches_off(model):
         seed_torch(0)
         return model(*call[0], **call[1])

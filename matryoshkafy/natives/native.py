@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.quiet import silent
-from matryoshkafy.natives.inputs import fresh_calls, outputs
+from matryoshkafy.natives.inputs import Call, fresh_calls, outputs
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.recipe import NativeError, Recipe, tensors_of
 from matryoshkafy.natives.search import Space, Wanted, assignments, counted, families, heads
@@ -52,7 +53,9 @@ class Native:
     unread: tuple[str, ...] = ()
 
 
-def native(small: nn.Module, *, like: object, tables: bool = False) -> nn.Module:
+def native(
+    small: nn.Module, *, like: object, tables: bool = False, inputs: Call | None = None
+) -> nn.Module:
     """Return a slice as the user's own class at a smaller configuration, equal to the slice.
 
     Which fields of the configuration shrink is found: one is changed at a time and the shapes that
@@ -65,6 +68,8 @@ def native(small: nn.Module, *, like: object, tables: bool = False) -> nn.Module
             `functools.partial(Net, width=256, heads=8)`.
         tables: whether hidden tables that the class makes from its own width (sinusoids) may be
             taken from the slice, where they differ; the class's own loader would not keep them.
+        inputs: (args, kwargs) to compare on, where random ones of the traced shapes do not run:
+            boxes, places of pictures in a text. Their floats are drawn anew.
 
     Returns:
         A module of the class of `like`, in evaluation mode. It owns its memory.
@@ -73,17 +78,18 @@ def native(small: nn.Module, *, like: object, tables: bool = False) -> nn.Module
         NativeError: where no configuration gives the slice; it names the tensors, their group and
             what to do.
     """
-    found = find(small, like, tables=tables)
+    found = find(small, like, tables=tables, inputs=inputs)
     if found.unread:
         warnings.warn(unchecked(found.unread), NativeWarning, stacklevel=2)
     return found.module
 
 
-def find(
+def find(  # noqa: PLR0913  all that can be said of a comparison
     small: nn.Module,
     like: object,
     *,
     tables: bool = False,
+    inputs: Call | None = None,
     spare: Callable[[], Mapping[str, Tensor]] | None = None,
     shared: bool = False,
 ) -> Native:
@@ -104,7 +110,9 @@ def find(
         )
     with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check = Check(_as_float32(small), tables, spare or _tensors_behind(recipe), shared)
+        exact = _as_float32(small)
+        expected = tuple((call, outputs(exact, call)) for call in fresh_calls(exact, inputs))
+        check = Check(exact, expected, tables, spare or _tensors_behind(recipe), shared)
         found, reason = _first(space, check)
     if found is None:
         raise NativeError(_refusal(space, plan, reason))
@@ -120,9 +128,13 @@ def _wanted(small: nn.Module, plan: Plan) -> Wanted:
 
 @dataclass(frozen=True)
 class Check:
-    """A slice in float32 and the question whether a module computes the same; see `find`."""
+    """A slice in float32 and the question whether a module computes the same; see `find`.
+
+    expected: fresh inputs of two shapes, with what the slice makes of them.
+    """
 
     small: nn.Module
+    expected: tuple[tuple[Call, Any], ...]
     tables: bool
     spare: Callable[[], Mapping[str, Tensor]]
     shared: bool = False
@@ -130,9 +142,9 @@ class Check:
     def error(self, module: nn.Module) -> float:
         """Return the worst relative difference over fresh inputs; inf where a call fails."""
         worst = 0.0
-        for call in fresh_calls(self.small):
+        for call, wanted in self.expected:
             try:
-                worst = max(worst, relative_error(outputs(module, call), outputs(self.small, call)))
+                worst = max(worst, relative_error(outputs(module, call), wanted))
             except Exception:  # noqa: BLE001  the user's forward may raise anything
                 return float("inf")
             if not worst <= TOLERANCE:
@@ -161,7 +173,8 @@ def _first(space: Space, check: Check) -> tuple[Native | None, str]:
             made = _made(space, changes, check)
             if made is not None and made.error <= TOLERANCE:
                 return _leanest(space, check, made), ""
-            reason = "values" if made is not None else reason
+            if made is not None and reason != "values":
+                reason = "values" if math.isfinite(made.error) else "calls"
             if len(seen) == MOST_TRIES:
                 return None, reason
     return None, reason
@@ -186,7 +199,8 @@ def _quiet_changes(space: Space, shaped: Mapping[Field, object]) -> Iterator[dic
         scaled = space.fields[field] * space.wanted.ratio
         whole = isinstance(space.fields[field], float) or scaled == int(scaled)
         if whole and field not in shaped and field not in counts:
-            yield {**counts, field: type(space.fields[field])(scaled)}
+            alone = {field: type(space.fields[field])(scaled)}
+            yield from ({**counts, **alone}, alone) if counts else (alone,)
 
 
 def _made(space: Space, changes: Mapping[Field, object], check: Check) -> Native | None:
@@ -312,6 +326,12 @@ def _refusal(space: Space, plan: Plan, reason: str) -> str:
         return (
             f"{name} can be built with the shapes of size {plan.sizes[-1]}, but computes other "
             f"values than the slice. {masked if plan.masked else made}"
+        )
+    if reason == "calls":
+        return (
+            f"{name} can be built with the shapes of size {plan.sizes[-1]}, but random inputs of "
+            "the traced shapes do not run through it. Expected inputs to compare on that do. Give "
+            "native(..., inputs=(ARGS, KWARGS)), such as those that were traced."
         )
     off = _unreached(space)
     shown = ", ".join(f"{p[0]} (dim {p[1]}: {w})" for p, w in off[:3]) or "no shape differs"

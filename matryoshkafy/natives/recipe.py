@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.copies import forked, seed_torch
@@ -82,11 +83,53 @@ def without_memory() -> Generator[None, None, None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+FILLERS: frozenset[object] = frozenset(
+    getattr(holder, name)
+    for holder in (torch.Tensor, nn.init)
+    for name in dir(holder)
+    if name.endswith("_") and not name.startswith("_")
+    # Those change which tensor it is, or its shape.
+    if not name.startswith(
+        (
+            "requires_grad",
+            "resize",
+            "squeeze",
+            "unsqueeze",
+            "t_",
+            "transpose",
+            "swap",
+            "as_strided",
+            "set_",
+            "rename",
+            "share",
+            "detach",
+            "sparse",
+        )
+    )
+)
+"""What writes initial values into a tensor, and returns it."""
+
+
+class _Unfilled(TorchFunctionMode):
+    """A tensor without memory keeps no initial values: none are drawn, which took longest."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in FILLERS and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _shapes(recipe: Recipe, tree: Tree) -> Shapes | None:
     """Build where nothing is allocated; a class that reads values as it is built, on the CPU."""
     for device in recipe.memo.get("devices", ("meta", "cpu")):
         try:
-            with forked(devices=[]), torch.device(device):
+            with forked(devices=[]), torch.device(device), _Unfilled():
                 module = recipe.make(tree)
         except Exception:  # noqa: BLE001  a constructor may raise anything
             continue

@@ -107,7 +107,7 @@ def save_native(  # noqa: PLR0913  the public signature
     native = find(small, built, tables=tables, spare=_spare(like), shared=True)
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
-    package = Package(native, plan, source, _parameters(plan, native), dimensions(small))
+    package = Package(native, plan, source, _parameters(plan, native), dimensions(small), tables)
     with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return write_tree(target, lambda path: write(package, path, to), force=force)

@@ -20,6 +20,7 @@ Assignment = dict[Field, Any]
 
 MOST_SHAPES = 40
 MOST_STEPS = 400
+MOST_STRAYS = 5
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,16 @@ class Space:
     def fits(self, changes: Mapping[Field, object]) -> bool:
         """Tell whether changes give every shape that is wanted."""
         shapes = self.recipe.shapes(changes)
-        return shapes is not None and shapes.keys() == self.base.keys() and not self.off(shapes)
+        return shapes is not None and self.names(shapes) and not self.off(shapes)
+
+    def names(self, shapes: Shapes) -> bool:
+        """Tell whether shapes are of the same tensors; one that no trace reads may be missing.
+
+        Some classes project from one width to another only where the two differ.
+        """
+        return shapes.keys() <= self.base.keys() and not (
+            (self.base.keys() - shapes.keys()) & self.wanted.shapes.keys()
+        )
 
     @cached_property
     def probes(self) -> Mapping[Field, tuple[Any, Shapes]]:
@@ -127,15 +137,33 @@ def guess(space: Space) -> Assignment:
     return {f: table[v] for f, v in space.fields.items() if isinstance(v, int) and v in table}
 
 
+def _strays(space: Space, field: Field) -> bool:
+    """Tell whether a field alone moves a dimension that stays whole."""
+    if field not in space.probes:
+        return False
+    off = set(space.off(space.base))
+    return any(
+        place not in off and place[0] in space.wanted.shapes
+        for place in _moved(space.base, space.probes[field][1])
+    )
+
+
+def _guesses(space: Space) -> Iterator[Assignment]:
+    """Yield the guess, then without some of the fields whose value may be a width by chance."""
+    every = guess(space)
+    strays = [field for field in every if _strays(space, field)][:MOST_STRAYS]
+    for number in range(len(strays) + 1):
+        for some in itertools.combinations(strays, number):
+            yield {f: v for f, v in every.items() if f not in some}
+
+
 def assignments(space: Space) -> Iterator[Assignment]:
     """Yield changes of fields that give every shape that is wanted, the likeliest first."""
-    first = guess(space)
-    if space.fits(first):
-        yield first
+    seen = [first for first in _guesses(space) if space.fits(first)]
+    yield from seen
     steps = [0]
-    seen: list[Assignment] = []
     for found in _assigned(space, {}, steps):
-        if found not in (first, *seen):
+        if found not in seen:
             seen.append(found)
             yield found
         if len(seen) == MOST_SHAPES:
@@ -148,7 +176,7 @@ def _assigned(space: Space, done: Assignment, steps: list[int]) -> Iterator[Assi
     if steps[0] > MOST_STEPS:
         return
     shapes = _shapes(space, done)
-    if shapes is None or shapes.keys() != space.base.keys():
+    if shapes is None or not space.names(shapes):
         return
     places = space.off(shapes)
     if not places:

@@ -35,7 +35,8 @@ Build = Callable[[Any], nn.Module]
 class Package:
     """A native size with all that its folder tells: the plan up to it, its source, its sizes.
 
-    dimensions: of its vector, those whose prefix stands for itself.
+    dimensions: of its vector, those whose prefix stands for itself; tables: whether what the
+    library's own loader does not keep may stand beside the weights.
     """
 
     native: Native
@@ -43,6 +44,7 @@ class Package:
     source: Source | None
     parameters: Mapping[int, int]
     dimensions: tuple[int, ...] = ()
+    tables: bool = False
 
     @property
     def kind(self) -> str:
@@ -60,17 +62,32 @@ def write(package: Package, folder: Path, to: str) -> None:
 
     Raises NativeError where the library cannot write it, or loads something else.
     """
-    native = package.native
-    original = package.source.files.get("README.md", b"").decode() if package.source else None
     WRITERS[to](package, folder)
-    described = _described(package, to)
-    (folder / MARK).write_text(json.dumps(described, indent=1))
-    if native.tables:
-        _write_tables(native, folder)
-    (folder / "README.md").write_text(card.card(_facts(package, to), original))
+    _describe(package, folder, to)
+    native = package.native
     if to in ("hf", "st") and _is_large(native) and _is_written(native, folder):
         return
-    _compare(native, _loaded(native, folder))
+    off = _differing(native, _loaded(native, folder))
+    if off and package.tables:
+        native = dataclasses.replace(native, tables=(*native.tables, *off))
+        _describe(dataclasses.replace(package, native=native), folder, to)
+        off = _differing(native, _loaded(native, folder))
+    if off:
+        raise NativeError(
+            f"{package.kind} was written, but its library loads other values of "
+            f"{', '.join(off[:3])}: the class fills them anew. Expected the same, bit for bit. "
+            "Keep them beside the weights with tables=True (natives.loading.load_native puts them "
+            "in place), save with to='class', or keep the slice as a graph."
+        )
+
+
+def _describe(package: Package, folder: Path, to: str) -> None:
+    """Write what a folder says of itself, and the tables that its library would not keep."""
+    original = package.source.files.get("README.md", b"").decode() if package.source else None
+    (folder / MARK).write_text(json.dumps(_described(package, to), indent=1))
+    if package.native.tables:
+        _write_tables(package.native, folder)
+    (folder / "README.md").write_text(card.card(_facts(package, to), original))
 
 
 def _loaded(native: Native, folder: Path) -> Any:
@@ -126,9 +143,10 @@ def _facts(package: Package, to: str) -> card.Facts:
     notes: list[str] = []
     if native.tables:
         notes.append(
-            f"The class makes {', '.join(native.tables)} from its own width; the values of the "
-            f"full model are in `{TABLES}`. `matryoshkafy.natives.loading.load_native` puts them "
-            "in place; the library's own loader does not."
+            f"The class makes {', '.join(native.tables)} from its own width, or anew as it loads; "
+            f"the values of the full model are in `{TABLES}`. "
+            "`matryoshkafy.natives.loading.load_native` puts them in place; the library's own "
+            "loader does not."
         )
     if native.unread:
         notes.append(
@@ -206,7 +224,8 @@ WRITERS: Mapping[str, Callable[[Package, Path], None]] = {
 
 def _write_tables(native: Native, folder: Path) -> None:
     held = tensors_of(native.module)
-    tables = {name: held[name].contiguous() for name in native.tables}
+    once = {id(held[name]): name for name in native.tables}  # a tie is stored by one name
+    tables = {name: held[name].detach().contiguous() for name in once.values()}
     library("safetensors.torch").save_file(tables, str(folder / TABLES))
 
 
@@ -297,19 +316,26 @@ def _is_written(native: Native, folder: Path) -> bool:
     return True
 
 
-def _compare(native: Native, loaded: object) -> None:
-    """Refuse a folder from which the library does not load these very values."""
+def _differing(native: Native, loaded: object) -> list[str]:
+    """Return the tensors of which the library does not load the values that were written.
+
+    Raises NativeError where it makes another class.
+    """
     written, found = native.module, encoder_of(loaded)
+    if _class(found) != _class(written):
+        raise NativeError(
+            f"{type(written).__name__} was written, but its library makes a "
+            f"{type(found).__name__} of it. Save with to='class', or keep the slice as a graph."
+        )
     # Hidden buffers follow from the configuration; some classes fill them as they run.
     names = {*written.state_dict(), *native.tables}
     ours, theirs = tensors_of(written), tensors_of(found)
-    off = sorted(n for n in names & ours.keys() if not _same(ours[n], theirs.get(n)))
-    if off or type(found) is not type(written):
-        raise NativeError(
-            f"{type(written).__name__} was written, but what its library loads again differs: "
-            f"{', '.join(off[:3]) or type(found).__name__}. Expected the same values, bit for bit. "
-            "Save with to='class', or keep the slice as a graph."
-        )
+    return sorted(n for n in names & ours.keys() if not _same(ours[n], theirs.get(n)))
+
+
+def _class(module: nn.Module) -> tuple[str, str]:
+    """By name: a builder may define its class anew at each call."""
+    return type(module).__module__, type(module).__qualname__
 
 
 def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:

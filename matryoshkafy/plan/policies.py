@@ -25,6 +25,7 @@ from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.scalars import KEEP
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import Terms, op_of
+from matryoshkafy.rules.bounds import is_cap
 
 ByName = Mapping[str, Terms]  # the terms of each parameter and buffer
 
@@ -74,7 +75,8 @@ FEW = 8
 def fix_heads(trace: Trace, found: Findings) -> None:
     """An output axis that nothing contracts is classes or vocabulary: it stays whole.
 
-    A pooled representation (behind a nonlinearity) is no head although nothing contracts it here.
+    A pooled representation (behind a nonlinearity) is no head although nothing contracts it here;
+    logits that are bounded by cap * tanh(logits / cap) are.
     """
     largest = max((axes.size(t) for t in found.features), default=0)
     summed: set[Axis] = set()
@@ -82,7 +84,7 @@ def fix_heads(trace: Trace, found: Findings) -> None:
         summed.update(leaf for t in terms for leaf in axes.leaves(t))
     # What an activation reads is a representation: somebody goes on from it, if not this forward.
     for node in found.terms:
-        if op_of(node).nonlinear and node not in found.pure:
+        if op_of(node).nonlinear and node not in found.pure and not is_cap(node):
             summed.update(leaf for t in found.flat(node) for leaf in axes.leaves(t))
     output = output_node(trace.graph)
     for node in output.all_input_nodes:

@@ -192,9 +192,15 @@ def redrawn(x: Tensor) -> Tensor:
     return y
 
 
+def shared_constant(x: Tensor) -> Tensor:
+    """What a number becomes is detached in place as torch makes it, and shared from then on."""
+    number, _ = torch.broadcast_tensors(torch.tensor(0.5, dtype=x.dtype), x)
+    return x * number
+
+
 BODIES = (moved, unflattened, turned, flat, expanded, squeezed, narrowed, on_the_diagonal, pieces,
           views_of_views, stale_views, as_real, assigned, through_masks, scalar_power, into_out,
-          dropped, reshaped_in_place, redrawn, unseen)  # fmt: skip
+          dropped, reshaped_in_place, redrawn, unseen, shared_constant)  # fmt: skip
 each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 either_way = pytest.mark.parametrize("record", [False, True], ids=["exported", "recorded"])
 

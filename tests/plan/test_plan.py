@@ -215,6 +215,28 @@ def test_two_classes_stay_two_though_a_residual_unit_reads_them(nesting: str) ->
     assert mk.slice(doll, 8).get_parameter("classes.weight").shape == (2, 8, 1, 1)
 
 
+class Capped(nn.Module):
+    """Logits that are bounded, before they are returned: cap * tanh(logits / cap)."""
+
+    def __init__(self, inside: float, outside: float) -> None:
+        super().__init__()
+        self.inside, self.outside = inside, outside
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 4] -> [N, 24]"""
+        return torch.tanh(self.last(F.relu(self.first(x))) / self.inside) * self.outside
+
+
+@pytest.mark.parametrize(("outside", "left"), [(15.0, 24), (3.0, 12)])
+def test_bounded_logits_stay_whole_and_a_squashed_representation_does_not(
+    outside: float, left: int
+) -> None:
+    x = torch.randn(2, 4)
+    doll = mk.convert(Capped(15.0, outside), (x,), sizes=[0.5, 1.0], nesting="sliced")
+    assert mk.slice(doll, doll.sizes[0])(x).shape == (2, left)
+
+
 def test_an_input_that_holds_the_width_is_told_with_the_remedy() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     x = (torch.randn(2, 3, 16),)
