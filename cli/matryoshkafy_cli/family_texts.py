@@ -17,7 +17,7 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.training import Term
 from matryoshkafy_cli.families import agreement, split, vectors
 from matryoshkafy_cli.screen import CommandError
-from matryoshkafy_cli.text_encoders import TextEncoder, load_encoder
+from matryoshkafy_cli.text_encoders import Embedder, TextEncoder, load_encoder
 
 EXAMPLE = ["one text", "and another, longer text"]
 
@@ -68,23 +68,22 @@ class Texts:
     def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
         """Write the folder of a size in the encoder's own class; return it with its pooling.
 
-        What was written is read again and checked against the doll at this size, pooling and all.
+        The class is checked against the doll at this size, pooling and all.
         """
-        encoder, example = self.encoder, self.encoder.batch(EXAMPLE)
+        own, example = self.encoder.embedder, self.encoder.batch(EXAMPLE)
         inner = matryoshkafy.convert(
-            encoder.embedder.model, (), example, sizes=list(doll.sizes), nesting="sliced"
+            own.model, (), example, sizes=list(doll.sizes), nesting="sliced"
         ).eval()
-        to = "st" if (encoder.folder / "modules.json").is_file() else "hf"
-        cut = matryoshkafy.slice(inner, size)
-        matryoshkafy.save(cut, folder, to=to, like=encoder.folder, force=True)
-        small = load_encoder(folder, encoder.length).embedder
+        model = matryoshkafy.native(matryoshkafy.slice(inner, size), like=self.encoder.builder)
+        small = Embedder(model, own.pooling, normalised=own.normalised).eval()
         with torch.no_grad():
             error = relative_error(small(**example), doll.outputs(**example)[size])
         if not error <= 1e-4:
             raise CommandError(
-                f"the class at size {size} in {folder} computes other vectors than the doll (by "
-                f"{error:.1e}). Save the doll and slice it instead."
+                f"the class at size {size} computes other vectors than the doll (by {error:.1e}); "
+                "nothing was written for it. Save the doll and slice it instead."
             )
+        self.encoder.save(model, folder)
         return small
 
 

@@ -1,10 +1,13 @@
-"""A folder with a text encoder: the model with its pooling, and its tokenizer."""
+"""A folder with a text encoder: the model with its pooling, its tokenizer, and a size's folder."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,41 @@ class TextEncoder:
         options = {"padding": True, "truncation": True, "max_length": self.length}
         found = self.tokenizer(list(texts), return_tensors="pt", **options)
         return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+    @property
+    def builder(self) -> Callable[..., nn.Module]:
+        """What builds the encoder's class, with the whole numbers of its configuration."""
+        config: Any = self.embedder.model.config
+        numbers = {k: v for k, v in config.to_dict().items() if type(v) is int}
+        return functools.partial(_bare, type(self.embedder.model), config, **numbers)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the encoder at a smaller size, with all that stands beside the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            weights = path.suffix in (".safetensors", ".bin", ".onnx", ".h5", ".msgpack")
+            if path.is_dir() and (path / "config.json").is_file():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            elif path.is_file() and not weights and path.name not in ("config.json", "README.md"):
+                shutil.copy(path, folder / path.name)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        self._narrow_pooling(folder, model.config.hidden_size)  # type: ignore[union-attr]
+
+    def _narrow_pooling(self, folder: Path, width: Any) -> None:
+        path = folder / "1_Pooling" / "config.json"
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**config, "word_embedding_dimension": width}, indent=2))
+        if (folder / "modules.json").is_file():
+            for name in ("2_Normalize",):
+                (folder / name).mkdir(exist_ok=True)
+
+
+def _bare(kind: type, config: Any, **numbers: int) -> nn.Module:
+    """Build an encoder without its pooler, at a changed configuration."""
+    changed = copy.deepcopy(config)
+    changed.update(numbers)
+    return kind(changed, **_without_pooler(kind))
 
 
 def _without_pooler(kind: type) -> dict[str, bool]:
