@@ -178,7 +178,11 @@ def _keys(context: object) -> list[object]:
     if not isinstance(context, list):
         return []
     keys = cast("list[object]", context)
-    return _keys(keys[1]) if len(keys) == 2 and isinstance(keys[1], list) else keys
+    return _keys(keys[1]) if len(keys) == 2 and _is_list(keys[1]) else keys
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 # --- formats ------------------------------------------------------------------------------------

@@ -144,15 +144,52 @@ def _read_dict(pairs: list[Any], walk: Walk) -> dict[object, object]:
     return read
 
 
+def _tuple(*items: object) -> tuple[object, ...]:
+    return items
+
+
 def _write_text(value: object, walk: Walk) -> str:
     return str(value)
 
 
-def _write_bounds(value: Any, walk: Walk) -> list[object]:
+def _write_tuple(value: tuple[object, ...], walk: Walk) -> list[object]:
+    return [walk(item) for item in value]
+
+
+def _write_dict(value: Mapping[object, object], walk: Walk) -> list[list[object]]:
+    return [[walk(key), walk(item)] for key, item in value.items()]
+
+
+def _write_float(value: float, walk: Walk) -> str:
+    return repr(float(value))
+
+
+def _read_float(text: str, walk: Walk) -> float:
+    return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[text]
+
+
+def _write_complex(value: complex, walk: Walk) -> list[object]:
+    return [walk(value.real), walk(value.imag)]
+
+
+def _write_slice(value: Any, walk: Walk) -> list[object]:
     return [walk(bound) for bound in (value.start, value.stop, value.step)]
 
 
-INFINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+def _write_range(value: range, walk: Walk) -> list[int]:
+    return [value.start, value.stop, value.step]
+
+
+def _read_device(text: object, walk: Walk) -> torch.device:
+    return torch.device(_read_text(text, walk))
+
+
+def _write_ellipsis(value: object, walk: Walk) -> bool:
+    return True
+
+
+def _read_ellipsis(item: object, walk: Walk) -> object:
+    return ...
 
 
 def _is_plain(key: object) -> bool:
@@ -163,20 +200,18 @@ def _is_plain(key: object) -> bool:
 
 CODECS = (
     Codec("str", str, _write_text, _read_text),
-    Codec("tuple", tuple, lambda v, walk: list(map(walk, v)), _several(None, lambda *v: v)),
-    Codec("dict", dict, lambda v, walk: [[*map(walk, pair)] for pair in v.items()], _read_dict),
-    Codec("float", float, lambda v, _: repr(float(v)), lambda text, _: INFINITE[text]),
-    Codec("complex", complex, lambda v, walk: [walk(v.real), walk(v.imag)], _several(2, complex)),
-    Codec("slice", slice, _write_bounds, _several(3, slice)),
-    Codec("range", range, _write_bounds, _several(3, range)),
+    Codec("tuple", tuple, _write_tuple, _several(None, _tuple)),
+    Codec("dict", dict, _write_dict, _read_dict),
+    Codec("float", float, _write_float, _read_float),
+    Codec("complex", complex, _write_complex, _several(2, complex)),
+    Codec("slice", slice, _write_slice, _several(3, slice)),
+    Codec("range", range, _write_range, _several(3, range)),
     Codec("dtype", torch.dtype, write_constant, torch_constant(torch.dtype)),
     Codec("layout", torch.layout, write_constant, torch_constant(torch.layout)),
     Codec(
         "memory_format", torch.memory_format, write_constant, torch_constant(torch.memory_format)
     ),
-    Codec(
-        "device", torch.device, _write_text, lambda text, walk: torch.device(_read_text(text, walk))
-    ),
-    Codec("ellipsis", type(...), lambda *_: True, lambda *_: ...),
+    Codec("device", torch.device, _write_text, _read_device),
+    Codec("ellipsis", type(...), _write_ellipsis, _read_ellipsis),
 )
 BY_TAG = {codec.tag: codec for codec in CODECS}

@@ -59,7 +59,7 @@ def assumed(inputs: Sequence[torch.Tensor]) -> tuple[Guard, ...]:
     symbols = [n for shape in shapes for n in shape if isinstance(n, torch.SymInt)]
     env: Symbolic = symbols[0].node.shape_env if symbols else None
     places = {
-        n.node._expr: Size(i, d)  # the expression before torch put numbers for symbols
+        _raw(n): Size(i, d)
         for i, shape in enumerate(shapes)
         for d, n in enumerate(shape)
         if isinstance(n, torch.SymInt)
@@ -71,6 +71,11 @@ def assumed(inputs: Sequence[torch.Tensor]) -> tuple[Guard, ...]:
         found.extend(_of_condition(guard, places, env))
     found.extend(_of_ranges(env, places))  # last: a condition knows its line
     return tuple({guard.condition: guard for guard in reversed(found)}.values())[::-1]
+
+
+def _raw(symbol: Symbolic) -> Symbolic:
+    """The expression of a size before torch put numbers for symbols."""
+    return symbol.node._expr
 
 
 def example_only(inputs: Sequence[torch.Tensor], source: str) -> tuple[Guard, ...]:

@@ -48,6 +48,10 @@ class _Op:
     text: str
 
 
+def _floordiv(a: int, b: int) -> int:
+    return a // b
+
+
 OPS: Mapping[str, _Op] = {
     "eq": _Op(operator.eq, 2, "{} == {}"),
     "ne": _Op(operator.ne, 2, "{} != {}"),
@@ -60,7 +64,7 @@ OPS: Mapping[str, _Op] = {
     "not": _Op(operator.not_, 1, "not {}"),
     "add": _Op(lambda *args: sum(args), None, " + "),
     "mul": _Op(lambda *args: math.prod(args), None, " * "),
-    "floordiv": _Op(operator.floordiv, 2, "{} // {}"),
+    "floordiv": _Op(_floordiv, 2, "{} // {}"),
     "mod": _Op(operator.mod, 2, "{} % {}"),
     "max": _Op(max, None, "max, "),
     "min": _Op(min, None, "min, "),

@@ -172,10 +172,22 @@ def linear_grad_input(
     return dx.view(*dy.shape[:-1], weight.shape[1])
 
 
+def linear_grad_input_shape(
+    dy: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1])
+
+
 def linear_grad_weight(
     dy: Tensor, x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
 ) -> Tensor:
     return triangular.grad_weight(as_rows(dy), as_rows(x), weight, tuple(out_runs), tuple(in_runs))
+
+
+def linear_grad_weight_shape(
+    dy: Tensor, x: Tensor, weight: Tensor, out_runs: list[int], in_runs: list[int]
+) -> Tensor:
+    return torch.empty_like(weight)
 
 
 class LinearContext(Context, Protocol):
@@ -239,8 +251,18 @@ def conv_grad_input(dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCal
     return convolution.grad_input(dy, x, weight, geometry_of(args)).contiguous()
 
 
+def conv_grad_input_shape(dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def conv_grad_weight(dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]) -> Tensor:
     return convolution.grad_weight(dy, x, weight, geometry_of(args)).contiguous()
+
+
+def conv_grad_weight_shape(
+    dy: Tensor, x: Tensor, weight: Tensor, *args: Unpack[ConvCall]
+) -> Tensor:
+    return weight.new_empty(weight.shape)
 
 
 def conv_setup(ctx: ArgsContext, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -289,15 +311,11 @@ for schema in SCHEMAS:
     LIBRARY.define(schema)
 
 define("linear_opaque", linear_opaque, linear_shape)
-define(
-    "linear_grad_input",
-    linear_grad_input,
-    lambda dy, weight, *_: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
-)
-define("linear_grad_weight", linear_grad_weight, lambda _, __, w, *___: torch.empty_like(w))
+define("linear_grad_input", linear_grad_input, linear_grad_input_shape)
+define("linear_grad_weight", linear_grad_weight, linear_grad_weight_shape)
 define("conv", conv, conv_shape)
-define("conv_grad_input", conv_grad_input, lambda _, x, *__: x.new_empty(x.shape))
-define("conv_grad_weight", conv_grad_weight, lambda _, __, w, *___: w.new_empty(w.shape))
+define("conv_grad_input", conv_grad_input, conv_grad_input_shape)
+define("conv_grad_weight", conv_grad_weight, conv_grad_weight_shape)
 define("mask", _mask, mask_shape)
 define("norm", norm, norm_shape)
 define("norm_backward", norm_backward, norm_backward_shape)

@@ -168,10 +168,11 @@ def _stacked(logits: Mapping[int, Logits], sizes: Sequence[int]) -> NDArray[np.f
         raise ServingError(
             f"the logits have the sizes {sorted(logits)}; the cascade needs {list(sizes)}"
         )
-    shapes = {np.shape(logits[size]) for size in sizes}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+    each = [np.asarray(logits[size], dtype=np.float64) for size in sizes]
+    shapes = {one.shape for one in each}
+    if len(shapes) != 1 or each[0].ndim != 2:
         raise ServingError(f"logits of shapes {sorted(shapes)} were given; expected one [N, C]")
-    stacked = np.stack([np.asarray(logits[size], dtype=np.float64) for size in sizes])
+    stacked = np.stack(each)
     if not np.isfinite(stacked).all():
         raise ServingError("the logits hold NaN or an infinity; look for it before routing")
     return stacked

@@ -250,14 +250,33 @@ def as_list(rows: list[Any], file: TensorFile | None) -> list[object]:
     return [state_from_json(row, file) for row in rows]
 
 
+def as_float(text: str, file: TensorFile | None) -> float:
+    """A float, bit for bit."""
+    return float.fromhex(text)
+
+
+def hexed(value: float, place: str, tensors: Tensors) -> str:
+    """A float as a text that loses nothing."""
+    return value.hex()
+
+
+def _made(kind: Callable[[Any], object], read: Reader) -> Reader:
+    """A reader whose result becomes another type."""
+
+    def reader(rows: Any, file: TensorFile | None) -> object:
+        return kind(read(rows, file))
+
+    return reader
+
+
 # type -> (its name in the file, to JSON, from JSON)
 KINDS: Mapping[type, tuple[str, Callable[[Any, str, Tensors], object], Reader]] = {
     list: ("list", items, as_list),
-    tuple: ("tuple", items, lambda rows, file: tuple(as_list(rows, file))),
+    tuple: ("tuple", items, _made(tuple, as_list)),
     dict: ("dict", pairs, as_dict),
-    OrderedDict: ("ordered", pairs, lambda rows, file: OrderedDict(as_dict(rows, file))),
-    Counter: ("counter", pairs, lambda rows, file: Counter(as_dict(rows, file))),
-    float: ("float", lambda value, *_: value.hex(), lambda text, _: float.fromhex(text)),
+    OrderedDict: ("ordered", pairs, _made(OrderedDict, as_dict)),
+    Counter: ("counter", pairs, _made(Counter, as_dict)),
+    float: ("float", hexed, as_float),
 }
 READERS: Mapping[str, Reader] = {name: reader for name, _, reader in KINDS.values()}
 
