@@ -60,7 +60,7 @@ def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
     Each attempt has a spare of the model to itself, since a trace that fails half way may leave
     traced values in it. Raises `TraceError` that names the user's line.
     """
-    call = Example(args, kwargs)
+    call = _apart(model, Example(args, kwargs))
     with silent(), uncollected():
         errors: list[BaseException] = []
         larger = _enlarged(model, call)
@@ -72,6 +72,23 @@ def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
             if _depends_on_values(errors[-1]):
                 break
         return _recorded(model, call, errors[-1])
+
+
+def _apart(model: nn.Module, call: Example) -> Example:
+    """Return the call with tensors of its own where one stands twice, or is the model's: export
+    takes one object for one value, wherever it comes in.
+    """
+    met = {id(t) for t in (*model.parameters(), *model.buffers())}
+
+    def own(value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in met:
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        met.add(id(value))
+        return value
+
+    return Example(*pytree.tree_map(own, (call.args, call.kwargs)))
 
 
 # Which sizes torch.export leaves open, in the structure of the inputs; None: none.

@@ -183,6 +183,25 @@ def test_the_batch_of_star_args_is_free() -> None:
     torch.testing.assert_close(doll(*args, **kwargs), model(*args, **kwargs))
 
 
+@pytest.mark.parametrize("given", ["one tensor twice", "the model's own"])
+def test_an_example_that_is_one_tensor_stands_for_any(given: str) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.start = nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x + self.start.sum()) + 2 * self.first(y)))
+
+    model = Pair().eval()
+    x = model.start if given == "the model's own" else torch.randn(2, 4)
+    doll = mk.convert(model, (x, x), sizes=[4, 8], nesting="sliced")
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    for pair in ((a, b), (b, a)):
+        torch.testing.assert_close(doll(*pair), model(*pair))
+
+
 def test_inputs_of_one_symbol_must_agree() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
