@@ -4,7 +4,8 @@ A sliced model of width m must scale by sqrt(m). A constant is taken for derived
 or divides a tensor and equals n ** p: n the units of the tensor's last dimension, a nested axis,
 and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2 and n a width that stands in a product of
 factors (heads times units of a head: the whole, or the head where that is what shrinks), or that
-the products before it were summed over; or p one of 1/4, -1/4, where both operands of a product
+the products before it were summed over, which an integer may count whole (q k / d of muP, whose d
+is a size: x.shape[-1]); or p one of 1/4, -1/4, where both operands of a product
 are scaled by it. A number that the user's line holds as such (x * 0.25) is none of these. What is
 found is reported in the plan and rewritten at each size, unless keep=["scalar:NODE"] holds it.
 """
@@ -95,6 +96,8 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
     for index, argument in enumerate(node.args):
         constant = _constant(argument, search.state)
         found = _derived(constant, _widths_of(node, search))
+        if found is None and type(argument) is int:
+            found = _derived(constant, _counted_widths(node, search))
         if found is None and constant[0] and _scales_both(node, constant[0], search):
             found = _derived(constant, _own_widths(node, search.plan, FOURTH_ROOTS))
         if found and not written_out(node, constant[0]):
@@ -169,6 +172,13 @@ def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     for value in _products_before(node):
         for dim in search.summed.get(value.name, ()):
             yield from _factors(dim)
+
+
+def _counted_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield what the products before an integer were summed over: a mean of them divides by it."""
+    for value in _products_before(node):
+        for factor in filter(None, map(_alone, search.summed.get(value.name, ()))):
+            yield factor, factor.size, (1.0,)
 
 
 def _alone(dim: Dim) -> dims.Nested | None:

@@ -121,14 +121,18 @@ class Taught(nn.Module):
         self._hold(made)
 
     def _units(self, output: object, batch: object) -> dict[int, Tensor]:
-        """For each term the doll's unit [width] that stands at each place of the teacher's output.
+        """For each term with a projection the doll's unit [width] at each place of the teacher's.
 
         Places are counted in the full output, which is put back into the teacher's order.
         """
         counted = pytree.tree_map_only(Tensor, _places, output)
         back = self.said(max(self.__dict__["doll"].sizes), counted)
-        picked = (term.of(back, batch) for term in self.terms)
-        return {number: x.reshape(-1, x.shape[-1])[0] for number, x in enumerate(picked)}
+        picked = {
+            number: term.of(back, batch)
+            for number, term in enumerate(self.terms)
+            if term.kind in PROJECTED
+        }
+        return {number: x.reshape(-1, x.shape[-1])[0] for number, x in picked.items()}
 
 
 def _divergence(term: Term, found: Tensor, lesson: Tensor) -> Tensor:

@@ -151,6 +151,35 @@ def test_the_root_of_a_head_that_shrinks(how: str) -> None:
     assert len(doll.plan.scalars) == (2 if how == "both" else 1)
 
 
+class MeanProducts(nn.Module):
+    """Pairs of tokens by the mean of their products, divided by a size or by 16 as written."""
+
+    def __init__(self, width: int, *, counted: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.mix = nn.Linear(3, width), nn.Linear(6, width)
+        self.head, self.counted = nn.Linear(width, 5), counted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 4, 3] -> [N, 4, 5]"""
+        x = self.first(x)
+        i, j = torch.triu_indices(4, 4, 1)
+        pairs = (x @ x.mT)[:, i, j]
+        if self.counted:
+            return self.head(x + self.mix(pairs / x.shape[-1]).unsqueeze(1))
+        return self.head(x + self.mix(pairs / 16).unsqueeze(1))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_mean_of_products_divides_by_the_size(counted: bool) -> None:
+    x = torch.randn(2, 4, 3)
+    model = MeanProducts(16, counted=counted)
+    doll = mk.convert(model, (x,), sizes=[8, 16], nesting="sliced")
+    small, native = mk.slice(doll, 8), MeanProducts(8, counted=counted)
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(x), native(x), rtol=1e-5, atol=1e-6)
+
+
 class Written(nn.Module):
     """A scale of 0.25 beside one of 16 ** -0.5, which is the same number."""
 

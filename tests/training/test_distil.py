@@ -320,3 +320,15 @@ def test_a_teacher_that_shares_its_weights_is_refused() -> None:
 def test_a_recipe_checks_itself(make: object) -> None:
     with pytest.raises(DistilError, match="expected"):
         make()  # type: ignore[operator]
+
+
+def test_logits_may_be_picked_by_a_layer_of_their_own() -> None:
+    """A kl term has no projection, so its `of` sees outputs alone."""
+    doll, teacher = made()
+    readout = nn.Linear(16, 5)
+
+    def logits(output: Tensor, batch: object) -> Tensor:
+        return nn.functional.linear(output, readout.weight[:, : output.shape[-1]], readout.bias)
+
+    report = distil(doll, teacher, rows(), Recipe(2, batch=16, terms=(Term("kl", of=logits),)))
+    assert set(report.last) == {4, 8, 16}
