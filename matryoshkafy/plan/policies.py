@@ -76,12 +76,13 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     """An output axis that nothing contracts is classes or vocabulary: it stays whole.
 
     A pooled representation (behind a nonlinearity) is no head although nothing contracts it here;
-    logits that are bounded by cap * tanh(logits / cap) are.
+    logits that are bounded by cap * tanh(logits / cap) are, and what only a softmax sums over.
     """
     largest = max((axes.size(t) for t in found.features), default=0)
     summed: set[Axis] = set()
-    for terms in (*found.contracted.values(), *found.mixed.values()):
-        summed.update(leaf for t in terms for leaf in axes.leaves(t))
+    for node, terms in (*found.contracted.items(), *found.mixed.items()):
+        if not op_of(node).shares:
+            summed.update(leaf for t in terms for leaf in axes.leaves(t))
     # What an activation reads is a representation: somebody goes on from it, if not this forward.
     for node in found.terms:
         if op_of(node).nonlinear and node not in found.pure and not is_cap(node):

@@ -163,19 +163,8 @@ def _hold_counted(walk: Walk, args: Args) -> None:
         walk.fix(terms[d], "indexed")
 
 
-@rule(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "softmin",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "cummax",
-    "cummin",
-    "_safe_softmax",
-)
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax", shares=True)
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def along(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every output unit sees the units of one dim, which is mixed."""
     if op_key(node) in ("cummax", "cummin") and _numbers_read(node):

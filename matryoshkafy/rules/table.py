@@ -176,6 +176,7 @@ class Op:
             ("same", "carry", "add", ...); "" where it acts on each of them in a way of its own.
         reads: of a product, the argument whose dim is summed over, and that dim.
         measures: whether it gives sizes of its argument and nothing of its values (sym_size).
+        shares: whether it gives each unit's share of a whole (softmax), or its logarithm.
         attends: whether it is fused attention, with the arguments of
             `torch.nn.functional.scaled_dot_product_attention`.
         reparametrises: whether it is g v / |v| of the arguments v, g and dim, which a sub-model
@@ -204,6 +205,7 @@ class Op:
     algebra: str = ""
     reads: tuple[str, int] | None = None
     measures: bool = False
+    shares: bool = False
     attends: bool = False
     reparametrises: bool = False
 
@@ -254,6 +256,7 @@ class Facts(TypedDict, total=False):
     algebra: str
     reads: tuple[str, int] | None
     measures: bool
+    shares: bool
     attends: bool
     reparametrises: bool
 

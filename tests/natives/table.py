@@ -176,11 +176,12 @@ def _line(row: dict[str, Any]) -> str:
     if row["status"] not in ("equal", "tables"):
         message = plain(row["message"])[:110]
         return f"| {row['name']} | {row['status']}: {message} | | | | | |"
-    fields = ", ".join(f"{name} {value}" for name, value in row["fields"].items())
+    fields = ", ".join(f"`{name}` {value}" for name, value in list(row["fields"].items())[:6])
+    fields += f" and {len(row['fields']) - 6} more" if len(row["fields"]) > 6 else ""
     result = "equal" if row["status"] == "equal" else f"table: {row['tables'][0]}"
     folder = row["written"].partition(":")[0] if ":" not in row["written"] else "refused"
     return (
-        f"| {row['name']} | {result} | {row['error']:.0e} | {fields[:120]} | "
+        f"| {row['name']} | {result} | {row['error']:.0e} | {fields} | "
         f"{len(row['unread'])} | {row['builds']} | {folder} |"
     )
 

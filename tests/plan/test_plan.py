@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -234,6 +235,37 @@ def test_bounded_logits_stay_whole_and_a_squashed_representation_does_not(
 ) -> None:
     x = torch.randn(2, 4)
     doll = mk.convert(Capped(15.0, outside), (x,), sizes=[0.5, 1.0], nesting="sliced")
+    assert mk.slice(doll, doll.sizes[0])(x).shape == (2, left)
+
+
+class Ending(nn.Module):
+    """A representation that ends in an operation of one's own."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.end = nn.Linear(4, 16), nn.Linear(16, 24), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 4] -> [N, 24]"""
+        return self.end(self.last(F.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+@pytest.mark.parametrize(
+    ("end", "left"),
+    [
+        (lambda y: y.softmax(-1), 24),
+        (lambda y: F.log_softmax(y / 2.0, dim=1), 24),
+        (torch.sigmoid, 24),
+        (lambda y: F.normalize(y, dim=-1), 12),
+        (torch.tanh, 12),
+    ],
+)
+def test_shares_of_classes_stay_whole_and_embeddings_nest(
+    end: Callable[[Tensor], Tensor], left: int, nesting: str
+) -> None:
+    x = torch.randn(2, 4)
+    doll = mk.convert(Ending(end), (x,), sizes=[0.5, 1.0], nesting=nesting)
     assert mk.slice(doll, doll.sizes[0])(x).shape == (2, left)
 
 

@@ -370,6 +370,19 @@ def _measured(key: str, x: Tensor) -> object:
     return op(x) if "numel" in key else op(x, 1)
 
 
+def test_what_shares_gives_parts_of_a_whole() -> None:
+    x = drawn(3, 5)
+    for key in (k for k in ROWS if OPS[k].shares):
+        found = nn.functional.softmin(x, -1) if key == "softmin" else _shared(key, x)
+        whole = found.exp() if "log" in key else found
+        torch.testing.assert_close(whole.sum(-1), torch.ones(3, dtype=x.dtype))
+
+
+def _shared(key: str, x: Tensor) -> Tensor:
+    more = (False,) if key in ("_softmax", "_log_softmax") else ()
+    return getattr(torch.ops.aten, key)(x, -1, *more)
+
+
 def test_what_attends_has_the_arguments_of_fused_attention() -> None:
     named = {"query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa"}
     assert all(named <= arguments(k) for k in ROWS if OPS[k].attends)
