@@ -224,6 +224,7 @@ LIST = (
         VOCABULARY
         | {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
         tags=("scan",),
+        widths=WIDTHS - {"state_size"},  # 16 from the smallest published Mamba to the largest
     ),
     Row("t5", "T5ForConditionalGeneration", seq2seq, T5, tags=("width-scalar",)),
     Row("bart", "BartModel", seq2seq, BART),
