@@ -125,7 +125,7 @@ def example() -> Tensor:
 
 def look(verb: str, model: nn.Module, folder: Any) -> None:
     if verb == "inspect":
-        mk.inspect(model, (example(),))
+        mk.inspect(model, (example(),), nesting="sliced")
     else:
         doll = mk.convert(model, (example(),), sizes=[0.5, 1.0], nesting="sliced")
         mk.slice(doll, doll.sizes[0])
@@ -156,7 +156,7 @@ def test_inputs_are_not_written() -> None:
             return super().forward(x.mul_(2))
 
     x = example()
-    mk.convert(Writes().eval(), (x,), sizes=[0.5, 1.0])
+    mk.convert(Writes().eval(), (x,), sizes=[0.5, 1.0], nesting="sliced")
     assert torch.equal(x, example())
 
 
