@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.assumptions import assumed, example_only
-from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.copies import copied_inputs, copied_tensor, spare
 from matryoshkafy.graph.guards import Guard, Size
 from matryoshkafy.graph.nodes import (
     TORCH_FOLDER,
@@ -80,15 +80,13 @@ def _apart(model: nn.Module, call: Example) -> Example:
     """
     met = {id(t) for t in (*model.parameters(), *model.buffers())}
 
-    def own(value: object) -> object:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def own(value: torch.Tensor) -> torch.Tensor:
         if id(value) in met:
-            return value.detach().clone().requires_grad_(value.requires_grad)
+            return copied_tensor(value)
         met.add(id(value))
         return value
 
-    return Example(*pytree.tree_map(own, (call.args, call.kwargs)))
+    return Example(*pytree.tree_map_only(torch.Tensor, own, (call.args, call.kwargs)))
 
 
 # Which sizes torch.export leaves open, in the structure of the inputs; None: none.

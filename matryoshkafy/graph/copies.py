@@ -76,12 +76,12 @@ def copied_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's inputs as memory of their own: a forward may write into them."""
 
-    def own(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().clone().requires_grad_(value.requires_grad)
+    return pytree.tree_map_only(Tensor, copied_tensor, (tuple(args), dict(kwargs)))
 
-    return pytree.tree_map(own, (tuple(args), dict(kwargs)))
+
+def copied_tensor(value: Tensor) -> Tensor:
+    """Return a tensor in memory of its own, which may have a gradient where this one may."""
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _copied(model: nn.Module) -> nn.Module:

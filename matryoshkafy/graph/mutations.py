@@ -92,8 +92,6 @@ def _refusal(node: fx.Node, why: str) -> TraceError:
 def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     """Return the first value of the memory that is written; every alias that was taken before the
     write and is read after it must be understood.
-
-    What turns a tensor under another shape writes no value, and what shares its memory sees none.
     """
     owner = target
     while (base := _viewed(owner)) is not None:
@@ -102,8 +100,6 @@ def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
         raise _refusal(node, f"{op_key(owner)} gives memory whose parts may be the same")
     # An earlier write made a value of its own, which stands for the same memory.
     owner = owner.meta.get("written", owner)
-    if op_key(node) in TURNING:
-        return owner
     # One alias that is not understood and is read later would go on showing the old value.
     later = _nodes_after(node)
     for other in graph.nodes:
@@ -121,10 +117,7 @@ def _owner(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
 
 def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) -> None:
     # Readers before the write keep the old value: a graph's order is the order of execution.
-    later = _nodes_after(node)
-    with graph.inserting_before(node):
-        value = _pure(graph, node, target)
-    value.meta = dict(node.meta)
+    later, value = _nodes_after(node), _beside(graph, node, target)
     node.replace_all_uses_with(target)
     graph.erase_node(node)
     # The new value takes the memory's place, so that a second write finds its way to the owner.
@@ -140,13 +133,18 @@ TURNING = {"detach_", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_",
 
 def _turn(graph: fx.Graph, node: fx.Node, target: fx.Node) -> None:
     """No value changes: who reads the tensor later reads it in its new shape, or detached."""
-    later = _nodes_after(node)
-    with graph.inserting_before(node):
-        value = _pure(graph, node, target)
-    value.meta = dict(node.meta)
+    later, value = _nodes_after(node), _beside(graph, node, target)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
     _redirect(target, value, later)
+
+
+def _beside(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
+    """Write the pure form of an op before it, with all that is known of the op."""
+    with graph.inserting_before(node):
+        value = _pure(graph, node, target)
+    value.meta = dict(node.meta)
+    return value
 
 
 DRAWS = {

@@ -9,25 +9,10 @@ from torch.nn import functional as F
 
 import matryoshkafy as mk
 from tests.fuzz.blocks import BLOCKS, Make
-from tests.fuzz.odd import Maxout
+from tests.fuzz.odd import Maxout, Memory
 from tests.zoo.registry import Scale
 
 WIDTH, SMALL = 16, 8
-
-
-class Slots(nn.Module):
-    """Reads from 6 learned slots, writes into them for this sample, reads again."""
-
-    def __init__(self, s: Scale) -> None:
-        super().__init__()
-        self.slots = nn.Parameter(torch.randn(6, s(WIDTH)))
-        self.query, self.write = nn.Linear(s(WIDTH), s(WIDTH)), nn.Linear(s(WIDTH), s(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        slots = self.slots.expand(len(x), -1, -1)
-        where = (self.query(x) @ slots.transpose(1, 2) * 0.25).softmax(-1)
-        slots = slots + where.transpose(1, 2) @ self.write(x)
-        return x + where @ slots
 
 
 class Buckets(nn.Module):
@@ -61,7 +46,7 @@ class Net(nn.Module):
 
 KINDS = ("Maxout", "Capsules", "LowRankWriter", "Shuffled", "Bilinear", "Kronecker",
          "SelectiveScan", "TokenMixer")  # fmt: skip
-MADE: dict[str, Make] = {"Slots": Slots, "Buckets": Buckets, **{k: BLOCKS[k] for k in KINDS}}
+MADE: dict[str, Make] = {"Memory": Memory, "Buckets": Buckets, **{k: BLOCKS[k] for k in KINDS}}
 
 
 @pytest.mark.parametrize("name", MADE)
