@@ -59,7 +59,7 @@ def funnel(  # noqa: PLR0913  the public signature
     sizes: Sequence[int],
     keep: Sequence[int],
     index: ShortIndex | None = None,
-    batch: int = 128,
+    batch: int = 512,
 ) -> Ranking:
     """Return the nearest documents, found in stages of growing size and shrinking lists.
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from matryoshkafy.serving import Vectors
 from matryoshkafy.serving.texts import model_of
 
-SIZES = (16, 32, 48, 64, 96, 128, 384)
+SIZES = (16, 32, 46, 48, 64, 96, 128, 384)
 PIECE, LENGTH = 1000, 64
 
 
