@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matryoshkafy.rules import rule as rule
     from matryoshkafy.units.order import order as order
     from matryoshkafy.units.rotate import rotate as rotate
+    from matryoshkafy.units.untie import untie as untie
 
     __version__: str
 
@@ -54,6 +55,7 @@ _HOMES = {
     "rotate": "units.rotate",
     "rule": "rules",
     "slice": "dolls.slice",
+    "untie": "units.untie",
 }
 # Needs transformers: `from matryoshkafy import *` must work without it.
 _OPTIONAL = {"MatryoshkaConfig": "natives.quantizer"}

@@ -219,7 +219,8 @@ class _Walk:
                 key = id(self.tensors[name])
                 if len(folded[key]) > 1 or counts.get(key, 0) > 0:
                     self.found.obstacles.append(
-                        f"{name} reads it behind the gain {gain} and is used elsewhere too (tied)"
+                        f"{name} reads it behind the gain {gain} and is used elsewhere too (tied): "
+                        "mk.untie(model) before convert gives the head a weight of its own"
                     )
 
 
