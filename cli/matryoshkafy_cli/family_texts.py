@@ -71,8 +71,14 @@ class Texts:
         The class is checked against the doll at this size, pooling and all.
         """
         own, example = self.encoder.embedder, self.encoder.batch(EXAMPLE)
+        # The widths of the doll, group by group: its sizes alone do not tell those that were chosen.
+        widths = {
+            group.name.removeprefix("model."): [int(row[i]) for row in doll.plan.ladder]
+            for i, group in enumerate(doll.plan.groups)
+            if i != doll.plan.main
+        }
         inner = matryoshkafy.convert(
-            own.model, (), example, sizes=list(doll.sizes), nesting="sliced"
+            own.model, (), example, sizes=list(doll.sizes), nesting="sliced", overrides=widths
         ).eval()
         model = matryoshkafy.native(matryoshkafy.slice(inner, size), like=self.encoder.builder)
         small = Embedder(model, own.pooling, normalised=own.normalised).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class DistilReport:
     scales: NormScales | None = None
 
     def __str__(self) -> str:
+        if all(math.isnan(loss) for loss in self.last.values()):
+            return f"{self.steps} steps, all of them done before this call"
         rows = [f"{m:>6}  {self.first[m]:9.5f}  {self.last[m]:9.5f}" for m in self.last]
         return "\n".join([f"{self.steps} steps", f"{'size':>6}  {'first':>9}  {'last':>9}", *rows])
 

@@ -123,3 +123,25 @@ def test_too_few_texts_are_refused(encoder: Path, tmp_path: Path) -> None:
     path.write_text("one\ntwo\n")
     found = run("family", encoder, "--sizes", "8,32", "--data", path, "-o", tmp_path / "out")
     assert found.exit_code == 2 and "at least 100" in found.output
+
+
+def test_a_size_with_widths_of_its_own_is_written_with_them(encoder: Path, tmp_path: Path) -> None:
+    """The ladder alone gives 32 hidden units at size 16; the doll was told 8."""
+    import matryoshkafy as mk
+    from matryoshkafy_cli.family_texts import Texts
+    from matryoshkafy_cli.text_encoders import load_encoder
+
+    own = load_encoder(encoder, 16)
+    example = own.batch(["w1 w2", "w3"])
+    plan = mk.inspect(own.embedder, (), example, sizes=[16, 32], nesting="sliced")
+    hidden = {g.name: [8, 64] for g in plan.groups if "intermediate" in g.name}
+    doll = mk.convert(
+        own.embedder, (), example, sizes=[16, 32], nesting="sliced", overrides=hidden
+    ).eval()
+    Texts(own, ["w1"], ["w2"]).write(doll, 16, tmp_path / "small")
+    small = load_encoder(tmp_path / "small", 16)
+    config = small.embedder.model.config
+    assert (config.hidden_size, config.intermediate_size) == (16, 8)
+    with torch.no_grad():
+        error = (small.embedder(**example) - doll.outputs(**example)[16]).abs().max()
+    assert error < 1e-5

@@ -121,6 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> No
         second, teacher, rows(), Recipe(12, 16, 1e-2, save=5, terms=terms), folder=tmp_path / "run"
     )
     assert all(v != v for v in again.last.values())  # no step was left
+    assert str(again) == "12 steps, all of them done before this call"
 
 
 class _Killed(list):
