@@ -71,7 +71,7 @@ class Texts:
         The class is checked against the doll at this size, pooling and all.
         """
         own, example = self.encoder.embedder, self.encoder.batch(EXAMPLE)
-        # The widths of the doll, group by group: its sizes alone do not tell those that were chosen.
+        # Group by group: the sizes alone do not tell widths that were chosen.
         widths = {
             group.name.removeprefix("model."): [int(row[i]) for row in doll.plan.ladder]
             for i, group in enumerate(doll.plan.groups)

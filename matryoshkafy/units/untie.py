@@ -66,7 +66,8 @@ def untie(
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, module in model.named_modules():
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    for name, module in modules:
         if isinstance(module, nn.Linear) and id(module.weight) in tables:
             yield f"{name}.weight", module
 
@@ -88,8 +89,8 @@ def _tell(configs: list[Any], *, tied: bool) -> None:
 
 def _forget(module: nn.Module) -> None:
     """Drop the ties of what is untied; others, of an encoder's table with a decoder's, stay."""
-    ties = module.__dict__.get(TIES)
-    if isinstance(ties, dict):
+    ties: dict[str, str] | None = module.__dict__.get(TIES)
+    if ties:
         state = dict(module.named_parameters(remove_duplicate=False))
         kept = {a: b for a, b in ties.items() if state.get(a) is state.get(b)}
         module.__dict__[TIES] = kept

@@ -127,9 +127,10 @@ def test_too_few_texts_are_refused(encoder: Path, tmp_path: Path) -> None:
 
 def test_a_size_with_widths_of_its_own_is_written_with_them(encoder: Path, tmp_path: Path) -> None:
     """The ladder alone gives 32 hidden units at size 16; the doll was told 8."""
-    import matryoshkafy as mk
     from matryoshkafy_cli.family_texts import Texts
     from matryoshkafy_cli.text_encoders import load_encoder
+
+    import matryoshkafy as mk
 
     own = load_encoder(encoder, 16)
     example = own.batch(["w1 w2", "w3"])

@@ -49,7 +49,9 @@ def test_what_is_not_tied_stays() -> None:
 def test_a_class_that_reads_its_config_is_refused_and_left_as_it_was() -> None:
     model, x = Scales(), tokens()
     before = model(x).detach()
-    with pytest.raises(OrderError, match=r"Scales computes something else.*head.weight is not tied"):
+    with pytest.raises(
+        OrderError, match=r"Scales computes something else.*head.weight is not tied"
+    ):
         mk.untie(model, x)
     assert model.head.weight is model.table.weight and model.config.tie_word_embeddings
     assert torch.equal(model(x), before)
