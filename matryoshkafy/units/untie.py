@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def untie(
 
 def _shared(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     for name, module in modules:
         if isinstance(module, nn.Linear) and id(module.weight) in tables:
             yield f"{name}.weight", module
