@@ -15,6 +15,7 @@ from matryoshkafy.dolls.slice import parts_of, slice
 from matryoshkafy.files.packing import pack
 from matryoshkafy.natives import huggingface, sentences, sized
 from matryoshkafy.natives.card import card_of_every
+from matryoshkafy.natives.inputs import Call
 from matryoshkafy.natives.native import Native, find
 from matryoshkafy.natives.quantizer import MatryoshkaConfig
 from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, library, tensors_of
@@ -34,6 +35,7 @@ class Whole:
     recipe: Recipe
     source: Source | None
     spare: Callable[[], Mapping[str, Tensor]] | None
+    inputs: Call | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -80,7 +82,8 @@ def write(whole: Whole, folder: Path) -> None:
 
 
 def _found(whole: Whole, size: int) -> Native:
-    native = find(slice(whole.doll, size), whole.recipe, spare=whole.spare)
+    small = slice(whole.doll, size)
+    native = find(small, whole.recipe, spare=whole.spare, inputs=whole.inputs)
     if size == whole.sizes[-1] and native.changes:
         raise NativeError(
             f"the largest size of the doll is not its {whole.recipe.name} itself: "

@@ -18,7 +18,7 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives.inputs import Call, fresh_calls, outputs
 from matryoshkafy.natives.like import recipe_of
-from matryoshkafy.natives.recipe import NativeError, Recipe, tensors_of
+from matryoshkafy.natives.recipe import NativeError, Recipe, tables_of, tensors_of
 from matryoshkafy.natives.search import Space, Wanted, assignments, counted, families, heads
 from matryoshkafy.natives.tree import Changes, Field, named
 from matryoshkafy.plan.plan import Plan
@@ -284,15 +284,15 @@ def _put(tensor: Tensor, value: Tensor, *, shared: bool = False) -> None:
 
 
 def take_tables(module: nn.Module, small: nn.Module) -> tuple[str, ...]:
-    """Replace hidden buffers of a native module that differ from the slice's; return their names.
+    """Replace hidden tables of a native module that differ from the slice's; return their names.
 
-    A buffer that the state_dict does not show is made anew by the class, from its own width.
+    What the state_dict does not show is made anew by the class, from its own width.
     """
-    state, shown = state_of(small), module.state_dict().keys()
+    state = state_of(small)
     taken: list[str] = []
-    for name, tensor in module.named_buffers(remove_duplicate=False):
+    for name, tensor in tables_of(module).items():
         given = state.get(name)
-        if name in shown or given is None or given.shape != tensor.shape:
+        if given is None or given.shape != tensor.shape:
             continue
         if not torch.equal(given, tensor):
             _put(tensor, given)

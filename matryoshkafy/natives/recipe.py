@@ -149,6 +149,22 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return named | dict(module.named_buffers(remove_duplicate=False))
 
 
+def tables_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return by name what a state_dict does not show: hidden buffers, tensors held as attributes.
+
+    A class makes those anew each time it is built.
+    """
+    shown = module.state_dict().keys()
+    held = {
+        f"{path}.{key}" if path else key: value
+        for path, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    }
+    hidden = dict(module.named_buffers(remove_duplicate=False))
+    return held | {name: table for name, table in hidden.items() if name not in shown}
+
+
 def defaults(function: Callable[..., object]) -> dict[str, object]:
     """Return the arguments of a function that have plain values of their own."""
     try:

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from matryoshkafy.files.folders import MANIFEST
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives import huggingface
 from matryoshkafy.natives.dimensions import dimensions
+from matryoshkafy.natives.inputs import Call
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.native import Native, NativeWarning, find, unchecked
 from matryoshkafy.natives.recipe import NativeError, Recipe, library
@@ -38,6 +40,7 @@ def save(  # noqa: PLR0913  the public signature
     like: object = None,
     source: str | os.PathLike[str] | Source | None = None,
     tables: bool = False,
+    inputs: Call | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model whole or not at all: as a checkpoint, or a slice as a stock model's folder.
@@ -54,6 +57,8 @@ def save(  # noqa: PLR0913  the public signature
             and side files (tokenizer, pooling, licence), so that its sizes can be written later.
         tables: with `to`, whether hidden tables that the class makes from its own width may be
             kept beside the weights; only `natives.loading.load_native` puts them in place.
+        inputs: with `to`, (args, kwargs) to compare on, where random ones of the traced shapes do
+            not run: boxes, places of pictures in a text. Their floats are drawn anew.
         force: replace what stands there, if it is of the same kind.
 
     Returns:
@@ -68,7 +73,16 @@ def save(  # noqa: PLR0913  the public signature
     if to is None:
         side = {} if kept is None else {SOURCE: kept.to_json().encode()}
         return checkpoint.save(model, folder, force=force, side=side)
-    return save_native(model, folder, to=to, like=like, source=kept, tables=tables, force=force)
+    compared = Compared(tables, inputs)
+    return save_native(model, folder, to=to, like=like, source=kept, compared=compared, force=force)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How a native size is compared with its slice: whether tables may be kept, inputs given."""
+
+    tables: bool = False
+    inputs: Call | None = None
 
 
 def save_native(  # noqa: PLR0913  the public signature
@@ -78,7 +92,7 @@ def save_native(  # noqa: PLR0913  the public signature
     to: str,
     like: object,
     source: Source | None = None,
-    tables: bool = False,
+    compared: Compared = Compared(),
     force: bool = False,
 ) -> Path:
     """Write a slice as the folder of a stock model, compared before it stands; see `save`.
@@ -98,13 +112,14 @@ def save_native(  # noqa: PLR0913  the public signature
     if isinstance(small, Doll):
         from matryoshkafy.natives import every
 
-        whole = every.Whole(small, recipe_of(built), source, _spare(like))
+        whole = every.Whole(small, recipe_of(built), source, _spare(like), compared.inputs)
         every.check(to, whole.recipe, source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return write_tree(target, functools.partial(every.write, whole), force=force)
     _, plan = parts_of(small)
-    native = find(small, built, tables=tables, spare=_spare(like), shared=True)
+    tables, inputs = compared.tables, compared.inputs
+    native = find(small, built, tables=tables, inputs=inputs, spare=_spare(like), shared=True)
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
     package = Package(native, plan, source, _parameters(plan, native), dimensions(small), tables)

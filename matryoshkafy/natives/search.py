@@ -151,7 +151,8 @@ def _strays(space: Space, field: Field) -> bool:
 def _guesses(space: Space) -> Iterator[Assignment]:
     """Yield the guess, then without some of the fields whose value may be a width by chance."""
     every = guess(space)
-    strays = [field for field in every if _strays(space, field)][:MOST_STRAYS]
+    strays = [field for field in every if _strays(space, field) or field in space.bound]
+    strays = sorted(strays, key=lambda field: field in space.bound)[:MOST_STRAYS]
     for number in range(len(strays) + 1):
         for some in itertools.combinations(strays, number):
             yield {f: v for f, v in every.items() if f not in some}

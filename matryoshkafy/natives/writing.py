@@ -17,7 +17,7 @@ from matryoshkafy.files.tensors import TensorFolder
 from matryoshkafy.natives import card, huggingface, open_clip_models, sentences
 from matryoshkafy.natives.native import Native
 from matryoshkafy.natives.plain import as_json, from_json, is_json
-from matryoshkafy.natives.recipe import Foreign, NativeError, library, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, library, tables_of, tensors_of
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import changed, named, value_at
 from matryoshkafy.natives.trees import MARK
@@ -223,7 +223,7 @@ WRITERS: Mapping[str, Callable[[Package, Path], None]] = {
 
 
 def _write_tables(native: Native, folder: Path) -> None:
-    held = tensors_of(native.module)
+    held = tables_of(native.module) | tensors_of(native.module)
     once = {id(held[name]): name for name in native.tables}  # a tie is stored by one name
     tables = {name: held[name].detach().contiguous() for name in once.values()}
     library("safetensors.torch").save_file(tables, str(folder / TABLES))
@@ -273,7 +273,7 @@ _READERS: Mapping[str, Callable[[Path, Told, Build | None], Any]] = {
 
 
 def _read_tables(model: nn.Module, path: Path) -> None:
-    held = tensors_of(model)
+    held = tables_of(model) | tensors_of(model)
     for name, table in library("safetensors.torch").load_file(str(path / TABLES)).items():
         held[name].data.copy_(table)
 
@@ -329,7 +329,7 @@ def _differing(native: Native, loaded: object) -> list[str]:
         )
     # Hidden buffers follow from the configuration; some classes fill them as they run.
     names = {*written.state_dict(), *native.tables}
-    ours, theirs = tensors_of(written), tensors_of(found)
+    ours, theirs = (tables_of(m) | tensors_of(m) for m in (written, found))
     return sorted(n for n in names & ours.keys() if not _same(ours[n], theirs.get(n)))
 
 

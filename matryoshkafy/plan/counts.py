@@ -1,12 +1,13 @@
 """hold_counts(): factors that count copies of a width stay whole, and the width shrinks.
 
 Of a product the outermost free factor nests, which gives whole heads: 8 heads of 64 units become 4
-heads of 64. Two kinds of products are made otherwise, and nobody's smaller class has fewer copies:
+heads of 64. Three kinds of products are made otherwise, and nobody's class has fewer copies:
 
 - Three linear pieces of a maxout, two rows of a capsule: one layer writes copies x width, and the
   width alone is what other layers write and read. The copies are counted, never read by a layer.
 - A channel shuffle lays groups x units down again as units x groups. One order of the two would
   shrink the groups, the other the units; the smaller factor is the number of groups.
+- Four numbers for each of two gates, added up: no layer reads them.
 
 So does the state of a recurrence: Mamba's A has a row of numbers for each unit, which multiply that
 unit. What rows of such a parameter hold is read by no layer, where the units are.
@@ -36,6 +37,7 @@ def hold_counts(trace: Trace, found: Findings) -> None:
     for term in products:
         _hold_copies(term, sides)
     _hold_shuffled(products)
+    _hold_summed(found, products, sides)
     _hold_states(trace, found, sides)
 
 
@@ -103,6 +105,23 @@ def _hold_shuffled(products: list[Term]) -> None:
     for a, b in orders:
         if (b, a) in orders and a.size < b.size:
             a.fixed = a.fixed or Reason(KIND, b.name)
+
+
+def _hold_summed(found: Findings, products: list[Term], sides: _Sides) -> None:
+    """A factor of what a layer writes that is only added up is a number of the class: 2 x 4 of
+    WavLM's gates. An axis that stands alone may be a hidden width, read by a sum of ones.
+    """
+    summed = {leaf for t in _sums(found) for leaf in axes.leaves(t)}
+    met = {leaf for terms in found.contracted.values() for t in terms for leaf in axes.leaves(t)}
+    for leaf in (leaf for term in products for leaf in axes.leaves(term)):
+        if leaf in (summed - met) & (sides.written - sides.read):
+            leaf.fixed = leaf.fixed or Reason(KIND, leaf.name)
+
+
+def _sums(found: Findings) -> Iterator[Term]:
+    for node, terms in found.mixed.items():
+        if op_of(node).statistic == "sum":
+            yield from terms
 
 
 def _hold_states(trace: Trace, found: Findings, sides: _Sides) -> None:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from torch import nn
+from torch import fx, nn
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
@@ -23,6 +23,7 @@ from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import output_node
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.scalars import KEEP
+from matryoshkafy.plan.tables import weights_read
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import Terms, op_of
 from matryoshkafy.rules.bounds import is_cap
@@ -100,7 +101,7 @@ def settle(found: Findings) -> None:
     """Fix what is no feature, then all but the outermost free factor of every product."""
     features = {leaf for t in found.features for leaf in axes.leaves(t)}
     products: dict[str, Term] = {}
-    for term in found.all_terms():
+    for term in (*found.all_terms(), *_sides(found)):
         resolved = axes.resolve(term)
         for leaf in axes.leaves(resolved):
             if leaf.fixed is None and leaf not in features:
@@ -113,6 +114,26 @@ def settle(found: Findings) -> None:
     changed = True
     while changed:
         changed = any([_outermost(term) for term in products.values()])
+
+
+def _sides(found: Findings) -> Iterator[Term]:
+    """Yield what a layer writes or sums over as one product: heads and their units as two dims."""
+    for node in found.contracted:
+        for weight, place in weights_read(node, found).items():
+            terms = found.flat(weight)
+            for dims in (place.outs, place.into):
+                side = tuple(factor for d in sorted(dims) for factor in terms[d])
+                if len(dims) > 1 and _stands_together(side, node, weight, found):
+                    yield side
+
+
+def _stands_together(side: Term, node: fx.Node, weight: fx.Node, found: Findings) -> bool:
+    """Tell whether one value beside the weight has all of a side; a bilinear layer reads two."""
+    wanted = set(axes.leaves(side))
+    if len(wanted) < len(list(axes.leaves(side))):
+        return False
+    values = (n for n in (node, *node.all_input_nodes) if n is not weight and n in found.terms)
+    return any(wanted <= {leaf for t in found.flat(n) for leaf in axes.leaves(t)} for n in values)
 
 
 def _outermost(term: Term) -> bool:

@@ -29,7 +29,12 @@ def cat(walk: Walk, node: fx.Node, args: Args) -> Result:
         for i, term in enumerate(walk.of(tensor)):
             if i != dim:
                 out[i] = walk.unify(out[i], term)
-    out[dim] = axes.concatenate(walk.of(t)[dim] for t in tensors)
+    if sum(walk.shape(t)[dim] for t in tensors) == walk.shape(node)[dim]:
+        out[dim] = axes.concatenate(walk.of(t)[dim] for t in tensors)
+    else:  # lengths that only a call knows: the rows of each expert
+        for tensor in tensors:
+            walk.fix(walk.of(tensor)[dim], "indexed")
+        out[dim] = walk.fresh(walk.shape(node)[dim], "indexed")
     return tuple(out)
 
 
@@ -145,10 +150,12 @@ def _sliced(walk: Walk, term: Term, piece: tuple[int, int, int]) -> Term:
 
 @rule("select", picks=True)
 def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """One index of a dim, which stays whole, unless nothing but the shape is read."""
+    """One index of a dim, which stays whole, unless nothing but the shape is read of it."""
     terms = walk.of(args["self"])
     dim: int = args["dim"] % len(terms)
-    if args["index"] != 0 or any(op_of(user).algebra != "uniform" for user in node.users):
+    alike = op_of(args["self"]).algebra == "uniform"  # zeros_like(x)[..., 0]
+    shaped = alike or all(op_of(user).algebra == "uniform" for user in node.users)
+    if args["index"] != 0 or not shaped:
         walk.fix(terms[dim], "indexed")
     return terms[:dim] + terms[dim + 1 :]
 

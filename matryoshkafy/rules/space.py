@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from matryoshkafy.graph.nodes import info_of
+from matryoshkafy.graph.nodes import info_of, op_key
 from matryoshkafy.rules.table import Args, Result, Walk, dims_of, rule
 
 
@@ -64,6 +64,10 @@ def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Result:
     return _spatial(walk, node, len(walk.shape(node)) - 2)
 
 
+COMPLEX = frozenset("fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn".split())
+"""The transforms that give as many frequencies as they are given units."""
+
+
 @rule(
     "fft_fft",
     "fft_ifft",
@@ -81,10 +85,15 @@ def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Result:
     "fft_irfftn",
 )
 def fourier(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Transformed dims stay whole, the others pass."""
+    """Transformed dims are mixed, the others pass; one that changes its length stays whole."""
     terms, new = list(walk.of(args["self"])), walk.shape(node)
     dim = args.get("dim", -1)
+    # As many frequencies as units: a narrower width has its own transform, as FNet's class has.
+    alike = op_key(node) in COMPLEX and args.get("n") is None and args.get("s") is None
     for d in dims_of(range(len(terms)) if dim is None else dim, len(terms)):
+        if alike:
+            walk.mix(terms[d])
+            continue
         walk.fix(terms[d], "frequency")
         terms[d] = walk.fresh(new[d], "frequency")
     return tuple(terms)

@@ -7,3 +7,9 @@ example_inputs = IDS
 
 def model() -> Net:
     return Net().eval()
+
+
+def from_weights(path: str = "weights.pt", width: int = 32) -> Net:
+    """A class that is not made without its weights."""
+    open(path).close()
+    return Net(width).eval()

@@ -16,6 +16,7 @@ from matryoshkafy.natives.loading import load_native
 from matryoshkafy.natives.recipe import NativeError
 from matryoshkafy.natives.source import Source, source_from_json, source_of
 from tests.natives.test_native import IDS, Net, sliced
+from tests.natives.test_search import Boxes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -166,6 +167,18 @@ def test_a_class_of_the_user_is_written_with_its_arguments(tmp_path: Path) -> No
     torch.testing.assert_close(loaded(IDS[0]), small(IDS[0]))
     with pytest.raises(NativeError, match="build=YOUR_CLASS"):
         load_native(folder)
+
+
+def test_inputs_are_given_to_save_where_random_ones_do_not_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    corners = torch.tensor([[0, 7], [2, 6], [1, 1], [4, 5]])
+    like = functools.partial(Boxes, width=16)
+    small = sliced(like().eval(), (corners,), [8, 16], 8)
+    with pytest.raises(NativeError, match=r"inputs=\(ARGS, KWARGS\)"):
+        mk.save(small, tmp_path / "out", to="class", like=like)
+    assert not list(tmp_path.iterdir())
+    folder = mk.save(small, tmp_path / "out", to="class", like=like, inputs=((corners,), {}))
+    torch.testing.assert_close(load_native(folder, build=Boxes)(corners), small(corners))
 
 
 class Wave(torch.nn.Module):

@@ -619,7 +619,10 @@ def grid(b: Builder, x: Value, rank: int) -> Value:
 add("grid_sampler grid_sampler_2d", lambda b, op, x: op(x, grid(b, x, 2), 0, 0, False), "image")
 add("grid_sampler_3d", lambda b, op, x: op(cube(b, x), grid(b, x, 3), 0, 0, False), "image")
 add("fft_fft fft_ifft fft_rfft fft_ihfft", lambda b, op, x: b(aten.abs.default, op(x, None, 1)))
-add("fft_fft", lambda b, op, x: b(aten.abs.default, op(x, None, -1)), holds=True)
+# A transform of the width is the narrow model's own; one that changes the length holds it whole.
+add("fft_fft fft_ifft", lambda b, op, x: b(aten.abs.default, op(x, None, -1)))
+add("fft_fft", lambda b, op, x: b(aten.abs.default, op(x, 8, -1)), holds=True)
+add("fft_rfft", lambda b, op, x: b(aten.abs.default, op(x, None, -1)), holds=True)
 add("stft", lambda b, op, x: b(aten.abs.default, op(row(b, x), 4, return_complex=True)), holds=True)
 add(
     "istft",
