@@ -41,7 +41,7 @@ KNOWN = {
     "matryoshkafy/losses/fused.py:nested_cross_entropy parameters": 11,
     "matryoshkafy/losses/matryoshka.py:__init__ parameters": 9,
     "matryoshkafy/losses/sampled.py:nested_sampled_softmax parameters": 12,
-    "matryoshkafy/natives/saving.py:save parameters": 7,
+    "matryoshkafy/natives/saving.py:save parameters": 8,
     "matryoshkafy/natives/saving.py:save_native parameters": 7,
     "matryoshkafy/training/distil.py:distil parameters": 11,
     "matryoshkafy/units/rotate.py:rotate parameters": 7,

@@ -155,9 +155,10 @@ def tables_of(module: nn.Module) -> dict[str, torch.Tensor]:
     A class makes those anew each time it is built.
     """
     shown = module.state_dict().keys()
+    parts = cast("Iterator[tuple[str, nn.Module]]", module.named_modules())
     held = {
         f"{path}.{key}" if path else key: value
-        for path, part in module.named_modules()
+        for path, part in parts
         for key, value in vars(part).items()
         if isinstance(value, torch.Tensor)
     }

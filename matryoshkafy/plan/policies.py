@@ -121,10 +121,13 @@ def _sides(found: Findings) -> Iterator[Term]:
     for node in found.contracted:
         for weight, place in weights_read(node, found).items():
             terms = found.flat(weight)
-            for dims in (place.outs, place.into):
+            for dims in filter(_are_several, (place.outs, place.into)):
                 side = tuple(factor for d in sorted(dims) for factor in terms[d])
-                if len(dims) > 1 and _stands_together(side, node, weight, found):
-                    yield side
+                yield from [side] if _stands_together(side, node, weight, found) else []
+
+
+def _are_several(dims: tuple[int, ...]) -> bool:
+    return len(dims) > 1
 
 
 def _stands_together(side: Term, node: fx.Node, weight: fx.Node, found: Findings) -> bool:

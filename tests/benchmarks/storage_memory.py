@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,25 +85,28 @@ def _write(folder: Path, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dtype = DTYPES[options.dtype]
     numbers = round(options.gigabytes * 1e9 / dtype.itemsize)
-    model = (_llama if folder.name == "llama" else _net)(numbers).to(dtype)
     ids = torch.randint(0, VOCABULARY, (2, 3))
-    call = {"input_ids": ids, "use_cache": False} if folder.name == "llama" else {}
-    nesting = "sliced" if call else options.nesting
-    doll = mk.convert(model, () if call else (ids,), call, sizes=SIZES, nesting=nesting)
-    source = folder.parent / "original"
-    if call:
-        model.config.save_pretrained(source)
-    mk.save(doll, folder, source=source if call else None)
+    if folder.name == "llama":
+        llama, source = _llama(numbers).to(dtype), folder.parent / "original"
+        llama.config.save_pretrained(source)
+        call = {"input_ids": ids, "use_cache": False}
+        mk.save(mk.convert(llama, (), call, sizes=SIZES, nesting="sliced"), folder, source=source)
+        return
+    model = _net(numbers).to(dtype)
+    mk.save(mk.convert(model, (ids,), sizes=SIZES, nesting=options.nesting), folder)
 
 
-def _llama(numbers: int) -> torch.nn.Module:
+def _llama(numbers: int) -> Any:
     import transformers
 
-    fields = {"hidden_size": WIDTH, "intermediate_size": 5632, "num_attention_heads": 16}
     layer = 4 * WIDTH**2 + 3 * WIDTH * 5632
     count = round((numbers - 2 * VOCABULARY * WIDTH) / layer)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=max(1, count), **fields
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=5632,
+        num_hidden_layers=max(1, count),
+        num_attention_heads=16,
     )
     config.architectures = ["LlamaForCausalLM"]
     return transformers.LlamaForCausalLM(config).eval()
