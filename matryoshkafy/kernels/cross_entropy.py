@@ -26,6 +26,9 @@ from matryoshkafy.kernels.untyped import vecdot
 
 # Bytes of working memory; a GPU needs longer chunks to be busy.
 BUDGET = {"cpu": 56_000_000, "cuda": 512_000_000}
+# A chunk passes over its scratch a dozen times, so on a CPU it should stay near the core; but each
+# chunk passes over the table and its gradient, too, so it has at least as many rows as units.
+NEAR = {"cpu": 14_000_000}
 # Below so many rows a chunk's products are memory-bound: tile the classes and do the logits twice.
 FEWEST_ROWS = 24
 TILED_ROWS = 384
@@ -164,10 +167,13 @@ def layout(
     classes = len(problem.table)
     slots = 1 + (len(options.widths) if needed else 1)
     size = accumulation_dtype(problem.hidden.dtype).itemsize
-    cells = BUDGET.get(problem.hidden.device.type, BUDGET["cpu"]) // (slots * size)
-    if cells // max(classes, 1) >= min(FEWEST_ROWS, rows):
-        most = max(cells // max(classes, 1), 1)
-        return [(0, classes)], even(rows, most)
+    device = problem.hidden.device.type
+    budget = BUDGET.get(device, BUDGET["cpu"])
+    cells, near = (bound // (slots * size) for bound in (budget, NEAR.get(device, budget)))
+    most = cells // max(classes, 1)
+    if most >= min(FEWEST_ROWS, rows):
+        most = min(most, max(near // max(classes, 1), problem.hidden.shape[-1]))
+        return [(0, classes)], even(rows, max(most, 1))
     height = even(rows, TILED_ROWS)
     width = max(cells // height, 1)
     return [(lo, min(lo + width, classes)) for lo in range(0, classes, width)], height

@@ -36,8 +36,10 @@ def batch(count: int, real: int) -> tuple[Tensor, Tensor]:
 
 def plain_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     """Scores of every position, then the cross entropy of those that count."""
-    real = targets != 0
-    F.cross_entropy(model(inputs)[real], targets[real]).backward()
+    real, scores = targets != 0, model(inputs)
+    if not bool(real.all()):
+        scores, targets = scores[real], targets[real]
+    F.cross_entropy(scores.flatten(0, -2), targets.flatten()).backward()
 
 
 def nested_step(doll: mk.Doll, loss: nn.Module, inputs: Tensor, targets: Tensor) -> None:
