@@ -1,14 +1,17 @@
-"""written_out(): whether the user's line holds a number as such, and does not compute it.
+"""written_out(): whether the user's code holds a number as such, and does not compute it.
 
-x * 0.25 scales by a quarter at every width; x * d ** -0.5 does so where d is 16 alone.
+x * 0.25 scales by a quarter at every width, and so does x * step where step = 1 / 4 stands above;
+x * d ** -0.5 does so where d is 16 alone.
 """
 
 from __future__ import annotations
 
 import ast
 import linecache
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import fx
@@ -17,6 +20,14 @@ from matryoshkafy.graph.nodes import source_of
 
 PLACE = re.compile(r"(.+):(\d+) \(")
 COMPUTES = re.compile(r"\*\*|sqrt|pow")
+SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b if b else math.nan,
+}
 
 
 def written_out(node: fx.Node, value: float) -> bool:
@@ -25,42 +36,101 @@ def written_out(node: fx.Node, value: float) -> bool:
     A statement that also takes a root or a power may have computed it: that is no proof.
     """
     place = PLACE.match(source_of(node) or "")
-    statement = _statement(place[1], int(place[2])) if place else None
-    if statement is None or COMPUTES.search(ast.unparse(statement)):
+    tree = _parsed(place[1]) if place else None
+    if place is None or tree is None:
         return False
-    return value in _factors(statement)
-
-
-def _statement(file: str, line: int) -> ast.stmt | None:
-    """Return the innermost statement that holds a line; None where there is none."""
-    around = [s for s in _statements(file) if s.lineno <= line <= (s.end_lineno or s.lineno)]
-    return max(around, key=lambda s: s.lineno, default=None)
+    line = int(place[2])
+    statements = _around(tree, SIMPLE, line)
+    if any(COMPUTES.search(ast.unparse(s)) for s in statements):
+        return False
+    function, owner = _around(tree, FUNCTIONS, line)[:1], _around(tree, (ast.ClassDef,), line)[:1]
+    scope = _Scope(tree, function, owner)
+    return any(math.isclose(value, n) for s in statements for n in _factors(s, scope))
 
 
 @lru_cache(maxsize=64)
-def _statements(file: str) -> tuple[ast.stmt, ...]:
-    """Return the simple statements of a file."""
+def _parsed(file: str) -> ast.Module | None:
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        return ast.parse("".join(linecache.getlines(file)))
     except (SyntaxError, ValueError):
-        return ()
-    simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
-    return tuple(n for n in ast.walk(tree) if isinstance(n, simple))
+        return None
 
 
-def _factors(statement: ast.stmt) -> set[float]:
-    """Return the numbers by which a statement multiplies or divides."""
-    return {
-        number
-        for node in ast.walk(statement)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div))
-        for side in (node.left, node.right)
-        for number in _numbers(side)
-    }
+def _around(tree: ast.Module, kinds: tuple[type[ast.stmt], ...], line: int) -> list[ast.stmt]:
+    """Return the innermost statements of some kinds that hold a line."""
+    found = (s for s in ast.walk(tree) if isinstance(s, kinds))
+    around = [s for s in found if s.lineno <= line <= (s.end_lineno or s.lineno)]
+    first = max((s.lineno for s in around), default=0)
+    return [s for s in around if s.lineno == first]
 
 
-def _numbers(side: ast.expr) -> Iterator[float]:
+@dataclass(frozen=True)
+class _Scope:
+    """Where the names of a statement are bound: its function, its class, its module."""
+
+    module: ast.Module
+    function: list[ast.stmt]
+    owner: list[ast.stmt]
+
+    def bindings(self, name: ast.expr) -> list[ast.expr | None]:
+        """Return what a name or an attribute is bound to; None for a binding of another kind."""
+        if not isinstance(name, (ast.Name, ast.Attribute)):
+            return []
+        for place in (
+            self.owner if isinstance(name, ast.Attribute) else (*self.function, self.module)
+        ):
+            found = [value for target, value in _bound(place) if target == ast.unparse(name)]
+            if found:
+                return found
+        return []
+
+
+def _bound(place: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
+    """Yield every name that is bound, with its value where an assignment gives one."""
+    plain: set[ast.expr] = set()
+    for node in ast.walk(place):
+        if isinstance(node, ast.Assign):
+            pairs = [pair for target in node.targets for pair in _pairs(target, node.value)]
+            plain.update(target for target, _ in pairs)
+            yield from ((ast.unparse(target), value) for target, value in pairs)
+        elif isinstance(node, ast.arg):
+            yield node.arg, None
+        elif isinstance(node, (ast.Name, ast.Attribute)) and node not in plain:
+            yield from [(ast.unparse(node), None)] if isinstance(node.ctx, ast.Store) else ()
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield each name with its own value: a, b = 1, 2."""
+    if not isinstance(target, ast.Tuple):
+        yield target, value
+    elif isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
+        for each, one in zip(target.elts, value.elts, strict=True):
+            yield from _pairs(each, one)
+
+
+def _factors(statement: ast.stmt, scope: _Scope) -> Iterator[float]:
+    """Yield the numbers by which a statement multiplies or divides."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
+            for side in (node.left, node.right):
+                number = _number(side, scope)
+                if number is not None:
+                    yield number
+
+
+def _number(side: ast.expr, scope: _Scope, depth: int = 4) -> float | None:
+    """Return the number that an expression of literals stands for; None where it is not known."""
+    if isinstance(side, ast.Constant):
+        return float(side.value) if type(side.value) in (int, float) else None  # type: ignore[arg-type]
     if isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
-        yield from (-n for n in _numbers(side.operand))
-    elif isinstance(side, ast.Constant) and type(side.value) in (int, float):
-        yield float(side.value)  # type: ignore[arg-type]
+        number = _number(side.operand, scope, depth)
+        return None if number is None else -number
+    if isinstance(side, ast.BinOp):
+        left, right = (_number(s, scope, depth) for s in (side.left, side.right))
+        compute = ARITHMETIC.get(type(side.op))
+        if left is None or right is None or compute is None:
+            return None
+        return compute(left, right)
+    bindings = scope.bindings(side) if depth else []
+    numbers = {_number(b, scope, depth - 1) if b is not None else None for b in bindings}
+    return numbers.pop() if len(numbers) == 1 else None

@@ -54,10 +54,10 @@ class _Sides:
                 terms = found.flat(weight)
                 for term in (terms[o] for o in place.outs):
                     self.written.update(axes.leaves(term))
-                    self.written_alone.update(_alone(term))
+                    self.written_alone.update(alone(term))
                 for term in (terms[i] for i in place.into):
                     self.read.update(axes.leaves(term))
-                    self.read_alone.update(_alone(term))
+                    self.read_alone.update(alone(term))
 
     def is_passed(self, axis: Axis) -> bool:
         """Tell whether a layer writes the axis and another reads it."""
@@ -72,14 +72,14 @@ class _Sides:
         return not (self.is_passed(axis) or axis in self.written_alone | self.read_alone)
 
 
-def _alone(term: Term) -> Iterator[Axis]:
+def alone(term: Term) -> Iterator[Axis]:
     """Yield the axes that are all of a dim, or all of a segment of it, copies not counted."""
     factors = [f for f in axes.resolve(term) if not (isinstance(f, Axis) and f.fixed is COPIES)]
     if len(factors) == 1 and isinstance(factors[0], Axis):
         yield factors[0]
     elif len(factors) == 1 and isinstance(factors[0], Sum):
         for segment in factors[0].segments:
-            yield from _alone(segment)
+            yield from alone(segment)
 
 
 def _products(found: Findings) -> list[Term]:

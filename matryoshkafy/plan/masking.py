@@ -24,6 +24,7 @@ from matryoshkafy.plan.held import nests, weights_of
 from matryoshkafy.plan.regions import region
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import Terms, op_of
+from matryoshkafy.rules.table import reduced_dims
 from matryoshkafy.rules.weights import weight_places
 
 # How much of the graph may be computed once per size: with layers in it, and without any.
@@ -147,6 +148,12 @@ class _Planner:
         """An axis that carries much of the model must shrink, even at the cost of a clamp."""
         return any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
 
+    def _clampable(self, node: fx.Node, summed: tuple[Axis, ...]) -> bool:
+        """It has to be known which dims are summed, where the same axis leaves as well."""
+        leaving = {leaf for term in self.found.flat(node) for leaf in axes.leaves(term)}
+        told = reduced_dims(node) is not None or not leaving & set(summed)
+        return op_of(node).clampable and told
+
     def _is_light(self, after: set[fx.Node]) -> bool:
         """A tail may be nested again where it is short, or where no layer stands in it."""
         layers = any(self._kind(n) in ("mask", "norm") for n in after)
@@ -189,7 +196,7 @@ class _Planner:
             return True
         if self._computed_per_size(node, place):
             return True
-        if self._weighty(summed) and op_of(node).clampable:
+        if self._weighty(summed) and self._clampable(node, summed):
             self.choices[node.name] = Choice("clamp", summed)
             self.remarks.append(
                 f"clamp: {op_key(node)} at {place} turns a width into a whole axis inside the "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from matryoshkafy import axes
 from matryoshkafy.graph.nodes import gives_several
 from matryoshkafy.plan.held import nests
 from matryoshkafy.plan.walk import Findings
@@ -67,6 +68,8 @@ def meets(node: fx.Node, found: Findings) -> bool:
     dims, rank = _nested_dims(node, found), len(found.flat(node))
     if len(dims) != 1 or any(map(nests, summed)):
         return False
+    if any(a.fixed and a.fixed.kind == "input" for a in axes.leaves(found.of(node)[dims[0]])):
+        return False  # the batch beside it: where the block of a level ends, no graph can say
     return op_of(node).elementwise or (op_of(node).product and dims[0] >= rank - 2)
 
 

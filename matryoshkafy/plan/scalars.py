@@ -5,9 +5,10 @@ or divides a tensor and equals n ** p: n the units of the tensor's last dimensio
 and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2 and n a width that stands in a product of
 factors (heads times units of a head: the whole, or the head where that is what shrinks), or that
 the products before it were summed over, which an integer may count whole (q k / d of muP, whose d
-is a size: x.shape[-1]); or p one of 1/4, -1/4, where both operands of a product
-are scaled by it. A number that the user's line holds as such (x * 0.25) is none of these. What is
-found is reported in the plan and rewritten at each size, unless keep=["scalar:NODE"] holds it.
+is a size: x.shape[-1]), or that a convolution sums over whose weight is scaled (equalised rates);
+or p one of 1/4, -1/4, where both operands of a product are scaled by it. A number that the user's
+code holds as such (x * 0.25) is none of these. What is found is reported in the plan and rewritten
+at each size, unless keep=["scalar:NODE"] holds it.
 """
 
 from __future__ import annotations
@@ -144,6 +145,19 @@ def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
         for width in _widths_holding(factor, plan):
             yield factor, width, ROOTS
     yield from _summed_widths(node, search)
+    yield from _inputs_of_weight(node, search)
+
+
+def _inputs_of_weight(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield how many inputs each output of a weight sums over: an equalised rate divides by it."""
+    weight = next(iter(node.all_input_nodes), node)
+    while op_of(weight).picks and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    held = weight.op == "get_attr"
+    shape = search.plan.parameters.get(str(weight.target), ()) if held else ()
+    nested = [f for dim in shape[1:] for f in dim if isinstance(f, dims.Nested)]
+    if len(shape) > 2 and len(nested) == 1:
+        yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
 
 
 def _own_widths(node: fx.Node, plan: Plan, powers: tuple[float, ...]) -> Iterator[Candidate]:
@@ -172,6 +186,9 @@ def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     for value in _products_before(node):
         for dim in search.summed.get(value.name, ()):
             yield from _factors(dim)
+            factor = _alone(dim)
+            if factor is not None:
+                yield from ((factor, n, ROOTS) for n in _widths_holding(factor, search.plan))
 
 
 def _counted_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
@@ -227,7 +244,9 @@ def _scaled_by(node: fx.Node, value: float, search: _Search) -> bool:
 
 
 def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
-    """Return the widths of parameters that are these heads, times whole units of a head."""
+    """Return the widths of parameters that are these heads, times whole units of a head (or this
+    head, so many times).
+    """
     found = {dim for terms in plan.parameters.values() for dim in terms if heads in dim}
     return {
         dims.size(dim)

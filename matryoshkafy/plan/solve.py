@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.choices import hold_choices
 from matryoshkafy.plan.counts import hold_counts
 from matryoshkafy.plan.freeze import Request, Solved, freeze
 from matryoshkafy.plan.masking import Masking, choose
@@ -16,7 +17,7 @@ from matryoshkafy.plan.policies import (
     shares,
     trainable,
 )
-from matryoshkafy.plan.tables import hold_rows, hold_tables
+from matryoshkafy.plan.tables import hold_constants, hold_rows, hold_tables
 from matryoshkafy.plan.walk import Findings
 
 
@@ -31,7 +32,9 @@ def solve(trace: Trace, found: Findings, request: Request) -> Plan:
     parameters = parameter_terms(trace, found)
     hold_kept(trace, found, request.options.keep)
     hold_tables(trace, found)
+    hold_constants(trace, found)
     hold_rows(trace, found)
+    hold_choices(trace, found)
     fix_heads(trace, found)
     hold_counts(trace, found)
     settle(found)

@@ -1,5 +1,5 @@
-"""hold_tables(), hold_rows(): features that the model holds but does not learn stay whole, and so
-do the rows of a table that are attended.
+"""hold_tables(), hold_constants(), hold_rows(): features that the model holds but does not learn
+stay whole, and so do the rows of a table that are attended.
 
 Text and picture features of items, a graph as a buffer, fixed filter banks: these are inputs that
 happen to live in the model. A *table* is a float buffer, or a parameter that does not train in a
@@ -58,6 +58,36 @@ def hold_tables(trace: Trace, found: Findings) -> None:
         for leaf in (leaf for t in terms for leaf in axes.leaves(t)) if table else ():
             if leaf not in owned.read and any(leaf in _leaves(found, t) for t in tables):
                 axes.fix((leaf,), Reason(KIND, node.name))
+
+
+def hold_constants(trace: Trace, found: Findings) -> None:
+    """Fix what numbers of the model have of their own: centres, knots, steps that a layer reads.
+
+    exp(-(x - centres)^2) has as many features as there are centres. No layer writes them and no
+    parameter that trains has such an axis but to read it: a smaller class has as many.
+    """
+    state = trace.state()
+    frozen, owned = set[Axis](), set[Axis]()
+    for node in (n for n in trace.graph.nodes if n.op == "get_attr" and n in found.terms):
+        tensor = state.get(str(node.target))
+        if isinstance(tensor, nn.Parameter):
+            owned.update(_axes(found.flat(node)[d] for d in _own_dims(node, found)))
+        elif tensor is not None and any(_meets_activations(u, found) for u in node.users):
+            frozen.update(_leaves(found, node))
+    read = {leaf for terms in found.contracted.values() for leaf in _axes(terms)}
+    for leaf in frozen & read - owned:
+        axes.fix((leaf,), Reason(KIND, leaf.name))
+
+
+def _own_dims(parameter: fx.Node, found: Findings) -> set[int]:
+    """Return the dims of a parameter that it does not merely read."""
+    places = [weights_read(u, found).get(parameter) for u in parameter.users if is_op(u)]
+    read = set[int]().union(*(p.into for p in places if p is not None))
+    return set(range(len(found.flat(parameter)))) - read
+
+
+def _meets_activations(user: fx.Node, found: Findings) -> bool:
+    return op_of(user).elementwise and user not in found.pure
 
 
 def hold_rows(trace: Trace, found: Findings) -> None:

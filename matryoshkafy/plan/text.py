@@ -26,6 +26,7 @@ MEANINGS = {
     "copies": "how many copies there are of a width that shrinks",
     "indexed": "single positions are picked out of it",
     "frozen table": "features that the model holds and does not learn",
+    "attended": "positions that attention chooses among",
     "table rows": "rows of a table that are read as keys and values",
     "kept": "you asked for it: keep=[...]",
     "frequency": "frequencies of a transform",

@@ -15,7 +15,7 @@ from matryoshkafy.plan.plan import Action, Plan, Shape
 from matryoshkafy.rewrite.blocks import write_blocks
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rewrite.writer import Actions, Rewriter, nested
-from matryoshkafy.rules.table import op_of
+from matryoshkafy.rules.table import op_of, reduced_dims
 from matryoshkafy.rules.weights import Place, weight_places
 
 aten = torch.ops.aten
@@ -32,6 +32,7 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
     Values of an attention are not summed over their features, though they may share the group.
     """
     spared = bound_args(node)["value"] if op_of(node).attends else None
+    summed = reduced_dims(node)
     groups = set(action.groups)
     ladder = list(writer.plan.ladder[level])
     smallest = [w if i in groups else ladder[i] for i, w in enumerate(writer.plan.ladder[0])]
@@ -42,9 +43,8 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
         if gives_several(value) or not isinstance(new, fx.Node) or value is spared:
             return new
         for i, dim in enumerate(shape):
-            if groups & set(dims.groups_of(dim)):
-                segments = dims.relative(dim, tuple(ladder), tuple(smallest))
-                new = new if segments is None else writer.cut_dim(new, i, segments)
+            if groups & set(dims.groups_of(dim)) and (summed is None or i in summed):
+                new = writer.narrow(new, i, dim, (tuple(ladder), tuple(smallest)))
         return new
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), narrowed)

@@ -208,10 +208,28 @@ class Rewriter:
     def cut(self, value: fx.Node, shape: tuple[Dim, ...], widths: Widths) -> fx.Node:
         """Return the part of a value that is kept at the given widths."""
         for i, dim in enumerate(shape):
-            segments = dims.relative(dim, self.plan.ladder[self.top], widths)
-            if segments is not None:
-                value = self.cut_dim(value, i, segments)
+            value = self.narrow(value, i, dim, (self.plan.ladder[self.top], widths))
         return value
+
+    def narrow(self, value: fx.Node, at: int, dim: Dim, widths: tuple[Widths, Widths]) -> fx.Node:
+        """Return the part of one dim of a value that is kept, from the one widths to the other.
+
+        A factor beside the nested ones may be the batch, of which a graph knows no number: the dim
+        is taken apart there. Those of a parameter are numbers.
+        """
+        have, want = widths
+        segments = dims.relative(dim, have, want)
+        if segments is None:
+            return value
+        before = isinstance(dim[0], int)
+        rest = dim[1:] if before else dim[:-1]
+        if value.op == "get_attr" or not rest or not (before or isinstance(dim[-1], int)):
+            return self.cut_dim(value, at, segments)
+        inner, size = dims.relative(rest, have, want), dims.size_at(rest, have)
+        sizes = [-1, size] if before else [size, -1]
+        apart = self.graph.call_function(aten.unflatten.int, (value, at, sizes))
+        cut = self.cut_dim(apart, at + 1 if before else at, inner or ())
+        return self.graph.call_function(aten.flatten.using_ints, (cut, at, at + 1))
 
     def cut_dim(self, value: fx.Node, dim: int, segments: dims.Segments) -> fx.Node:
         call = self.graph.call_function

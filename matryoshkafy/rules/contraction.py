@@ -333,7 +333,7 @@ def _fix_space(walk: Walk, x: Terms, weight: Terms) -> None:
 
 
 def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) -> Result:
-    x, weight, groups = walk.of(args["input"]), walk.of(args["weight"]), args["groups"]
+    x, weight = walk.of(args["input"]), walk.of(args["weight"])
     if args.get("transposed"):
         return transposed_convolution(walk, node, args)
     if len(x) != len(weight):
@@ -341,6 +341,8 @@ def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) ->
             walk.fix(term, "unbatched convolution")
         return tuple(walk.fresh(n, "unbatched convolution") for n in walk.shape(node))
     out, inner = axes
+    # As many as the batch where every sample has a weight of its own: then the argument is a size.
+    groups = walk.shape(args["input"])[1] // walk.shape(args["weight"])[1]
     if groups == 1:
         walk.contract(walk.unify(x[1], inner))
         walk.weight(args["weight"], 0, 1)

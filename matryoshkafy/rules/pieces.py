@@ -130,8 +130,18 @@ def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
         terms[dim] = walk.fresh(new[dim], "indexed")
         return tuple(terms)
     start = min(max(start + old[dim] if start < 0 else start, 0), old[dim])
+    if start == 0 and new[dim] == 1 and _only_shapes_read(node):
+        return (*terms[:dim], (), *terms[dim + 1 :])
     terms[dim] = _sliced(walk, terms[dim], (start, step, new[dim]))
     return tuple(terms)
+
+
+def _only_shapes_read(node: fx.Node) -> bool:
+    """Tell whether tensors are made like this one (ones_like) or it is like any other of its shape
+    (zeros_like(x)[..., 0]): no unit of its own is read.
+    """
+    alike = op_of(node.all_input_nodes[0]).algebra == "uniform"
+    return alike or all(op_of(user).algebra == "uniform" for user in node.users)
 
 
 def _sliced(walk: Walk, term: Term, piece: tuple[int, int, int]) -> Term:
@@ -153,9 +163,7 @@ def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """One index of a dim, which stays whole, unless nothing but the shape is read of it."""
     terms = walk.of(args["self"])
     dim: int = args["dim"] % len(terms)
-    alike = op_of(args["self"]).algebra == "uniform"  # zeros_like(x)[..., 0]
-    shaped = alike or all(op_of(user).algebra == "uniform" for user in node.users)
-    if args["index"] != 0 or not shaped:
+    if args["index"] != 0 or not _only_shapes_read(node):
         walk.fix(terms[dim], "indexed")
     return terms[:dim] + terms[dim + 1 :]
 

@@ -114,7 +114,8 @@ def _each(node: fx.Node, terms: Terms) -> Result:
 @rule("amax", statistic="amax")
 @rule("amin", statistic="amin")
 @rule("linalg_vector_norm", "norm", statistic="norm")
-@rule("prod", "logsumexp", clamps=True)
+@rule("prod", clamps=True)
+@rule("logsumexp", clamps=True, shares=True)
 @rule(
     "any",
     "all",

@@ -19,7 +19,7 @@ from torch import fx
 
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import Argument, op_key
+from matryoshkafy.graph.nodes import Argument, bound_args, op_key, tensor_info
 from matryoshkafy.graph.vocabulary import BASICS, Basics, basics_of
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ class Op:
             ("same", "carry", "add", ...); "" where it acts on each of them in a way of its own.
         reads: of a product, the argument whose dim is summed over, and that dim.
         measures: whether it gives sizes of its argument and nothing of its values (sym_size).
-        shares: whether it gives each unit's share of a whole (softmax), or its logarithm.
+        shares: whether it gives each unit's share of a whole (softmax), its logarithm, or that of
+            the whole (logsumexp).
         attends: whether it is fused attention, with the arguments of
             `torch.nn.functional.scaled_dot_product_attention`.
         reparametrises: whether it is g v / |v| of the arguments v, g and dim, which a sub-model
@@ -320,6 +321,14 @@ def op_of(node: fx.Node) -> Op:
 def dims_of(value: int | Iterable[int], rank: int) -> list[int]:
     """Return dims as a list of numbers from 0: -1 is the last, a number is one dim."""
     return [d % rank for d in ([value] if isinstance(value, int) else value)]
+
+
+def reduced_dims(node: fx.Node) -> list[int] | None:
+    """Return the dims that a statistic reduces; None of any other op, and of one over all dims."""
+    dim: int | list[int] | None = bound_args(node).get("dim") if op_of(node).statistic else None
+    if dim is None or dim == []:
+        return None
+    return dims_of(dim, len(tensor_info(node.all_input_nodes[0]).shape))
 
 
 @contextmanager

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.fuzz import odd as _odd
+from tests.fuzz import users as _users
 from tests.fuzz.blocks import BLOCKS, KINDS, WIDTH
 from tests.zoo.inputs import normal, tokens
 from tests.zoo.judge import Verdict, judge
 from tests.zoo.registry import Built, Entry, Scale, entry
 
-assert _odd  # importing it registers its blocks
+assert _odd and _users  # importing them registers their blocks
 STARTS = ("ids", "vectors")
 HEADS = ("classes", "items", "pooled", "pair")
 NESTINGS = ("sliced", "masked")

@@ -233,3 +233,59 @@ def test_a_square_weight_of_a_matmul_is_masked() -> None:
     h = model.first(x)
     expected = model.head(h + h @ masked(model.inner.t()).t())
     torch.testing.assert_close(doll(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Rendered(nn.Module):
+    """Three colours of a weight that each sample scales: a group of channels for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.style = nn.Linear(3, 16), nn.Linear(16, 16)
+        self.weight = nn.Parameter(torch.randn(3, 16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, 3] -> [N, 3, L]"""
+        x = self.first(x).tanh()
+        n, length, width = x.shape
+        weight = self.weight * self.style(x.mean(1)).view(n, 1, width, 1)
+        inputs = x.mT.reshape(1, n * width, length)
+        out = F.conv1d(inputs, weight.reshape(-1, width, 1), groups=n)
+        return out.view(n, 3, length)
+
+
+def test_a_width_beside_the_batch_is_cut_at_any_batch() -> None:
+    x = torch.randn(2, 7, 3)
+    doll = mk.convert(Rendered(), (x,), sizes=[0.5, 1.0])
+    small = mk.slice(doll, doll.sizes[0])
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 7, 3)
+        torch.testing.assert_close(doll.outputs(x)[doll.sizes[0]], small(x))
+        assert small(x).shape == (batch, 3, 7)
+
+
+class Sides(nn.Module):
+    """Every unit by what all of them say of it: one side of a square is summed, one stays."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, width)
+        self.kernel = nn.Parameter(torch.randn(width, width))
+        self.hidden, self.head = nn.Linear(width, width // 4), nn.Linear(width // 4, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N] -> [N, 5]"""
+        x = self.table(ids)
+        pairs = (x.unsqueeze(1) * self.kernel).sum(-1)
+        return self.head(self.hidden(x + pairs).tanh())
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_of_a_square_the_summed_side_alone_is_cut(nesting: str) -> None:
+    ids = torch.arange(5)
+    doll = mk.convert(Sides(16), (ids,), sizes=[8, 16], nesting=nesting)  # type: ignore[arg-type]
+    small, native = mk.slice(doll, 8), Sides(8)
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(ids), native(ids))
+    torch.testing.assert_close(doll.outputs(ids)[8], small(ids))

@@ -207,6 +207,37 @@ def test_a_number_that_the_line_holds_is_no_root(computed: bool) -> None:
     torch.testing.assert_close(small(x), native(x))
 
 
+QUARTER = 1 / 4
+
+
+class Named(nn.Module):
+    """Steps of a quarter, under the names that people give them."""
+
+    def __init__(self, width: int, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.kind = nn.Linear(3, width), nn.Linear(width, 5), kind
+        self.step, self.root = 0.25, width**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        x = self.first(x).tanh()
+        half = 0.5
+        if self.kind == "attribute":
+            return self.head(x * self.step)
+        if self.kind == "local":
+            return self.head(half * half * x)
+        if self.kind == "global":
+            return self.head(x * QUARTER)
+        return self.head(x * self.root)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "local", "global", "root"])
+def test_a_number_under_a_name_is_no_root_unless_it_is_one(kind: str) -> None:
+    doll = mk.convert(Named(16, kind), (torch.randn(4, 3),), sizes=[4, 16], nesting="sliced")
+    assert [s.value for s in doll.plan.scalars] == [0.25] * (kind == "root")
+
+
 def test_a_fourth_root_of_one_operand_is_a_number_like_any_other() -> None:
     class One(Scaled):
         def forward(self, ids: Tensor) -> Tensor:

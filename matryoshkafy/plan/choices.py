@@ -1,0 +1,83 @@
+"""hold_choices(): what a softmax chooses among stays whole: classes, positions, slots, atoms.
+
+A softmax, and the logarithm of a sum of exponentials, share a whole out among alternatives. Where
+they are classes of the model (tags of a CRF, components of a mixture, atoms of a distribution over
+returns) no product reads them on. Where they are positions (keys that Linformer projects to a fixed
+number, cells of a memory) they come out of a product that summed over the features of two values,
+and go into one with the values of each. A width behind a softmax is neither: a layer writes it and
+a product reads it (feature maps of linear attention, soft gates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import fx
+
+from matryoshkafy import axes
+from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.graph.nodes import reached
+from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.counts import alone
+from matryoshkafy.plan.walk import Findings
+from matryoshkafy.rules import op_of
+from matryoshkafy.rules.weights import weight_places
+
+
+def hold_choices(trace: Trace, found: Findings) -> None:
+    """Fix the alternatives that a softmax chooses among."""
+    read = _read(trace, found)
+    for node in trace.graph.nodes:
+        for leaf in _shared_out(node, found):
+            if leaf not in read:
+                axes.fix((leaf,), Reason("classes", node.name))
+            elif any(_compares(n, leaf, found) for n in _scores(node, leaf, found)):
+                axes.fix((leaf,), Reason("attended", node.name))
+
+
+def _shared_out(node: fx.Node, found: Findings) -> list[Axis]:
+    """Return the axes that a node shares a whole out among (fused attention holds its own)."""
+    return list(_axes(found.mixed.get(node, ()))) if op_of(node).shares else []
+
+
+def _read(trace: Trace, found: Findings) -> set[Axis]:
+    """Return the axes that products sum over; numbers that the model holds for them read none.
+
+    Nor does a layer that reads all features of all alternatives, one after the other (NetVLAD).
+    """
+    state = trace.state()
+
+    def learns(weight: fx.Node) -> bool:
+        made_of = reached([weight], lambda n: n.all_input_nodes)
+        tensors = [state.get(str(n.target)) for n in made_of if n.op == "get_attr"]
+        return any(t is not None and t.requires_grad for t in tensors)
+
+    out: set[Axis] = set()
+    for node, terms in found.contracted.items():
+        weights = [n for n in node.all_input_nodes if n in found.pure]
+        if not weights or any(map(learns, weights)):
+            out.update(leaf for term in terms for leaf in alone(term))
+    return out
+
+
+def _scores(node: fx.Node, leaf: Axis, found: Findings) -> Iterator[fx.Node]:
+    """Yield the nodes that made what a softmax reads, before masks and scales."""
+    made = {n for n in (*found.contracted, *found.mixed) if n is not node}
+
+    def carriers(value: fx.Node) -> Iterable[fx.Node]:
+        sources = () if value in made else value.all_input_nodes
+        return [n for n in sources if leaf in set(_axes(found.flat(n)))]
+
+    yield from reached([node], carriers) & made
+
+
+def _compares(node: fx.Node, leaf: Axis, found: Findings) -> bool:
+    """Tell whether a node sums over features, and no layer writes the axis there."""
+    summed = _axes([*found.contracted.get(node, ()), *found.mixed.get(node, ())])
+    places = weight_places(node).items()
+    written = _axes(found.flat(w)[d] for w, place in places for d in place.outs)
+    return any(a.fixed is None for a in summed) and leaf not in set(written)
+
+
+def _axes(terms: Iterable[Term]) -> Iterator[Axis]:
+    return (leaf for term in terms for leaf in axes.leaves(term))

@@ -1,0 +1,53 @@
+"""What a softmax chooses among stays whole, and so do centres; a width behind one nests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import matryoshkafy as mk
+from tests.fuzz import users
+from tests.fuzz.blocks import Make
+from tests.plan.test_counts import SMALL, WIDTH, Net
+
+KEPT = ("classes", "attended", "frozen table")
+WHOLE: dict[str, tuple[Make, int]] = {
+    "mixture": (users.Mixture, 5),
+    "tags": (users.Tags, 6),
+    "atoms": (users.atoms_by_sum, 7),
+    "atoms by a product": (users.atoms_by_product, 7),
+    "projected keys": (users.projected_plain, 3),
+    "projected keys, fused": (users.projected_fused, 3),
+    "cells": (users.Cells, 6),
+    "centres": (users.Centres, 9),
+    "clusters": (users.Clusters, 4),
+}
+KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
+    "feature maps": users.FeatureMaps,
+    "ones": users.Ones,
+    "modulated": users.Modulated,
+    "equalised": users.Equalised,
+    "steps": users.RungeKutta,
+    "split heads": users.SplitHeads,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_slice_is_the_smaller_class(kind: str) -> None:
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    model, native = (Net(KINDS[kind], w).double().eval() for w in (WIDTH, SMALL))
+    small = mk.slice(mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced", check=False), 0.5)
+    native.load_state_dict(small.state_dict())
+    for batch in (2, 5):
+        x = torch.randn(batch, 7, 3, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(small(x), native(x), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_it_says_what_stays_whole(kind: str, nesting: str) -> None:
+    make, size = WHOLE[kind]
+    plan = mk.inspect(Net(make, WIDTH), (torch.randn(2, 7, 3),), nesting=nesting)  # type: ignore[arg-type]
+    assert size in {w.size for w in plan.whole if w.why in KEPT}
+    assert size not in {g.size for g in plan.groups}
