@@ -112,10 +112,8 @@ def _factors(statement: ast.stmt, scope: _Scope) -> Iterator[float]:
     """Yield the numbers by which a statement multiplies or divides."""
     for node in ast.walk(statement):
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
-            for side in (node.left, node.right):
-                number = _number(side, scope)
-                if number is not None:
-                    yield number
+            sides = (_number(side, scope) for side in (node.left, node.right))
+            yield from (number for number in sides if number is not None)
 
 
 def _number(side: ast.expr, scope: _Scope, depth: int = 4) -> float | None:
