@@ -23,7 +23,7 @@ from matryoshkafy.graph.nodes import (
     tensor_info,
 )
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.held import held, is_reparametrised
+from matryoshkafy.plan.held import held, is_reparametrised, nests
 from matryoshkafy.plan.masking import Choice, Masking
 from matryoshkafy.plan.plan import (
     Action,
@@ -92,7 +92,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
         whole=tuple(_whole(trace, parameters)),
         unknown=tuple(Unknown(*u) for u in found.unknown),
         scalars=(),
-        remarks=tuple(dict.fromkeys(_remarks(trace, parameters, masking, full))),
+        remarks=tuple(dict.fromkeys(_remarks(trace, found, parameters, masking, full))),
     )
     plan = on_stairs(plan, stairs) if stairs else plan
     plan = snapped(plan, request.multiple_of).with_widths(request.overrides or {})
@@ -100,10 +100,25 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
 
 
 def _remarks(
-    trace: Trace, parameters: ByName, masking: Masking, full: Iterable[fx.Node]
+    trace: Trace, found: Findings, parameters: ByName, masking: Masking, full: Iterable[fx.Node]
 ) -> Iterator[str]:
     yield from (*trace.notes, *masking.remarks, *map(_held_remark, full))
     yield from input_remarks(trace, parameters)
+    yield from map(_across_remark, _across(found))
+
+
+def _across(found: Findings) -> Iterator[fx.Node]:
+    """Yield the norms of which a group holds units of several values."""
+    for node, notes in found.notes.items():
+        if nests(notes.get("across", ())):
+            yield node
+
+
+def _across_remark(node: fx.Node) -> str:
+    return (
+        f"groups: those of {op_key(node)} at {source_of(node) or node.name} hold units of several "
+        "values; every size has as many groups as divide its channels, each of other units"
+    )
 
 
 def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[Dim, ...]]:

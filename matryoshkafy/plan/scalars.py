@@ -99,8 +99,8 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
         found = _derived(constant, _widths_of(node, search))
         if found is None and type(argument) is int:
             found = _derived(constant, _counted_widths(node, search))
-        if found is None and constant[0] and _scales_both(node, constant[0], search):
-            found = _derived(constant, _own_widths(node, search.plan, FOURTH_ROOTS))
+        if found is None and constant[0]:
+            found = _derived(constant, _scaled_widths(node, constant[0], search))
         if found and not written_out(node, constant[0]):
             return [_scalar(node, str(index), constant[0], found)]
     return []
@@ -221,17 +221,17 @@ def _reads_state(node: fx.Node) -> bool:
     return any(n.op == "get_attr" for n in node.all_input_nodes)
 
 
-def _scales_both(node: fx.Node, value: float, search: _Search) -> bool:
-    """Tell whether a constant scales both operands of the product that reads it, as d ** -1/4."""
+def _scaled_widths(node: fx.Node, value: float, search: _Search) -> Iterator[Candidate]:
+    """Yield what a product sums over that reads a value, where a constant scales both operands."""
     last = node
     while len(last.users) == 1 and not op_of(last).product:
         user = next(iter(last.users))
         if not (_passes(user) or op_of(user).product):
-            return False
+            return
         last = user
-    return op_of(last).product and all(
-        _scaled_by(operand, value, search) for operand in last.all_input_nodes
-    )
+    both = all(_scaled_by(operand, value, search) for operand in last.all_input_nodes)
+    for dim in search.summed.get(last.name, ()) if op_of(last).product and both else ():
+        yield from ((factor, width, FOURTH_ROOTS) for factor, width, _ in _factors(dim))
 
 
 def _scaled_by(node: fx.Node, value: float, search: _Search) -> bool:

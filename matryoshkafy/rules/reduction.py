@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import fx
 
 from matryoshkafy import axes
+from matryoshkafy.axes import dims
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of, is_item, op_key
 from matryoshkafy.rules.contraction import group_count
 from matryoshkafy.rules.pieces import cut
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Result, Terms, Walk, dims_of, rule
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, rule
 
 
 @rule(
@@ -46,23 +47,41 @@ def norm_of_last(walk: Walk, node: fx.Node, args: Args) -> Result:
     return (terms, *(kept for _ in shapes[1:]))
 
 
+def _norm_groups(sizes: Sizes) -> None:
+    """Whole groups where they are an axis; as many as divide the channels where a group holds units
+    of several values, laid side by side.
+    """
+    channels = sizes.source[1]
+    if sizes.note("groups") is not None or not dims.is_nested(channels):
+        return group_count("num_groups")(sizes)
+    at, full = sizes.at(channels), dims.size(channels)
+    most = max(sizes.args["num_groups"] * at // full, 1)
+    sizes.set("num_groups", next(n for n in range(most, 0, -1) if at % n == 0))
+    return None
+
+
 @rule(
     "group_norm",
     statistic="normalise",
-    sizes=group_count("num_groups"),
+    sizes=_norm_groups,
     parameters=("weight", "bias"),
     nested="group_norm",
 )
 def norm_of_groups(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Statistics over the channels of a group and over space: whole groups shrink."""
+    """Statistics over the channels of a group and over space: whole groups shrink.
+
+    Where a group holds units of several values (the cat of a U-Net, whose parts are grouped
+    otherwise) the units shrink, and the groups follow as those of a smaller class do.
+    """
     del node
     terms, channels = walk.of(args["input"]), walk.shape(args["input"])[1]
     groups = args["num_groups"]
     pieces = axes.regroup(terms[1], [groups, channels // groups])
-    if pieces is None:
-        walk.fix(terms[1], "groups")
-        pieces = [walk.fresh(groups, "groups"), walk.fresh(channels // groups, "groups")]
     _channel_vectors(walk, args, terms[1])
+    if pieces is None:
+        walk.mix(terms[1])
+        walk.note("across", terms[1])
+        return terms
     walk.mix(pieces[1])
     walk.note("groups", pieces[0])
     return terms

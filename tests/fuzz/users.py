@@ -237,3 +237,33 @@ class SplitHeads(nn.Module):
         q, k, v = (torch.cat(f(x).split(width // 4, 2)) for f in (self.q, self.k, self.v))
         scores = q.bmm(k.mT) / math.sqrt(width)
         return x + torch.cat(scores.softmax(2).bmm(v).split(n), 2)
+
+
+@block("users")
+class Skipped(nn.Module):
+    """A U-Net's way up: a norm over the cat of two values, whose own norms group them otherwise."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.up, self.skip = nn.Linear(s(WIDTH), s(WIDTH)), nn.Linear(s(WIDTH), s(8))
+        self.norms = nn.ModuleList(nn.GroupNorm(s(4), s(n)) for n in (WIDTH, 8, 24))
+        self.out = nn.Conv1d(s(24), s(WIDTH), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, skip = self.norms[0](self.up(x).mT), self.norms[1](self.skip(x).mT)
+        return x + self.out(F.silu(self.norms[2](torch.cat([up, skip], 1)))).mT
+
+
+@block("users")
+class FourthRoots(nn.Module):
+    """Attention of channels first, as diffusion models have it: each side by C ** -1/4."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.qkv = nn.Conv1d(s(WIDTH), 3 * s(WIDTH), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.mT).chunk(3, 1)
+        scale = x.shape[-1] ** -0.25
+        weight = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(-1)
+        return x + torch.einsum("bts,bcs->btc", weight, v)

@@ -29,6 +29,8 @@ KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
     "equalised": users.Equalised,
     "steps": users.RungeKutta,
     "split heads": users.SplitHeads,
+    "skipped": users.Skipped,
+    "fourth roots": users.FourthRoots,
 }
 
 
@@ -51,3 +53,11 @@ def test_it_says_what_stays_whole(kind: str, nesting: str) -> None:
     plan = mk.inspect(Net(make, WIDTH), (torch.randn(2, 7, 3),), nesting=nesting)  # type: ignore[arg-type]
     assert size in {w.size for w in plan.whole if w.why in KEPT}
     assert size not in {g.size for g in plan.groups}
+
+
+def test_groups_across_values_are_told_and_demoted_where_one_pass_holds_all_sizes() -> None:
+    model, x = Net(users.Skipped, WIDTH), (torch.randn(2, 7, 3),)
+    sliced, masked = (mk.inspect(model, x, nesting=n) for n in ("sliced", "masked"))
+    assert any(r.startswith("groups: those of group_norm") for r in sliced.remarks)
+    assert not any(r.startswith("groups:") for r in masked.remarks)
+    assert any(r.startswith("demoted") for r in masked.remarks)
