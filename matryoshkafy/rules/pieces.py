@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx
@@ -216,6 +217,15 @@ def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return terms
 
 
+def _pads(sizes: Sizes) -> None:
+    """How many constants stand on each side, last dim first."""
+    given = cast("list[int | fx.Node]", list(sizes.args.get("pad", ())))
+    notes = {i: sizes.note(str(i)) for i in range(len(given))}
+    nested = {i: dim for i, dim in notes.items() if dim is not None and dims.is_nested(dim)}
+    if nested:
+        sizes.set("pad", [sizes.at(nested[i]) if i in nested else n for i, n in enumerate(given)])
+
+
 @rule(
     "pad",
     "constant_pad_nd",
@@ -225,12 +235,17 @@ def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "replication_pad1d",
     "replication_pad2d",
     "replication_pad3d",
+    sizes=_pads,
 )
 def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Padded dims: constants before and after the axis; other modes hold it whole."""
+    """Padded dims: constants before and after the axis; other modes hold it whole.
+
+    Constants are units like those that `zeros` makes: where a layer's outputs meet them they shrink
+    as its width does (the shortcut of a residual net without weights).
+    """
     names = list(args)
     terms, widths = list(walk.of(args["self"])), args[names[1]]
-    constant = args.get("mode", "constant") == "constant" and "_pad1d" not in op_key(node)
+    constant = args.get("mode", "constant") == "constant" and names[1] == "pad"
     for i in range(len(widths) // 2):
         dim = len(terms) - 1 - i
         if walk.shape(args["self"])[dim] != walk.shape(node)[dim]:
@@ -238,14 +253,19 @@ def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
                 isinstance(w, int) and w >= 0 for w in widths[2 * i : 2 * i + 2]
             )
             padding = widths[2 * i : 2 * i + 2] if plain else None
-            terms[dim] = _padded(walk, terms[dim], padding, walk.shape(node)[dim])
+            terms[dim] = _padded(walk, terms[dim], (i, padding), walk.shape(node)[dim])
     return tuple(terms)
 
 
-def _padded(walk: Walk, term: Term, width: Sequence[int] | None, size: int) -> Term:
-    if width is not None:
-        parts = [walk.fresh(width[0], "padding"), term, walk.fresh(width[1], "padding")]
-        return axes.concatenate(p for p, n in zip(parts, (width[0], 1, width[1]), strict=True) if n)
+def _padded(walk: Walk, term: Term, width: tuple[int, Sequence[int] | None], size: int) -> Term:
+    from_last, given = width
+    if given is not None:
+        sides = [walk.fresh(n, name="padding") for n in given]
+        for i, side in enumerate(sides):
+            if given[i]:
+                walk.note(str(2 * from_last + i), side)
+        parts = ((sides[0], given[0]), (term, 1), (sides[1], given[1]))
+        return axes.concatenate(p for p, n in parts if n)
     walk.fix(term, "padding")
     return walk.fresh(size, "padding")
 

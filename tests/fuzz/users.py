@@ -267,3 +267,16 @@ class FourthRoots(nn.Module):
         scale = x.shape[-1] ** -0.25
         weight = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(-1)
         return x + torch.einsum("bts,bcs->btc", weight, v)
+
+
+@block("users")
+class ZeroShortcut(nn.Module):
+    """A residual unit that widens by zeros on both sides (He 2015, option A)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(s(WIDTH), s(32)), nn.Linear(s(32), s(WIDTH))
+        self.side = (s(32) - s(WIDTH)) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(F.pad(x, (self.side, self.side)) + self.wide(x).relu())
