@@ -64,10 +64,11 @@ def hold_constants(trace: Trace, found: Findings) -> None:
     """Fix what numbers of the model have of their own: centres, knots, steps that a layer reads.
 
     exp(-(x - centres)^2) has as many features as there are centres. No layer writes them and no
-    parameter that trains has such an axis but to read it: a smaller class has as many.
+    parameter that trains has such an axis but to read it: a smaller class has as many. So do zeros
+    that are laid beside a width, where no layer's outputs meet them.
     """
     state = trace.state()
-    frozen, owned = set[Axis](), set[Axis]()
+    frozen, owned = _laid_beside(trace, found), set[Axis]()
     for node in (n for n in trace.graph.nodes if n.op == "get_attr" and n in found.terms):
         tensor = state.get(str(node.target))
         if isinstance(tensor, nn.Parameter):
@@ -77,6 +78,12 @@ def hold_constants(trace: Trace, found: Findings) -> None:
     read = {leaf for terms in found.contracted.values() for leaf in _axes(terms)}
     for leaf in frozen & read - owned:
         axes.fix((leaf,), Reason(KIND, leaf.name))
+
+
+def _laid_beside(trace: Trace, found: Findings) -> set[Axis]:
+    """Return the axes of constants that an op puts around what it is given (pad)."""
+    filling = (n for n in trace.graph.nodes if op_of(n).fills)
+    return {a for n in filling for a in _axes(found.notes.get(n, {}).values())}
 
 
 def _own_dims(parameter: fx.Node, found: Findings) -> set[int]:

@@ -226,16 +226,14 @@ def _pads(sizes: Sizes) -> None:
         sizes.set("pad", [sizes.at(nested[i]) if i in nested else n for i, n in enumerate(given)])
 
 
+@rule("pad", "constant_pad_nd", sizes=_pads, fills=True)
 @rule(
-    "pad",
-    "constant_pad_nd",
     "reflection_pad1d",
     "reflection_pad2d",
     "reflection_pad3d",
     "replication_pad1d",
     "replication_pad2d",
     "replication_pad3d",
-    sizes=_pads,
 )
 def pad(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Padded dims: constants before and after the axis; other modes hold it whole.

@@ -128,6 +128,8 @@ FILLING = {
     "scalar_tensor": lambda op, x: op(-torch.inf),
     "triu": lambda op, x: op(x - torch.inf),
     "tril": lambda op, x: op(x - torch.inf),
+    "pad": lambda op, x: op(x, [1, 0], "constant", -torch.inf),
+    "constant_pad_nd": lambda op, x: op(x, [1, 0], -torch.inf),
 }
 
 
