@@ -14,8 +14,8 @@ Logits = Annotated[
     Path,
     typer.Argument(
         metavar="LOGITS",
-        help="safetensors of validation samples: a tensor [samples, classes] named by each size, "
-        "and labels [samples].",
+        help="safetensors of validation samples: a tensor of samples x classes named by each "
+        "size, and one of samples named labels.",
         show_default=False,
     ),
 ]

@@ -19,7 +19,6 @@ from matryoshkafy_cli.models import load_model
 from matryoshkafy_cli.screen import CommandError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-LIBRARIES = ("timm", "open_clip")
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,14 @@ def app() -> typer.Typer:
     )
     made.callback(help=HELP)(_whole)
     for name, function in COMMANDS.items():
-        made.command(name)(readable(function))
+        made.command(name, help=_help(function))(readable(function))
     return made
+
+
+def _help(function: Callable[..., Any]) -> str:
+    """Return a docstring with each paragraph in one line, which the terminal breaks by itself."""
+    paragraphs = (function.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def main() -> None:

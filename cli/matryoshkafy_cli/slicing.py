@@ -98,7 +98,7 @@ def _check_free(target: Path, to: str | None, force: bool) -> None:
 
         check_target(target, force=force)
     else:
-        from matryoshkafy.natives.trees import check_free
+        from matryoshkafy.natives.places import check_free
 
         check_free(target, force=force)
 

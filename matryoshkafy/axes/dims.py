@@ -110,6 +110,7 @@ def _merged(segments: list[tuple[int, int]]) -> Segments:
 
 def _times(outer: Segments, inner: Segments, unit: int) -> Segments:
     """Row-major product: every kept outer index holds the kept inner ones, `unit` apart."""
+    # All of the inner units are kept: rows stay runs, however long, and need not be listed.
     if inner == ((0, unit),):
         return tuple((a * unit, b * unit) for a, b in outer)
     rows = (i * unit for a, b in outer for i in range(a, b))
@@ -123,6 +124,7 @@ def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
     out: list[tuple[int, int]] = []
     offset = 0
     wanted = kept(dim, want)
+    # Both are indices of the full dim; what is wanted is counted from the start of what is there.
     for a, b in kept(dim, have):
         out += [
             (max(a, c) - a + offset, min(b, d) - a + offset)
@@ -142,6 +144,14 @@ def runs(dim: Dim, ladder: tuple[Widths, ...]) -> tuple[int, ...]:
     for factor in reversed(dim):
         levels = _run_product(_factor_runs(factor, ladder), levels)
     return tuple(v for run in levels for v in run)
+
+
+def spans(dim: Dim, ladder: tuple[Widths, ...]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, stop, level) of the runs along a dim."""
+    start = 0
+    for length, level in _pairs(runs(dim, ladder)):
+        yield start, start + length, level
+        start += length
 
 
 def _factor_runs(factor: Factor, ladder: tuple[Widths, ...]) -> list[tuple[int, int]]:
@@ -171,6 +181,7 @@ def _run_product(
     outer: list[tuple[int, int]], inner: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """Of a product at most the outermost nested factor has levels; the others repeat."""
+    # A unit is there as soon as each of its factors is, so the higher of their levels counts.
     unit = sum(n for n, _ in inner)
     if len(inner) == 1:
         level = inner[0][1]

@@ -69,7 +69,7 @@ class Copies(Axis):
 
     def __init__(self, size: int) -> None:
         super().__init__(size, "copies", COPIES)
-        self.serial = -size  # elder than any axis
+        self.serial = -size  # elder than any axis: what meets copies becomes copies
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Copies) and other.size == self.size
@@ -132,6 +132,7 @@ def _normal_sum(segments: Iterable[Term]) -> Term:
         return (Axis(0, "empty", COPIES),)
     if len(flat) == 1:
         return flat[0]
+    # In one form only: two sums that mean the same must compare equal factor by factor.
     common = _common_suffix(flat)
     rest = [s[: len(s) - len(common)] for s in flat]
     if all(not r for r in rest):

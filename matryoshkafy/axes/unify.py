@@ -181,6 +181,7 @@ def _cut_factor(factor: Factor, counts: list[int]) -> list[Term] | None:
     if isinstance(factor, Axis):
         if factor.fixed is COPIES:
             return [copies(n) if n else (Axis(0, "empty", COPIES),) for n in counts]
+        # The axis is bound to its own pieces: later cuts elsewhere, and a cat, meet the same ones.
         pieces: list[Term] = [
             (factor.part(n, f"{factor.name}[{i}]"),) for i, n in enumerate(counts)
         ]

@@ -28,11 +28,12 @@ from matryoshkafy.deploy.names import name_axes, output_names
 from matryoshkafy.deploy.plain_ops import write_plainly
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.example_inputs import example_inputs
+from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.dolls.slice import slice as cut
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.signature import Signature
-from matryoshkafy.graph.trace import attach
+from matryoshkafy.graph.trace import attach, tensors_of
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.rewrite.linears import as_functions
@@ -151,9 +152,7 @@ def plain_module(model: fx.GraphModule) -> fx.GraphModule:
 def _copy_of(model: nn.Module) -> nn.Module:
     """The same tensors in containers of our own, to which masks may be added."""
     root = nn.Module()
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        attach(root, name, tensor)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
+    for name, tensor in tensors_of(model).items():
         attach(root, name, tensor)
     return root.eval()
 
@@ -323,19 +322,10 @@ def _tensors(value: object) -> list[Tensor]:
 
 def _error(expected: list[Tensor], found: list[Tensor]) -> float:
     """The worst difference of an output relative to its largest value; inf where shapes differ."""
-    if [t.shape for t in expected] != [t.shape for t in found]:
+    if len(expected) != len(found):
         return float("inf")
-    return max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    a, b = expected.cpu().to(torch.float64), found.cpu().to(torch.float64)
-    same = (a == b) | (a.isnan() & b.isnan())
-    apart = torch.where(same, torch.zeros_like(a), (a - b).abs())
-    scale = a[a.isfinite()].abs().amax() if a.isfinite().any() else a.new_tensor(1.0)
-    return float(apart.amax() / scale.clamp_min(1e-6))
+    pairs = ([t.cpu().double() for t in pair] for pair in zip(found, expected, strict=True))
+    return max((tensor_error(a, b, 1e-6) for a, b in pairs), default=0.0)
 
 
 def _free(target: Path, force: bool) -> Path:

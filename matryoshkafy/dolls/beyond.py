@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll, root_of
-from matryoshkafy.dolls.measure import Written, cut_tensors, run
+from matryoshkafy.dolls.measure import Written, cut_tensors, gradients_of, run
 from matryoshkafy.dolls.slice import state_of
 
 
@@ -43,31 +42,20 @@ def beyond(written: Written, noisy: Doll, level: int, flat: Sequence[Any]) -> fl
 def _gradients(
     doll: Doll, graph: fx.Graph, names: Collection[str], flat: Sequence[Any]
 ) -> Mapping[str, Tensor]:
-    """Return the gradients of a fixed random sum of a graph's outputs, by name."""
+    """Return the gradients of a graph's outputs by name; zeros where none reaches."""
     state = state_of(doll)
     weights = {n: state[n] for n in names if state[n].requires_grad}
-    draw = torch.Generator().manual_seed(1)
     with torch.enable_grad():
         out = run(graph, root_of(doll), list(flat))
-        floats = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-        if not floats or not weights:
-            return {}
-        loss = torch.stack([_projected(t, draw) for t in floats]).sum()
         try:
-            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            found = gradients_of(out, weights)
         except NotImplementedError:
             return {}
         except RuntimeError as error:
             if "derivative for" in str(error) and "is not implemented" in str(error):
                 return {}
             raise
-    pairs = zip(weights.items(), cast("tuple[Tensor | None, ...]", found), strict=True)
-    return {n: torch.zeros_like(t) if g is None else g.to_dense() for (n, t), g in pairs}
-
-
-def _projected(value: Tensor, draw: torch.Generator) -> Tensor:
-    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-    return (real * torch.randn(real.shape, generator=draw).to(real)).sum().double()
+    return {n: found.get(n, torch.zeros_like(t)) for n, t in weights.items()} if found else {}
 
 
 def _largest(values: Tensor) -> float:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.doll import tables_of
 from matryoshkafy.dolls.libraries import made_inputs
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.signature import as_inputs
 
 STATE = (Tensor, nn.Module, torch.Generator)
-TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Method(nn.Module):
             )
         self.__dict__["owner"] = owner
         super().__init__()
-        self.__dict__.update({table: owner.__dict__[table] for table in TABLES})
+        self.__dict__.update(tables_of(owner))
         self.__dict__["forward"] = found
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from torch import nn
 
@@ -25,6 +24,7 @@ from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request, output_plan
 from matryoshkafy.plan.plan import Options, Plan
+from matryoshkafy.plan.policies import input_names
 from matryoshkafy.plan.solve import solve
 from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import propagate
@@ -272,9 +272,9 @@ def _failure(doll: Doll, call: Call) -> str | None:
 
 def _placeholders(found: Trace, free: Sequence[str]) -> Iterator[str]:
     """Yield the graph's names of the inputs that a person names as the forward does."""
-    holes = iter([n.name for n in found.graph.nodes if n.op == "placeholder"])
-    named = {i.name: list(islice(holes, sum(i.is_tensor))) for i in found.signature.inputs}
+    named = input_names(found)
     for name in free:
-        if name not in named:
-            raise PlanError(f"free={list(free)} was given; the inputs are {', '.join(named)}")
-        yield from named[name]
+        if name not in named.values():
+            inputs = ", ".join(item.name for item in found.signature.inputs)
+            raise PlanError(f"free={list(free)} was given; the inputs are {inputs}")
+        yield from (hole for hole, given in named.items() if given == name)

@@ -49,8 +49,7 @@ class Doll(nn.Module):
         self.__dict__["_attributes"] = dict(attributes or {})
         root = trace.root
         # The graph reads names off `_root`, where no method of ours can hide a user's module.
-        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[table] = root.__dict__[table]
+        self.__dict__.update(tables_of(root))
         self.__dict__["_root"] = root
         self._trace, self._plan = trace, plan
         self._parts = 0
@@ -224,6 +223,12 @@ def replan(doll: Doll, plan: Plan) -> None:
 def unsaid(doll: Doll) -> None:
     """Let the next call of a doll count as its first: what was said so far was said to nobody."""
     doll.__dict__["_recorded"] = Recorded(doll.plan)
+
+
+def tables_of(module: nn.Module) -> dict[str, Any]:
+    """Return where a module holds its tensors and parts: who shares them shares the names."""
+    names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {name: module.__dict__[name] for name in names}
 
 
 def attributes_of(doll: Doll) -> dict[str, object]:

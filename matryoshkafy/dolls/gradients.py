@@ -23,6 +23,7 @@ from torch.fx.node import Argument, Target
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
@@ -115,7 +116,7 @@ class Pair:
         """Return the largest relative error of the outputs."""
         if self.found is None or _shapes(self.found) != _shapes(self.expected):
             return float("inf")
-        return max(map(_error, self.found.outputs, self.expected.outputs), default=0.0)
+        return max(map(tensor_error, self.found.outputs, self.expected.outputs), default=0.0)
 
     def difference(self, tolerance: float) -> str:
         """Return "" where outputs, what is written, and gradients agree; else what differs.
@@ -278,7 +279,7 @@ def _other_state(found: Behaviour, expected: Behaviour) -> str:
         counts = name.endswith("num_batches_tracked")
         if theirs is None or counts or _untouched(mine, theirs) or torch.equal(mine, theirs):
             continue
-        if _error(mine, theirs) > FLOOR:
+        if tensor_error(mine, theirs) > FLOOR:
             return f"the forward writes into {name!r}, which the graph leaves as it is"
     return ""
 
@@ -307,24 +308,11 @@ def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> 
         pair = [gradients.get(name) for gradients in (mine, theirs)]
         there = next(g for g in pair if g is not None)
         a, b = (g if g is not None else torch.zeros_like(there) for g in pair)
-        error = _error(a, b, max(FLOOR * scale, 1e-30))
+        error = tensor_error(a, b, max(FLOOR * scale, 1e-30))
         if not error <= tolerance:
             by = f" (the model has backward functions of its own: {', '.join(own)})" if own else ""
             return f"the gradient of {name!r} is off by {error:.1e}{by}"
     return ""
-
-
-def _error(x: Tensor, y: Tensor, floor: float = 1e-30) -> float:
-    """Return the largest difference, relative to the largest value; equal infinities are equal."""
-    if x.shape != y.shape or not (y.is_floating_point() or y.is_complex()):
-        return 0.0 if torch.equal(x, y) else float("inf")
-    same = (x == y) | (x.isnan() & y.isnan())
-    if bool(same.all()):
-        return 0.0
-    finite = y[y.isfinite()]
-    scale = max(float(finite.abs().max()) if finite.numel() else 0.0, floor)
-    worst = float((x - y).abs()[~same].max())
-    return worst / scale if worst == worst else float("inf")
 
 
 class _NoDropout(TorchFunctionMode):

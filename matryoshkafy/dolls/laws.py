@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import starmap
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
-from matryoshkafy.dolls.measure import Written, relative_error, run, tolerance_of
+from matryoshkafy.dolls.measure import Written, gradients_of, relative_error, run, tolerance_of
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.pickling import reduced
 from matryoshkafy.dolls.slice import parts_of, state_of
@@ -167,21 +166,9 @@ def _gradients(asked: Question) -> Law:
 
 
 def _gradients_of(model: nn.Module, asked: Question) -> dict[str, torch.Tensor]:
-    """Return the gradients of a fixed random sum of the outputs, by parameter."""
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        leaves = pytree.tree_leaves(_call(model, asked))
-        floats = [v for v in leaves if isinstance(v, torch.Tensor) and v.requires_grad]
-        generator = torch.Generator().manual_seed(1)
-        sums = [(v * torch.randn(v.shape, generator=generator).to(v)).sum() for v in floats]
-        if not sums:
-            return {}
-        total = torch.stack([s.real.double() for s in sums]).sum()
-        found = cast(
-            "tuple[torch.Tensor | None, ...]",
-            torch.autograd.grad(total, list(weights.values()), allow_unused=True),
-        )
-    return {n: g for n, g in zip(weights, found, strict=True) if g is not None}
+        return gradients_of(_call(model, asked), weights)
 
 
 def _guards(asked: Question) -> Law:

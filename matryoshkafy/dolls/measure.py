@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -116,6 +116,26 @@ def run(graph: fx.Graph, root: nn.Module, flat: list[torch.Tensor]) -> Any:
     return fx.Interpreter(root, graph=graph).run(*flat, enable_io_processing=False)
 
 
+def gradients_of(out: object, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the gradients of a fixed random sum of outputs, by name; none where none reaches."""
+    leaves = (leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor))
+    smooth = [leaf for leaf in leaves if leaf.requires_grad]
+    if not smooth or not weights:
+        return {}
+    draw = torch.Generator().manual_seed(1)
+    loss = torch.stack([_projected(leaf, draw) for leaf in smooth]).sum()
+    found = cast(
+        "tuple[torch.Tensor | None, ...]",
+        torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
+    )
+    return {n: g.to_dense() for n, g in zip(weights, found, strict=True) if g is not None}
+
+
+def _projected(value: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    return (real * torch.randn(real.shape, generator=draw).to(real)).sum().double()
+
+
 def prefixes(
     plan: Plan, level: int, full: dict[str, Any], small: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -192,22 +212,29 @@ def _feeding(doll: Doll, plan: Plan) -> set[str]:
     return {str(n.target) for n in reached(taken, sources_of) if n.op == "get_attr"}
 
 
+def floats_of(output: object) -> Iterator[torch.Tensor]:
+    """Yield the floating tensors of a model's output, in order."""
+    leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
+    return (leaf for leaf in leaves if leaf.is_floating_point())
+
+
 def relative_error(a: object, b: object) -> float:
     """Return the largest difference of two results, relative to the largest finite value of each
     tensor.
     """
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    return max((_tensor_error(x, y) for x, y in pairs if isinstance(y, torch.Tensor)), default=0.0)
+    return max((tensor_error(x, y) for x, y in pairs if isinstance(y, torch.Tensor)), default=0.0)
 
 
-def _tensor_error(x: torch.Tensor, y: torch.Tensor) -> float:
-    if x.shape != y.shape:
-        return float("inf")
-    if not (y.is_floating_point() or y.is_complex()):
+def tensor_error(x: torch.Tensor, y: torch.Tensor, floor: float = 1e-30) -> float:
+    """Return the largest difference, relative to the largest finite value of y, at least `floor`;
+    equal infinities are equal.
+    """
+    if x.shape != y.shape or not (y.is_floating_point() or y.is_complex()):
         return 0.0 if torch.equal(x, y) else float("inf")
     same = (x == y) | (x.isnan() & y.isnan())
     if bool(same.all()):
         return 0.0
     scale = y[y.isfinite()].abs().max().item() if bool(y.isfinite().any()) else 0.0
     worst = (x - y).abs()[~same].max().item()
-    return worst / max(scale, 1e-30) if worst == worst else float("inf")
+    return worst / max(scale, floor) if worst == worst else float("inf")

@@ -20,7 +20,7 @@ from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import bound_args, reached, sources_of
-from matryoshkafy.graph.trace import Trace, attach
+from matryoshkafy.graph.trace import Trace, attach, tensors_of
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Plan, Stored
 from matryoshkafy.plan.stored import statistics
@@ -148,10 +148,8 @@ def _named_root(model: nn.Module) -> nn.Module:
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return every tensor of a doll or sub-model under the user's names, ties included."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
     escaped = isinstance(model, fx.GraphModule)
-    return {_own_name(n) if escaped else n: tensor for n, tensor in named.items()}
+    return {_own_name(n) if escaped else n: tensor for n, tensor in tensors_of(model).items()}
 
 
 def _own_name(name: str) -> str:

@@ -33,8 +33,8 @@ from matryoshkafy.files.description import (
     description_from_json,
     description_to_json,
     fitting,
+    records_of,
     saved_tensors,
-    standing_of,
 )
 from matryoshkafy.files.fitting import check_fit
 from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
@@ -47,7 +47,6 @@ from matryoshkafy.files.records import (
     Record,
     files_of,
     nan_names,
-    record_of,
     shared,
 )
 from matryoshkafy.graph.trace import Trace
@@ -89,9 +88,7 @@ def save(
     """
     trace, plan = parts_of(model)
     state = saved_tensors(model, trace, plan)
-    own = set(state_of(model))
-    kinds = {name: standing_of(name, tensor, trace, own) for name, tensor in state.items()}
-    records = [record_of(name, tensor, kinds[name]) for name, tensor in state.items()]
+    records = records_of(state, trace, state_of(model))
     warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     writers = {**dense_files(state, records), **side_writers(side or {})}
     return write_checkpoint(folder, (model, trace, plan, records), writers, force=force)

@@ -21,7 +21,13 @@ from matryoshkafy.files.folders import MANIFEST
 from matryoshkafy.files.graph_json import callables, graph_from_json
 from matryoshkafy.files.json_text import Json, printable, shown
 from matryoshkafy.files.operators import allowed, namespaces_of
-from matryoshkafy.files.records import CheckpointError, Record, record_from_json, record_to_json
+from matryoshkafy.files.records import (
+    CheckpointError,
+    Record,
+    record_from_json,
+    record_of,
+    record_to_json,
+)
 from matryoshkafy.files.signature_json import signature_from_json, signature_to_json
 from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.trace import Trace, attach
@@ -142,6 +148,11 @@ def standing_of(name: str, tensor: Tensor, trace: Trace, own: Container[str]) ->
     if name not in own:
         return "statistic"
     return "buffer" if trace.is_persistent(name) else "hidden"
+
+
+def records_of(tensors: Mapping[str, Tensor], trace: Trace, own: Container[str]) -> list[Record]:
+    """Return how each tensor is saved; own: the names of those that the model holds."""
+    return [record_of(n, t, standing_of(n, t, trace, own)) for n, t in tensors.items()]
 
 
 @contextmanager

@@ -84,6 +84,34 @@ def write_folder(
     return target
 
 
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """Give a new folder to write in, which takes the place of another at the end, or not at all.
+
+    The place must be free, or the caller's to replace.
+    """
+    target = Path(os.path.realpath(folder))
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _beside(target) as fresh:
+            yield fresh
+            with _alone(target.parent):
+                _move_into_place(fresh, target)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """Give a path to write a file at, which takes its place at the end, or not at all."""
+    target = Path(path)
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(6)}.new")
+    try:
+        yield fresh
+        _sync(fresh)
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def check_target(folder: str | os.PathLike[str], *, force: bool = False) -> None:
     """Raise FolderError now where write_folder would later: before work that takes long."""
     target = Path(os.path.realpath(folder))

@@ -84,21 +84,20 @@ class Spot:
 
 @dataclass(frozen=True)
 class Header:
-    """What a checked header says: the tensors, the file's texts, further names of tensors."""
+    """What a checked header says: the tensors, and further names of them."""
 
     stored: dict[str, Spot]
-    metadata: dict[str, str]
     aliases: dict[str, str]
 
 
-def header_of(entries: list[Entry], aliases: dict[str, str], metadata: dict[str, str]) -> bytes:
+def header_of(entries: list[Entry], aliases: dict[str, str]) -> bytes:
     """Return the header of a file that holds the entries in this order, padded to 8 bytes."""
     names = [entry.name for entry in entries]
     _check_names(names, aliases)
     pairs = {e.name: str(e.dtype)[6:] for e in entries if e.dtype in PAIRS.values()}
     extra = {key: item for key, item in (("aliases", aliases), ("complex", pairs)) if item}
     texts = {EXTRA: json.dumps(extra)} if extra else {}
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata, **texts}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **texts}}
     begin = 0
     for entry in entries:
         record, begin = _record(entry, begin)
@@ -148,7 +147,7 @@ def check_header(text: bytes, data_bytes: int) -> Header:
     extra = _read_extra(metadata.get(EXTRA))
     _check_aliases(extra["aliases"], stored)
     pairs = {name: _pair(name, code, stored) for name, code in extra["complex"].items()}
-    return Header({**stored, **pairs}, metadata, extra["aliases"])
+    return Header({**stored, **pairs}, extra["aliases"])
 
 
 def _check_record(name: str, record: object) -> Spot:

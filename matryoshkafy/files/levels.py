@@ -25,7 +25,7 @@ from torch import Tensor
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments
 from matryoshkafy.dolls.slice import Cut, masked
-from matryoshkafy.files.header import CODES, DTYPES, Entry
+from matryoshkafy.files.header import CODES, DTYPES, PAIRS, Entry
 from matryoshkafy.files.held import Held
 from matryoshkafy.files.json_text import is_list, shown
 from matryoshkafy.files.records import CheckpointError, Record, as_parameter, sparse_from
@@ -207,10 +207,9 @@ def layout_from_json(saved: Any, plan: Plan, records: Sequence[Record]) -> Layou
 
 
 def _info(code: str, shape: object) -> TensorInfo:
-    complexes = {"complex128": torch.complex128, "complex32": torch.complex32}
     if not is_list(shape) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError(shape)
-    return TensorInfo(tuple(shape), {**DTYPES, **complexes}[code])
+    return TensorInfo(tuple(shape), {**DTYPES, **PAIRS}[code])
 
 
 def level_writers(layout: Layout, read: Read) -> dict[str, Callable[[Path], None]]:

@@ -16,14 +16,13 @@ from matryoshkafy.files.checkpoint import (
     warn_of_nan,
     write_checkpoint,
 )
-from matryoshkafy.files.description import saved_tensors, standing_of
+from matryoshkafy.files.description import records_of, saved_tensors
 from matryoshkafy.files.levels import Place, layout_of, level_writers
 from matryoshkafy.files.records import (
     CheckpointError,
     Record,
     info_of_tensor,
     owners_of,
-    record_of,
     sparse_parts,
 )
 from matryoshkafy.graph.trace import Trace
@@ -75,9 +74,8 @@ def _pack_model(
 ) -> Path:
     trace, plan = parts_of(model)
     _check_packable(trace, plan)
-    state, own = saved_tensors(model, trace, plan), set(state_of(model))
-    kinds = {name: standing_of(name, tensor, trace, own) for name, tensor in state.items()}
-    records = [record_of(name, tensor, kinds[name]) for name, tensor in state.items()]
+    state = saved_tensors(model, trace, plan)
+    records = records_of(state, trace, state_of(model))
     warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
     owners = owners_of(state)
     flat = dict(_flat(records, state, owners))

@@ -19,10 +19,9 @@ from matryoshkafy.files.description import (
     description_from_json,
     description_to_json,
     fitting,
-    standing_of,
+    records_of,
 )
 from matryoshkafy.files.graph_json import callables, graph_to_json
-from matryoshkafy.files.records import record_of
 
 PLACE = Path("a pickled model")
 
@@ -31,9 +30,7 @@ def frozen(model: nn.Module) -> tuple[str, dict[str, Tensor], dict[str, object]]
     """Return a model as text, tensors by name, and what the user's model said of itself."""
     trace, plan = parts_of(model)
     tensors = state_of(model)
-    kinds = {name: standing_of(name, tensor, trace, tensors) for name, tensor in tensors.items()}
-    records = [record_of(name, tensor, kinds[name]) for name, tensor in tensors.items()]
-    described = description_to_json(model, trace, plan, records)
+    described = description_to_json(model, trace, plan, records_of(tensors, trace, tensors))
     described["graph"] = graph_to_json(trace.graph, callables(described["namespaces"]))
     own = attributes_of(model) if isinstance(model, Doll) else {}
     return json.dumps(described, allow_nan=False), tensors, own

@@ -53,17 +53,16 @@ def write_tensors(
     entries: Iterable[Entry],
     *,
     aliases: Mapping[str, str] | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file that holds one tensor in memory at a time.
 
     entries: every tensor once, whatever its strides or device. aliases: further names of tied
     tensors, `{name: name in entries}`; TensorFile resolves them, other readers do not see them.
-    metadata: texts by name. Raises TensorFileError for a name twice, an alias of nothing, a dtype
-    that safetensors lacks, or a supplied tensor that is not what its entry says.
+    Raises TensorFileError for a name twice, an alias of nothing, a dtype that safetensors lacks, or
+    a supplied tensor that is not what its entry says.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header = header_of(ordered, dict(aliases or {}), dict(metadata or {}))
+    header = header_of(ordered, dict(aliases or {}))
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for entry in ordered:
@@ -116,7 +115,7 @@ class TensorFile:
         except MatryoshkafyError as error:
             self.close()
             raise TensorFileError(f"{path} is no sound safetensors file: {error}") from None
-        self.metadata, self.aliases = self._header.metadata, self._header.aliases
+        self.aliases = self._header.aliases
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -258,22 +257,12 @@ class TensorFolder:
         """The names of the stored tensors, without aliases."""
         return tuple(self._by_name)
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The texts in the files' metadata; of two shards, the later one's."""
-        return {k: v for file in self._files.values() for k, v in file.metadata.items()}
-
-    def info(self, name: str) -> TensorInfo:
-        """Return the shape and dtype of a tensor or alias."""
-        return self._file_of(name).info(name)
-
     def read(self, name: str) -> Tensor:
         """Return a tensor, by its name or alias, in memory of its own."""
-        return self._file_of(name).read(name)
-
-    def read_slice(self, name: str, cut: Cut) -> Tensor:
-        """Return part of a tensor, as TensorFile.read_slice does."""
-        return self._file_of(name).read_slice(name, cut)
+        file = self._by_name.get(self.aliases.get(name, name))
+        if file is None:
+            raise TensorFileError(f"{self.path} holds no tensor {shown(name)}.")
+        return file.read(name)
 
     def close(self) -> None:
         """Close every file."""
@@ -297,12 +286,6 @@ class TensorFolder:
             by_name[name] = self._files[shard]
             by_name[name].info(name)
         return by_name
-
-    def _file_of(self, name: str) -> TensorFile:
-        file = self._by_name.get(self.aliases.get(name, name))
-        if file is None:
-            raise TensorFileError(f"{self.path} holds no tensor {shown(name)}.")
-        return file
 
 
 def _main_file(path: Path) -> Path:

@@ -95,6 +95,7 @@ Shapes = tuple[Any, ...] | dict[str, Any] | None
 # How the remark begins that only the path of the example was recorded.
 SPECIALISED = "specialised: "
 
+# From the most that may stay open to the least; what an attempt gives up, its remark says.
 ATTEMPTS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     ((0, 1), ()),
     ((0,), ("only the batch size may differ from the example's",)),
@@ -280,6 +281,7 @@ def _prepared(model: nn.Module) -> Generator[nn.Module, None, None]:
             for config, _ in experts:
                 config._experts_implementation = "batched_mm"
             twin.eval()
+            # Under the caller's no_grad, the model's own would leave no trace.
             with torch.enable_grad(), _TracedData():
                 yield twin
         finally:

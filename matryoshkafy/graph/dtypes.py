@@ -76,15 +76,13 @@ def _join(graph: fx.Graph, node: fx.Node, ours: set[fx.Node], dtype: fx.Node) ->
     """Cast what comes from outside the model's values to the model's type."""
     for source in node.all_input_nodes:
         if source not in ours and source.op == "call_function" and _is_float(source):
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten.to.dtype, (source, dtype))
-            cast.meta = dict(source.meta)
-            node.replace_input_with(source, cast)
+            _cast(graph, node, source, dtype)
 
 
 def _replace_dtype(node: fx.Node, types: tuple[torch.dtype, fx.Node], reference: fx.Node) -> None:
     """A constant of the model's type is the model's type."""
     constant, runtime = types
+    # What stands before the parameter whose type is asked cannot read it.
     if reference > node:
         return
     node.args = tuple(runtime if a is constant else a for a in node.args)
@@ -95,10 +93,14 @@ def _agree(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     """A product of buffers and positions is computed in the traced type."""
     for source in node.all_input_nodes:
         if _is_float(source):
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten.to.dtype, (source, dtype))
-            cast.meta = dict(source.meta)
-            node.replace_input_with(source, cast)
+            _cast(graph, node, source, dtype)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, source: fx.Node, dtype: fx.Node | torch.dtype) -> None:
+    with graph.inserting_before(node):
+        cast = graph.call_function(aten.to.dtype, (source, dtype))
+    cast.meta = dict(source.meta)
+    node.replace_input_with(source, cast)
 
 
 def _soften(node: fx.Node) -> None:

@@ -54,6 +54,7 @@ IDENTITIES = {"alias", "lift_fresh", "lift_fresh_copy", "positive", "lift", "ali
 def clean(graph: fx.Graph, root: nn.Module) -> list[str]:
     """Rewrite the graph in place into the vocabulary of the rules; return remarks."""
     _drop_assertions(graph)
+    # First: once no op writes in place a value is one node, and may be replaced where it is read.
     remarks = make_functional(graph)
     _fill_empty(graph)
     _relax_views(graph)
@@ -64,6 +65,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> list[str]:
     _follow_device(graph)
     keep_reduced(graph)
     _share_masks(graph)
+    # Types are followed last, on what is left of the graph.
     graph.eliminate_dead_code()
     follow_dtype(graph, root)
     graph.eliminate_dead_code()
@@ -89,10 +91,8 @@ def _is_identity(node: fx.Node) -> bool:
     if name == "slice":
         a = bound_args(node)
         return a["step"] == 1 and a["start"] in (0, None) and isinstance(a["end"], int | None)
-    if name in ("expand", "repeat", "clone"):
-        return False
     # A cast to the type it has already: what was an upcast of half precision follows the model.
-    return name in ("to", "_to_copy", "type_as", "dropout_identity") and "copy" not in name
+    return name in ("to", "type_as")
 
 
 def _drop_needless_detaches(graph: fx.Graph, root: nn.Module) -> None:
@@ -215,7 +215,8 @@ def _follow_device(graph: fx.Graph) -> None:
     with graph.inserting_after(first):
         device = graph.call_function(getattr, (first, "device"))
     for node in users:
-        if device.prev is not node and node < device:
+        # What stands before the first tensor has none to follow yet.
+        if node < device:
             continue
         set_arg(node, "device", device)
 

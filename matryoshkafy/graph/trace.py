@@ -67,8 +67,7 @@ class Trace:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return every tensor of the root by name, ties included."""
-        named = dict(self.root.named_parameters(remove_duplicate=False))
-        return named | dict(self.root.named_buffers(remove_duplicate=False))
+        return tensors_of(self.root)
 
     def is_persistent(self, name: str) -> bool:
         """Tell whether the user's state_dict shows this tensor."""
@@ -132,6 +131,12 @@ def attach(root: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool
         parent.register_parameter(leaf, tensor)
     else:
         parent.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return every parameter and buffer by name, ties under each of their names."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _unlifted(captured: Captured, root: nn.Module) -> fx.Graph:

@@ -158,6 +158,7 @@ def _keep_frozen(traced: Trace, flags: dict[str, list[bool]]) -> None:
     """What does not train in training mode follows no flag."""
     for key, training in flags.items():
         nodes = [n for n in traced.graph.nodes if op_key(n) == key and has_statistics(n)]
+        # In order the calls are the nodes; where their numbers differ, nobody knows which is which.
         if len(nodes) == len(training):
             for node in (n for n, flag in zip(nodes, training, strict=True) if not flag):
                 set_arg(node, basics_of(key).training, False)

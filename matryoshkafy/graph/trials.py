@@ -34,6 +34,7 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
 
     groups = classes(guards)
     others = [next(other_sizes(guards, shapes, g), None) for g in groups]
+    # One trial of all sizes at once mostly settles it; each size by itself only where that fails.
     jointly = verdict(_jointly(guards, shapes, others)) is True
     fixed: dict[Size, int] = {}
     for group in () if jointly else groups:
@@ -41,6 +42,7 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
         if not next((v for v in found if v is not None), False):
             fixed |= {s: shapes[s.leaf][s.dim] for s in group}
     guards = guards.with_fixed(fixed, "the traced graph is not the model at other sizes")
+    # Size 1 has a trial of its own: broadcasting and squeeze take other paths there.
     groups = classes(guards)
     ones = [_changed(guards, shapes, g, 1) for g in groups]
     jointly = verdict(_jointly(guards, shapes, ones)) is True

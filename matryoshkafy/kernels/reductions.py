@@ -62,12 +62,8 @@ def level_reduce(  # noqa: PLR0913 - the operator's schema
 ) -> Tensor:
     """The statistic over dims of the units that a level reaches, at each index of that level."""
     check_runs(runs, x.shape[dim], f"dim {dim}")
-    reduce, over, dim, pairs = (
-        reduction(kind),
-        [d % x.ndim for d in dims],
-        dim % x.ndim,
-        tuple(runs),
-    )
+    reduce, pairs = reduction(kind), tuple(runs)
+    over, dim = [d % x.ndim for d in dims], dim % x.ndim
     levels = sorted({span.level for span in spans_of(pairs)})
     parts = {level: reduce(_reached(x, dim, pairs, level, prefix=prefix), over) for level in levels}
     return spread(parts, dim, pairs)

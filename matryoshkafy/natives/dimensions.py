@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.measure import floats_of
 from matryoshkafy.dolls.slice import parts_of, slice
 from matryoshkafy.natives.inputs import fresh_calls, outputs
 
@@ -19,18 +19,13 @@ def dimensions(small: nn.Module) -> tuple[int, ...]:
     if plan.options.scope != "output":
         return ()
     call = fresh_calls(small)[0]
-    whole = _vector(outputs(small, call))
+    whole = next(floats_of(outputs(small, call)))
     found = [
         size
         for size in plan.sizes[:-1]
-        if _is_prefix(_vector(outputs(slice(small, size), call)), whole)
+        if _is_prefix(next(floats_of(outputs(slice(small, size), call))), whole)
     ]
     return (*found, whole.shape[-1]) if found else ()
-
-
-def _vector(value: object) -> Tensor:
-    leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-    return next(leaf for leaf in leaves if leaf.is_floating_point())
 
 
 def _is_prefix(part: Tensor, whole: Tensor) -> bool:

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of, slice
 from matryoshkafy.files.packing import pack
+from matryoshkafy.graph.trace import tensors_of
 from matryoshkafy.natives import huggingface, sentences, sized
 from matryoshkafy.natives.card import card_of_every
 from matryoshkafy.natives.inputs import Call
 from matryoshkafy.natives.native import Native, find
+from matryoshkafy.natives.places import MARK
 from matryoshkafy.natives.quantizer import MatryoshkaConfig
-from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, library, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, library
 from matryoshkafy.natives.source import SOURCE, Source
 from matryoshkafy.natives.tree import Changes
-from matryoshkafy.natives.trees import MARK
 
 LIBRARIES = ("hf", "st")
 CONFIG = "config.json"

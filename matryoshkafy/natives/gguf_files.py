@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from matryoshkafy.files.folders import whole_file
 from matryoshkafy.natives.recipe import Foreign, NativeError, library
 
 # The class of transformers -> the architecture of llama.cpp, and whether it turns neighbouring
@@ -47,12 +48,8 @@ def write_gguf(
     if target.exists() and not force:
         raise NativeError(f"{target} exists. Choose another name, or replace it with force.")
     name, turned = _architecture(model)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    try:
+    with whole_file(target) as fresh:
         _write(model, fresh, (name, turned), vocabulary)
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
     return target
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from matryoshkafy.graph.copies import forked
-from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, arguments, library, tensors_of
+from matryoshkafy.graph.trace import tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, Recipe, arguments, library
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import Tree
 

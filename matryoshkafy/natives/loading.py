@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from matryoshkafy.natives.places import MARK
 from matryoshkafy.natives.recipe import NativeError
-from matryoshkafy.natives.trees import MARK
 from matryoshkafy.natives.writing import load
 
 

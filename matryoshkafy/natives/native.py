@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.quiet import silent
+from matryoshkafy.graph.trace import tensors_of
 from matryoshkafy.natives.inputs import Call, fresh_calls, outputs
 from matryoshkafy.natives.like import recipe_of
-from matryoshkafy.natives.recipe import NativeError, Recipe, tables_of, tensors_of
+from matryoshkafy.natives.recipe import NativeError, Recipe, tables_of
 from matryoshkafy.natives.search import Space, Wanted, assignments, counted, families, heads
 from matryoshkafy.natives.tree import Changes, Field, named
 from matryoshkafy.plan.plan import Plan

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.graph.trace import tensors_of
 from matryoshkafy.natives.tree import Changes, Tree, changed
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -141,12 +142,6 @@ def _shapes(recipe: Recipe, tree: Tree) -> Shapes | None:
 def library(name: str) -> Any:
     """Return a library that need not be installed; what it gives has no types that we could use."""
     return importlib.import_module(name)
-
-
-def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return every parameter and buffer by name, ties under each of their names."""
-    named = dict(module.named_parameters(remove_duplicate=False))
-    return named | dict(module.named_buffers(remove_duplicate=False))
 
 
 def tables_of(module: nn.Module) -> dict[str, torch.Tensor]:

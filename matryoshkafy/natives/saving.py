@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.files import checkpoint
-from matryoshkafy.files.folders import MANIFEST
+from matryoshkafy.files.folders import MANIFEST, whole_folder
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.natives import huggingface
 from matryoshkafy.natives.dimensions import dimensions
 from matryoshkafy.natives.inputs import Call
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.native import Native, NativeWarning, find, unchecked
+from matryoshkafy.natives.places import check_free
 from matryoshkafy.natives.recipe import NativeError, Recipe, library
 from matryoshkafy.natives.source import SOURCE, Source, source_from_json, source_of
-from matryoshkafy.natives.trees import check_free, write_tree
 from matryoshkafy.natives.writing import WRITERS, Package, write
 from matryoshkafy.plan.plan import Plan
 
@@ -116,16 +116,19 @@ def save_native(  # noqa: PLR0913  the public signature
         every.check(to, whole.recipe, source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return write_tree(target, functools.partial(every.write, whole), force=force)
+            with whole_folder(target) as fresh:
+                every.write(whole, fresh)
+        return target
     _, plan = parts_of(small)
     tables, inputs = compared.tables, compared.inputs
     native = find(small, built, tables=tables, inputs=inputs, spare=_spare(like), shared=True)
     if native.unread:
         warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
     package = Package(native, plan, source, _parameters(plan, native), dimensions(small), tables)
-    with silent(), warnings.catch_warnings():
+    with silent(), warnings.catch_warnings(), whole_folder(target) as fresh:
         warnings.simplefilter("ignore")
-        return write_tree(target, lambda path: write(package, path, to), force=force)
+        write(package, fresh, to)
+    return target
 
 
 def _source(given: Source | str | os.PathLike[str] | None) -> Source | None:

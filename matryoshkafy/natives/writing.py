@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from matryoshkafy.files.tensors import TensorFolder
+from matryoshkafy.graph.trace import tensors_of
 from matryoshkafy.natives import card, huggingface, open_clip_models, sentences
 from matryoshkafy.natives.native import Native
+from matryoshkafy.natives.places import MARK
 from matryoshkafy.natives.plain import as_json, from_json, is_json
-from matryoshkafy.natives.recipe import Foreign, NativeError, library, tables_of, tensors_of
+from matryoshkafy.natives.recipe import Foreign, NativeError, library, tables_of
 from matryoshkafy.natives.source import Source
 from matryoshkafy.natives.tree import changed, named, value_at
-from matryoshkafy.natives.trees import MARK
 from matryoshkafy.plan.plan import Plan
 
 FORMAT = 1

@@ -133,6 +133,7 @@ def _hold_states(trace: Trace, found: Findings, sides: _Sides) -> None:
             continue
         mine = dict.fromkeys(leaf for t in found.flat(node) for leaf in axes.leaves(t))
         states = [leaf for leaf in mine if leaf not in sides.read]
+        # Without a width beside it nothing says that the rest are states, and not units.
         if any(map(sides.is_passed, mine)):
             axes.fix(tuple(states), Reason("state", str(node.target)))
 

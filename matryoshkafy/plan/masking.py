@@ -31,6 +31,7 @@ from matryoshkafy.rules.weights import weight_places
 TAIL_SHARE = 0.1
 LIGHT_SHARE = 0.3
 PER_SIZE = ("inner", "blocks")
+# An axis with more of the parameters than this shrinks at any price: whole, no size would be small.
 CLAMP_SHARE = 0.2
 
 
@@ -80,6 +81,7 @@ class _Planner:
     def round(self) -> bool:
         """Decide every node once; False when an axis was demoted and all must be decided again."""
         self.choices, self.tail = {}, set()
+        # A weight that is made of parameters is masked where an activation meets it, not before.
         weights = weights_of(self.found)
         self.work = [n for n in self.nodes if n not in weights]
         self.count = sum(map(_is_tensor, self.work))
@@ -107,6 +109,7 @@ class _Planner:
             return "norm"
         # A statistic per level needs its dim to stay, and readers that bring the axis back.
         if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
+            # A norm near the end makes vectors of length 1: in the tail, that of every size is one.
             small = len(self.after[node]) <= TAIL_SHARE * self.count
             return "closing" if small and op_of(node).statistic == "norm" else "level"
         if summed and not mixed and op_of(node).weights and self._fans_out(node):
@@ -128,6 +131,7 @@ class _Planner:
     def _keeps_dim(self, node: fx.Node) -> bool:
         if op_of(node).statistic in ("", "normalise") or gives_several(node):
             return False
+        # The statistics that `level_reduce` takes: order 2, correction 0 or 1, the type as it is.
         args = bound_args(node)
         if args.get("ord", args.get("p", 2)) not in (2, None) or args.get("dtype") is not None:
             return False
@@ -220,6 +224,7 @@ def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Terms] | None:
     """
     terms = dict(enumerate(found.of(node.all_input_nodes[0])))
     dims = {d % len(terms) for d in _dims_of(node)}
+    # Over two widths at once there would be a level for every pair of sizes.
     if sum(nests(terms[d]) for d in dims) != 1:
         return None
     axis = next(d for d in dims if nests(terms[d]))

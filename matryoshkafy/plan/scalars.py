@@ -128,6 +128,7 @@ def _derived(
     value, tolerance = constant
     for factor, width, powers in candidates if value else ():
         for power in powers:
+            # 1 is every power of 1, and says of no constant where it came from.
             if width > 1 and math.isclose(value, width**power, rel_tol=tolerance):
                 return factor, power
     return None

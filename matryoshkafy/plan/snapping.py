@@ -41,6 +41,8 @@ def snapped(plan: Plan, multiple: object) -> Plan:
         for widths in plan.ladder
     ]
     sizes = [plan.width_of(widths) for widths in ladder]
+    # Of sizes that became equal the first stands, but of those at the full one the last, whose
+    # other groups are whole as well.
     kept = [i for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
     kept = kept[:-1] + [len(sizes) - 1] if sizes[kept[-1]] == sizes[-1] else kept
     moved = {old: new for old, new in zip(plan.sizes, sizes, strict=True) if old != new}

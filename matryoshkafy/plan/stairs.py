@@ -44,6 +44,7 @@ def stairs_of(
     rows.sort(key=len, reverse=True)  # the first pieces of a row are a row as well
     found: list[Stair] = []
     for row in rows:
+        # A group goes with one row: the longest that it stands in.
         taken = {group for stair in found for group in stair}
         if not taken & set(row) and any(_feeds(other, row, weights) for other in rows):
             found.append(row)

@@ -79,6 +79,7 @@ def _stored_masks(trace: Trace, plan: Plan) -> dict[str, Mask]:
     for node in trace.graph.nodes:
         if node.op == "get_attr":
             for user in node.users:
+                # A reader without a mask gives (), and then differs from those that have one.
                 masks = plan.masks.get(user.name, {}).get(node.name, ())
                 wanted.setdefault(str(node.target), set()).add(masks)
     aliases = _second_names(trace)

@@ -25,6 +25,7 @@ from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rules import Terms, op_of
 from matryoshkafy.rules.weights import is_weight
 
+# A prime that is no width: a size that only data decides must not align with one by its value.
 UNKNOWN_SIZE = 1_000_003
 
 
@@ -44,7 +45,6 @@ class Findings:
     features: list[Term] = field(default_factory=list[Term])
     pure: set[fx.Node] = field(default_factory=set[fx.Node])
     unknown: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
-    roots: dict[int, str] = field(default_factory=dict[int, str])
 
     def of(self, node: fx.Node) -> Terms:
         """Return the terms of the one tensor that a node gives; () of several, or of none."""
@@ -175,6 +175,7 @@ class _Walker:
         return self.tied[id(tensor)]
 
     def _born(self, name: str, shape: tuple[int, ...], tensor: torch.Tensor) -> Terms:
+        # Integers are indices or counts, and a sparse tensor cannot be cut: neither holds features.
         integers = not (tensor.is_floating_point() or tensor.is_complex())
         reason = Reason("indexed", name) if integers or tensor.layout != torch.strided else None
         return tuple(
@@ -188,6 +189,7 @@ class _Walker:
             return
         inputs = [a for a in node.all_input_nodes if a in self.found.terms]
         tensors = [a for a in inputs if _has_tensor(info_of(a))]
+        # Made of parameters alone: it may stand where a weight is read.
         if tensors and all(a in self.found.pure for a in tensors):
             self.found.pure.add(node)
         if is_item(node):

@@ -59,7 +59,7 @@ def _mask(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     """
     masked = writer.plan.masks.get(node.name, {})
     # Zeros that stand in the stored weight need no mask: a slice runs torch's own operator.
-    if writer.source.standalone and all(
+    if writer.standalone and all(
         _has_zeros(n, writer.plan) for n in node.all_input_nodes if n.name in masked
     ):
         return writer.copy(node, level)
@@ -93,19 +93,11 @@ def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -
 
 
 def _fast_linear(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
-    a = bound_args(node)
-    if len(writer.plan.dims(a["weight"].name)) != 2:
+    shape = writer.plan.dims(bound_args(node)["weight"].name)
+    if len(shape) != 2:
         return None
-    new = {
-        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
-        for k, v in a.items()
-    }
-    return _linear(
-        writer,
-        node,
-        (new["input"], new["weight"], new["bias"]),
-        (writer.plan.dims(a["weight"].name), level),
-    )
+    new = writer.given(node, level)
+    return _linear(writer, node, (new["input"], new["weight"], new["bias"]), (shape, level))
 
 
 def _linear(
@@ -120,27 +112,19 @@ def _linear(
 
 def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     """x @ W (and bias + x @ W): the weight turned is the weight of a linear."""
-    names = list(bound_args(node))
     a = bound_args(node)
-    biased = "beta" in names
-    x, weight = (a[n] for n in (names[1:3] if biased else names[:2]))
-    shape = writer.plan.dims(weight.name)
-    masks = writer.plan.masks.get(node.name, {})
-    if (
-        len(shape) != 2
-        or weight.name not in masks
-        or (biased and (a["beta"], a["alpha"]) != (1, 1))
-    ):
+    biased = "beta" in a
+    x, weight = list(a)[1:3] if biased else list(a)[:2]
+    shape = writer.plan.dims(a[weight].name)
+    if len(shape) != 2 or a[weight].name not in writer.plan.masks.get(node.name, {}):
         return None
-    bias = a["self"] if biased else None
-    if bias is not None and len(writer.plan.dims(bias.name)) != 1:
+    if biased and ((a["beta"], a["alpha"]) != (1, 1) or len(writer.plan.dims(a["self"].name)) != 1):
         return None
-    new = [
-        writer.written[writer.key(v, level)] if v is not None else None for v in (x, weight, bias)
-    ]
+    new = writer.given(node, level)
     # A view: the kernel reads the weight through its strides, so nothing is copied.
-    turned = writer.graph.call_function(aten.t.default, (new[1],))
-    return _linear(writer, node, (new[0], turned, new[2]), (shape[::-1], level))
+    turned = writer.graph.call_function(aten.t.default, (new[weight],))
+    bias = new["self"] if biased else None
+    return _linear(writer, node, (new[x], turned, bias), (shape[::-1], level))
 
 
 def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
@@ -151,10 +135,7 @@ def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     transposed = weight_places(node)[a["weight"]] == Place((1,), (0,))
     rank = len(shape) - 2
     out, into = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    new = {
-        k: writer.written[writer.key(v, level)] if isinstance(v, fx.Node) else v
-        for k, v in a.items()
-    }
+    new = writer.given(node, level)
     geometry = (
         _spread(a["stride"], rank),
         _spread(a["padding"], rank),
@@ -200,10 +181,8 @@ def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     """Statistics of each unit's own level, or of its prefix."""
     del action
     a, norm = bound_args(node), NORMS[op_of(node).nested]
-    tensors = [
-        writer.written[writer.key(a[name], level)] if isinstance(a[name], fx.Node) else a[name]
-        for name in ("input", *norm.affine)
-    ]
+    new = writer.given(node, level)
+    tensors = [new[name] for name in ("input", *norm.affine)]
     eps = a["eps"] if a["eps"] is not None else torch.finfo(tensor_info(node).dtype).eps
     runs = writer.runs(writer.plan.dims(a["input"].name)[norm.dim], level)
     prefix = writer.plan.options.norm == "prefix"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,18 +33,11 @@ def write_blocks(writer: Rewriter, node: fx.Node, level: int, action: Action) ->
     del action
     shape = writer.plan.dims(node.name)
     dim = next(d for d, axis in enumerate(shape) if dims.is_nested(axis))
-    parts = [_block(writer, node, level, b) for b in _blocks(writer, shape[dim], level, dim)]
+    spans = dims.spans(shape[dim], writer.plan.ladder[: level + 1])
+    parts = [_block(writer, node, level, Block(dim, *span)) for span in spans]
     if len(parts) == 1:
         return parts[0]
     return writer.graph.call_function(aten.cat.default, (parts, dim))
-
-
-def _blocks(writer: Rewriter, axis: dims.Dim, level: int, dim: int) -> Iterator[Block]:
-    runs = writer.runs(axis, level)
-    start = 0
-    for length, owner in zip(runs[::2], runs[1::2], strict=True):
-        yield Block(dim, start, start + length, owner)
-        start += length
 
 
 def _block(writer: Rewriter, node: fx.Node, level: int, block: Block) -> fx.Node:

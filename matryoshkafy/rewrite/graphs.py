@@ -13,13 +13,13 @@ from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.actions import ACTIONS
 from matryoshkafy.rewrite.codegen import CallCodeGen
-from matryoshkafy.rewrite.writer import Live, Rewriter, Standalone
+from matryoshkafy.rewrite.writer import Rewriter
 
 
 def sub_graph(trace: Trace, plan: Plan, level: int) -> fx.Graph:
     """Return the standalone graph of a level: parameters are already cut (and masked)."""
     narrow = replace(trace, signature=_narrow_signature(trace, plan, level))
-    writer = Rewriter(narrow, plan, Standalone(), ACTIONS, top=level)
+    writer = Rewriter(narrow, plan, ACTIONS, top=level, standalone=True)
     return writer.finish([level])
 
 
@@ -38,11 +38,11 @@ def _narrow_signature(trace: Trace, plan: Plan, level: int) -> Signature:
 
 def full_graph(trace: Trace, plan: Plan) -> fx.Graph:
     """Return the graph of the doll's own call, at full size."""
-    return Rewriter(trace, plan, Live(), ACTIONS).finish([plan.levels - 1])
+    return Rewriter(trace, plan, ACTIONS).finish([plan.levels - 1])
 
 
 def outputs_graph(trace: Trace, plan: Plan, levels: list[int]) -> fx.Graph:
     """Return the graph of the outputs of several levels, one flat list after the other."""
-    graph = Rewriter(trace, plan, Live(), ACTIONS).finish(levels)
+    graph = Rewriter(trace, plan, ACTIONS).finish(levels)
     graph.set_codegen(CallCodeGen(trace.signature, flat=True))
     return graph

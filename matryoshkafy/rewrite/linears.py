@@ -70,6 +70,7 @@ def _place(root: nn.Module, node: fx.Node) -> str | None:
     leaves = ["weight", "bias"][: len(names)]
     holder = root.get_submodule(place)
     others = [*holder.buffers(recurse=False), *holder.children()]
+    # Whatever else the module holds would be lost with it, or call for a module of another kind.
     held = [name for name, _ in holder.named_parameters(recurse=False)] == leaves and not others
     plain = type(holder) is nn.Module and held and names == [f"{place}.{leaf}" for leaf in leaves]
     return place if plain else None

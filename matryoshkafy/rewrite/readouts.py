@@ -10,13 +10,13 @@ from typing import Any
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import bound_args, is_op, is_tensor, outputs_of, tensor_info
+from matryoshkafy.graph.nodes import bound_args, is_op, is_tensor, outputs_of, reached, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.outputs import scores_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.actions import ACTIONS
 from matryoshkafy.rewrite.codegen import CallCodeGen
-from matryoshkafy.rewrite.writer import Live, Rewriter
+from matryoshkafy.rewrite.writer import Rewriter
 from matryoshkafy.rules import op_of
 
 
@@ -73,7 +73,7 @@ def last_linear(trace: Trace, plan: Plan) -> LastLinear | None:
 
 def readout_graph(trace: Trace, plan: Plan, found: LastLinear, level: int) -> fx.Graph:
     """Return the graph of the last linear's operands at a level, as one flat list."""
-    writer = Rewriter(trace, plan, Live(), ACTIONS)
+    writer = Rewriter(trace, plan, ACTIONS)
     graph = writer.finish_values(found.values, level)
     graph.set_codegen(CallCodeGen(trace.signature, flat=True))
     return graph
@@ -161,6 +161,7 @@ def _is_plain(found: LastLinear, plan: Plan) -> bool:
         return False
     if not plan.masked:
         return True
+    # What else stands in the tail would have to be computed once per size before the product.
     inner, rows = hidden[-1], table[1 if found.turned else 0]
     nested = isinstance(inner[0], dims.Nested) and not dims.is_nested(rows)
     return nested and _tail_of(found.chain[0], plan) == {n.name for n in found.chain}
@@ -168,11 +169,5 @@ def _is_plain(found: LastLinear, plan: Plan) -> bool:
 
 def _tail_of(node: fx.Node, plan: Plan) -> set[str]:
     """Return the nodes of the tail that a value is computed from, itself among them."""
-    seen: set[str] = set()
-    queue = [node]
-    while queue:
-        at = queue.pop()
-        if at.name in plan.tail and at.name not in seen:
-            seen.add(at.name)
-            queue.extend(at.all_input_nodes)
-    return seen
+    found = reached([node], lambda n: (m for m in n.all_input_nodes if m.name in plan.tail))
+    return {n.name for n in found if n.name in plan.tail}

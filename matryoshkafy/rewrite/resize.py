@@ -46,10 +46,12 @@ class Resize:
         return sum(min(b, index) - a for a, b in dims.kept(dim, self.widths) if a < index)
 
     def scaled(self, value: Argument, dim: Dim) -> Any:
+        # -1 is what is left, at every size.
         if not dims.is_nested(dim) or (isinstance(value, int) and value < 0):
             return value
         if isinstance(value, int):
             return self.at(dim)
+        # A size that is computed from the inputs holds the width as a factor, which is exchanged.
         graph = self.new.graph
         with graph.inserting_before(self.new):
             product = graph.call_function(operator.mul, (value, self.at(dim)))

@@ -76,6 +76,7 @@ def _stretches(graph: fx.Graph, parts: int) -> list[list[fx.Node]]:
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     at = {node: i for i, node in enumerate(nodes)}
     ends = [max((at.get(u, len(nodes)) for u in n.users), default=i) for n, i in at.items()]
+    # alive[i]: how many values cross a cut before node i, and would be kept for the backward.
     alive = [0] * (len(nodes) + 1)
     for start, end in enumerate(ends):
         for cut in range(start + 1, min(end, len(nodes) - 1) + 1):

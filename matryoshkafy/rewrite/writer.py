@@ -16,6 +16,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.graph.nodes import (
+    bound_args,
     gives_several,
     is_item,
     is_op,
@@ -42,18 +43,6 @@ Level = int | None
 Key = tuple[fx.Node, Level]
 
 
-class Live:
-    """Parameters at full width: a lower level reads a slice of them."""
-
-    standalone = False
-
-
-class Standalone:
-    """Parameters cut beforehand: the graph reads them as they are."""
-
-    standalone = True
-
-
 Write = Callable[["Rewriter", fx.Node, int, Action], fx.Node]
 Actions = Mapping[str, Write]
 
@@ -61,18 +50,21 @@ Actions = Mapping[str, Write]
 class Rewriter:
     """Writes nodes of the user's graph at levels into a new graph; each (node, level) once.
 
-    `top` is the level at which the trunk is computed: the largest, or that of a sub-model.
+    `top` is the level at which the trunk is computed: the largest, or that of a sub-model. With
+    `standalone` parameters were cut beforehand; else a lower level reads slices of live ones.
     """
 
     def __init__(
         self,
         trace: Trace,
         plan: Plan,
-        source: Live | Standalone,
         actions: Actions,
+        *,
         top: int | None = None,
+        standalone: bool = False,
     ) -> None:
-        self.trace, self.plan, self.source, self.actions = trace, plan, source, actions
+        self.trace, self.plan, self.actions = trace, plan, actions
+        self.standalone = standalone
         self.graph = fx.Graph()
         self.graph.set_codegen(CallCodeGen(trace.signature))
         self.written: dict[Key, Any] = {}
@@ -81,24 +73,21 @@ class Rewriter:
 
     def finish(self, levels: list[int]) -> fx.Graph:
         """Write the outputs of the levels and return the graph."""
-        for node in self.trace.graph.nodes:
-            if node.op == "placeholder":
-                self._put(node, None, self.graph.placeholder(str(node.target)))
-        flat: list[Any] = []
-        for level in levels:
-            for position, value in enumerate(outputs_of(self.trace.graph)):
-                flat.append(self._output(position, value, level))
-        self.graph.output(flat)
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return self.graph
+        self._inputs()
+        outputs = list(enumerate(outputs_of(self.trace.graph)))
+        return self._finished([self._output(i, v, level) for level in levels for i, v in outputs])
 
     def finish_values(self, values: list[fx.Node | None], level: int) -> fx.Graph:
         """Write values at a level and return the graph of them."""
-        for node in self.trace.graph.nodes:
-            if node.op == "placeholder":
-                self._put(node, None, self.graph.placeholder(str(node.target)))
-        self.graph.output([self.at(v, level) for v in values])
+        self._inputs()
+        return self._finished([self.at(v, level) for v in values])
+
+    def _inputs(self) -> None:
+        for node in self.trace.graph.find_nodes(op="placeholder"):
+            self._put(node, None, self.graph.placeholder(str(node.target)))
+
+    def _finished(self, flat: list[Any]) -> fx.Graph:
+        self.graph.output(flat)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return self.graph
@@ -133,6 +122,13 @@ class Rewriter:
                 self.written[needed] = self._write(*needed)
         return self.written[self.key(node, level)]
 
+    def given(self, node: fx.Node, level: int) -> dict[str, Any]:
+        """Return the node's arguments by name, values as they are written at a level."""
+        return {
+            name: self.written[self.key(value, level)] if isinstance(value, fx.Node) else value
+            for name, value in bound_args(node).items()
+        }
+
     def key(self, node: fx.Node, level: Level) -> Key:
         """Return at which level a node is written where `level` is asked for."""
         if node.op != "placeholder":
@@ -157,9 +153,10 @@ class Rewriter:
     def sources(self, node: fx.Node, level: Level) -> list[Key]:
         """Return what must be written before (node, level)."""
         if self._cut_from_full(node, level):
-            return [] if self.source.standalone else [(node, None)]
+            return [] if self.standalone else [(node, None)]
         if self._trunk(node) and level not in (self.top, None):
             return [(node, self.top)]
+        # Each level's block is computed from what that level has, so all of them are needed.
         below = range(level) if level is not None and self.kind(node) == "blocks" else ()
         inputs = [n for n in node.all_input_nodes if not self._left_out(n, node, level)]
         return [self.key(n, at) for at in (*below, level) for n in inputs]
@@ -171,7 +168,8 @@ class Rewriter:
         return self.plan.is_gone(self.plan.dims(value.name), level)
 
     def _cut_from_full(self, node: fx.Node, level: Level) -> bool:
-        if self.source.standalone and is_reparametrised(node):
+        # Of g v / |v| a sub-model holds v and g, cut, and computes its weight as the user's class.
+        if self.standalone and is_reparametrised(node):
             return False
         return node.name in self.plan.full and level is not None
 
@@ -181,7 +179,7 @@ class Rewriter:
         if node.op == "placeholder":
             return self._input(node, level)
         if level is not None and self._cut_from_full(node, level):
-            if self.source.standalone:
+            if self.standalone:
                 return self._put(node, level, self.graph.get_attr(baked_name(node.name)))
             return self._cut_value(node, None, level)
         if level is not None and level != self.top and self._trunk(node):
@@ -240,12 +238,13 @@ class Rewriter:
         known = self.written.get((node, None))
         if known is None:
             known = self._attribute(node)
-        if level is None or (self.source.standalone and level == self.top):
+        if level is None or (self.standalone and level == self.top):
             return known
         widths = self.plan.ladder[level]
         return self.cut(known, self.plan.parameters.get(str(node.target), ()), widths)
 
     def _attribute(self, node: fx.Node) -> fx.Node:
+        # torch warns of a name that no module holds yet; the module is made from the graph later.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             new = self.graph.get_attr(str(node.target))
@@ -303,6 +302,7 @@ class Rewriter:
 
 def _needed(node: fx.Node, level: Level, writer: Rewriter) -> list[Key]:
     """Return (node, level) and what it needs, inputs first, without recursion."""
+    # A graph of a thousand layers is deeper than Python's stack.
     order: list[Key] = []
     stack: list[tuple[Key, bool]] = [(writer.key(node, level), False)]
     seen: set[Key] = set()

@@ -19,6 +19,8 @@ from matryoshkafy.rules.table import (
     Walk,
     Weight,
     dims_of,
+    hold,
+    meet,
     rule,
 )
 from matryoshkafy.rules.weights import is_picked, is_weight
@@ -104,9 +106,7 @@ def addmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     del node
     names = list(args)
     out = _product(walk, args[names[1]], args[names[2]])
-    for mine, theirs in zip(walk.of(args["self"])[::-1], out[::-1], strict=False):
-        if mine and theirs:
-            walk.unify(mine, theirs)
+    meet(walk, walk.of(args["self"]), out)
     return out
 
 
@@ -116,9 +116,7 @@ def addbmm(walk: Walk, node: fx.Node, args: Args) -> Terms:
     del node
     batch, rows, cols = _product(walk, args["batch1"], args["batch2"])
     walk.contract(batch)
-    for mine, theirs in zip(walk.of(args["self"])[::-1], (cols, rows), strict=False):
-        if mine and theirs:
-            walk.unify(mine, theirs)
+    meet(walk, walk.of(args["self"]), (rows, cols))
     return (rows, cols)
 
 
@@ -315,8 +313,7 @@ def _unsupported_groups(walk: Walk, node: fx.Node, args: Args) -> Terms:
         _bias(walk, args["bias"], weight[0])
         _fix_space(walk, x, weight)
         return (x[0], weight[0], *_space(walk, node))
-    for term in (x[1], *weight):
-        walk.fix(term, "groups")
+    hold(walk, (x[1], *weight), "groups")
     _fix_space(walk, x, weight)
     if isinstance(args["bias"], fx.Node):
         walk.fix(walk.of(args["bias"])[0], "groups")
@@ -328,8 +325,7 @@ def _space(walk: Walk, node: fx.Node) -> Terms:
 
 
 def _fix_space(walk: Walk, x: Terms, weight: Terms) -> None:
-    for term in (*x[2:], *weight[2:]):
-        walk.fix(term, "space")
+    hold(walk, (*x[2:], *weight[2:]), "space")
 
 
 def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) -> Result:
@@ -337,8 +333,7 @@ def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) ->
     if args.get("transposed"):
         return transposed_convolution(walk, node, args)
     if len(x) != len(weight):
-        for term in (*x, *weight):
-            walk.fix(term, "unbatched convolution")
+        hold(walk, (*x, *weight), "unbatched convolution")
         return tuple(walk.fresh(n, "unbatched convolution") for n in walk.shape(node))
     out, inner = axes
     # As many as the batch where every sample has a weight of its own: then the argument is a size.

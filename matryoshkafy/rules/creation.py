@@ -6,7 +6,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import info_of
-from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, hold, rule
 
 
 @rule("zeros", "ones", "rand", "randn", "new_zeros", "new_ones", "randint", sizes="size")
@@ -54,12 +54,15 @@ def arange(walk: Walk, node: fx.Node, args: Args) -> Terms:
     "_unique2",
     "bucketize",
     "searchsorted",
+    "isin",
+    "masked_select",
+    "take",
+    "as_strided",
 )
 def count_up(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Values depend on the size: whole."""
+    """Values depend on the size, or on places among all units: whole."""
     for value in args.values():
-        for term in walk.of(value) if isinstance(value, fx.Node) else ():
-            walk.fix(term, "indexed")
+        hold(walk, walk.of(value), "indexed")
     if isinstance(info_of(node), tuple):
         return tuple(tuple(walk.fresh(n, "indexed") for n in s) for s in walk.shapes(node))
     return tuple(walk.fresh(n, "indexed") for n in walk.shape(node))

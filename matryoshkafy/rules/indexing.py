@@ -10,7 +10,7 @@ from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key, tensor_info
 from matryoshkafy.rules.contraction import LEFT, RIGHT
 from matryoshkafy.rules.pointwise import broadcast
-from matryoshkafy.rules.table import Args, Result, Terms, Walk, rule
+from matryoshkafy.rules.table import Args, Result, Terms, Walk, hold, meet, rule
 
 Picks = Sequence[fx.Node | None]
 
@@ -36,8 +36,7 @@ def index(walk: Walk, node: fx.Node, args: Args) -> Result:
     """x[i, :, j]: the broadcast indices stand where the first of adjacent indexed dims stood."""
     x = walk.of(args["self"])
     dims, tensors = _index_terms(walk, x, args["indices"])
-    for d in dims:
-        walk.fix(x[d], "indexed")
+    hold(walk, (x[d] for d in dims), "indexed")
     if dims == [0] and len(x) == 2:  # rows of a table: its columns are features, as an embedding's
         walk.weight(args["self"], 1)
     masks = any(str(tensor_info(t).dtype) == "torch.bool" for t in tensors)
@@ -61,8 +60,7 @@ def _picked(
     if not masks:
         return broadcast(walk, list(tensors))
     for tensor in tensors:
-        for term in walk.of(tensor):
-            walk.fix(term, "indexed")
+        hold(walk, walk.of(tensor), "indexed")
     return tuple(walk.fresh(n, "indexed") for n in new[dims[0] : dims[0] + count])
 
 
@@ -72,20 +70,13 @@ def index_put(walk: Walk, node: fx.Node, args: Args) -> Terms:
     del node
     x, values = walk.of(args["self"]), walk.of(args["values"])
     dims, tensors = _index_terms(walk, x, args["indices"])
-    for d in dims:
-        walk.fix(x[d], "indexed")
+    hold(walk, (x[d] for d in dims), "indexed")
     for tensor in tensors:
-        for term in walk.of(tensor):
-            walk.fix(term, "indexed")
-    trailing = [t for d, t in enumerate(x) if d > max(dims, default=-1)]
-    for mine, theirs in zip(trailing[::-1], values[::-1], strict=False):
-        if mine and theirs:
-            walk.unify(mine, theirs)
-    for term in values[: max(0, len(values) - len(trailing))]:
-        walk.fix(term, "indexed")
-    for d, term in enumerate(x):
-        if d < max(dims, default=0):
-            walk.fix(term, "indexed")
+        hold(walk, walk.of(tensor), "indexed")
+    trailing = x[max(dims, default=-1) + 1 :]
+    meet(walk, trailing, values)
+    hold(walk, values[: max(0, len(values) - len(trailing))], "indexed")
+    hold(walk, x[: max(dims, default=0)], "indexed")
     return x
 
 
@@ -147,23 +138,13 @@ def scatter(walk: Walk, node: fx.Node, args: Args) -> Result:
 def _meet(walk: Walk, x: Terms, other: Terms, place: tuple[int, bool]) -> None:
     dim, vector = place
     if vector or len(other) != len(x):
-        for term in other:
-            walk.fix(term, "indexed")
+        hold(walk, other, "indexed")
         return
     for d, (mine, theirs) in enumerate(zip(x, other, strict=True)):
         if d == dim:
             walk.fix(theirs, "indexed")
         elif mine and theirs:
             walk.unify(mine, theirs)
-
-
-@rule("isin", "masked_select", "take", "as_strided")
-def looked_up(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Everything that is looked at stays whole."""
-    for value in args.values():
-        for term in walk.of(value) if isinstance(value, fx.Node) else ():
-            walk.fix(term, "indexed")
-    return tuple(walk.fresh(n, "indexed") for n in walk.shape(node))
 
 
 @rule("_grouped_mm", weights={"self": LEFT, "mat2": RIGHT}, product=True)

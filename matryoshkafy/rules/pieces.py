@@ -12,7 +12,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key
-from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, op_of, rule
+from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, hold, op_of, rule
 
 
 @rule("cat", "concat", "concatenate", "hstack", "vstack", joins=True)
@@ -187,33 +187,12 @@ def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Result:
     return x
 
 
-@rule("flip")
-def flip(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Reversed dims stay whole."""
-    del node
-    terms = walk.of(args["self"])
-    for dim in dims_of(args["dims"], len(terms)):
-        walk.fix(terms[dim], "indexed")
-    return terms
-
-
-@rule("fft_fftshift", "fft_ifftshift")
-def shift(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Shifted dims stay whole."""
-    del node
-    terms, given = walk.of(args["self"]), args.get("dim")
-    for d in range(len(terms)) if given is None else dims_of(given, len(terms)):
-        walk.fix(terms[d], "frequency")
-    return terms
-
-
-@rule("roll")
-def roll(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    """Rolled dims stay whole."""
-    del node
-    terms = walk.of(args["self"])
-    for d in dims_of(args["dims"] or range(len(terms)), len(terms)):
-        walk.fix(terms[d], "indexed")
+@rule("flip", "roll", "fft_fftshift", "fft_ifftshift")
+def moved(walk: Walk, node: fx.Node, args: Args) -> Terms:
+    """Reversed, rolled and shifted dims stay whole; all of them where none is named."""
+    terms, given = walk.of(args["self"]), args.get("dims", args.get("dim"))
+    kind = "frequency" if "fft" in op_key(node) else "indexed"
+    hold(walk, (terms[d] for d in dims_of(given or range(len(terms)), len(terms))), kind)
     return terms
 
 
@@ -276,8 +255,7 @@ def shuffle(walk: Walk, node: fx.Node, args: Args) -> Result:
     del args
     name = op_key(node)
     terms, new = walk.of(node.args[0]), walk.shape(node)
-    for term in terms[-2:]:
-        walk.fix(term, "space")
+    hold(walk, terms[-2:], "space")
     channels = _shuffled(walk, terms[-3], new[-3], name)
     space = tuple(walk.fresh(n, "space") for n in new[-2:])
     return (*terms[:-3], channels, *space)
@@ -319,8 +297,7 @@ def col2im(walk: Walk, node: fx.Node, args: Args) -> Result:
     if pieces is None:
         walk.fix(terms[1], "indexed")
         pieces = [walk.fresh(new[1], "indexed"), ()]
-    for term in (pieces[1], terms[2]):
-        walk.fix(term, "space")
+    hold(walk, (pieces[1], terms[2]), "space")
     return (terms[0], pieces[0], *(walk.fresh(n, "space") for n in new[2:]))
 
 
@@ -330,8 +307,7 @@ def im2col(walk: Walk, node: fx.Node, args: Args) -> Result:
     terms, new = walk.of(args["self"]), walk.shape(node)
     if len(terms) != 4:
         return None
-    for term in terms[2:]:
-        walk.fix(term, "space")
+    hold(walk, terms[2:], "space")
     window = walk.fresh(new[1] // walk.shape(args["self"])[1], "space")
     return (terms[0], (*terms[1], *window), walk.fresh(new[2], "space"))
 
@@ -341,7 +317,6 @@ def diagonal(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Two dims become their diagonal, which stays whole."""
     terms = walk.of(args["self"])
     dims = dims_of([args["dim1"], args["dim2"]], len(terms))
-    for d in dims:
-        walk.fix(terms[d], "indexed")
+    hold(walk, (terms[d] for d in dims), "indexed")
     rest = tuple(t for i, t in enumerate(terms) if i not in dims)
     return (*rest, walk.fresh(walk.shape(node)[-1], "indexed"))

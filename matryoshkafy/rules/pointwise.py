@@ -8,7 +8,7 @@ from torch import fx
 
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of, is_tensor
-from matryoshkafy.rules.table import Args, Result, Terms, Walk, op_of, rule
+from matryoshkafy.rules.table import Args, Result, Terms, Walk, hold, op_of, rule
 
 ACTIVATIONS = """
     tanh relu gelu silu elu mish leaky_relu hardswish relu6 selu
@@ -71,10 +71,11 @@ def pointwise(walk: Walk, node: fx.Node, args: Args) -> Result:
 
 
 @rule("type_as", elementwise=True, casts=True, picks=True)
-def type_as(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """The other tensor gives its type alone."""
+@rule("feature_dropout", "feature_alpha_dropout")
+def first_alone(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """The first tensor gives its dims; another tells its type alone."""
     del node
-    return walk.of(args["self"])
+    return walk.of(next(iter(args.values())))
 
 
 @rule("broadcast_tensors")
@@ -134,13 +135,6 @@ def prelu(walk: Walk, node: fx.Node, args: Args) -> Result:
     return x
 
 
-@rule("feature_dropout", "feature_alpha_dropout")
-def channel_dropout(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Whole channels are dropped."""
-    del node
-    return walk.of(args["input"])
-
-
 @rule("view_as_real")
 def view_as_real(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A complex dim gains (re, im) at the end."""
@@ -162,8 +156,7 @@ def triangle(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Which elements stay depends on the position in the last two dims."""
     del node
     terms = walk.of(args["self"])
-    for term in terms[-2:]:
-        walk.fix(term, "indexed")
+    hold(walk, terms[-2:], "indexed")
     return terms
 
 
@@ -190,6 +183,5 @@ def masked_scatter(walk: Walk, node: fx.Node, args: Args) -> Result:
         rest = (*x[:-1], *source[:-1])
     else:
         rest = (*x, *source)
-    for term in rest:
-        walk.fix(term, "indexed")
+    hold(walk, rest, "indexed")
     return x

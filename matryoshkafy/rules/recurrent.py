@@ -10,7 +10,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of, op_key, tensor_info
 from matryoshkafy.rules.contraction import LINEAR
-from matryoshkafy.rules.table import Args, Result, Walk, Weight, rule
+from matryoshkafy.rules.table import Args, Result, Walk, Weight, hold, rule
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -44,8 +44,7 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Result:
         params = args["params"][layer * per_layer : (layer + 1) * per_layer]
         inner = entering if layer < directions else (*axes.copies(directions), *output)
         _layer(walk, params, (inner, output, (*axes.copies(gates), *cell)), args["has_biases"])
-    for term in (*(t for s in states for t in walk.of(s)[:-1]), *x[:-1]):
-        walk.fix(term, "sequence")
+    hold(walk, (*(t for s in states for t in walk.of(s)[:-1]), *x[:-1]), "sequence")
     return ((*x[:-1], (*axes.copies(directions), *output)), *(walk.of(s) for s in states))
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 from torch import fx
 
 from matryoshkafy.graph.nodes import info_of, op_key
-from matryoshkafy.rules.table import Args, Result, Walk, dims_of, rule
+from matryoshkafy.rules.table import Args, Result, Walk, dims_of, hold, rule
 
 
 def _spatial(walk: Walk, node: fx.Node, count: int) -> Result:
     """Leading dims pass, the last `count` dims are replaced by new whole ones."""
     source = walk.of(node.args[0])
-    for term in source[len(source) - count :]:
-        walk.fix(term, "space")
+    hold(walk, source[len(source) - count :], "space")
     leading = source[: len(source) - count]
     outs = [
         (*leading, *(walk.fresh(n, "space") for n in shape[len(leading) :]))
@@ -59,8 +58,7 @@ _register(3, "upsample_trilinear3d")
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Channels pass; where to sample is whole."""
-    for term in walk.of(args["grid"]):
-        walk.fix(term, "space")
+    hold(walk, walk.of(args["grid"]), "space")
     return _spatial(walk, node, len(walk.shape(node)) - 2)
 
 
@@ -102,6 +100,5 @@ def fourier(walk: Walk, node: fx.Node, args: Args) -> Result:
 @rule("stft", "istft")
 def short_time(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Signals in, spectra out: nothing is a width."""
-    for term in walk.of(args["self"]):
-        walk.fix(term, "frequency")
+    hold(walk, walk.of(args["self"]), "frequency")
     return tuple(walk.fresh(n, "frequency") for n in walk.shape(node))

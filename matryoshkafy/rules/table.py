@@ -331,6 +331,19 @@ def reduced_dims(node: fx.Node) -> list[int] | None:
     return dims_of(dim, len(tensor_info(node.all_input_nodes[0]).shape))
 
 
+def hold(walk: Walk, terms: Iterable[Term], kind: str) -> None:
+    """Hold terms at their full sizes, see `Walk.fix`."""
+    for term in terms:
+        walk.fix(term, kind)
+
+
+def meet(walk: Walk, a: Terms, b: Terms) -> None:
+    """Make the dims of two values one, from the right, where both have units."""
+    for mine, theirs in zip(a[::-1], b[::-1], strict=False):
+        if mine and theirs:
+            walk.unify(mine, theirs)
+
+
 @contextmanager
 def rules_kept() -> Generator[None, None, None]:
     """Forget at the end of the block every rule that was registered inside it."""

@@ -11,7 +11,17 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key, tensor_info
-from matryoshkafy.rules.table import Args, Argument, Result, Sizes, Terms, Walk, dims_of, rule
+from matryoshkafy.rules.table import (
+    Args,
+    Argument,
+    Result,
+    Sizes,
+    Terms,
+    Walk,
+    dims_of,
+    hold,
+    rule,
+)
 
 
 def _unflattened(sizes: Sizes) -> None:
@@ -50,8 +60,7 @@ def reshape_as(walk: Walk, node: fx.Node, args: Args) -> Result:
 def _regroup(walk: Walk, terms: Terms, old: tuple[int, ...], new: tuple[int, ...]) -> Terms:
     """Return the terms of `old` dims seen as `new` ones (row-major)."""
     if not math.prod(new):  # no unit says which dim of `old` a dim of `new` is
-        for term in terms:
-            walk.fix(term, "reshaped")
+        hold(walk, terms, "reshaped")
         return tuple(walk.fresh(n, "reshaped") for n in new)
     out: list[Term] = []
     for ins, outs in _runs(old, new):

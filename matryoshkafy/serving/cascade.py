@@ -11,7 +11,7 @@ ICLR 2024, theorem 1; the few numbers that are fitted before it count as given).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,12 +136,12 @@ def fit_cascade(  # noqa: PLR0913  the public signature
     sure, answers = _confidence(stacked, temperatures)
     right = answers == labels
     if floor is None and budget is None:
-        return _with(start, _best_accuracy(sure, right))
+        return replace(start, thresholds=_best_accuracy(sure, right))
     chances = np.exp(_log_softmax(stacked[-1] / temperatures[-1]))
     tried = _tried(sure, right, start, _worth(sure, answers, chances, start))
     if floor is not None:
-        return _with(start, _cheapest(tried, right, floor))
-    return _with(start, _safest(tried, start, budget or 0.0))
+        return replace(start, thresholds=_cheapest(tried, right, floor))
+    return replace(start, thresholds=_safest(tried, start, budget or 0.0))
 
 
 def disagreement(logits: Mapping[int, Logits], labels: NDArray[np.int64]) -> dict[int, float]:
@@ -154,12 +154,6 @@ def disagreement(logits: Mapping[int, Logits], labels: NDArray[np.int64]) -> dic
     stacked = _stacked(logits, sizes)
     right = stacked.argmax(axis=2) == labels
     return {size: float((right[i] & ~right[-1]).mean()) for i, size in enumerate(sizes[:-1])}
-
-
-def _with(cascade: Cascade, thresholds: Sequence[float]) -> Cascade:
-    return Cascade(
-        cascade.sizes, tuple(thresholds), cascade.temperatures, cascade.costs, cascade.shared
-    )
 
 
 def _stacked(logits: Mapping[int, Logits], sizes: Sequence[int]) -> NDArray[np.float64]:
@@ -215,7 +209,7 @@ def _grid(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([grid, np.asarray([NEVER], dtype=np.float64)])
 
 
-def _best_accuracy(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> list[float]:
+def _best_accuracy(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[float, ...]:
     """From the second largest size down, the smallest threshold of best accuracy."""
     thresholds = [NEVER] * (len(sure) - 1) + [0.0]
     each = np.arange(sure.shape[1], dtype=np.int64)
@@ -225,7 +219,7 @@ def _best_accuracy(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> list[
             tried = [*thresholds[:size], threshold, *thresholds[size + 1 :]]
             scored.append((-float(right[_level(sure, tried), each].mean()), float(threshold)))
         thresholds[size] = min(scored)[1]
-    return thresholds
+    return tuple(thresholds)
 
 
 def _worth(
@@ -256,7 +250,7 @@ def _worth(
 class _Tried:
     """The thresholds at a price, the loss that they may have on new samples, and their cost."""
 
-    thresholds: list[float]
+    thresholds: tuple[float, ...]
     bound: float
     cost: float
 
@@ -281,10 +275,10 @@ def _tried(
         level = _level(sure, [*thresholds, 0.0])
         gone |= right[-1] & ~right[level, each]
         bound = (int(gone.sum()) + 1) / (count + 1)
-        yield _Tried([*thresholds, 0.0], bound, float(start.paid[level].mean()))
+        yield _Tried((*thresholds, 0.0), bound, float(start.paid[level].mean()))
 
 
-def _cheapest(tried: Iterator[_Tried], right: NDArray[np.bool_], floor: float) -> list[float]:
+def _cheapest(tried: Iterator[_Tried], right: NDArray[np.bool_], floor: float) -> tuple[float, ...]:
     """The smallest thresholds whose expected loss keeps the floor."""
     full, count = float(right[-1].mean()), right.shape[1]
     kept = [t for t in tried if t.bound <= full - floor]
@@ -297,7 +291,7 @@ def _cheapest(tried: Iterator[_Tried], right: NDArray[np.bool_], floor: float) -
     return kept[-1].thresholds
 
 
-def _safest(tried: Iterator[_Tried], start: Cascade, budget: float) -> list[float]:
+def _safest(tried: Iterator[_Tried], start: Cascade, budget: float) -> tuple[float, ...]:
     """The largest thresholds that keep to the budget."""
     least = start.costs[0]
     for found in tried:

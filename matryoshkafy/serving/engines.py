@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from matryoshkafy.serving.index import installed
 from matryoshkafy.serving.vectors import ServingError
 
 AVAILABLE = "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'"
@@ -23,7 +24,7 @@ def postgres(address: str) -> Any:
     Raises:
         ServingError: psycopg is not installed, no server answers, or the server lacks pgvector.
     """
-    psycopg = _client("psycopg", "psycopg[binary]")
+    psycopg = installed("psycopg", "psycopg[binary]")
     try:
         connection = psycopg.connect(address, connect_timeout=5)
     except psycopg.OperationalError as error:
@@ -62,7 +63,7 @@ def qdrant(address: str) -> Any:
     Raises:
         ServingError: qdrant-client is not installed, or no server answers.
     """
-    package = _client("qdrant_client", "qdrant-client")
+    package = installed("qdrant_client", "qdrant-client")
     errors = importlib.import_module("qdrant_client.http.exceptions")
     if "://" not in address:
         where = {"location": address} if address == ":memory:" else {"path": address}
@@ -76,15 +77,6 @@ def qdrant(address: str) -> Any:
             '6333:6333 qdrant/qdrant), or give ":memory:" or a folder for the embedded mode'
         ) from error
     return client
-
-
-def _client(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ServingError(
-            f"this engine's client {name} is not installed: pip install {extra}"
-        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -71,17 +71,18 @@ class ShortIndex:
             )
 
 
-def _package(name: str, extra: str) -> Any:
+def installed(name: str, extra: str) -> Any:
+    """Return a package by its name; raises `ServingError` that says what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ServingError(
-            f"this index needs {name}, which is not installed: pip install {extra}"
+            f"this needs {name}, which is not installed: pip install {extra}"
         ) from error
 
 
 def _hnsw(vectors: Floats, effort: int) -> Search:
-    faiss = _package("faiss", "faiss-cpu")
+    faiss = installed("faiss", "faiss-cpu")
     index = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = 200
     index.add(vectors)
@@ -96,7 +97,7 @@ def _hnsw(vectors: Floats, effort: int) -> Search:
 
 
 def _ivf(vectors: Floats, effort: int) -> Search:
-    faiss = _package("faiss", "faiss-cpu")
+    faiss = installed("faiss", "faiss-cpu")
     cells = max(1, int(4 * len(vectors) ** 0.5))
     quantizer = faiss.IndexFlatIP(vectors.shape[1])
     index = faiss.IndexIVFFlat(quantizer, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
@@ -114,7 +115,7 @@ def _ivf(vectors: Floats, effort: int) -> Search:
 
 
 def _codes(vectors: Floats, effort: int) -> Search:
-    faiss = _package("faiss", "faiss-cpu")
+    faiss = installed("faiss", "faiss-cpu")
     rows, size = vectors.shape
     count = max(1, min(effort, size // 2))
     # Codes are of as many units each; zeros make up what is missing.
@@ -136,7 +137,7 @@ def _widened(vectors: Floats, width: int) -> Floats:
 
 
 def _usearch(vectors: Floats, effort: int) -> Search:
-    package = _package("usearch.index", "usearch")
+    package = installed("usearch.index", "usearch")
     index = package.Index(ndim=vectors.shape[1], metric="ip", dtype="f32", expansion_search=effort)
     # One thread: rows that are added at the same time can miss each other, and are not found then.
     index.add(np.arange(len(vectors)), vectors, threads=1)

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matryoshkafy.dolls.doll import Doll, trace_of
+from matryoshkafy.dolls.doll import Doll, tables_of, trace_of
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses import MatryoshkaLoss
 from matryoshkafy.training.blaming import NonFiniteLoss, explain
 
 IGNORED = -100
 Targets = tuple[object, ...]
-TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class AllSizesError(MatryoshkafyError):
@@ -79,7 +78,7 @@ class AllSizes(nn.Module):
         shift_labels: bool | None = None,
     ) -> None:
         super().__init__()
-        self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
+        self.__dict__.update(tables_of(doll))
         inside = "labels" in argument_names(doll)
         check_loss(loss, inside)
         if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:

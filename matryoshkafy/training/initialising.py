@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.dolls.doll import Doll
 
 
@@ -34,17 +33,12 @@ def scale_rows(doll: Doll) -> dict[str, tuple[float, ...]]:
             factors[name] = tuple(
                 (dims.size(dim) / dims.size_at(dim, widths)) ** 0.5 for widths in plan.ladder
             )
-            scale_levels(state[name], (kept.dims[out], out), factors[name], plan.ladder)
+            spans = dims.spans(kept.dims[out], plan.ladder)
+            _scale(state[name], out, [(a, b, factors[name][level]) for a, b, level in spans])
     return factors
 
 
-def scale_levels(
-    weight: Tensor, out: tuple[Dim, int], factors: tuple[float, ...], ladder: tuple[Widths, ...]
-) -> None:
-    """Multiply what stands at each level of an output dim by that level's factor."""
-    dim, position = out
-    runs, start = dims.runs(dim, ladder), 0
-    with torch.no_grad():
-        for length, level in zip(runs[::2], runs[1::2], strict=True):
-            weight.narrow(position, start, length).mul_(factors[level])
-            start += length
+@torch.no_grad()
+def _scale(weight: Tensor, dim: int, stretches: list[tuple[int, int, float]]) -> None:
+    for start, end, factor in stretches:
+        weight.narrow(dim, start, end - start).mul_(factor)

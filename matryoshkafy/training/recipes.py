@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.measure import floats_of
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.losses.distillation import KINDS
 from matryoshkafy.training.rota import ROTAS
@@ -25,8 +25,7 @@ class DistilError(MatryoshkafyError):
 def first_tensor(output: object, batch: object) -> Tensor:
     """Return the first floating tensor of an output: the embedding, or the logits."""
     del batch
-    found = (v for v in pytree.tree_leaves(output) if isinstance(v, Tensor))
-    return next(v for v in found if v.is_floating_point())
+    return next(floats_of(output))
 
 
 @dataclass(frozen=True)

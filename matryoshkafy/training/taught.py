@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.batches import arguments_of
-from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.doll import Doll, tables_of
 from matryoshkafy.losses.distillation import KINDS
-from matryoshkafy.training.all_sizes import TABLES
 from matryoshkafy.training.live_scales import LiveScales
 from matryoshkafy.training.recipes import PROJECTED, DistilError, Term
 from matryoshkafy.units.permute import users_order
@@ -42,7 +41,7 @@ class Taught(nn.Module):
         scales: LiveScales | None = None,
     ) -> None:
         super().__init__()
-        self.__dict__.update({table: doll.__dict__[table] for table in TABLES})
+        self.__dict__.update(tables_of(doll))
         self.__dict__.update(doll=doll, terms=tuple(terms), foreign=foreign, scales=scales)
         self._hold(nn.ModuleDict())
         self.training = doll.training

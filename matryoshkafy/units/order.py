@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll, replan, trace_of
-from matryoshkafy.dolls.verify import TOLERANCE, relative_error
+from matryoshkafy.dolls.measure import floats_of, relative_error, tolerance_of
 from matryoshkafy.rewrite.graphs import outputs_graph
 from matryoshkafy.rules import op_of
 from matryoshkafy.units import scores as scoring
@@ -199,7 +199,7 @@ def _applied(
 ) -> tuple[dict[int, Tensor], float, dict[int, str]]:
     """Permute; return the orders applied, the full model's error, and the groups left out."""
     reference = run_graph(doll, trace_of(doll).graph, probe)
-    tolerance = _tolerance(doll)
+    tolerance = tolerance_of(doll)
     error = _tried(doll, wanted, probe, reference)
     if error <= tolerance:
         return dict(wanted), error, {}
@@ -234,11 +234,6 @@ def _tried(doll: Doll, orders: Orders, probe: list[Tensor], reference: list[obje
     return relative_error(put_back(doll, orders, found), reference)
 
 
-def _tolerance(doll: Doll) -> float:
-    dtype = next((t.dtype for t in doll.parameters() if t.is_floating_point()), torch.float32)
-    return TOLERANCE.get(dtype, 1e-5)
-
-
 def _agreements(doll: Doll, probe: list[Tensor]) -> list[float]:
     """Return per size the linear CKA of its first floating output with the full model's."""
     values: list[Tensor] = []
@@ -250,6 +245,5 @@ def _agreements(doll: Doll, probe: list[Tensor]) -> list[float]:
 
 def _first(outputs: list[object]) -> Tensor:
     """Return the first floating output as rows [n, p], at most `ROWS` of them."""
-    found = (v for v in outputs if isinstance(v, Tensor) and v.is_floating_point())
-    value = next(found, torch.zeros(1, 1))
+    value = next(floats_of(outputs), torch.zeros(1, 1))
     return value.reshape(-1, value.shape[-1] if value.dim() else 1)[:ROWS]

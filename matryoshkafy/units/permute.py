@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,16 +127,28 @@ def users_order(doll: Doll, output: object) -> Any:
     """Return a full-size output of an ordered doll, or a loaded one, in the user's own order."""
     index = {g.name: i for i, g in enumerate(doll.plan.groups)}
     orders = {index[name]: torch.tensor(units) for name, units in doll.plan.order.items()}
-    flat, spec = pytree.tree_flatten(output)
-    return pytree.tree_unflatten(put_back(doll, orders, flat), spec)
+    return in_tree(partial(put_back, doll, orders), output)
 
 
 def put_back(doll: Doll, orders: Orders, outputs: list[Any]) -> list[Any]:
     """Return flat full-size outputs with the units of nested output axes in their old places."""
     undo = inverse(orders)
-    back: list[Any] = []
+    return changed(doll, outputs, lambda value, shape: moved(value, shape, undo))
+
+
+def changed(
+    doll: Doll, outputs: list[Any], change: Callable[[Tensor, tuple[Dim, ...]], Tensor]
+) -> list[Any]:
+    """Return flat full-size outputs, each tensor whose dims are known changed by them."""
+    out: list[Any] = []
     for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
         shape = doll.plan.dims(getattr(source, "name", ""))
         known = isinstance(value, Tensor) and len(shape) == value.dim()
-        back.append(moved(value, shape, undo) if known else value)
-    return back
+        out.append(change(value, shape) if known else value)
+    return out
+
+
+def in_tree(change: Callable[[list[Any]], list[Any]], output: object) -> Any:
+    """Return an output whose flat values were changed."""
+    flat, spec = pytree.tree_flatten(output)
+    return pytree.tree_unflatten(change(flat), spec)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.units.permute import Orders, put_back
+from matryoshkafy.units.permute import Orders, in_tree, put_back
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class OrderReport:
 
     def put_back(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the doll with the units of its axes in their old places."""
-        flat, spec = pytree.tree_flatten(output)
-        return pytree.tree_unflatten(put_back(doll, self.permutations, flat), spec)
+        return in_tree(partial(put_back, doll, self.permutations), output)
 
     def units(self, doll: Doll, size: int) -> tuple[int, ...]:
         """Return the old units of the main group that the sub-model of a size holds, in order."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
@@ -17,7 +18,7 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.units.bases import mean_kept, principal, turn
 from matryoshkafy.units.order import checked, order
-from matryoshkafy.units.permute import OrderError, inverse, noted, put_back
+from matryoshkafy.units.permute import OrderError, in_tree, inverse, noted, put_back
 from matryoshkafy.units.post_norm import post_survey, turned_post_norm
 from matryoshkafy.units.report import OrderReport
 from matryoshkafy.units.survey import Survey, survey
@@ -47,16 +48,13 @@ class RotateReport:
 
     def put_back(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the doll in the old basis and order."""
-        output = self.order.put_back(doll, output)
-        flat, spec = pytree.tree_flatten(output)
-        return pytree.tree_unflatten(turned_back(doll, self.bases, flat), spec)
+        return in_tree(partial(turned_back, doll, self.bases), self.order.put_back(doll, output))
 
     def turn(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the old model in the doll's basis and order."""
-        flat, spec = pytree.tree_flatten(output)
-        turned = turned_back(doll, {g: q.t() for g, q in self.bases.items()}, flat)
-        orders = inverse(self.order.permutations)
-        return pytree.tree_unflatten(put_back(doll, orders, turned), spec)
+        bases = {g: q.t() for g, q in self.bases.items()}
+        turned = in_tree(partial(turned_back, doll, bases), output)
+        return in_tree(partial(put_back, doll, inverse(self.order.permutations)), turned)
 
     def __str__(self) -> str:
         sizes = "  ".join(f"{s:>6}" for s in self.sizes)
@@ -149,8 +147,6 @@ def _stream(plan: Plan, group: int) -> bool:
 
 def _surveyed(doll: Doll, keep: Sequence[str]) -> tuple[dict[int, Survey], dict[int, str]]:
     """Survey every group; return those that rotate and why the others do not."""
-    from fnmatch import fnmatch
-
     trace, plan = trace_of(doll), doll.plan
     found: dict[int, Survey] = {}
     obstacles: dict[int, str] = {}

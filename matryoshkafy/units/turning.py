@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.dolls.batches import flat_inputs
-from matryoshkafy.dolls.doll import Doll, trace_of
-from matryoshkafy.graph.nodes import outputs_of
+from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.units.bases import turned
+from matryoshkafy.units.permute import changed
 from matryoshkafy.units.sites import measure
 
 
@@ -50,9 +50,4 @@ def energy_of(moment: Tensor, basis: Tensor, widths: Sequence[int]) -> tuple[flo
 def turned_back(doll: Doll, bases: Mapping[int, Tensor], outputs: list[Any]) -> list[Any]:
     """Return flat full-size outputs in the old bases."""
     undo = {g: q.t() for g, q in bases.items()}
-    back: list[Any] = []
-    for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
-        shape = doll.plan.dims(getattr(source, "name", ""))
-        known = isinstance(value, Tensor) and len(shape) == value.dim()
-        back.append(turned(value, shape, undo) if known else value)
-    return back
+    return changed(doll, outputs, lambda value, shape: turned(value, shape, undo))

@@ -57,12 +57,8 @@ def weight(plan: Plan, name: str, side: float = 300) -> str:
 
 def _scaled(dim: Dim, plan: Plan, length: float) -> list[Span]:
     """Return (start, stop, level) of each run of a dim, scaled to a length."""
-    runs, unit, start = dims.runs(dim, plan.ladder), length / dims.size(dim), 0
-    out: list[Span] = []
-    for count, level in zip(runs[::2], runs[1::2], strict=True):
-        out.append((start * unit, (start + count) * unit, level))
-        start += count
-    return out
+    unit = length / dims.size(dim)
+    return [(a * unit, b * unit, level) for a, b, level in dims.spans(dim, plan.ladder)]
 
 
 def _blocks(plan: Plan, rows: list[Span], columns: list[Span]) -> Iterator[str]:
