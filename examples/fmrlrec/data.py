@@ -22,6 +22,7 @@ from examples.fmrlrec.formats import ITEMS, Source
 from examples.fmrlrec.workers import Each, serially
 
 PADDING = 0
+HELD_OUT = {"validation": 2, "test": 1}  # how far from the end of a sequence its target stands
 SEQUENCES, CATALOGUE, USERS, REPORT = (
     "sequences.safetensors", "items.parquet", "users.parquet", "report.json",
 )  # fmt: skip
@@ -82,15 +83,19 @@ def prepare(source: Source, folder: Path, config: Config, each: Each = serially)
     parts, problems = _partition(source, folder / "parts", config, each)
     catalogue, unknown = _known_items(source, parts, config)
     survivors = core_filter(parts, catalogue.select("item_id"), config.min_count, each)
-    numbered = _number(catalogue, survivors)
+    kept = catalogue.join(survivors, on="item_id", how="semi").sort("item_id")
+    numbered = kept.with_row_index("number", offset=1).cast({"number": pl.Int32})
     items, offsets, users = _sequences(parts, numbered, config.min_count, each)
     if not len(items):
         raise DataError(
             f"no interaction survives the {config.min_count}-core filter; "
             "give more data or a smaller --set min_count=1"
         )
+    save_file({"items": items, "offsets": offsets}, folder / SEQUENCES)
+    pl.DataFrame({"user_id": users}).write_parquet(folder / USERS)
+    kept.with_columns(image_path(source.root)).write_parquet(folder / CATALOGUE)
     report = {"problems": {**source.problems, **problems, **unknown}}
-    _write(folder, (items, offsets), users, numbered.with_columns(image_path(source.root)), report)
+    write_text(folder / REPORT, json.dumps(report, indent=2))
     shutil.rmtree(folder / "parts")
     return load(folder)
 
@@ -194,18 +199,20 @@ def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Ba
 
     Users with fewer than three items have no target and are left out.
     """
-    back = {"validation": 2, "test": 1}[split]
-    lengths = np.diff(data.offsets)
+    lengths, back = np.diff(data.offsets), HELD_OUT[split]
     users = np.flatnonzero(lengths >= 3)
     users = users[np.argsort(lengths[users], kind="stable")]
     for at in range(0, len(users), config.eval_batch):
-        yield _evaluation_batch(data, users[at : at + config.eval_batch], back, config.max_length)
+        some = users[at : at + config.eval_batch]
+        parts = [data.sequence(user) for user in some]
+        length = max(2, min(config.max_length, max(len(part) for part in parts) - back))
+        inputs = left_pad([part[:-back] for part in parts], length)
+        yield Batch(inputs, np.asarray([part[-back] for part in parts], dtype=np.int64), some)
 
 
 def histories(data: Dataset, users: np.ndarray, split: str) -> list[np.ndarray]:
     """All items that each user had before the target of `split`, however long ago."""
-    back = {"validation": 2, "test": 1}[split]
-    return [data.sequence(user)[:-back] for user in users]
+    return [data.sequence(user)[: -HELD_OUT[split]] for user in users]
 
 
 def popularity(data: Dataset) -> np.ndarray:
@@ -237,13 +244,6 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """Sequences in one row with one padding item between them."""
     gap = np.zeros(1, dtype=np.int32)
     return np.concatenate([piece for part in parts for piece in (part, gap)][:-1])
-
-
-def _evaluation_batch(data: Dataset, users: np.ndarray, back: int, limit: int) -> Batch:
-    parts = [data.sequence(user) for user in users]
-    length = max(2, min(limit, max(len(part) for part in parts) - back))
-    inputs = left_pad([part[:-back] for part in parts], length)
-    return Batch(inputs, np.asarray([part[-back] for part in parts], dtype=np.int64), users)
 
 
 def _timestamp(frame: pl.LazyFrame) -> pl.Expr:
@@ -287,10 +287,9 @@ def _known_items(
     source: Source, parts: list[Path], config: Config
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """The catalogue of every item that occurs, and how many of them have no metadata."""
-    scanned = pl.scan_parquet(parts)
-    seen = scanned.select("item_id").unique().collect(engine="streaming")
+    seen = pl.scan_parquet(parts).select("item_id").unique().collect(engine="streaming")
     if source.items is None:
-        return _empty_features(seen), {}
+        return seen.with_columns(pl.lit(None, dtype=pl.String).alias(n) for n in ITEMS[1:]), {}
     described = _described(source.items, seen["item_id"].dtype)
     catalogue = seen.join(described, on="item_id", how="left")
     unknown = catalogue.filter(~pl.col("known").fill_null(False)).height
@@ -313,25 +312,11 @@ def _described(items: pl.LazyFrame, key: pl.DataType) -> pl.DataFrame:
     return unique.with_columns(known=pl.lit(True)).collect(engine="streaming")
 
 
-def _empty_features(items: pl.DataFrame) -> pl.DataFrame:
-    return items.with_columns(pl.lit(None, dtype=pl.String).alias(name) for name in ITEMS[1:])
-
-
 def _count_items(part: Path, items: pl.DataFrame, count: int) -> pl.DataFrame:
-    rows = _surviving(part, items, count)
-    counted = rows.group_by("item_id").agg(pl.len().cast(pl.Int64).alias("n"))
-    return counted.collect(engine="streaming")
-
-
-def _surviving(part: Path, items: pl.DataFrame, count: int) -> pl.LazyFrame:
     rows = pl.scan_parquet(part).join(items.lazy(), on="item_id", how="semi")
     active = rows.group_by("user_id").agg(pl.len().alias("n")).filter(pl.col("n") >= count)
-    return rows.join(active, on="user_id", how="semi")
-
-
-def _number(catalogue: pl.DataFrame, survivors: pl.DataFrame) -> pl.DataFrame:
-    kept = catalogue.join(survivors, on="item_id", how="semi").sort("item_id")
-    return kept.with_row_index("number", offset=1).cast({"number": pl.Int32})
+    counted = rows.join(active, on="user_id", how="semi").group_by("item_id")
+    return counted.agg(pl.len().cast(pl.Int64).alias("n")).collect(engine="streaming")
 
 
 def _sequences(
@@ -348,8 +333,8 @@ def _part_sequences(
 ) -> tuple[np.ndarray, np.ndarray, pl.Series]:
     rows = pl.read_parquet(part).join(keys, on="item_id", how="inner", maintain_order="left")
     rows = rows.select("user_id", "number")
-    grouped = rows.group_by("user_id", maintain_order=True).agg(pl.len().alias("n"))
-    active = grouped.filter(pl.col("n") >= count)
+    active = rows.group_by("user_id", maintain_order=True).agg(pl.len().alias("n"))
+    active = active.filter(pl.col("n") >= count)
     kept = rows.join(active, on="user_id", how="semi", maintain_order="left")
     return kept["number"].to_numpy(), active["n"].to_numpy(), active["user_id"]
 
@@ -364,17 +349,3 @@ def image_path(root: Path) -> pl.Expr:
         return str(guess) if guess.exists() else None
 
     return pl.struct("item_id", "image").map_elements(locate, return_dtype=pl.String).alias("image")
-
-
-def _write(
-    folder: Path,
-    arrays: tuple[np.ndarray, np.ndarray],
-    users: pl.Series,
-    catalogue: pl.DataFrame,
-    report: dict[str, object],
-) -> None:
-    items, offsets = arrays
-    save_file({"items": items, "offsets": offsets}, folder / SEQUENCES)
-    pl.DataFrame({"user_id": users}).write_parquet(folder / USERS)
-    catalogue.drop("number").write_parquet(folder / CATALOGUE)
-    write_text(folder / REPORT, json.dumps(report, indent=2))

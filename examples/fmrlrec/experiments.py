@@ -12,7 +12,7 @@ from examples.fmrlrec.pipeline import Material, Run
 from examples.fmrlrec.reporting import Curves, Sheet, plot, print_files, write_sheet
 from examples.fmrlrec.training import train
 
-METRIC = "NDCG@10"
+METRIC, TITLE = "NDCG@10", "Test, ranking all items"
 METRICS = ("NDCG@5", "Recall@5", "NDCG@10", "Recall@10")
 
 
@@ -24,28 +24,26 @@ def run_everything(run: Run) -> dict[str, Table]:
     modalities = {"both": found}
     if run.config.modality == "both":
         modalities = ablate(run, material, ("both", "text", "image"))
-    plot(size_curves(found, modalities), run.folder / "plots", "sizes")
+    lines = {name: metric_line(tables) for name, tables in modalities.items()}
+    lines["popularity"] = {min(lines["both"]): found["popularity"]["all"][METRIC]}
+    plot(Curves(TITLE, METRIC, lines), run.folder / "plots", "sizes")
     if run.config.alone:
-        compare(run, material, found, list(sizes_of(run.config)))
+        compare(run, material, found)
     folders = [run.folder / kind for kind in ("tables", "plots", "slices")]
     print_files(path for folder in folders for path in sorted(folder.rglob("*")))
     return found
 
 
-def size_curves(found: dict[str, Table], modalities: dict[str, dict[str, Table]]) -> Curves:
-    """NDCG@10 over sizes for each modality, and popularity as a level."""
-    lines = {name: metric_line(tables) for name, tables in modalities.items()}
-    smallest = min(next(iter(lines.values())))
-    lines["popularity"] = {smallest: found["popularity"]["all"][METRIC]}
-    return Curves("Test, ranking all items", METRIC, lines)
-
-
 def ablate(
-    run: Run, material: Material, modalities: Iterable[str] = MODALITIES
+    run: Run, material: Material, modalities: Iterable[str] = ()
 ) -> dict[str, dict[str, Table]]:
-    """Table 3 of the paper: trains on each modality with the same recipe; {modality: tables}."""
-    found, material = {}, pipeline.with_all_features(run, material)
-    for modality in modalities:
+    """Table 3 of the paper: the same recipe on each modality, or on all; {modality: tables}.
+
+    Its sheet has a row a modality: the largest size, ranking all items.
+    """
+    every = pipeline.encode(run.variant(".", modality="both"), material.data)
+    found, material = {}, Material(material.data, every)
+    for modality in modalities or MODALITIES:
         variant = run.variant(f"ablation/{modality}", modality=modality)
         if modality == run.config.modality:
             variant = run
@@ -53,28 +51,27 @@ def ablate(
         objective = NestedObjective(doll, variant.config)
         train(objective, material.data, variant.config, variant.folder / "nested")
         found[modality] = pipeline.evaluate_nested(variant, material, doll)
-    write_sheet(ablation_sheet(found), run.folder / "tables", "ablation")
-    return found
-
-
-def ablation_sheet(found: dict[str, dict[str, Table]]) -> Sheet:
-    """A row a modality: the largest size, ranking all items."""
     rows = tuple(
         (modality, size, *(tables[size]["all"][metric] for metric in METRICS))
         for modality, tables in found.items()
         for size in [list(tables)[-1]]
     )
-    return Sheet("Ablation, test, ranking all items", ("modality", "size", *METRICS), rows)
+    sheet = Sheet("Ablation, test, ranking all items", ("modality", "size", *METRICS), rows)
+    write_sheet(sheet, run.folder / "tables", "ablation")
+    return found
 
 
-def compare(run: Run, material: Material, nested: dict[str, Table], sizes: list[int]) -> Sheet:
-    """Trains each size alone, and writes the table and the plot of nested against alone."""
-    for size in sizes:
+def compare(
+    run: Run, material: Material, nested: dict[str, Table], sizes: Iterable[int] = ()
+) -> Sheet:
+    """Trains each of `sizes` alone, or all; writes the table and plot of nested against alone."""
+    for size in sizes or sizes_of(run.config):
         pipeline.train_alone(run, material, size)
     alone = pipeline.evaluate_alone(run, material)
     sheet = comparison_sheet(nested, alone)
     write_sheet(sheet, run.folder / "tables", "comparison")
-    plot(comparison_curves(nested, alone), run.folder / "plots", "comparison")
+    lines = {"nested, trained once": metric_line(nested), "each size alone": metric_line(alone)}
+    plot(Curves(TITLE, METRIC, lines), run.folder / "plots", "comparison")
     return sheet
 
 
@@ -89,12 +86,6 @@ def comparison_sheet(nested: dict[str, Table], alone: dict[str, Table]) -> Sheet
     columns = ("size", f"{METRIC} nested", f"{METRIC} alone", "nested in % of alone",
                "Recall@10 nested", "Recall@10 alone")  # fmt: skip
     return Sheet("Nested against alone, test, ranking all items", columns, tuple(rows))
-
-
-def comparison_curves(nested: dict[str, Table], alone: dict[str, Table]) -> Curves:
-    """NDCG@10 over sizes for both."""
-    lines = {"nested, trained once": metric_line(nested), "each size alone": metric_line(alone)}
-    return Curves("Test, ranking all items", METRIC, lines)
 
 
 def metric_line(found: dict[str, Table]) -> dict[float, float]:

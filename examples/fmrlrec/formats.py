@@ -25,8 +25,7 @@ INTERACTIONS = ("user_id", "item_id", "timestamp")
 ITEMS = ("item_id", "title", "price", "brand", "categories", "image")
 TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl", ".jsonl.gz")
 LINES_PER_PART = 200_000
-
-Row = tuple[Any, ...]
+TOLD = {"both": "texts and pictures", "text": "texts", "image": "pictures", "id": "ids"}
 
 
 @dataclass(frozen=True)
@@ -41,32 +40,39 @@ class Source:
 
 @dataclass(frozen=True)
 class Survey:
-    """How much there is of a shop, and of what kind: settings are chosen by it."""
+    """How much there is of a shop, and what its items can be told apart by."""
 
     users: int
     items: int
     interactions: int
-    texts: bool
-    pictures: bool
-
-    @property
-    def modality(self) -> str:
-        """What the items can be told apart by."""
-        kinds = {(True, True): "both", (True, False): "text", (False, True): "image"}
-        return kinds.get((self.texts, self.pictures), "id")
+    modality: str
 
     def __str__(self) -> str:
-        told = {"both": "texts and pictures", "text": "texts", "image": "pictures", "id": "ids"}
         counts = f"{self.users:,} users, {self.items:,} items, {self.interactions:,} interactions"
-        return f"{counts}; items with {told[self.modality]}"
+        return f"{counts}; items with {TOLD[self.modality]}"
 
 
 @dataclass(frozen=True)
 class Lines:
-    """How one kind of JSON-like line becomes a row: the parser and a function a column."""
+    """How one kind of JSON-like line becomes a row: the parser, and the key of each column."""
 
     parse: Callable[[str], Any]
-    columns: dict[str, Callable[[dict[str, Any]], Any]]
+    columns: dict[str, str]
+
+
+# The lines of interactions, and those of items.
+NATIVE = tuple(Lines(json.loads, {name: name for name in names}) for names in (INTERACTIONS, ITEMS))
+AMAZON_2014 = (
+    Lines(
+        ast.literal_eval,
+        {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime"},
+    ),
+    Lines(ast.literal_eval, {"item_id": "asin", **{name: name for name in ITEMS[1:-1]}}),
+)
+AMAZON_2023 = (
+    Lines(json.loads, {**NATIVE[0].columns, "item_id": "parent_asin"}),
+    Lines(json.loads, {**AMAZON_2014[1].columns, "item_id": "parent_asin", "brand": "store"}),
+)
 
 
 def read(path: Path, scratch: Path) -> Source:
@@ -79,15 +85,21 @@ def read(path: Path, scratch: Path) -> Source:
         raise DataError(f"no data at {path}; give a folder or a file, or --data synthetic")
     if path.is_file():
         return read_sequences(path)
-    if reviews := _find(path, "reviews_*.json.gz"):
-        files = {"interactions": reviews, "items": _find(path, "meta_*.json.gz")}
+    if reviews := sorted(path.glob("reviews_*.json.gz")):
+        files = reviews, sorted(path.glob("meta_*.json.gz"))
         return _read_lines(path, scratch, files, AMAZON_2014)
     if _table(path, "interactions") is not None:
         return read_tables(path, scratch)
     if reviews := _amazon_2023(path):
-        files = {"interactions": reviews, "items": _find(path, "meta_*.jsonl*")}
+        files = reviews, sorted(path.glob("meta_*.jsonl*"))
         return _read_lines(path, scratch, files, AMAZON_2023)
-    return _only_text(path)
+    texts = sorted(path.glob("*.txt"))
+    if len(texts) == 1:
+        return read_sequences(texts[0])
+    raise DataError(
+        f"nothing recognised in {path}: expected interactions.(csv|parquet|jsonl), "
+        "reviews_*.json.gz, *.jsonl of Amazon Reviews 2023, or one sequence text"
+    )
 
 
 def survey(source: Source) -> Survey:
@@ -99,7 +111,8 @@ def survey(source: Source) -> Survey:
     names = [] if source.items is None else source.items.collect_schema().names()
     texts = bool({"title", "brand", "categories"} & set(names))
     pictures = "image" in names or (source.root / "images").is_dir()
-    return Survey(*map(int, counts.row(0)), texts, pictures)
+    kinds = {(True, True): "both", (True, False): "text", (False, True): "image"}
+    return Survey(*map(int, counts.row(0)), kinds.get((texts, pictures), "id"))
 
 
 def digests(path: Path, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -110,11 +123,9 @@ def digests(path: Path, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     found = {}
     for file in files:
-        name, status = str(file.relative_to(path.parent)), file.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        before = known.get(name)
-        same = before is not None and before[:2] == stamp
-        found[name] = before if same else [*stamp, digest_file(file)]
+        name, stamp = str(file.relative_to(path.parent)), _stamp(file)
+        before = known.get(name, [])
+        found[name] = before if before[:2] == stamp else [*stamp, digest_file(file)]
     return found
 
 
@@ -137,12 +148,13 @@ def read_sequences(path: Path) -> Source:
 
 def read_tables(folder: Path, scratch: Path) -> Source:
     """Opens the native tables `interactions` and, where there is one, `items` of a folder."""
-    interactions, problems = _open(folder, "interactions", scratch)
+    problems: dict[str, int] = {}
+    interactions = _open(folder, "interactions", scratch, problems)
     _require(interactions, INTERACTIONS, folder)
-    items, more = _open(folder, "items", scratch)
+    items = _open(folder, "items", scratch, problems)
     if items is not None:
         _require(items, ITEMS[:1], folder)
-    return Source(interactions, items, folder, {**problems, **more})
+    return Source(interactions, items, folder, problems)
 
 
 def lines_to_parquet(path: Path, lines: Lines, folder: Path) -> int:
@@ -151,110 +163,55 @@ def lines_to_parquet(path: Path, lines: Lines, folder: Path) -> int:
     What was converted stays while the file's size and time do: counting and preparing share it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    status, done = path.stat(), folder / "done.json"
-    stamp = [status.st_size, status.st_mtime_ns, list(lines.columns)]
+    done, stamp = folder / "done.json", [*_stamp(path), list(lines.columns)]
     before = json.loads(done.read_text()) if done.exists() else {}
     if before.get("stamp") == stamp:
         return before["bad"]
     for stale in (done, *folder.glob("*.parquet")):
         stale.unlink(missing_ok=True)
-    bad = 0
+    bad, number = 0, 0
     with _opened(path) as stream:
         rows = (_row(line, lines) for line in _whole_lines(stream, path) if line.strip())
-        for number, part in enumerate(_batched(rows, LINES_PER_PART)):
+        # An empty file is one empty part.
+        while (part := list(islice(rows, LINES_PER_PART))) or not number:
             good = [row for row in part if row is not None]
             bad += len(part) - len(good)
-            _frame(good, tuple(lines.columns)).write_parquet(folder / f"{number:05}.parquet")
-    if not any(folder.glob("*.parquet")):
-        _frame([], tuple(lines.columns)).write_parquet(folder / "00000.parquet")
+            frame = pl.DataFrame(good, schema=dict.fromkeys(lines.columns, pl.String), orient="row")
+            frame.write_parquet(folder / f"{number:05}.parquet")
+            number += 1
     done.write_text(json.dumps({"stamp": stamp, "bad": bad}))
     return bad
 
 
-def _column(name: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda line: line.get(name)
-
-
-def _flat(name: str) -> Callable[[dict[str, Any]], str]:
-    """A list, or a list of lists, as one text with bars."""
-    return lambda line: "|".join(_leaves(line.get(name)))
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)
-    elif value is not None:
-        yield str(value)
-
-
-def _columns(names: dict[str, str]) -> dict[str, Callable[[dict[str, Any]], Any]]:
-    return {
-        column: _flat(name) if column in ("categories", "brand") else _column(name)
-        for column, name in names.items()
-    }
-
-
-NATIVE = (
-    Lines(json.loads, _columns({name: name for name in INTERACTIONS})),
-    Lines(json.loads, _columns({name: name for name in ITEMS})),
-)
-AMAZON_2014 = (
-    Lines(
-        ast.literal_eval,
-        _columns({"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime"}),
-    ),
-    Lines(
-        ast.literal_eval,
-        _columns(
-            {"item_id": "asin", "title": "title", "price": "price", "brand": "brand",
-             "categories": "categories"}
-        ),
-    ),
-)  # fmt: skip
-AMAZON_2023 = (
-    Lines(
-        json.loads,
-        _columns({"user_id": "user_id", "item_id": "parent_asin", "timestamp": "timestamp"}),
-    ),
-    Lines(
-        json.loads,
-        _columns(
-            {"item_id": "parent_asin", "title": "title", "price": "price", "brand": "store",
-             "categories": "categories"}
-        ),
-    ),
-)  # fmt: skip
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _read_lines(
-    folder: Path, scratch: Path, files: dict[str, list[Path]], kinds: tuple[Lines, Lines]
+    folder: Path, scratch: Path, files: tuple[list[Path], ...], kinds: tuple[Lines, ...]
 ) -> Source:
-    frames, problems = {}, {}
-    for (name, found), lines in zip(files.items(), kinds, strict=True):
+    frames, problems = [], {}
+    for name, found, lines in zip(("interactions", "items"), files, kinds, strict=True):
         bad = sum(lines_to_parquet(f, lines, scratch / name / f.name) for f in found)
-        frames[name] = pl.scan_parquet(scratch / name / "*" / "*.parquet") if found else None
+        frames.append(pl.scan_parquet(scratch / name / "*" / "*.parquet") if found else None)
         problems |= {f"unreadable lines of {name}": bad} if bad else {}
-    return Source(frames["interactions"], frames["items"], folder, problems)
+    return Source(*frames, folder, problems)
 
 
-def _open(folder: Path, name: str, scratch: Path) -> tuple[Any, dict[str, int]]:
-    path = _table(folder, name)
+def _open(folder: Path, name: str, scratch: Path, problems: dict[str, int]) -> Any:
+    path, native = _table(folder, name), NATIVE[name == "items"]
     if path is None:
-        return None, {}
+        return None
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; expected a table with {', '.join(_expected(name))}")
+        raise DataError(f"{path} is empty; expected a table with {', '.join(native.columns)}")
     if path.name.endswith(".parquet"):
-        return pl.scan_parquet(path), {}
+        return pl.scan_parquet(path)
     if path.name.endswith(".csv"):
-        return pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=10_000), {}
-    bad = lines_to_parquet(path, NATIVE[name == "items"], scratch / name)
-    problems = {f"unreadable lines of {name}": bad} if bad else {}
-    return pl.scan_parquet(scratch / name / "*.parquet"), problems
-
-
-def _expected(name: str) -> tuple[str, ...]:
-    return INTERACTIONS if name == "interactions" else ITEMS
+        return pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=10_000)
+    if bad := lines_to_parquet(path, native, scratch / name):
+        problems[f"unreadable lines of {name}"] = bad
+    return pl.scan_parquet(scratch / name / "*.parquet")
 
 
 def _table(folder: Path, name: str) -> Path | None:
@@ -263,36 +220,22 @@ def _table(folder: Path, name: str) -> Path | None:
 
 
 def _require(frame: pl.LazyFrame, names: tuple[str, ...], folder: Path) -> None:
-    missing = sorted(set(names) - set(frame.collect_schema().names()))
+    there = frame.collect_schema().names()
+    missing = sorted(set(names) - set(there))
     if missing:
         raise DataError(
-            f"the table in {folder} lacks {', '.join(missing)}; it has "
-            f"{', '.join(frame.collect_schema().names())}. Rename its columns"
+            f"the table in {folder} lacks {', '.join(missing)}; it has {', '.join(there)}. "
+            "Rename its columns"
         )
 
 
-def _find(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern))
-
-
 def _amazon_2023(folder: Path) -> list[Path]:
-    candidates = [p for p in _find(folder, "*.jsonl*") if not p.name.startswith("meta_")]
-    return [path for path in candidates if '"parent_asin"' in _first_line(path)]
-
-
-def _first_line(path: Path) -> str:
-    with _opened(path) as stream:
-        return stream.readline()
-
-
-def _only_text(folder: Path) -> Source:
-    texts = _find(folder, "*.txt")
-    if len(texts) == 1:
-        return read_sequences(texts[0])
-    raise DataError(
-        f"nothing recognised in {folder}: expected interactions.(csv|parquet|jsonl), "
-        "reviews_*.json.gz, *.jsonl of Amazon Reviews 2023, or one sequence text"
-    )
+    found = []
+    for path in sorted(folder.glob("*.jsonl*")):
+        with _opened(path) as stream:
+            reviews = not path.name.startswith("meta_") and '"parent_asin"' in stream.readline()
+        found += [path] if reviews else []
+    return found
 
 
 def _opened(path: Path) -> IO[str]:
@@ -308,21 +251,20 @@ def _whole_lines(stream: IO[str], path: Path) -> Iterator[str]:
         raise DataError(f"{path} cannot be read to its end ({error}); fetch it again") from error
 
 
-def _row(line: str, lines: Lines) -> Row | None:
+def _row(line: str, lines: Lines) -> tuple[str | None, ...] | None:
+    """The texts of a line's columns; None where it is not what its kind parses."""
     try:
         parsed = lines.parse(line)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
     if not isinstance(parsed, dict):
         return None
-    return tuple(value(parsed) for value in lines.columns.values())
+    return tuple(_text(parsed.get(key)) for key in lines.columns.values())
 
 
-def _batched(rows: Iterator[Row | None], count: int) -> Iterator[list[Row | None]]:
-    while part := list(islice(rows, count)):
-        yield part
-
-
-def _frame(rows: list[Row], names: tuple[str, ...]) -> pl.DataFrame:
-    texts = [tuple(None if value is None else str(value) for value in row) for row in rows]
-    return pl.DataFrame(texts, schema=dict.fromkeys(names, pl.String), orient="row")
+def _text(value: Any) -> str | None:
+    """A list, or a list of lists, is one text with bars."""
+    if isinstance(value, list | tuple):
+        parts = [_text(part) for part in value]
+        return "|".join(part for part in parts if part is not None)
+    return None if value is None else str(value)

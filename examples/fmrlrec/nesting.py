@@ -123,12 +123,13 @@ class NestedObjective(nn.Module):
         from matryoshkafy.losses import Distillation, MatryoshkaLoss
 
         self.model, self.config = doll, config
+        learning = doll.sizes if config.learn_scales else ()
         self.distillation = Distillation(config.distill) if config.distill else None
         self.loss = MatryoshkaLoss(
             nn.CrossEntropyLoss(ignore_index=PADDING),
             weights=per_size(config, "weights", doll.sizes),
-            sizes=doll.sizes if config.learn_scales else None,
-            learn_scales=first_scales(config, doll.sizes),
+            sizes=learning or None,
+            learn_scales={size: first_scale(config, size) for size in learning},
         )
         self.every = dict(zip(doll.sizes, intervals(config, doll.sizes), strict=True))
         self.start_step(0, 0)
@@ -208,11 +209,9 @@ def intervals(config: Config, sizes: Sequence[int]) -> list[float]:
     return every
 
 
-def first_scales(config: Config, sizes: tuple[int, ...]) -> dict[int, float]:
-    """The scales of the scores that training starts from; none where none are learned."""
-    return {size: first_scale(config, size) for size in sizes} if config.learn_scales else {}
-
-
 def first_scale(config: Config, size: int) -> float:
-    """What a step of the optimizer adds to a score grows with the units that the score sums."""
+    """The scale of the scores of a size that training starts from.
+
+    What a step of the optimizer adds to a score grows with the units that the score sums.
+    """
     return config.score_scale / size if config.score_scale else 1.0

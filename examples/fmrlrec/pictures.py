@@ -37,8 +37,12 @@ def open_picture(path: Path | None) -> Picture:
         return Picture(None, f"corrupt picture {path.name}")
 
 
-def pixel_vector(image: Image.Image) -> np.ndarray:
-    """Histograms of oriented gradients and of colours in each quarter of a picture."""
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    """Histograms of oriented gradients and of colours in each quarter of each picture."""
+    return np.stack([_pixel_vector(image) for image in images])
+
+
+def _pixel_vector(image: Image.Image) -> np.ndarray:
     from skimage.feature import hog
 
     small = np.asarray(image.convert("RGB").resize((PIXELS, PIXELS)), dtype=np.float32) / 255
@@ -47,11 +51,6 @@ def pixel_vector(image: Image.Image) -> np.ndarray:
     quarters = [small[r : r + half, c : c + half] for r in (0, half) for c in (0, half)]
     colours = np.concatenate([_colours(quarter) for quarter in quarters])
     return np.concatenate([_unit(edges), _unit(colours)]).astype(np.float32)
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    """`pixel_vector` of each picture; the principal components are taken over all of them later."""
-    return np.stack([pixel_vector(image) for image in images])
 
 
 def clip_encoder(name: str) -> ImageEncoder:
@@ -70,39 +69,35 @@ def clip_encoder(name: str) -> ImageEncoder:
     return vectors
 
 
-IMAGE_ENCODERS: dict[str, Callable[[], ImageEncoder]] = {"pixels": lambda: pixels}
-
-
 def raw_images(
     paths: list[Path | None], config: Config, each: Each = serially
 ) -> tuple[np.ndarray, Counter[str]]:
     """What the encoder says of each picture, zero where there is none, and what was wrong."""
     parts = [paths[at] for at in batches(len(paths), config.encoder_batch)]
-    found = each(_image_batch, parts, config)
-    size = max((vectors.shape[1] for vectors, _ in found), default=1)
-    # A batch without a picture does not know how many numbers the encoder gives.
-    whole = [v if v.shape[1] == size else np.zeros((len(v), size), np.float32) for v, _ in found]
+    rows: dict[int, np.ndarray] = {}
     problems = Counter[str]()
-    for _, told in found:
+    for number, (found, told) in enumerate(each(_image_batch, parts, config)):
+        rows |= {number * config.encoder_batch + n: vector for n, vector in found.items()}
         problems.update(told)
-    return np.concatenate(whole) if whole else np.zeros((0, 1), np.float32), problems
+    vectors = np.zeros((len(paths), len(next(iter(rows.values()), [0]))), np.float32)
+    for number, row in rows.items():
+        vectors[number] = row
+    return vectors, problems
 
 
-def _image_batch(paths: list[Path | None], config: Config) -> tuple[np.ndarray, Counter[str]]:
-    """Vectors of some pictures, and how often what was wrong."""
+def _image_batch(
+    paths: list[Path | None], config: Config
+) -> tuple[dict[int, np.ndarray], Counter[str]]:
+    """Vectors of those pictures that can be opened, by place, and how often what was wrong."""
     opened = [open_picture(path) for path in paths]
-    problems = Counter(picture.problem for picture in opened if picture.problem)
     good = {n: p.image for n, p in enumerate(opened) if p.image is not None}
-    if not good:
-        return _spread({}, len(paths)), problems
-    vectors = _image_encoder(config.image_encoder)(list(good.values()))
-    return _spread(dict(zip(good, vectors, strict=True)), len(paths)), problems
+    vectors = _image_encoder(config.image_encoder)(list(good.values())) if good else []
+    return dict(zip(good, vectors, strict=True)), Counter(p.problem for p in opened if p.problem)
 
 
 @lru_cache(maxsize=1)
 def _image_encoder(name: str) -> ImageEncoder:
-    make = IMAGE_ENCODERS.get(name)
-    return clip_encoder(name) if make is None else make()
+    return pixels if name == "pixels" else clip_encoder(name)
 
 
 def batches(count: int, size: int) -> list[slice]:
@@ -139,11 +134,3 @@ def _colours(quarter: np.ndarray) -> np.ndarray:
 
 def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
-
-
-def _spread(rows: dict[int, np.ndarray], count: int) -> np.ndarray:
-    size = len(next(iter(rows.values()))) if rows else 1
-    vectors = np.zeros((count, size), dtype=np.float32)
-    for number, row in rows.items():
-        vectors[number] = row
-    return vectors

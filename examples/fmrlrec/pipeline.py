@@ -4,47 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from examples.fmrlrec import data, encoders, formats, synthetic
+from examples.fmrlrec import data, encoders, formats, nesting, synthetic
 from examples.fmrlrec.config import Config, DataError, RunError, replace, write_text
-from examples.fmrlrec.evaluation import (
-    Table,
-    evaluate,
-    module_scorer,
-    popularity_scorer,
-)
-from examples.fmrlrec.nesting import (
-    NestedObjective,
-    PlainObjective,
-    build,
-    intervals,
-    nest,
-    nested_scorer,
-    per_size,
-    sizes_of,
-)
+from examples.fmrlrec.evaluation import Scorer, Table, evaluate, module_scorer, popularity_scorer
+from examples.fmrlrec.model import Recommender
+from examples.fmrlrec.nesting import NestedObjective, PlainObjective, nested_scorer, sizes_of
+from examples.fmrlrec.pictures import device
 from examples.fmrlrec.reporting import Sheet, metric_sheet, write_environment, write_sheet
-from examples.fmrlrec.training import Progress, load_weights, train
+from examples.fmrlrec.training import BEST, Progress, load_weights, train
 from examples.fmrlrec.workers import each_of
 
 INPUTS = "inputs.json"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
 # What may differ between two calls on one run folder: it changes no result that is there already.
-ADJUSTABLE = {
-    "epochs",
-    "patience",
-    "checkpoint_steps",
-    "eval_batch",
-    "encoder_batch",
-    "workers",
-    "alone",
-}
+ADJUSTABLE = (
+    "epochs", "patience", "checkpoint_steps", "eval_batch", "encoder_batch", "workers", "alone",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,16 +69,11 @@ def open_run(folder: Path, config: Config) -> Run:
 def check(config: Config) -> None:
     """Raises `ConfigError` or `DataError` for what cannot work, without reading any data."""
     sizes = sizes_of(config)
-    per_size(config, "weights", sizes)
-    intervals(config, sizes)
+    nesting.per_size(config, "weights", sizes)
+    nesting.intervals(config, sizes)
     encoders.check(config)
     if config.data != "synthetic" and not Path(config.data).exists():
         raise DataError(f"no data at {config.data}; give a folder or a file, or --data synthetic")
-
-
-def survey(folder: Path, path: Path) -> formats.Survey:
-    """Counts the data at `path`; lines are converted under the run folder, once."""
-    return formats.survey(formats.read(path, folder / "data" / "lines"))
 
 
 def prepare(run: Run) -> data.Dataset:
@@ -176,66 +152,51 @@ def materials(run: Run) -> Material:
     return Material(prepared, encode(run, prepared))
 
 
-def with_all_features(run: Run, material: Material) -> Material:
-    """The same material with the features of every modality, for the ablation."""
-    return Material(material.data, encode(run.variant(".", modality="both"), material.data))
-
-
 def train_nested(run: Run, material: Material) -> Any:
     """Trains the nested model (or goes on, or finds it finished) and returns it, best weights in.
 
-    The doll and each of its sizes are saved as standalone checkpoints.
+    The doll is saved to `checkpoint/`, and each size by itself to `slices/<size>/`.
     """
+    import matryoshkafy as mk
+
     doll = new_doll(run, material)
     train(NestedObjective(doll, run.config), material.data, run.config, run.folder / "nested")
-    save_slices(run, doll)
+    mk.save(doll.eval(), run.folder / "checkpoint", force=True)
+    for size in doll.sizes:
+        mk.save(mk.slice(doll, size), run.folder / "slices" / str(size), force=True)
     return doll
 
 
 def train_alone(run: Run, material: Material, size: int) -> Progress:
     """Trains a plain model of one size with the same recipe."""
-    model = build(run.config, material.data.item_count, material.features, size)
+    model = new_model(run, material, size)
     folder = run.folder / "alone" / str(size)
     return train(PlainObjective(model, run.config), material.data, run.config, folder)
+
+
+def new_model(run: Run, material: Material, width: int) -> Recommender:
+    """The untrained plain model of a width."""
+    return nesting.build(run.config, material.data.item_count, material.features, width)
 
 
 def new_doll(run: Run, material: Material) -> Any:
     """The untrained nested model of a run."""
     width = sizes_of(run.config)[-1]
-    model = build(run.config, material.data.item_count, material.features, width)
-    return nest(model, run.config)
+    model = new_model(run, material, width)
+    return nesting.nest(model, run.config)
 
 
 def trained_doll(run: Run, material: Material) -> Any:
     """The nested model with its best weights; raises `RunError` before `train`."""
     doll = new_doll(run, material)
-    load_weights(doll, run.folder / "nested" / "best.safetensors")
+    load_weights(doll, run.folder / "nested" / BEST)
     return doll.eval()
-
-
-def save_slices(run: Run, doll: Any) -> list[Path]:
-    """Writes the doll to `checkpoint/` and each size to `slices/<size>/`; returns the latter."""
-    import matryoshkafy as mk
-
-    doll.eval()
-    mk.save(doll, run.folder / "checkpoint", force=True)
-    folders = []
-    for size in doll.sizes:
-        folders.append(run.folder / "slices" / str(size))
-        mk.save(mk.slice(doll, size), folders[-1], force=True)
-    return folders
 
 
 def evaluate_nested(run: Run, material: Material, doll: Any) -> dict[str, Table]:
     """Test metrics of every size in one pass, with popularity as the floor."""
-    device = _device()
-    counts = data.popularity(material.data)
-    config = run.config
-    with torch.inference_mode():
-        floor = evaluate(popularity_scorer(counts), material.data, "test", config)
-        scorer = nested_scorer(doll.to(device).eval())
-        found = evaluate(scorer, material.data, "test", config, device=device)
-    return {**floor, **found}
+    floor = _test(run, material, popularity_scorer(data.popularity(material.data)))
+    return {**floor, **_test(run, material, nested_scorer(doll.to(device()).eval()))}
 
 
 def evaluate_slices(run: Run, material: Material) -> dict[str, Table]:
@@ -244,10 +205,8 @@ def evaluate_slices(run: Run, material: Material) -> dict[str, Table]:
 
     found: dict[str, Table] = {}
     for folder in _numbered(run.folder / "slices"):
-        model = mk.load(folder).to(_device()).eval()
-        scorer = module_scorer(model, folder.name)
-        with torch.inference_mode():
-            found |= evaluate(scorer, material.data, "test", run.config, device=_device())
+        model = mk.load(folder).to(device()).eval()
+        found |= _test(run, material, module_scorer(model, folder.name))
     return found
 
 
@@ -255,11 +214,11 @@ def evaluate_alone(run: Run, material: Material) -> dict[str, Table]:
     """Test metrics of the plain models that `compare` trained."""
     found: dict[str, Table] = {}
     for folder in _numbered(run.folder / "alone"):
-        model = build(run.config, material.data.item_count, material.features, int(folder.name))
-        load_weights(model, folder / "best.safetensors")
-        scorer = PlainObjective(model.to(_device()).eval(), run.config).scorer
+        model = new_model(run, material, int(folder.name))
+        load_weights(model, folder / BEST)
         with torch.inference_mode():
-            found |= evaluate(scorer(), material.data, "test", run.config, device=_device())
+            scorer = PlainObjective(model.to(device()).eval(), run.config).scorer()
+        found |= _test(run, material, scorer)
     return found
 
 
@@ -269,26 +228,26 @@ def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
     write_sheet(metric_sheet("Test, every size", found), run.folder / "tables", "nested")
     sliced = evaluate_slices(run, material)
     write_sheet(metric_sheet("Test, sliced files", sliced), run.folder / "tables", "slices")
-    gap = largest_gap(found, sliced)
+    gap = max(
+        abs(found[size][protocol][metric] - value)
+        for size, table in sliced.items()
+        for protocol, metrics in table.items()
+        for metric, value in metrics.items()
+    )
     print(f"largest difference between the doll and its sliced files: {gap:.2e}")
     return found
 
 
-def largest_gap(one: dict[str, Table], other: dict[str, Table]) -> float:
-    """The largest absolute difference of two sets of metrics over the sizes of `other`."""
-    return max(
-        abs(one[size][protocol][metric] - value)
-        for size, table in other.items()
-        for protocol, metrics in table.items()
-        for metric, value in metrics.items()
-    )
+def _test(run: Run, material: Material, scorer: Scorer) -> dict[str, Table]:
+    with torch.inference_mode():
+        return evaluate(scorer, material.data, "test", run.config, device=device())
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
+def _numbered(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("*") if path.name.isdigit()]
     if not found:
         raise RunError(f"nothing in {folder}; run `train` (slices) or `compare` (alone) first")
-    return iter(sorted(found, key=lambda path: int(path.name)))
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def data_path(run: Run) -> Path:
@@ -301,14 +260,7 @@ def data_path(run: Run) -> Path:
     return shop
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _tell_problems(problems: Any) -> None:
-    for name, count in _largest(problems.items()):
+    """The twenty most frequent."""
+    for name, count in sorted(problems.items(), key=lambda item: -item[1])[:20]:
         print(f"note: {name}: {count}")
-
-
-def _largest(items: Iterable[tuple[str, int]], limit: int = 20) -> list[tuple[str, int]]:
-    return sorted(items, key=lambda item: -item[1])[:limit]

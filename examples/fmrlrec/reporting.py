@@ -115,12 +115,12 @@ def plot(curves: Curves, folder: Path, name: str) -> None:
     pyplot.close(figure)
 
 
-def environment(config: Config) -> dict[str, Any]:
-    """Versions, seed, machine and git revision of a run."""
+def write_environment(config: Config, folder: Path) -> None:
+    """Writes `config.json`, and to `environment.json` versions, seed, machine and git revision."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
+    found = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seed": config.seed,
         "git": _git("rev-parse", "HEAD"),
@@ -129,12 +129,8 @@ def environment(config: Config) -> dict[str, Any]:
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "packages": {d.name: d.version for d in distributions()},
     }
-
-
-def write_environment(config: Config, folder: Path) -> None:
-    """Writes `config.json` and `environment.json`."""
     write_text(folder / "config.json", config.to_json() + "\n")
-    write_text(folder / "environment.json", json.dumps(environment(config), indent=2) + "\n")
+    write_text(folder / "environment.json", json.dumps(found, indent=2) + "\n")
 
 
 def _drawn(line: Mapping[float, float], curves: Curves) -> tuple[Sequence[float], Sequence[float]]:

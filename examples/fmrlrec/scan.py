@@ -69,27 +69,6 @@ def _differentiate(
 lru_scan.register_autograd(_differentiate, setup_context=_remember)
 
 
-def scan_in_parallel(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
-    """The same recurrence by doubling: log2(T) steps, each over all positions at once.
-
-    Differentiable plain torch; the reference that the operator is tested against.
-    """
-    open_gate = real[:, :, None].to(u.dtype)
-    states = torch.view_as_complex(u.contiguous()) * open_gate
-    factors = torch.view_as_complex(transition) * open_gate
-    reach = 1
-    while reach < u.shape[1]:
-        states, factors = (
-            torch.cat((x[:, :reach], later), dim=1)
-            for x, later in (
-                (states, states[:, reach:] + factors[:, reach:] * states[:, :-reach]),
-                (factors, factors[:, reach:] * factors[:, :-reach]),
-            )
-        )
-        reach *= 2
-    return torch.view_as_real(states)
-
-
 def scan_step(u: Tensor, transition: Tensor, real: Tensor, state: Tensor) -> Tensor:
     """One step: u [B, N, 2], real bool [B] and state [B, N, 2] -> the next state."""
     re, im = transition.unbind(-1)

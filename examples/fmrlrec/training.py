@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from examples.fmrlrec.config import Config, DataError, RunError
 from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
+from matryoshkafy.files.folders import whole_file
 from matryoshkafy.training import RunLog, resume_run, save_run
 
 STATE, BEST = "state", "best.safetensors"
@@ -125,11 +125,11 @@ def log_lines(progress: Progress) -> list[str]:
 
 def _clock(seconds: float) -> str:
     """3.2s, 54s, 12m, 3.4h: five characters at most."""
-    for unit, length in (("s", 1), ("m", 60), ("h", 3600)):
-        if seconds < 100 * length or unit == "h":
-            value = seconds / length
-            return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
-    raise AssertionError("hours take any number")
+    value, unit = seconds, "s"
+    for longer in "mh":
+        if value >= 100:
+            value, unit = value / 60, longer
+    return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
 
 
 def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -137,31 +137,21 @@ def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]
 
     `factor` multiplies the learning rate: scales of scores travel further than weights.
     """
-    beside = _beside(objective)
-    own = {id(parameter) for parameter in beside.values()}
-    trained = [p for p in objective.parameters() if p.requires_grad and id(p) not in own]
+    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    trained = [p for n, p in named if n.startswith("model.")]
+    scales = [p for n, p in named if not n.startswith("model.")]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay, "factor": 1},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "factor": 1},
+        {"params": scales, "weight_decay": 0.0, "factor": SCALES_FACTOR},
     ]
-    scales = {"params": list(beside.values()), "weight_decay": 0.0, "factor": SCALES_FACTOR}
-    return [*groups, scales] if beside else groups
+    return groups if scales else groups[:2]
 
 
 def mixed_precision(config: Config) -> str:
     """What accelerate calls the precision of a run."""
-    if config.precision == "auto":
-        return "bf16" if torch.cuda.is_available() else "no"
-    return "bf16" if config.precision == "bf16" else "no"
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes safetensors so that a process killed at any moment leaves the old file or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({n: v.detach().contiguous().cpu() for n, v in model.state_dict().items()}, temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    half = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
+    return "bf16" if half else "no"
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -200,18 +190,12 @@ def _epoch(session: Session, progress: Progress) -> Progress:
     config, started = session.config, time.monotonic() - progress.seconds
     session.objective.train()
     batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
-    for batch in _skip(batches, progress.batch):
+    for batch in islice(batches, progress.batch, None):
         progress = _step(session, progress, batch)
         if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
             _save(session, dataclasses.replace(progress, seconds=time.monotonic() - started))
     progress = dataclasses.replace(progress, seconds=time.monotonic() - started)
     return _close_epoch(session, progress)
-
-
-def _skip(batches: Iterator[Steps], count: int) -> Iterator[Steps]:
-    for number, batch in enumerate(batches):
-        if number >= count:
-            yield batch
 
 
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
@@ -286,7 +270,9 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
     value = _selected(found, session.config)
     better = value > progress.best
     if better and session.accelerator.is_main_process:
-        save_weights(_own(session).model, session.folder / BEST)
+        state = _own(session).model.state_dict()
+        with whole_file(session.folder / BEST) as fresh:
+            save_file({n: v.detach().contiguous().cpu() for n, v in state.items()}, fresh)
     progress = Progress(
         epoch=progress.epoch + 1,
         step=progress.step,
@@ -320,16 +306,10 @@ def _row(progress: Progress, found: dict[str, Table]) -> dict[str, float]:
 
 
 def _save(session: Session, progress: Progress) -> None:
-    position = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
     parts = {"objective": _own(session), "optimizer": session.optimizer}
-    save_run(session.folder / STATE, parts, position)
+    save_run(session.folder / STATE, parts, vars(progress))
 
 
 def _own(session: Session) -> Any:
     """The objective without what processes wrap around it."""
     return session.accelerator.unwrap_model(session.objective)
-
-
-def _beside(objective: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that an objective has beside its model's, such as the scales of the loss."""
-    return {n: p for n, p in objective.named_parameters() if not n.startswith("model.")}

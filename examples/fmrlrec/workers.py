@@ -7,17 +7,12 @@ any engine that maps will do: Ray's tasks here, over files that all workers see 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from examples.fmrlrec.config import Config, ConfigError
 
-
-class Each(Protocol):
-    """How a function is applied to every part, on this machine or on many: the results in order."""
-
-    def __call__(
-        self, function: Callable[..., Any], parts: Sequence[Any], *shared: Any
-    ) -> list[Any]: ...
+# each(function, parts, *shared): function(part, *shared) of every part, the results in order.
+Each = Callable[..., list[Any]]
 
 
 def serially(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -> list[Any]:
@@ -26,11 +21,7 @@ def serially(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -
 
 
 def by_ray(workers: int | None = None) -> Each:
-    """Parts on the workers of Ray: of the cluster that is there, or `workers` on this machine.
-
-    Raises:
-        ConfigError: where Ray is not installed.
-    """
+    """Parts on the workers of Ray: of the cluster that is there, or `workers` on this machine."""
     try:
         import ray
     except ImportError as error:

@@ -1,7 +1,7 @@
 """How many requests a second the service answers, how fast, and whether every answer is right.
 
-    python -m examples.fmrlrec.serving.load --seconds 20
-    python -m examples.fmrlrec.serving.load --sizes 64 --seconds 600 --restarts 5
+    python -m tests.benchmarks.fmrlrec_load --seconds 20
+    python -m tests.benchmarks.fmrlrec_load --sizes 64 --seconds 600 --restarts 5
 
 An untrained model over a catalogue of the size of Amazon Beauty is served by a process of its own,
 and this process asks: half of the requests are events, half recommendations. Afterwards, and after
@@ -81,7 +81,7 @@ def start(given: argparse.Namespace) -> subprocess.Popen[bytes]:
     words = [f"--{n}={v}" for n, v in vars(given).items() if n in ("items", "users", "port", "log")]
     sizes = ",".join(map(str, given.sizes))
     words += [f"--sizes={sizes}", f"--index={given.index}", "--child"]
-    child = subprocess.Popen([sys.executable, "-m", "examples.fmrlrec.serving.load", *words])
+    child = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.fmrlrec_load", *words])
     for _ in range(600):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{given.port}/health", timeout=1).close()

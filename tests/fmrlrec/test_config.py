@@ -56,13 +56,10 @@ def test_texts_are_written_whole(tmp_path: Path) -> None:
     assert [p.read_text() for p in (tmp_path / "a").iterdir()] == ["two"]
 
 
-@pytest.mark.parametrize(
-    ("texts", "pictures", "modality"),
-    [(True, True, "both"), (True, False, "text"), (False, True, "image"), (False, False, "id")],
-)
-def test_own_data_choose_by_size_and_modality(texts: bool, pictures: bool, modality: str) -> None:
+@pytest.mark.parametrize("modality", config.MODALITIES)
+def test_own_data_choose_by_size_and_modality(modality: str) -> None:
     def chosen(interactions: int, *, gpu: bool = False, minilm: bool = False) -> config.Config:
-        found = Survey(150, 60, interactions, texts, pictures)
+        found = Survey(150, 60, interactions, modality)
         return config.replace(config.Config(), config.own(found, gpu=gpu, minilm=minilm))
 
     assert {chosen(n).modality for n in (900, 900_000)} == {modality}
@@ -74,5 +71,5 @@ def test_own_data_choose_by_size_and_modality(texts: bool, pictures: bool, modal
 
 
 def test_a_survey_reads_as_a_sentence() -> None:
-    found = str(Survey(150, 60, 900, True, False))
+    found = str(Survey(150, 60, 900, "text"))
     assert found == "150 users, 60 items, 900 interactions; items with texts"

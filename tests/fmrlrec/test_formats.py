@@ -81,6 +81,17 @@ def test_sequence_text_keeps_the_order_of_the_line(tmp_path: Path) -> None:
     assert found == [("7", "30", 0), ("7", "10", 1), ("7", "20", 2), ("8", "10", 0)]
 
 
+@pytest.mark.parametrize(
+    ("columns", "modality"),
+    [("title", "text"), ("image", "image"), ("title,image", "both"), ("price", "id")],
+)
+def test_a_survey_sees_what_tells_items_apart(columns: str, modality: str, tmp_path: Path) -> None:
+    write_native(tmp_path, "csv")
+    (tmp_path / "items.csv").write_text(f"item_id,{columns}\n")
+    found = formats.survey(formats.read(tmp_path, tmp_path / "scratch"))
+    assert found == formats.Survey(users=2, items=2, interactions=3, modality=modality)
+
+
 def test_broken_lines_and_bytes_are_counted_not_fatal(tmp_path: Path) -> None:
     good = json.dumps({"user_id": "u", "item_id": "i", "timestamp": 1}).encode()
     lines = [good, b"{broken", b"[1, 2]", b'{"user_id": "\xff", "item_id": "i", "timestamp": 2}']

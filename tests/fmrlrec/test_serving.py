@@ -335,7 +335,7 @@ def test_under_load_and_killed_every_answer_is_right() -> None:
         pytest.importorskip(name)
     words = "--items 60 --users 40 --sizes 8,16 --seconds 4 --restarts 1 --clients 4".split()
     done = subprocess.run(
-        [sys.executable, "-m", "examples.fmrlrec.serving.load", *words],
+        [sys.executable, "-m", "tests.benchmarks.fmrlrec_load", *words],
         cwd=ROOT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

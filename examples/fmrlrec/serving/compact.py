@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,24 +143,18 @@ def _write_indexes(scored: np.ndarray, folder: Path) -> None:
         found.save(str(folder / "items.usearch"))
 
 
-@dataclass(frozen=True)
-class _Levels:
+def _levels(width: int, sizes: list[int]) -> Tensor:
     """Which size each unit of a width belongs to."""
-
-    sizes: list[int]
-
-    def of(self, width: int) -> Tensor:
-        edges = torch.tensor([-(-width * size // self.sizes[-1]) for size in self.sizes])
-        return torch.bucketize(torch.arange(width), edges, right=True)
+    edges = torch.tensor([-(-width * size // sizes[-1]) for size in sizes])
+    return torch.bucketize(torch.arange(width), edges, right=True)
 
 
 @torch.no_grad()
 def _mask(model: Recommender, sizes: list[int], norm: str) -> None:
     """Zeroes what smaller sizes do not read, and gives each block the norm that it has."""
-    levels = _Levels(sizes)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            rows, columns = map(levels.of, module.weight.shape)
+            rows, columns = (_levels(width, sizes) for width in module.weight.shape)
             module.weight *= rows[:, None] >= columns
     for parent in [model, *model.blocks]:
         for name, child in list(parent.named_children()):

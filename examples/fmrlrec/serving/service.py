@@ -64,9 +64,8 @@ class Item(BaseModel):
     image: str = Field("", description="a path beside the data of the run")
 
 
-def open_shop(run: Run, sizes: list[int], index: str = "exact") -> Shop:
+def open_shop(run: Run, material: Material, sizes: list[int], index: str) -> Shop:
     """The users, items and sizes of a run, with the events that came since it was trained."""
-    material = pipeline.prepared(run)
     doll = pipeline.trained_doll(run, material)
     chosen = sizes or list(sizes_of(run.config))
     models = {size: compact(doll, run.config, size) for size in chosen}
@@ -274,11 +273,10 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": "; ".join(told)}, 422)
 
 
-def serve(run: Run, sizes: list[int], index: str, address: tuple[str, int]) -> None:
+def serve(run: Run, shop: Shop, host: str, port: int) -> None:
     """Serves a run until it is stopped."""
     import uvicorn
 
-    host, port = address
-    app = application(open_shop(run, sizes, index))
+    app = application(shop)
     print(f"serving {run.folder} at http://{host}:{port} (metrics: /metrics, API: /docs)")
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
