@@ -125,12 +125,13 @@ def _asked(call: Example, dims: tuple[int, ...]) -> tuple[Size, ...]:
     """Return the sizes that an attempt leaves open."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return tuple(Size(i, d) for i, t in enumerate(tensors) for d in dims if _is_open(t, d))
+    return tuple(Size(i, d) for i, t in enumerate(tensors) for d in dims if is_open(t, d))
 
 
-def _is_open(value: torch.Tensor, dim: int) -> bool:
-    """Batch and length may differ. Dim 1 of token ids, masks and [batch, length, features] is a
-    length; channels are not.
+def is_open(value: torch.Tensor, dim: int) -> bool:
+    """Tell whether a dim is batch or length, which may differ.
+
+    Dim 1 of token ids, masks and [batch, length, features] is a length; channels are not.
     """
     floating = value.is_floating_point() or value.is_complex()
     return value.dim() > 0 if dim == 0 else value.dim() == 3 if floating else value.dim() >= 2
@@ -151,7 +152,7 @@ def _enlarged(model: nn.Module, call: Example) -> Example:
 def _repeated(call: Example, dims: tuple[int, ...]) -> Example | None:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     for dim in dims:
-        at = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and _is_open(v, dim)]
+        at = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and is_open(v, dim)]
         if not at or any(leaves[i].shape[dim] != 1 for i in at):
             return None
         for i in at:
@@ -360,7 +361,7 @@ def _dynamic_shapes(
     def shapes_of(value: object) -> dict[int, object] | None:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return None
-        return {d: torch.export.Dim.AUTO for d in dims if _is_open(value, d)}
+        return {d: torch.export.Dim.AUTO for d in dims if is_open(value, d)}
 
     positional, named = pytree.tree_map(shapes_of, (tuple(args), kwargs))
     return _by_name(model, positional, named)

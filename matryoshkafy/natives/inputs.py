@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.slice import parts_of
+from matryoshkafy.graph.capture import is_open
 from matryoshkafy.graph.copies import forked, seed_torch
 from matryoshkafy.natives.recipe import NativeError
 
@@ -72,15 +73,10 @@ def _grown(call: Call, dims: tuple[int, ...]) -> Call:
 
 def _grow(value: Tensor, dims: tuple[int, ...]) -> Tensor:
     for dim in dims:
-        if dim < value.dim() and (dim == 0 or _is_length(value)):
+        if is_open(value, dim):
             more = 1 if dim == 0 else max(1, value.shape[dim] // 2)
             value = torch.cat([value, value.narrow(dim, 0, more)], dim)
     return value
-
-
-def _is_length(value: Tensor) -> bool:
-    """Dim 1 of token ids, masks and [batch, length, features] is a length; channels are not."""
-    return value.dim() == 3 if value.is_floating_point() else value.dim() >= 2
 
 
 def _runs(small: nn.Module, call: Call) -> bool:
