@@ -13,8 +13,8 @@ import pytest
 
 # Rules of modules that a page imports stay: they are registered once, when they are imported.
 import examples.fmrlrec.nesting  # noqa: F401
-from matryoshkafy.rules import rules_kept
 from tests.docs_blocks import Block, blocks_of, code_of
+from tests.rules.kept import rules_kept
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

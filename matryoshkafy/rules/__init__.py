@@ -21,4 +21,3 @@ from matryoshkafy.rules.table import Walk as Walk
 from matryoshkafy.rules.table import Weight as Weight
 from matryoshkafy.rules.table import op_of as op_of
 from matryoshkafy.rules.table import rule as rule
-from matryoshkafy.rules.table import rules_kept as rules_kept

@@ -10,8 +10,7 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
@@ -342,15 +341,3 @@ def meet(walk: Walk, a: Terms, b: Terms) -> None:
     for mine, theirs in zip(a[::-1], b[::-1], strict=False):
         if mine and theirs:
             walk.unify(mine, theirs)
-
-
-@contextmanager
-def rules_kept() -> Generator[None, None, None]:
-    """Forget at the end of the block every rule that was registered inside it."""
-    rows, basics = dict(OPS), dict(BASICS)
-    try:
-        yield
-    finally:
-        for table, before in ((OPS, rows), (BASICS, basics)):
-            table.clear()
-            table.update(before)  # type: ignore[arg-type]

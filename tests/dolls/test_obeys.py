@@ -13,7 +13,8 @@ import matryoshkafy as mk
 from matryoshkafy.axes.dims import Nested
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.errors import PlanError
-from matryoshkafy.rules import Walk, rules_kept
+from matryoshkafy.rules import Walk
+from tests.rules.kept import rules_kept
 from tests.small_models import MODELS, build
 
 

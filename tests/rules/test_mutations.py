@@ -10,9 +10,10 @@ import pytest
 
 from matryoshkafy.graph.nodes import gives_several
 from matryoshkafy.graph.vocabulary import BASICS, Basics
-from matryoshkafy.rules import OPS, Weight, rules_kept
+from matryoshkafy.rules import OPS, Weight
 from tests.rules import test_rules as cases
 from tests.rules import test_table as table
+from tests.rules.kept import rules_kept
 
 Check = Callable[[], object]
 

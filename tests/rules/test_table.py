@@ -15,8 +15,9 @@ import matryoshkafy as mk
 from matryoshkafy.graph.vocabulary import BASICS, Basics
 from matryoshkafy.kernels.reductions import KINDS
 from matryoshkafy.rewrite.actions import FAST, NORMS
-from matryoshkafy.rules import OPS, Op, Walk, Weight, op_of, rules_kept
+from matryoshkafy.rules import OPS, Op, Walk, Weight, op_of
 from matryoshkafy.rules.table import Facts
+from tests.rules.kept import rules_kept
 
 ROWS = sorted(OPS)
 GONE = {"float", "softmin", "softsign", "tanhshrink"}  # functions of Python, spelled by other ops
