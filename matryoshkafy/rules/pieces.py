@@ -188,7 +188,7 @@ def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Result:
 
 
 @rule("flip", "roll", "fft_fftshift", "fft_ifftshift")
-def moved(walk: Walk, node: fx.Node, args: Args) -> Terms:
+def displaced(walk: Walk, node: fx.Node, args: Args) -> Terms:
     """Reversed, rolled and shifted dims stay whole; all of them where none is named."""
     terms, given = walk.of(args["self"]), args.get("dims", args.get("dim"))
     kind = "frequency" if "fft" in op_key(node) else "indexed"
