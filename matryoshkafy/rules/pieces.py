@@ -169,7 +169,26 @@ def select(walk: Walk, node: fx.Node, args: Args) -> Terms:
     return terms[:dim] + terms[dim + 1 :]
 
 
-@rule("slice_scatter", "select_scatter")
+@rule("slice_scatter", sizes=_bounds)
+def scatter_slice(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """A piece of one dim is replaced: that piece is the axis of what replaces it."""
+    x, src = walk.of(args["self"]), walk.of(args["src"])
+    dim: int = (args.get("dim") or 0) % len(x)
+    size = walk.shape(args["self"])[dim]
+    bounds = [args.get(name) for name in ("start", "end")]
+    plain = all(v is None or isinstance(v, int) for v in bounds) and args.get("step", 1) == 1
+    if not plain or size == walk.shape(args["src"])[dim]:
+        return scatter_view(walk, node, args)
+    start, end = _given_bounds(args, size)
+    lengths = [start, end - start, size - end]
+    piece = cut(walk, x[dim], [n for n in lengths if n])[1 if start else 0]
+    walk.unify(piece, src[dim])
+    for i in (i for i in range(len(x)) if i != dim):
+        walk.unify(x[i], src[i])
+    return tuple(walk.of(args["self"]))
+
+
+@rule("select_scatter")
 def scatter_view(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Part of one dim is replaced; that dim stays whole, unless all of it is replaced."""
     del node

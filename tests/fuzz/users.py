@@ -280,3 +280,19 @@ class ZeroShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.back(F.pad(x, (self.side, self.side)) + self.wide(x).relu())
+
+
+@block("users")
+class Halves(nn.Module):
+    """A value laid out by hand: two widths are written side by side into zeros."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.first, self.both = nn.Linear(s(WIDTH), s(WIDTH)), nn.Linear(2 * s(WIDTH), s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        both = x.new_zeros(*x.shape[:-1], 2 * width)
+        both[..., :width] = self.first(x)
+        both[..., width:] = x
+        return x + self.both(both.tanh())

@@ -30,6 +30,7 @@ KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
     "steps": users.RungeKutta,
     "split heads": users.SplitHeads,
     "skipped": users.Skipped,
+    "halves": users.Halves,
     "shortcut": users.ZeroShortcut,
     "fourth roots": users.FourthRoots,
 }
