@@ -59,12 +59,16 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What a family is made of: its sizes, how long it is distilled, where it goes."""
+    """What a family is made of: its sizes, how long it is distilled, where it goes.
+
+    `untie`: a head that is its table gets a weight of its own first.
+    """
 
     sizes: str
     steps: int
     output: Path
     seed: int = 0
+    untie: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def make(subject: Subject, task: Task, step: Step) -> list[SizeRow]:
 def converted(subject: Subject, task: Task) -> Doll:
     """Return the doll of the model; it shares the model's parameters."""
     example = subject.batch(subject.train[:2])
+    if task.untie:
+        matryoshkafy.untie(subject.model, example)
     return matryoshkafy.convert(subject.model, example, sizes=task.sizes, nesting="sliced").eval()
 
 
@@ -123,7 +129,7 @@ def started(doll: Doll, subject: Subject, task: Task) -> None:
     """Rotate and order the units, or take the start that was made before."""
     place = task.output / START
     if place.is_dir():
-        _take(doll, matryoshkafy.load(place))
+        _take(doll, matryoshkafy.load(place), place)
         return
     rows = subject.train[:CALIBRATION]
     batches = [subject.batch(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
@@ -132,8 +138,15 @@ def started(doll: Doll, subject: Subject, task: Task) -> None:
     matryoshkafy.save(doll, place)
 
 
-def _take(doll: Doll, saved: nn.Module) -> None:
+def _take(doll: Doll, saved: nn.Module, place: Path) -> None:
     state = doll.state_dict(keep_vars=True)
+    mine, theirs = (len(list(one.parameters())) for one in (doll, saved))
+    if mine != theirs:
+        made = "with --untie" if theirs > mine else "without --untie"
+        raise CommandError(
+            f"{place} was made {made}, this call is not. Give the same options, or "
+            "another --output."
+        )
     with torch.no_grad():
         for name, tensor in saved.state_dict().items():
             state[name].copy_(tensor)

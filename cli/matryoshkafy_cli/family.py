@@ -51,6 +51,14 @@ def family(  # noqa: PLR0913  an option is a parameter
     length: Annotated[
         int, typer.Option("--length", min=2, help="Tokens of a text that are read.")
     ] = 64,
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie",
+            help="Give a head that is the table of tokens a weight of its own, so that the stream "
+            "can be rotated; every size grows by the table.",
+        ),
+    ] = False,
     weights: Weights = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and of the training.")] = 0,
     json: Json = False,
@@ -68,7 +76,7 @@ def family(  # noqa: PLR0913  an option is a parameter
         from matryoshkafy_cli.families import Task, make, shown
 
         output.mkdir(parents=True, exist_ok=True)
-    rows = make(subject, Task(sizes, steps, output, seed), screen.step)
+    rows = make(subject, Task(sizes, steps, output, seed, untie), screen.step)
     screen.result({"sizes": [row.as_json() for row in rows]}, lambda: shown(rows, output))
 
 

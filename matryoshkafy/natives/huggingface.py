@@ -105,6 +105,20 @@ def _names(
         return None
 
 
+def untied(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> Recipe:
+    """Return the recipe of a slice whose head has a weight of its own, where the config ties it."""
+    tie = "tie_word_embeddings"
+    if recipe.library != "hf" or recipe.tree.get(tie) is not True:
+        return recipe
+    with forked(devices=[]), torch.device("meta"):
+        ties = getattr(recipe.make(recipe.tree), "all_tied_weights_keys", {})
+    own = any(
+        {head, table} <= tensors.keys() and tensors[head].data_ptr() != tensors[table].data_ptr()
+        for head, table in ties.items()
+    )
+    return dataclasses.replace(recipe, tree={**recipe.tree, tie: False}) if own else recipe
+
+
 def write(module: Foreign, folder: Path, source: Source | None, original: Foreign = None) -> None:
     """Write a model as transformers does, with the side files of its source.
 

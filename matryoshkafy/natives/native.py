@@ -17,6 +17,7 @@ from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.trace import tensors_of
+from matryoshkafy.natives.huggingface import untied
 from matryoshkafy.natives.inputs import Call, fresh_calls, outputs
 from matryoshkafy.natives.like import recipe_of
 from matryoshkafy.natives.recipe import NativeError, Recipe, tables_of
@@ -101,7 +102,7 @@ def find(  # noqa: PLR0913  all that can be said of a comparison
     holds the slice's own weights rather than copies.
     """
     _, plan = parts_of(small)
-    recipe = recipe_of(like)
+    recipe = untied(recipe_of(like), state_of(small))
     space = Space(recipe, _wanted(small, plan))
     if not space.base:
         raise NativeError(

@@ -4,7 +4,8 @@
 
 FOLDER is a transformers folder of whisper-tiny.en. Sentences come from Python's own
 `pydoc_data.topics`; espeak-ng (Debian) speaks them. The stream of the decoder may turn once its
-head is untied from its table, the encoder's, which a convolution and GELU write, is permuted. Sizes 192, 320, 384 are whole heads.
+head is untied from its table, the encoder's, which a convolution and GELU write, is permuted.
+Sizes 192, 320, 384 are whole heads.
 One thread; seed 0.
 """
 

@@ -70,6 +70,34 @@ def test_a_language_model_becomes_a_family(llama: Path, tmp_path: Path) -> None:
     assert (out / "start").is_dir() and (out / "run").is_dir()
 
 
+def test_a_tied_language_model_is_untied_on_request(llama: Path, tmp_path: Path) -> None:
+    """Its stream turns then, and every size holds a head beside its table."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            torch.nn.init.normal_(module.weight, 1.0, 0.3)
+    tied, texts = tmp_path / "tied", tmp_path / "texts.txt"
+    model.save_pretrained(tied)
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tied)
+    draw = torch.Generator().manual_seed(1)
+    lines = [
+        " ".join(WORDS[i] for i in torch.randint(0, 40, (9,), generator=draw)) for _ in range(200)
+    ]
+    texts.write_text("\n".join(lines))
+    words = ["family", tied, "--sizes", "32,64", "--data", texts, "--length", 8, "--steps", 0]
+    found = run(*words, "-o", tmp_path / "out", "--untie", "--json")
+    assert found.exit_code == 0, found.output
+    assert "rotated 1 groups" in (tmp_path / "out" / "order.txt").read_text()
+    assert json.loads(found.stdout)["sizes"][1]["same token"] > 0.99
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "size-32")
+    assert small.config.hidden_size == 32 and not small.config.tie_word_embeddings
+    assert not torch.equal(small.lm_head.weight, small.model.embed_tokens.weight)
+    again = run(*words, "-o", tmp_path / "out")
+    assert again.exit_code == 2 and "was made with --untie" in again.output
+
+
 def _perplexity(model: Any, texts: Path, folder: Path) -> float:
     """By the model's own loss over the stretches that the split holds out."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
