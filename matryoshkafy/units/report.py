@@ -107,6 +107,15 @@ def _shares(score: Tensor, widths: list[int]) -> tuple[float, ...]:
 def cka(a: Tensor, b: Tensor) -> float:
     """Return the linear CKA of two sets of rows [n, p], [n, q] (Kornblith et al. 2019, eq. 4)."""
     a, b = (x.to(torch.float64) - x.to(torch.float64).mean(0) for x in (a, b))
-    cross = (a.t() @ b).square().sum()
-    own = ((a.t() @ a).square().sum() * (b.t() @ b).square().sum()).sqrt()
-    return float(cross / own) if float(own) > 0 else 1.0
+    own = (_squares(a, a) * _squares(b, b)).sqrt()
+    return float(_squares(a, b) / own) if float(own) > 0 else 1.0
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of squares of a^T b, by the smaller of [p, q] and [n, n].
+
+    Logits are far wider than there are rows: a vocabulary squared is 20 GB.
+    """
+    if len(a) ** 2 < a.shape[1] * b.shape[1]:
+        return ((a @ a.t()) * (b @ b.t())).sum()
+    return (a.t() @ b).square().sum()

@@ -301,6 +301,17 @@ def test_cka_ignores_rotation_and_scale() -> None:
     assert cka(x, torch.randn(40, 6)) < 0.5
 
 
+def test_cka_of_wide_rows_is_that_of_the_formula() -> None:
+    """Eq. 4 as it stands needs a matrix of the widths; rows of a vocabulary must not."""
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 300), torch.randn(5, 200)
+    x, y = (v.double() - v.double().mean(0) for v in (a, b))
+    formula = (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+    assert cka(a, b) == pytest.approx(float(formula), rel=1e-12)
+    wide = torch.randn(4, 500_000)
+    assert cka(wide, wide) == pytest.approx(1.0)
+
+
 def test_moved_follows_every_dim() -> None:
     orders = {0: torch.tensor([1, 0, 2])}
     tensor = torch.arange(9).view(3, 3)
