@@ -219,7 +219,8 @@ def _fold(doll: Doll, seen: Survey) -> None:
                 done.add(id(tensor))
                 _scale(tensor, gain, dim)
         if gained.bias:
-            _scale(state[gained.bias], 1 / gain, 0)
+            # A unit of no gain has no bias either, or the survey would have refused.
+            _scale(state[gained.bias], torch.where(gain == 0, 0.0, 1 / gain), 0)
         state[name].data.fill_(1.0 - gained.offset)
 
 

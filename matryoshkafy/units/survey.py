@@ -62,6 +62,9 @@ class Uniform:
     """The same number at every unit."""
 
 
+# A bias over its gain that float32 still adds to a normalised unit without a loss.
+MOST = 1e3
+
 State = Stream | _Weight | Gained | Squared | Uniform
 Reader = tuple[str, int]
 
@@ -188,9 +191,10 @@ class _Walk:
             return Stream()
         found = Gained(gain, offset, bias)
         self.found.gains[gain] = found
-        if float(tensor.abs().min()) < 1e-5 * float(tensor.abs().max()):
+        steep = (self.tensors[bias].detach() / tensor).nan_to_num(0.0).abs() if bias else tensor[:0]
+        if bool((steep > MOST).any()):
             self.found.obstacles.append(
-                f"the gain {gain} has a unit at zero, so it cannot be folded"
+                f"the gain {gain} has a unit near zero beside its bias, so it cannot be folded"
             )
         return found
 

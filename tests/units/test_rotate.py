@@ -102,6 +102,24 @@ def test_a_pre_norm_stream_turns_and_the_function_stays(norm: type[nn.Module]) -
         assert torch.equal(doll.state_dict()[f"norms.{one}.weight"], torch.ones(MAIN))
 
 
+@pytest.mark.parametrize(
+    ("gain", "bias", "turns"), [(0.0, 0.0, True), (1e-7, 2e-6, True), (0.0, 0.3, False)]
+)
+def test_a_gain_of_nothing_folds_where_its_bias_allows(
+    gain: float, bias: float, turns: bool
+) -> None:
+    """Weight decay brings gains and biases of dead units to nothing together (Whisper has such)."""
+    model = PreNorm()
+    with torch.no_grad():
+        model.norms[1].weight[3], model.norms[1].bias[3] = gain, bias
+    before = model(tokens(3)).detach()
+    doll = made(model)
+    report = rotate(doll, [tokens(1)])
+    assert [row.units for row in report.rotated] == ([MAIN] if turns else [])
+    assert turns or "near zero beside its bias" in str(report)
+    assert relative_error(report.put_back(doll, doll(tokens(3)).detach()), before) <= 1e-5
+
+
 def test_a_slice_is_the_class_at_the_smaller_width() -> None:
     doll = made(PreNorm())
     rotate(doll, [tokens(1)])
