@@ -44,13 +44,20 @@ class Whole:
         return tuple(parts_of(self.doll)[1].sizes)
 
 
-def check(to: str, recipe: Recipe, source: Source | None) -> None:
+def check(to: str, whole: Whole) -> None:
     """Raise NativeError where a library has no way to cut while it loads."""
+    recipe, source = whole.recipe, whole.source
     if to not in LIBRARIES or recipe.library != "hf":
         raise NativeError(
             f"a doll was given to be saved to {to!r}, as a {recipe.name}; expected a model of "
             f"transformers with to={' or to='.join(map(repr, LIBRARIES))}, whose loader can cut a "
             "size, or one size. Save mk.slice(doll, size) instead."
+        )
+    if sentences.is_whole(parts_of(whole.doll)[1].parameters):
+        raise NativeError(
+            "a doll of a whole SentenceTransformer was given; expected one of its encoder, whose "
+            "sizes one folder can hold. Save each size (slice --all --to st), or convert the "
+            "encoder: AutoModel.from_pretrained(FOLDER)."
         )
     if to == "st":
         sentences.check(source)

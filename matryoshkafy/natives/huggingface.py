@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Generator, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,8 +126,22 @@ def write(module: Foreign, folder: Path, source: Source | None, original: Foreig
     original: the full model, whose way to generate is kept.
     """
     _keep_generation(module, original)
-    module.save_pretrained(folder)
+    with quietly():
+        module.save_pretrained(folder)
     _write_side(folder, source)
+
+
+@contextlib.contextmanager
+def quietly() -> Generator[None, None, None]:
+    """Let transformers draw no progress bars."""
+    told = library("transformers.utils.logging")
+    shown = told.is_progress_bar_enabled()
+    told.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            told.enable_progress_bar()
 
 
 def mark(folder: Path, dimensions: tuple[int, ...]) -> None:
@@ -192,4 +207,5 @@ def load(folder: Path, kind: str, keywords: Mapping[str, object]) -> Foreign:
         keywords: what its constructor takes beside the configuration.
     """
     found = getattr(library("transformers"), kind)
-    return found.from_pretrained(folder, local_files_only=True, **keywords)
+    with quietly():
+        return found.from_pretrained(folder, local_files_only=True, **keywords)

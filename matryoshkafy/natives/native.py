@@ -342,8 +342,8 @@ def _refusal(space: Space, plan: Plan, reason: str) -> str:
         f"no configuration of {name} has the shapes of size {plan.sizes[-1]}: {shown}"
         f"{' in ' + groups if groups else ''}. Expected widths that its fields "
         f"({', '.join(named(f) for f in list(space.fields)[:6])}, ...) can express: whole heads, "
-        "products that divide. Convert with sizes that fit (multiple_of=64), keep a group whole "
-        "(keep=[...]), or keep the slice as a graph."
+        "products that divide. Convert with sizes that fit (multiple_of=64, or --multiple-of 64), "
+        "keep a group whole (keep=[...]), or keep the slice as a graph."
     )
 
 

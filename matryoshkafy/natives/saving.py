@@ -18,7 +18,7 @@ from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.files import checkpoint
 from matryoshkafy.files.folders import MANIFEST, whole_folder
 from matryoshkafy.graph.quiet import silent
-from matryoshkafy.natives import huggingface
+from matryoshkafy.natives import huggingface, sentences
 from matryoshkafy.natives.dimensions import dimensions
 from matryoshkafy.natives.inputs import Call
 from matryoshkafy.natives.like import recipe_of
@@ -113,22 +113,38 @@ def save_native(  # noqa: PLR0913  the public signature
         from matryoshkafy.natives import every
 
         whole = every.Whole(small, recipe_of(built), source, _spare(like), compared.inputs)
-        every.check(to, whole.recipe, source)
+        every.check(to, whole)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with whole_folder(target) as fresh:
                 every.write(whole, fresh)
         return target
-    _, plan = parts_of(small)
-    tables, inputs = compared.tables, compared.inputs
-    native = find(small, built, tables=tables, inputs=inputs, spare=_spare(like), shared=True)
-    if native.unread:
-        warnings.warn(unchecked(native.unread), NativeWarning, stacklevel=3)
-    package = Package(native, plan, source, _parameters(plan, native), dimensions(small), tables)
+    inside = source is not None and source.library == "st" and sentences.is_whole(state_of(small))
+    recipe = sentences.recipe(source) if inside and source else recipe_of(built)
+    package = _package(small, (recipe, source, _spare(like)), compared, inside=inside)
+    if package.native.unread:
+        warnings.warn(unchecked(package.native.unread), NativeWarning, stacklevel=3)
     with silent(), warnings.catch_warnings(), whole_folder(target) as fresh:
         warnings.simplefilter("ignore")
         write(package, fresh, to)
     return target
+
+
+def _package(
+    small: nn.Module,
+    made: tuple[Recipe, Source | None, Callable[[], Mapping[str, Tensor]] | None],
+    compared: Compared,
+    *,
+    inside: bool,
+) -> Package:
+    """Find the native model of a slice; inside: of a SentenceTransformer the encoder is written."""
+    recipe, source, spare = made
+    _, plan = parts_of(small)
+    tables, inputs = compared.tables, compared.inputs
+    native = find(small, recipe, tables=tables, inputs=inputs, spare=spare, shared=True)
+    parameters = _parameters(plan, native)
+    native = sentences.inside(native) if inside else native
+    return Package(native, plan, source, parameters, dimensions(small), tables)
 
 
 def _source(given: Source | str | os.PathLike[str] | None) -> Source | None:

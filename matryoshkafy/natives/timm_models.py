@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -45,13 +46,27 @@ def _recipe(name: str, given: Mapping[str, object], source: nn.Module | None) ->
     tree = handed(create)
 
     def make(new: Mapping[str, object]) -> nn.Module:
-        other = {key: value for key, value in new.items() if value is not tree[key]}
         try:
-            return create(**other)
+            return create(**asked(new, tree))
         except TypeError:
+            other = {key: value for key, value in new.items() if value is not tree[key]}
             return _injected(create, other)
 
     return Recipe(f"timm:{name}", "timm", tree, make, source)
+
+
+def asked(new: Mapping[str, object], tree: Mapping[str, object]) -> dict[str, object]:
+    """Return the arguments that differ; of a dataclass its fields, which an entry point takes."""
+    found: dict[str, object] = {}
+    for key, value in new.items():
+        if value is tree[key]:
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            found |= {name: v for name, v in fields if v != getattr(tree[key], name)}
+        else:
+            found[key] = value
+    return found
 
 
 def handed(create: Callable[[], nn.Module]) -> dict[str, object]:

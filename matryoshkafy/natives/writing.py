@@ -15,7 +15,7 @@ from torch import nn
 
 from matryoshkafy.files.tensors import TensorFolder
 from matryoshkafy.graph.trace import tensors_of
-from matryoshkafy.natives import card, huggingface, open_clip_models, sentences
+from matryoshkafy.natives import card, huggingface, open_clip_models, sentences, timm_models
 from matryoshkafy.natives.native import Native
 from matryoshkafy.natives.places import MARK
 from matryoshkafy.natives.plain import as_json, from_json, is_json
@@ -185,7 +185,7 @@ def _write_timm(package: Package, folder: Path) -> None:
     given = getattr(native.recipe.source, "_model_args", {})
     tree = native.recipe.tree
     new = changed(tree, native.changes)
-    arguments = {**given, **{key: new[key] for key in new if new[key] is not tree[key]}}
+    arguments = {**given, **timm_models.asked(new, tree)}
     save = library("timm.models").save_for_hf
     save(native.module, str(folder), model_args=arguments, safe_serialization=True)
 
@@ -239,7 +239,7 @@ def load(folder: str | Path, *, build: Build | None = None) -> Any:
     described = json.loads((path / MARK).read_text())
     model = _READERS[described["library"]](path, described, build)
     if described["tables"]:
-        _read_tables(encoder_of(model), path)
+        _read_tables(sentences.encoder_of(model), path)
     return model.eval()
 
 
@@ -279,15 +279,6 @@ def _read_tables(model: nn.Module, path: Path) -> None:
         held[name].data.copy_(table)
 
 
-def encoder_of(model: Any) -> nn.Module:
-    """Return the model that was sliced: of a SentenceTransformer, the encoder in it."""
-    first = getattr(model, "_first_module", None)
-    if first is None:
-        return model
-    held = first()
-    return getattr(held, "auto_model", None) or held.model
-
-
 def _is_large(native: Native) -> bool:
     return sum(p.nbytes for p in native.module.parameters()) > LARGE
 
@@ -322,7 +313,7 @@ def _differing(native: Native, loaded: object) -> list[str]:
 
     Raises NativeError where it makes another class.
     """
-    written, found = native.module, encoder_of(loaded)
+    written, found = native.module, sentences.encoder_of(loaded)
     if _class(found) != _class(written):
         raise NativeError(
             f"{type(written).__name__} was written, but its library makes a "

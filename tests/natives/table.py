@@ -35,6 +35,9 @@ MUST = """
     """.split()
 
 
+BESIDE = "<!-- measured beside the table -->\n"
+
+
 def measure(entry: Entry) -> dict[str, Any]:
     """Return the row of an architecture: status, error, changed fields, seconds."""
     row: dict[str, Any] = {"name": entry.name, "family": entry.family}
@@ -104,7 +107,13 @@ def main() -> None:
         with options.rows.open("a") as sink:
             sink.write(json.dumps(rows[-1]) + "\n")
         print(entry.name, rows[-1]["status"], rows[-1].get("message", "")[:120], flush=True)
-    options.output.write_text(page(rows))
+    options.output.write_text(page(rows) + _beside(options.output))
+
+
+def _beside(path: Path) -> str:
+    """Return what stands behind the table already: other measurements, which this one keeps."""
+    text = path.read_text() if path.exists() else ""
+    return f"\n{BESIDE}{text.partition(BESIDE)[2]}" if BESIDE in text else ""
 
 
 def _chosen(names: list[str], known: set[str]) -> list[Entry]:
@@ -132,6 +141,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             "Made by `python -m tests.natives.table`, "
             f"torch {torch.__version__.split('+')[0]}, float32.",
             f"{len(rows)} of the {_total()} were measured, those that must pass first.",
+            "Rows are kept from run to run, so they are of several states of the code of two days.",
             "",
             "| library | measured | equal to 1e-5 | with a table of the slice | refused | "
             "no slice, broken | loaded again from its folder |",
