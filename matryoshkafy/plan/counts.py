@@ -119,8 +119,12 @@ def _hold_summed(found: Findings, products: list[Term], sides: _Sides) -> None:
 
 
 def _sums(found: Findings) -> Iterator[Term]:
+    """Yield what sums add up of a layer's own numbers; a sum of products compares two values."""
     for node, terms in found.mixed.items():
-        if op_of(node).statistic == "sum":
+        source = node
+        while len(source.all_input_nodes) == 1 and source not in found.contracted:
+            source = source.all_input_nodes[0]
+        if op_of(node).statistic == "sum" and source in found.contracted:
             yield from terms
 
 

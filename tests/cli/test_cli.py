@@ -56,7 +56,7 @@ FLAGS = {
     "retrieve": "--budget --debug --encoder --json --k --query --quiet --report --stages --text "
     "--tune --vectors -q",
     "family": "--column --data --debug --json --length --output --quiet --seed --sizes --steps "
-    "--task --weights -o -q",
+    "--task --untie --weights -o -q",
     "cascade": "--budget --costs --debug --floor --json --quiet --report --shared --test -q",
 }
 
