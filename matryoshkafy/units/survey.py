@@ -62,9 +62,7 @@ class Uniform:
     """The same number at every unit."""
 
 
-# A bias over its gain that float32 still adds to a normalised unit without a loss.
-MOST = 1e3
-
+STEEP = 1e3  # a bias over its gain that float32 still adds to a normalised unit
 State = Stream | _Weight | Gained | Squared | Uniform
 Reader = tuple[str, int]
 
@@ -192,7 +190,7 @@ class _Walk:
         found = Gained(gain, offset, bias)
         self.found.gains[gain] = found
         steep = (self.tensors[bias].detach() / tensor).nan_to_num(0.0).abs() if bias else tensor[:0]
-        if bool((steep > MOST).any()):
+        if bool((steep > STEEP).any()):
             self.found.obstacles.append(
                 f"the gain {gain} has a unit near zero beside its bias, so it cannot be folded"
             )
