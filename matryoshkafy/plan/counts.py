@@ -21,7 +21,7 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
-from matryoshkafy.graph.nodes import reached, readers_of
+from matryoshkafy.graph.nodes import is_tensor, reached, readers_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.tables import weights_read
 from matryoshkafy.plan.walk import Findings
@@ -121,9 +121,10 @@ def _hold_summed(found: Findings, products: list[Term], sides: _Sides) -> None:
 def _sums(found: Findings) -> Iterator[Term]:
     """Yield what sums add up of a layer's own numbers; a sum of products compares two values."""
     for node, terms in found.mixed.items():
-        source = node
-        while len(source.all_input_nodes) == 1 and source not in found.contracted:
-            source = source.all_input_nodes[0]
+        source, inputs = node, [n for n in node.all_input_nodes if is_tensor(n)]
+        while len(inputs) == 1 and source not in found.contracted:
+            source = inputs[0]
+            inputs = [n for n in source.all_input_nodes if is_tensor(n)]
         if op_of(node).statistic == "sum" and source in found.contracted:
             yield from terms
 
