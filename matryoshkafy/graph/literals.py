@@ -1,4 +1,4 @@
-"""written_out(): whether the user's code holds a number as such, and does not compute it.
+"""written_out(), computed(): whether the user's code holds a number as such, or computes it.
 
 x * 0.25 scales by a quarter at every width, and so does x * step where step = 1 / 4 stands above;
 x * d ** -0.5 does so where d is 16 alone.
@@ -10,7 +10,7 @@ import ast
 import linecache
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,17 +35,33 @@ def written_out(node: fx.Node, value: float) -> bool:
 
     A statement that also takes a root or a power may have computed it: that is no proof.
     """
+    statements, scope = _written(node)
+    if scope is None or any(COMPUTES.search(ast.unparse(s)) for s in statements):
+        return False
+    return any(math.isclose(value, n) for s in statements for n in _factors(s, scope))
+
+
+def computed(node: fx.Node, values: Iterable[int]) -> bool:
+    """Tell whether the statement that made a node is known, and holds none of some numbers.
+
+    Nor a name of one: side = 3 above it is as good as the 3.
+    """
+    statements, scope = _written(node)
+    if scope is None:
+        return False
+    said = {_number(e, scope) for s in statements for e in ast.walk(s) if isinstance(e, ast.expr)}
+    return bool(statements) and said.isdisjoint(map(float, values))
+
+
+def _written(node: fx.Node) -> tuple[list[ast.stmt], _Scope | None]:
+    """Return the statements of the line that made a node, and where their names are bound."""
     place = PLACE.match(source_of(node) or "")
     tree = _parsed(place[1]) if place else None
     if place is None or tree is None:
-        return False
+        return [], None
     line = int(place[2])
-    statements = _around(tree, SIMPLE, line)
-    if any(COMPUTES.search(ast.unparse(s)) for s in statements):
-        return False
     function, owner = _around(tree, FUNCTIONS, line)[:1], _around(tree, (ast.ClassDef,), line)[:1]
-    scope = _Scope(tree, function, owner)
-    return any(math.isclose(value, n) for s in statements for n in _factors(s, scope))
+    return _around(tree, SIMPLE, line), _Scope(tree, function, owner)
 
 
 @lru_cache(maxsize=64)

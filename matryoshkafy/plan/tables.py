@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import TensorInfo, info_of, is_op, reached, readers_of, sources_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.walk import Findings
@@ -67,9 +68,7 @@ def hold_constants(trace: Trace, found: Findings) -> None:
     parameter that trains has such an axis but to read it: a smaller class has as many. So do zeros
     that are laid beside a width, where no layer's outputs meet them.
     """
-    for node in (n for n in trace.graph.nodes if op_of(n).fills and _is_read(n, found)):
-        for leaf in _axes(found.notes.get(node, {}).values()):
-            axes.fix((leaf,), Reason(KIND, node.name))
+    _hold_written(trace, found)
     state = trace.state()
     frozen, owned = _laid_beside(trace, found), set[Axis]()
     for node in (n for n in trace.graph.nodes if n.op == "get_attr" and n in found.terms):
@@ -83,25 +82,22 @@ def hold_constants(trace: Trace, found: Findings) -> None:
         axes.fix((leaf,), Reason(KIND, leaf.name))
 
 
+def _hold_written(trace: Trace, found: Findings) -> None:
+    """Fix constants around a value where the user's code says how many: F.pad(x, (1, 3)).
+
+    A number under a name may come from the widths: (out - into) // 2 zeros of a shortcut.
+    """
+    for node in (n for n in trace.graph.nodes if op_of(n).fills):
+        sides = found.notes.get(node, {}).values()
+        if not computed(node, {axes.size(side) for side in sides}):
+            for leaf in _axes(sides):
+                axes.fix((leaf,), Reason(KIND, node.name))
+
+
 def _laid_beside(trace: Trace, found: Findings) -> set[Axis]:
     """Return the axes of constants that an op puts around what it is given (pad)."""
     filling = (n for n in trace.graph.nodes if op_of(n).fills)
     return {a for n in filling for a in _axes(found.notes.get(n, {}).values())}
-
-
-def _is_read(node: fx.Node, found: Findings) -> bool:
-    """Tell whether a layer reads a value before another one is added to it.
-
-    A stream that was widened by zeros is as wide as its text says, also where layers write into
-    it; a shortcut of zeros is only added to what layers wrote.
-    """
-    for user in node.users:
-        if weights_read(user, found):
-            return True
-        alone = all(n is node or n in found.pure for n in user.all_input_nodes)
-        if alone and _is_read(user, found):
-            return True
-    return False
 
 
 def _own_dims(parameter: fx.Node, found: Findings) -> set[int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import matryoshkafy as mk
 from tests.fuzz import users
 from tests.fuzz.blocks import Make
 from tests.plan.test_counts import SMALL, WIDTH, Net
+from tests.zoo.registry import Scale
 
 KEPT = ("classes", "attended", "frozen table")
 WHOLE: dict[str, tuple[Make, int]] = {
@@ -63,3 +65,24 @@ def test_groups_across_values_are_told_and_demoted_where_one_pass_holds_all_size
     assert any(r.startswith("groups: those of group_norm") for r in sliced.remarks)
     assert not any(r.startswith("groups:") for r in masked.remarks)
     assert any(r.startswith("demoted") for r in masked.remarks)
+
+
+class Widened(nn.Module):
+    """The shortcut of zeros whose text says how many: 2 and 6 at every width."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        wide = s(WIDTH) + 8
+        self.wide, self.back = nn.Linear(s(WIDTH), wide), nn.Linear(wide, s(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.back(torch.nn.functional.pad(x, (2, 6)) + self.wide(x).relu())
+
+
+def test_zeros_that_the_text_counts_stay_as_many() -> None:
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    model, native = (Net(Widened, w).double().eval() for w in (WIDTH, SMALL))
+    small = mk.slice(mk.convert(model, (x,), sizes=[0.5, 1.0], nesting="sliced"), 0.5)
+    native.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), native(x), rtol=1e-9, atol=1e-11)
