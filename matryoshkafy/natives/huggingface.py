@@ -111,8 +111,11 @@ def untied(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> Recipe:
     tie = "tie_word_embeddings"
     if recipe.library != "hf" or recipe.tree.get(tie) is not True:
         return recipe
-    with forked(devices=[]), torch.device("meta"):
-        ties = getattr(recipe.make(recipe.tree), "all_tied_weights_keys", {})
+    model = recipe.source
+    if model is None:
+        with forked(devices=[]), torch.device("meta"):
+            model = recipe.make(recipe.tree)
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     own = any(
         {head, table} <= tensors.keys() and tensors[head].data_ptr() != tensors[table].data_ptr()
         for head, table in ties.items()

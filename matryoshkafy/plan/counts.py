@@ -121,12 +121,14 @@ def _hold_summed(found: Findings, products: list[Term], sides: _Sides) -> None:
 def _sums(found: Findings) -> Iterator[Term]:
     """Yield what sums add up of a layer's own numbers; a sum of products compares two values."""
     for node, terms in found.mixed.items():
-        source, inputs = node, [n for n in node.all_input_nodes if is_tensor(n)]
-        while len(inputs) == 1 and source not in found.contracted:
-            source = inputs[0]
-            inputs = [n for n in source.all_input_nodes if is_tensor(n)]
-        if op_of(node).statistic == "sum" and source in found.contracted:
+        if op_of(node).statistic == "sum" and _is_layers(node, found):
             yield from terms
+
+
+def _is_layers(node: fx.Node, found: Findings) -> bool:
+    """Tell whether a value is made of a layer's outputs, and of no other value beside them."""
+    inputs = [n for n in node.all_input_nodes if is_tensor(n)]
+    return node in found.contracted or len(inputs) == 1 and _is_layers(inputs[0], found)
 
 
 def _hold_states(trace: Trace, found: Findings, sides: _Sides) -> None:

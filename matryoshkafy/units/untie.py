@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from matryoshkafy.dolls.calls import Call, call_of
 from matryoshkafy.dolls.verify import relative_error
+from matryoshkafy.graph.quiet import modes_kept
 from matryoshkafy.units.permute import OrderError
 
 TOLERANCE = 1e-6
@@ -97,13 +97,8 @@ def _forget(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _outputs(call: Call) -> list[Tensor]:
-    """Return the tensors of the call in evaluation mode; the modes stay as they are."""
-    modes = [(module, module.training) for module in call.model.modules()]
-    call.model.eval()
-    try:
-        found = call.model(*call.args, **call.kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+def _outputs(call: Call) -> object:
+    """Return what the call gives in evaluation mode; the modes stay as they are."""
+    with modes_kept(call.model):
+        call.model.eval()
+        return call.model(*call.args, **call.kwargs)

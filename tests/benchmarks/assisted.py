@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from tests.benchmarks.pretrained import _sentences
-from tests.benchmarks.whisper import RATE, _batch, plain, spoken
+from tests.benchmarks.whisper import hear
 
 CALIBRATION = 8
 Call = Mapping[str, Any]
@@ -82,22 +81,14 @@ def compared(large: Any, small: Any, calls: list[Call]) -> Count:
 
 
 def _whisper(folder: Path, sentences: int) -> None:
-    import transformers
-
-    model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
-    extract: Any = transformers.WhisperFeatureExtractor.from_pretrained(folder)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [s for s in _sentences() if plain(s)][: sentences + CALIBRATION]
-    sound = [
-        extract(spoken(t), sampling_rate=RATE, return_tensors="pt").input_features for t in texts
-    ]
-    batches = [_batch(f, t, tokenizer) for f, t in zip(sound, texts, strict=True)]
+    heard = hear(folder, sentences + CALIBRATION)
+    model, sound, batches = heard.model, heard.sound, heard.batches(CALIBRATION)
     calls = [{"input_features": f, "max_new_tokens": 40} for f in sound[CALIBRATION:]]
     for scope, size in (("ffn", 0.5), ("full", 320 / 384)):
         doll = mk.convert(
             copy.deepcopy(model), batches[0], sizes=[size, 1.0], nesting="sliced", scope=scope
         ).eval()
-        mk.order(doll, batches[:CALIBRATION], unread="leave")
+        mk.order(doll, batches, unread="leave")
         small = mk.native(mk.slice(doll, doll.sizes[0]), like=model)
         large = mk.native(mk.slice(doll, doll.sizes[-1]), like=model)
         for each in (small, large):
@@ -137,9 +128,6 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     print("| model | tokens | passes of the large | drafted | accepted | greedy, s | drafted, s |"
           " speed |\n|---|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
     _llama()

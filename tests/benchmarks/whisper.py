@@ -18,6 +18,7 @@ import re
 import subprocess
 import time
 import wave
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,39 @@ def plain(text: str) -> bool:
     return bool(re.fullmatch(r"[A-Z][A-Za-z ,']+[.]", text)) and 5 <= len(words(text)) <= 14
 
 
+@dataclass(frozen=True)
+class Heard:
+    """Whisper with its tokenizer, sentences, and what it hears of them, [1, 80, 3000] each."""
+
+    model: Any
+    tokenizer: Any
+    texts: list[str]
+    sound: list[Tensor]
+
+    def batches(self, count: int) -> list[dict[str, Tensor]]:
+        """Return the inputs of the first sentences, with their tokens as the decoder's."""
+        made: list[dict[str, Tensor]] = []
+        for features, text in zip(self.sound[:count], self.texts[:count], strict=True):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens = torch.tensor([START + ids])
+            made.append({"input_features": features, "decoder_input_ids": tokens})
+        return made
+
+
+def hear(folder: Path, count: int) -> Heard:
+    """Load the model, and speak `count` sentences to it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    extract: Any = transformers.WhisperFeatureExtractor.from_pretrained(folder)
+    texts = [s for s in _sentences() if plain(s)][:count]
+    sound = [
+        extract(spoken(t), sampling_rate=RATE, return_tensors="pt").input_features for t in texts
+    ]
+    return Heard(model, transformers.AutoTokenizer.from_pretrained(folder), texts, sound)
+
+
 def main() -> None:
     """Print the rows of the table as they come."""
     parser = argparse.ArgumentParser(description="whisper-tiny.en narrowed")
@@ -77,17 +111,9 @@ def main() -> None:
     parser.add_argument("--sizes", default="384,320,192")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(options.folder).eval()
-    extract: Any = transformers.WhisperFeatureExtractor.from_pretrained(options.folder)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.folder)
-    texts = [s for s in _sentences() if plain(s)][: options.sentences + CALIBRATION]
-    sound = [
-        extract(spoken(t), sampling_rate=RATE, return_tensors="pt").input_features for t in texts
-    ]
-    calibration = [_batch(f, t, tokenizer) for f, t in zip(sound[:16], texts[:16], strict=True)]
+    heard = hear(options.folder, options.sentences + CALIBRATION)
+    model, tokenizer, texts, sound = heard.model, heard.tokenizer, heard.texts, heard.sound
+    calibration = heard.batches(CALIBRATION)
     with torch.no_grad():
         reference = model(**calibration[0]).logits
     for start in options.starts.split(","):
@@ -107,18 +133,13 @@ def main() -> None:
             small: Any = mk.native(mk.slice(doll, size), like=own)
             wrong = total = 0
             with torch.inference_mode():
-                for features, text in zip(sound[16:], texts[16:], strict=True):
+                for features, text in zip(sound[CALIBRATION:], texts[CALIBRATION:], strict=True):
                     want = words(text)
                     ids = small.generate(features, max_new_tokens=3 * len(want) + 8)
                     said = words(tokenizer.decode(ids[0], skip_special_tokens=True))
                     wrong, total = wrong + errors(said, want), total + len(want)
             count = len(texts) - CALIBRATION
             print(f"| {start} | {size} | {100 * wrong / total:.1f} | {count} |", flush=True)
-
-
-def _batch(features: Tensor, text: str, tokenizer: Any) -> dict[str, Tensor]:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return {"input_features": features, "decoder_input_ids": torch.tensor([START + ids])}
 
 
 if __name__ == "__main__":

@@ -51,13 +51,19 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(app(), [str(word) for word in words])
 
 
-def test_a_language_model_becomes_a_family(llama: Path, tmp_path: Path) -> None:
+def written(folder: Path) -> Path:
+    """A file of random lines."""
     draw = torch.Generator().manual_seed(1)
     lines = [
         " ".join(WORDS[i] for i in torch.randint(0, 40, (9,), generator=draw)) for _ in range(200)
     ]
-    texts, out = tmp_path / "texts.txt", tmp_path / "out"
-    texts.write_text("\n".join(lines))
+    path = folder / "texts.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_language_model_becomes_a_family(llama: Path, tmp_path: Path) -> None:
+    texts, out = written(tmp_path), tmp_path / "out"
     words = ["family", llama, "--sizes", "32,64", "--data", texts, "-o", out, "--length", 8]
     found = run(*words, "--steps", 2, "--json")
     assert found.exit_code == 0, found.output
@@ -78,14 +84,9 @@ def test_a_tied_language_model_is_untied_on_request(llama: Path, tmp_path: Path)
     for module in model.modules():
         if "RMSNorm" in type(module).__name__:
             torch.nn.init.normal_(module.weight, 1.0, 0.3)
-    tied, texts = tmp_path / "tied", tmp_path / "texts.txt"
+    tied, texts = tmp_path / "tied", written(tmp_path)
     model.save_pretrained(tied)
     transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tied)
-    draw = torch.Generator().manual_seed(1)
-    lines = [
-        " ".join(WORDS[i] for i in torch.randint(0, 40, (9,), generator=draw)) for _ in range(200)
-    ]
-    texts.write_text("\n".join(lines))
     words = ["family", tied, "--sizes", "32,64", "--data", texts, "--length", 8, "--steps", 0]
     found = run(*words, "-o", tmp_path / "out", "--untie", "--json")
     assert found.exit_code == 0, found.output
