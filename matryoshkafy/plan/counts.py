@@ -15,13 +15,13 @@ unit. What rows of such a parameter hold is read by no layer, where the units ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
-from matryoshkafy.graph.nodes import is_tensor, reached, readers_of
+from matryoshkafy.graph.nodes import bound_args, is_tensor, reached, readers_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.tables import weights_read
 from matryoshkafy.plan.walk import Findings
@@ -36,7 +36,7 @@ def hold_counts(trace: Trace, found: Findings) -> None:
     products = _products(found)
     for term in products:
         _hold_copies(term, sides)
-    _hold_shuffled(products)
+    _hold_shuffled(products, _left_open(trace, found))
     _hold_summed(found, products, sides)
     _hold_states(trace, found, sides)
 
@@ -96,15 +96,30 @@ def _hold_copies(term: Term, sides: _Sides) -> None:
             leaf.fixed = Reason(KIND, term[at].name)  # type: ignore[union-attr]
 
 
-def _hold_shuffled(products: list[Term]) -> None:
-    """Where two factors stand in both orders the smaller one counts groups."""
+def _hold_shuffled(products: list[Term], left_open: set[Axis]) -> None:
+    """Where two factors stand in both orders one counts groups: the one that the code writes out
+    where it leaves the other open (-1), else the smaller.
+    """
     orders: dict[tuple[Axis, Axis], None] = {}  # in the order of the graph
     for term in products:
         free = [f for f in term if isinstance(f, Axis) and _free(f)]
         orders |= {(a, b): None for i, a in enumerate(free) for b in free[i + 1 :] if a is not b}
     for a, b in orders:
-        if (b, a) in orders and a.size < b.size:
+        told = (a in left_open) != (b in left_open)
+        if (b, a) in orders and (b in left_open if told else a.size < b.size):
             a.fixed = a.fixed or Reason(KIND, b.name)
+
+
+def _left_open(trace: Trace, found: Findings) -> set[Axis]:
+    """Return the axes that a view splits off and leaves open: view(n, groups, -1)."""
+    out = set[Axis]()
+    for node in (n for n in trace.graph.nodes if n in found.terms and op_of(n).picks):
+        named = op_of(node).sizes
+        shape: Sequence[object] = bound_args(node)[named] if isinstance(named, str) else ()
+        if -1 in shape:
+            whole = {leaf for term in found.flat(node.all_input_nodes[0]) for leaf in alone(term)}
+            out.update(set(alone(found.flat(node)[shape.index(-1)])) - whole)
+    return out
 
 
 def _hold_summed(found: Findings, products: list[Term], sides: _Sides) -> None:

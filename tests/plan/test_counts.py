@@ -44,9 +44,22 @@ class Net(nn.Module):
         return self.head(F.gelu(self.hidden(self.block(self.first(x)))))
 
 
+class WrittenGroups(nn.Module):
+    """A shuffle of 8 groups, more than there are units in each; how many units is left open."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.before, self.after = (nn.Linear(s(WIDTH), s(WIDTH)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = self.before(x).view(*x.shape[:2], 8, -1)
+        return self.after(groups.transpose(2, 3).reshape(*x.shape[:2], -1))
+
+
 KINDS = ("Maxout", "Capsules", "LowRankWriter", "Shuffled", "Bilinear", "Kronecker",
          "SelectiveScan", "TokenMixer")  # fmt: skip
-MADE: dict[str, Make] = {"Memory": Memory, "Buckets": Buckets, **{k: BLOCKS[k] for k in KINDS}}
+OWN: dict[str, Make] = {"Memory": Memory, "Buckets": Buckets, "WrittenGroups": WrittenGroups}
+MADE: dict[str, Make] = {**OWN, **{k: BLOCKS[k] for k in KINDS}}
 
 
 @pytest.mark.parametrize("name", MADE)
