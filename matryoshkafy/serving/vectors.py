@@ -106,10 +106,10 @@ class Vectors:
             raise ServingError(f"size {size} was asked for; these vectors have the sizes {known}")
         return self.sizes.index(size)
 
-    def at(self, size: int) -> Floats:
-        """Return the vectors of a size, [N, size]: cut, then normalised."""
+    def at(self, size: int, rows: slice = slice(None)) -> Floats:
+        """Return the vectors of a size, [rows, size]: cut, then normalised."""
         level = self.level(size)
-        return self.values[:, :size] * self.inverse_lengths[:, level : level + 1]
+        return self.values[rows, :size] * self.inverse_lengths[rows, level : level + 1]
 
     def front(self, size: int) -> Floats:
         """Return `at(size)`, kept beside the table: what every search begins with."""

@@ -88,6 +88,32 @@ def test_codes_of_units_that_do_not_divide_find_what_they_round(codes: int) -> N
     np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.ids, 1), atol=1e-6)
 
 
+def test_codes_in_cells_are_scored_anew_and_count_the_rows_they_read() -> None:
+    pytest.importorskip("faiss")
+    queries, documents = table(40, 6), table(2000, 7)  # three cells
+    wanted = funnel(queries, documents, sizes=[8, 32], keep=[200, 5])
+    fixed, every = (8 + 3 + 16) * 8 + 200 * 32, 4 * 2000
+    recalls = []
+    for cells in (1, 30):
+        index = ShortIndex.of(documents, 8, kind="ivf-codes", effort=cells)
+        found = funnel(queries, documents, sizes=[8, 32], keep=[200, 5], index=index)
+        scores = np.take_along_axis(cosines(queries, documents, 32), found.ids, 1)
+        np.testing.assert_allclose(found.scores, scores, atol=1e-6)
+        assert (found.products == fixed + every) == (cells > 3)
+        assert found.products <= fixed + every
+        recalls.append(recall_of(found.ids, wanted.ids))
+    assert recalls[0] < recalls[1] - 0.1 and recalls[1] > 0.9
+
+
+def test_an_index_of_an_odd_size_is_widened() -> None:
+    pytest.importorskip("faiss")
+    values = np.random.default_rng(1).normal(size=(700, 9))
+    documents = Vectors(values, (7, 9), "m")
+    index = ShortIndex.of(documents, 7, kind="ivf-codes", effort=1)
+    found = funnel(documents, documents, sizes=[7, 9], keep=[50, 1], index=index)
+    assert (found.ids[:, 0] == np.arange(700)).mean() > 0.98
+
+
 def test_an_index_is_followed_stage_by_stage() -> None:
     queries, documents = table(9, 2), table(200, 3)
     ids = np.argsort(-cosines(queries, documents, 4), axis=1)[:, :40]
@@ -219,7 +245,7 @@ def test_a_budget_below_the_cheapest_search_is_refused() -> None:
         tune(table(2, 0), table(20, 1), np.zeros(2, dtype=np.int64), budget=10)
     with pytest.raises(ServingError, match="1 relevant documents were given for 2 queries"):
         tune(table(2, 0), table(20, 1), np.zeros(1, dtype=np.int64))
-    with pytest.raises(ServingError, match="expected one of hnsw, ivf, codes, usearch"):
+    with pytest.raises(ServingError, match="expected one of hnsw, ivf, codes, ivf-codes, usearch"):
         ShortIndex.of(table(5, 0), 4, kind="annoy")
 
 
