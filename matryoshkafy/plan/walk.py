@@ -125,6 +125,10 @@ class _Walker:
             terms = self.of(value)
             self.found.features.extend(terms[d] for d in dims if -len(terms) <= d < len(terms))
 
+    def is_feature(self, term: Term) -> bool:
+        mine = set(axes.leaves(term))
+        return any(not mine.isdisjoint(axes.leaves(t)) for t in self.found.features)
+
     def contract(self, term: Term) -> None:
         self.found.contracted.setdefault(self._here(), []).append(term)
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, hold, op_of, rule
@@ -100,13 +101,23 @@ def _bounds(sizes: Sizes) -> None:
     # A bound that only the call knows keeps all of the dim (else its rule holds it whole).
     if not dims.is_nested(source[dim]) or not plain or a.get("step", 1) != 1:
         return
-    start, end = _given_bounds(a, dims.size(source[dim]))
-    first, last = (sizes.kept_before(source[dim], i) for i in (start, end))
-    sizes.set("start", first)
     if "length" in a:
+        start, end = _given_bounds(a, dims.size(source[dim]))
+        first, last = (sizes.kept_before(source[dim], i) for i in (start, end))
+        sizes.set("start", first)
         sizes.set("length", last - first)
-    else:
-        sizes.set("end", last)
+        return
+    sizes.set("start", _bound(sizes, source[dim], a.get("start") or 0))
+    sizes.set("end", _bound(sizes, source[dim], END if a.get("end") is None else a["end"]))
+
+
+def _bound(sizes: Sizes, dim: Dim, given: int) -> int:
+    """Return a bound of a slice; one that is counted from the end is so at another batch, too."""
+    if given >= END:
+        return END
+    size = dims.size(dim)
+    kept = sizes.kept_before(dim, min(max(given + size if given < 0 else given, 0), size))
+    return kept if given >= 0 else kept - sizes.at(dim) or END
 
 
 def _given_bounds(a: Args, size: int) -> tuple[int, int]:

@@ -59,6 +59,10 @@ class Walk(Protocol):
         """Mark dims of a value that comes from parameters alone as features."""
         ...
 
+    def is_feature(self, term: Term) -> bool:
+        """Tell whether a weight before the node at hand has an axis of the term."""
+        ...
+
     def contract(self, term: Term) -> None:
         """Record that the node at hand sums over the term."""
         ...

@@ -8,10 +8,12 @@ from torch import fx
 
 from matryoshkafy import axes
 from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import op_key, tensor_info
 from matryoshkafy.rules.table import (
     Args,
+    Argument,
     Result,
     Sizes,
     Terms,
@@ -154,9 +156,14 @@ def _repeats(sizes: Sizes) -> None:
     value, source, out = list(sizes.args[name]), sizes.source, sizes.outputs[0]
     for i, dim in enumerate(out):
         at = i - (len(out) - len(source))
-        if dims.is_nested(dim) and (at < 0 or dims.size(source[at]) == 1):
-            value[i] = sizes.scaled(value[i], dim)
+        if dims.is_nested(dim) and (at < 0 or not dims.is_nested(source[at])):
+            value[i] = _count(sizes, value[i], dim, source[at] if at >= 0 else ())
     sizes.set(name, value)
+
+
+def _count(sizes: Sizes, value: Argument, out: Dim, source: Dim) -> Argument:
+    """How often units that stay whole are repeated for a width."""
+    return sizes.at(out) // sizes.at(source) if isinstance(value, int) else sizes.scaled(value, out)
 
 
 @rule("repeat", "tile", sizes=_repeats)
@@ -175,7 +182,11 @@ def _repeated(walk: Walk, term: Term, n: int, *, inner: bool) -> Term:
     size = axes.size(term)
     if size == 1:
         return walk.fresh(n, name="repeated")
-    times = axes.copies(n // size) if size else ()
+    if not size:
+        return term
+    # Repeats of what no layer has may turn out to be heads: a mask is repeated for each.
+    count = n // size
+    times = axes.copies(count) if walk.is_feature(term) else walk.fresh(count, name="repeated")
     return (*term, *times) if inner else (*times, *term)
 
 
@@ -184,8 +195,8 @@ def _times(sizes: Sizes) -> None:
     dim: int = (a["dim"] or 0) % len(out)
     if a["dim"] is None:
         source = (tuple(factor for each in source for factor in each),)
-    if dims.is_nested(out[dim]) and dims.size(source[dim]) == 1:
-        sizes.set("repeats", sizes.scaled(a["repeats"], out[dim]))
+    if dims.is_nested(out[dim]) and not dims.is_nested(source[dim]):
+        sizes.set("repeats", _count(sizes, a["repeats"], out[dim], source[dim]))
     if a.get("output_size") is not None:
         sizes.set("output_size", sizes.scaled(a["output_size"], out[dim]))
 

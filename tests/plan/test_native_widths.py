@@ -55,6 +55,30 @@ class Fourier(nn.Module):
         return self.norm(x + torch.fft.fftn(x, dim=(1, 2)).real)
 
 
+class Masked(nn.Module):
+    """A mask of each sample is repeated for every head (open_clip), scores are written in place:
+    the run of every sample's heads ends where it does, at another batch, too (RecFormer).
+    """
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.heads = s(HEADS)
+        self.qkv, self.out = nn.Linear(s(WIDTH), 3 * s(WIDTH)), nn.Linear(s(WIDTH), s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        mask = x.new_ones(n, length, length).tril().repeat_interleave(self.heads, 0)
+        q, k, v = (
+            part.view(n, length, self.heads, UNITS).transpose(1, 2).flatten(0, 1)
+            for part in self.qkv(x).chunk(3, -1)
+        )
+        scores = q.new_full((q.shape[0], length, length), -1e9)
+        scores[:, :, :-1], scores[: -self.heads, :, -1] = q @ k[:, :-1].mT, 0.0
+        scores = scores.masked_fill(mask == 0, -1e9)
+        mixed = (scores.softmax(-1) @ v).view(n, self.heads, length, UNITS)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
 class Typed(nn.Module):
     """Types of positions are read off zeros that are shaped like the stream (GIT)."""
 
@@ -66,7 +90,7 @@ class Typed(nn.Module):
         return x + self.types(torch.zeros_like(x, dtype=torch.long)[..., 0])
 
 
-BLOCKS = (TwoDims, Gated, Fourier, Typed)
+BLOCKS = (TwoDims, Gated, Fourier, Masked, Typed)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -141,8 +141,7 @@ class RecformerModel(nn.Module):
     def __init__(self, scale: Scale) -> None:
         super().__init__()
         self.embeddings = RecformerEmbeddings(scale(32))
-        # The heads repeat the mask by a literal number: they stay, and get narrower.
-        layers = (LongformerLayer(4, scale(32), scale(64)) for _ in range(1))
+        layers = (LongformerLayer(scale(4), scale(32), scale(64)) for _ in range(1))
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(
