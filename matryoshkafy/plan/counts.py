@@ -1,13 +1,14 @@
 """hold_counts(): factors that count copies of a width stay whole, and the width shrinks.
 
 Of a product the outermost free factor nests, which gives whole heads: 8 heads of 64 units become 4
-heads of 64. Three kinds of products are made otherwise, and nobody's class has fewer copies:
+heads of 64. Four kinds of products are made otherwise, and nobody's class has fewer copies:
 
 - Three linear pieces of a maxout, two rows of a capsule: one layer writes copies x width, and the
   width alone is what other layers write and read. The copies are counted, never read by a layer.
 - A channel shuffle lays groups x units down again as units x groups. One order of the two would
   shrink the groups, the other the units; the smaller factor is the number of groups.
 - Four numbers for each of two gates, added up: no layer reads them.
+- Two positions that a layer writes for each one (SEW's upsampling): length x 2 is a length.
 
 So does the state of a recurrence: Mamba's A has a row of numbers for each unit, which multiply that
 unit. What rows of such a parameter hold is read by no layer, where the units are.
@@ -15,6 +16,7 @@ unit. What rows of such a parameter hold is read by no layer, where the units ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from torch import fx
@@ -35,6 +37,7 @@ def hold_counts(trace: Trace, found: Findings) -> None:
     sides = _Sides(trace, found)
     products = _products(found)
     for term in products:
+        _hold_positions(term, sides)
         _hold_copies(term, sides)
     _hold_shuffled(products, _left_open(trace, found))
     _hold_summed(found, products, sides)
@@ -86,6 +89,20 @@ def _products(found: Findings) -> list[Term]:
     """Return the terms of several factors."""
     resolved = (axes.resolve(term) for term in found.all_terms())
     return [term for term in resolved if len(term) > 1]
+
+
+def _hold_positions(term: Term, sides: _Sides) -> None:
+    """What is laid beside the positions of an input are positions: a layer wrote several of them
+    for each one. Beside samples stand heads.
+    """
+    for outer, axis in itertools.pairwise(term):
+        if not (isinstance(outer, Axis) and outer.fixed and isinstance(axis, Axis) and _free(axis)):
+            continue
+        place = outer.fixed.kind == "space" or (
+            outer.fixed.kind == "input" and not outer.name.endswith(".dim0")
+        )
+        if place and sides.is_count(axis):
+            axis.fixed = Reason(KIND, outer.name)
 
 
 def _hold_copies(term: Term, sides: _Sides) -> None:

@@ -56,6 +56,18 @@ class WrittenGroups(nn.Module):
         return self.after(groups.transpose(2, 3).reshape(*x.shape[:2], -1))
 
 
+class Upsampled(nn.Module):
+    """A layer writes two positions for each one, and nothing reads their units (SEW)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.written = nn.Linear(s(WIDTH), 2 * s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = F.gelu(self.written(x)).view(x.shape[0], x.shape[1], 2, -1)
+        return pairs.flatten(1, 2)
+
+
 KINDS = ("Maxout", "Capsules", "LowRankWriter", "Shuffled", "Bilinear", "Kronecker",
          "SelectiveScan", "TokenMixer")  # fmt: skip
 OWN: dict[str, Make] = {"Memory": Memory, "Buckets": Buckets, "WrittenGroups": WrittenGroups}
@@ -72,6 +84,12 @@ def test_the_slice_is_the_class_with_as_many_of_what_is_counted(name: str) -> No
     native.load_state_dict(small.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(small(x), native(x), rtol=1e-9, atol=1e-11)
+
+
+def test_positions_that_a_layer_writes_stay_as_many() -> None:
+    x = torch.randn(2, 7, WIDTH)
+    doll = mk.convert(Upsampled(Scale(1)), (x,), sizes=[0.5, 1.0], nesting="sliced")
+    assert mk.slice(doll, 0.5)(x).shape == (2, 14, WIDTH // 2)
 
 
 @pytest.mark.parametrize("pair", [False, True])
