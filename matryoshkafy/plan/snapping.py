@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ def snapped(plan: Plan, multiple: object) -> Plan:
     """Return the plan with every width rounded up to a multiple, at most to the full width.
 
     A group counts in what its units span: with 12 heads of 64, multiples of 128 are pairs of heads.
+    A hidden layer of four times a width stays four times that width: most classes say it so.
     Sizes follow the main group; what becomes equal to the size below it is left out. A remark says
     which sizes moved.
 
@@ -34,12 +36,8 @@ def snapped(plan: Plan, multiple: object) -> Plan:
     if multiple == 1:
         return plan
     steps = [multiple // math.gcd(multiple, span) for span in _spans(plan)]
-    ladder = [
-        tuple(
-            min(g.size, -(-w // s) * s) for g, w, s in zip(plan.groups, widths, steps, strict=True)
-        )
-        for widths in plan.ladder
-    ]
+    times = _times(plan)
+    ladder = [_rounded(plan, widths, steps, times) for widths in plan.ladder]
     sizes = [plan.width_of(widths) for widths in ladder]
     # Of sizes that became equal the first stands, but of those at the full one the last, whose
     # other groups are whole as well.
@@ -52,6 +50,32 @@ def snapped(plan: Plan, multiple: object) -> Plan:
         ladder=tuple(ladder[i] for i in kept),
         remarks=(*plan.remarks, *_remarks(moved, multiple)),
     )
+
+
+def _rounded(
+    plan: Plan, widths: dims.Widths, steps: list[int], times: dict[int, tuple[int, int]]
+) -> dims.Widths:
+    pairs = zip(plan.groups, widths, steps, strict=True)
+    out = [min(group.size, -(-width // step) * step) for group, width, step in pairs]
+    for group, (other, count) in times.items():
+        out[group] = count * out[other]
+    return tuple(out)
+
+
+def _times(plan: Plan) -> dict[int, tuple[int, int]]:
+    """Return {group: (other, n)}: groups of n times the width of the one that all of their weights
+    have beside them, as the hidden layer of a feed-forward net has.
+    """
+    beside: dict[int, set[int]] = {}
+    for shape in plan.parameters.values():
+        alone = [f[0].group if len(f) == 1 and isinstance(f[0], Nested) else None for f in shape]
+        for a, b in itertools.permutations(alone, 2):
+            if a is not None:
+                beside.setdefault(a, set()).update(() if b is None else {b})
+    sizes = [group.size for group in plan.groups]
+    pairs = ((a, next(iter(found))) for a, found in beside.items() if len(found) == 1)
+    chosen = {a: (b, sizes[a] // sizes[b]) for a, b in pairs if sizes[a] % sizes[b] == 0 and a != b}
+    return {a: (b, n) for a, (b, n) in chosen.items() if n > 1 and b not in chosen}
 
 
 def _spans(plan: Plan) -> list[int]:

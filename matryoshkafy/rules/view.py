@@ -173,20 +173,20 @@ def repeat(walk: Walk, node: fx.Node, args: Args) -> Terms:
     old = walk.shape(args["self"])
     offset = len(new) - len(old)
     return tuple(
-        _repeated(walk, terms[i - offset] if i >= offset else (), n, inner=False)
+        _repeated(walk, terms[i - offset] if i >= offset else (), n, samples=i == 0)
         for i, n in enumerate(new)
     )
 
 
-def _repeated(walk: Walk, term: Term, n: int, *, inner: bool) -> Term:
+def _repeated(walk: Walk, term: Term, n: int, *, samples: bool, inner: bool = False) -> Term:
     size = axes.size(term)
     if size == 1:
         return walk.fresh(n, name="repeated")
     if not size:
         return term
-    # Repeats of what no layer has may turn out to be heads: a mask is repeated for each.
-    count = n // size
-    times = axes.copies(count) if walk.is_feature(term) else walk.fresh(count, name="repeated")
+    # Samples may be repeated for each head: a mask that no layer has.
+    heads = samples and not walk.is_feature(term)
+    times = walk.fresh(n // size, name="repeated") if heads else axes.copies(n // size)
     return (*term, *times) if inner else (*times, *term)
 
 
@@ -209,7 +209,7 @@ def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Result:
     terms, new = list(walk.of(args["self"])), walk.shape(node)
     if args.get("dim") is None:
         flat = tuple(factor for term in terms for factor in term)
-        return (_repeated(walk, flat, new[0], inner=True),)
+        return (_repeated(walk, flat, new[0], samples=False, inner=True),)
     dim: int = args["dim"] % len(terms)
-    terms[dim] = _repeated(walk, terms[dim], new[dim], inner=True)
+    terms[dim] = _repeated(walk, terms[dim], new[dim], samples=dim == 0, inner=True)
     return tuple(terms)

@@ -3,7 +3,8 @@
     python -m tests.natives.speed [names ...] [--rounds 20]
 
 Both run in turns in one process, on one thread; CPU time is counted, which other work on the
-machine moves least. Prints a Markdown table: the median of each, and their ratio.
+machine moves least. Prints a Markdown table: the median of each, and of their ratios with the
+quartiles.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ MODELS: Mapping[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 }
 
 
-def measure(name: str, rounds: int) -> tuple[float, float, float]:
+def measure(name: str, rounds: int) -> tuple[float, float, list[float]]:
     """Return the CPU seconds of a forward pass of half the width: as a graph, and native.
 
-    Then the median of their ratios, each of two passes that follow one another.
+    Then the quartiles of their ratios, each of two passes that follow one another.
     """
     torch.manual_seed(0)
     model, call = MODELS[name]()
@@ -67,8 +68,8 @@ def measure(name: str, rounds: int) -> tuple[float, float, float]:
                 one(**call)
             times.append(time.process_time() - started)
     first, second = (times[2:] for times in spent.values())
-    ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
-    return statistics.median(first), statistics.median(second), ratio
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    return statistics.median(first), statistics.median(second), statistics.quantiles(ratios, n=4)
 
 
 def main() -> None:
@@ -81,8 +82,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print("| model | graph, ms | native, ms | graph to native |\n|---|---:|---:|---:|")
     for name in options.names:
-        graph, native, ratio = measure(name, options.rounds)
-        print(f"| {name} | {1e3 * graph:.1f} | {1e3 * native:.1f} | {ratio:.2f} |", flush=True)
+        graph, native, (low, ratio, high) = measure(name, options.rounds)
+        spread = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+        print(f"| {name} | {1e3 * graph:.1f} | {1e3 * native:.1f} | {spread} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def test_every_width_is_a_multiple_or_whole() -> None:
     assert "sizes are multiples of 16: 10 became 16, 21 became 32" in plan.remarks
 
 
+def test_a_hidden_layer_stays_the_multiple_of_its_width_that_it_was() -> None:
+    plan = mk.inspect(Heads(hidden=192), IDS, sizes=[10, 18, 48], nesting="sliced", multiple_of=16)
+    assert plan.sizes == (16, 32, 48)
+    # Each alone would be rounded to 48 and 80, which no class with a ratio of four has.
+    assert widths(plan, "up.out") == [64, 128, 192]
+
+
 def test_sizes_that_become_equal_are_one() -> None:
     plan = mk.inspect(Heads(), IDS, sizes=[3, 10, 48], nesting="sliced", multiple_of=16)
     assert plan.sizes == (16, 48)
