@@ -34,6 +34,12 @@ def _require(module: str, folder: Path, library: str) -> None:
 
 
 def _unreadable(folder: Path, library: str, error: Exception) -> CommandError:
+    if "trust_remote_code" in str(error):
+        return CommandError(
+            f"{folder} names code of its own in config.json, which is never run here. Expected a "
+            "class of the library itself. Where you trust that code, load the model in a Python "
+            "file of yours with trust_remote_code=True, and convert that: model.py."
+        )
     return CommandError(
         f"{folder} cannot be loaded by {library}: {str(error).strip()[:400]}\nExpected a "
         "config.json of a known architecture and its weights as safetensors. Save the model "

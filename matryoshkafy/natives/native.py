@@ -335,6 +335,12 @@ def _refusal(space: Space, plan: Plan, reason: str) -> str:
             "the traced shapes do not run through it. Expected inputs to compare on that do. Give "
             "native(..., inputs=(ARGS, KWARGS)), such as those that were traced."
         )
+    if not space.fields:
+        return (
+            f"{name} has no number that could be a width; expected one argument for each, with a "
+            "value: --class MODULE:BUILD of def build(width=256, heads=8), or "
+            "like=functools.partial(build, width=256, heads=8)."
+        )
     off = _unreached(space)
     shown = ", ".join(f"{p[0]} (dim {p[1]}: {w})" for p, w in off[:3]) or "no shape differs"
     groups = _groups_of([p for p, _ in off], plan)

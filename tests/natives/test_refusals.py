@@ -63,6 +63,12 @@ def test_a_class_that_needs_its_weights(checkpoint: Path, target: Path) -> None:
     assert "cannot be built from its configuration alone" in text
 
 
+def test_a_builder_without_numbers(checkpoint: Path, target: Path) -> None:
+    builder = "tests.natives.built:of_one_size"
+    text = refused(target, "slice", checkpoint, "--size", 16, "--to", "class", "--class", builder)
+    assert "no number that could be a width" in text
+
+
 def test_code_that_a_configuration_names(llama: Path, tmp_path: Path, target: Path) -> None:
     folder, ran = tmp_path / "remote", tmp_path / "ran"
     shutil.copytree(llama, folder)
@@ -71,7 +77,9 @@ def test_code_that_a_configuration_names(llama: Path, tmp_path: Path, target: Pa
     named = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": named}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "own" in refused(target, "convert", folder, "--sizes", "16,64")
+    text = refused(target, "convert", folder, "--sizes", "16,64")
+    assert "never run" in text
+    assert "model.py" in text
     assert not ran.exists()
 
 
