@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy
-from matryoshkafy.deploy.profile import size_of
+from matryoshkafy.deploy.profile import device_of, size_of
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training import Recipe, Term, distil
 from matryoshkafy_cli.screen import CommandError, table
@@ -61,7 +61,8 @@ class Subject(Protocol):
 class Task:
     """What a family is made of: its sizes, how long it is distilled, where it goes.
 
-    `untie`: a head that is its table gets a weight of its own first.
+    `untie`: a head that is its table gets a weight of its own first. `device`: where it is
+    distilled, which is where the time goes.
     """
 
     sizes: str
@@ -69,6 +70,7 @@ class Task:
     output: Path
     seed: int = 0
     untie: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,16 @@ class SizeRow:
         """Return the row with every quality under its own name."""
         rest = {"parameters": self.parameters, "rate": self.rate, "folder": self.folder}
         return {"size": self.size, **self.quality, **rest}
+
+
+def place_of(device: str | None) -> str:
+    """Return the device that was asked for, or the best of this machine.
+
+    Raises:
+        ProfileError: this machine has no such device.
+    """
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return str(device_of(device or best))
 
 
 def split(rows: Sequence[Any], seed: int, what: str) -> tuple[list[Any], list[Any]]:
@@ -157,14 +169,16 @@ def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> N
     batch = min(64, len(subject.train))
     recipe = Recipe(task.steps, batch, terms=subject.terms(doll), seed=task.seed, save=50)
     report = distil(
-        doll,
-        teacher,
+        doll.to(task.device),
+        teacher.to(task.device),
         subject.train,
         recipe,
         collate=subject.batch,
         lengths=subject.lengths,
         folder=task.output / RUN,
     )
+    for module in (doll, teacher):
+        module.cpu()
     (task.output / "distil.txt").write_text(f"{report}\n", encoding="utf-8")
 
 

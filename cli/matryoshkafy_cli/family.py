@@ -61,6 +61,13 @@ def family(  # noqa: PLR0913  an option is a parameter
     ] = False,
     weights: Weights = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and of the training.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="Where to distil: cpu, cuda, cuda:1, mps; cuda where there is one.",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -73,10 +80,11 @@ def family(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     with screen.step(f"reading {data}"):
         subject = _subject(model, data, (column or [], task), (length, seed), weights)
-        from matryoshkafy_cli.families import Task, make, shown
+        from matryoshkafy_cli.families import Task, make, place_of, shown
 
+        place = place_of(device)
         output.mkdir(parents=True, exist_ok=True)
-    rows = make(subject, Task(sizes, steps, output, seed, untie), screen.step)
+    rows = make(subject, Task(sizes, steps, output, seed, untie, place), screen.step)
     screen.result({"sizes": [row.as_json() for row in rows]}, lambda: shown(rows, output))
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.graph.copies import forked, seed_torch
@@ -30,9 +31,19 @@ def arguments_of(batch: object) -> tuple[tuple[object, ...], dict[str, object]]:
     return parts, {}
 
 
+def moved(batch: object, doll: Doll) -> Any:
+    """Return a batch, or what a teacher said of it, where the doll's weights are.
+
+    A mapping of any class (a tokenizer's output) becomes a plain one.
+    """
+    device = next(doll.parameters()).device
+    plain = dict(cast("Mapping[str, object]", batch)) if isinstance(batch, Mapping) else batch
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), plain)
+
+
 def flat_inputs(doll: Doll, batch: object) -> list[Tensor]:
-    """Return the flat inputs of the doll's graph for a batch."""
-    args, kwargs = arguments_of(batch)
+    """Return the flat inputs of the doll's graph for a batch, where its weights are."""
+    args, kwargs = arguments_of(moved(batch, doll))
     return trace_of(doll).signature.flatten(args, kwargs)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from matryoshkafy.dolls.batches import arguments_of
+from matryoshkafy.dolls.batches import arguments_of, moved
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training.live_scales import LiveScales
 from matryoshkafy.training.recipes import DistilError, Recipe
@@ -197,7 +197,7 @@ class _Run:
         foreign = teacher is not None
         self.taught = Taught(doll, recipe.terms, foreign=foreign, scales=student.scales)
         first = torch.arange(min(8, len(rows.data)))
-        batch = rows.batch(first)
+        batch = moved(rows.batch(first), doll)
         self.taught.project(batch, self.lessons(first, batch))
         self.model = self.taught if prepare is None else prepare(self.taught)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -256,7 +256,7 @@ class _Run:
     def _backward(self, shares: list[Share]) -> Iterator[tuple[int, float]]:
         """The passes of the sizes that see the same rows: the teacher looks at them once."""
         rows = shares[0].rows
-        batch = self.rows.batch(rows)
+        batch = moved(self.rows.batch(rows), self.doll)
         lessons = self.lessons(rows, batch)
         # A masked doll computes its sizes in one pass; a sliced one in passes of their own, the
         # memory of one at a time.
@@ -277,7 +277,7 @@ class _Run:
         """What the teacher says about the rows, for each term."""
         with torch.no_grad(), self._precision():
             if isinstance(self.teacher, Tensor):
-                output: Any = self.teacher[rows]
+                output: Any = moved(self.teacher[rows.to(self.teacher.device)], self.doll)
             else:
                 args, kwargs = arguments_of(batch)
                 output = self.teacher(*args, **kwargs)

@@ -106,6 +106,6 @@ class _Spread:
         each = [rows[:, :w].square().mean(1) for w in widths]
         if centred:
             each = [e - rows[:, :w].mean(1).square() for e, w in zip(each, widths, strict=True)]
-        total = torch.stack([one.double().sum() for one in each])
+        total = torch.stack([one.double().sum() for one in each]).cpu()
         known, count = self.sums.get(gain, (torch.zeros(len(widths)).double(), 0))
         self.sums[gain] = known + total, count + len(rows)

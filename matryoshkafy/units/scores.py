@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.axes import dims
-from matryoshkafy.dolls.batches import arguments_of
+from matryoshkafy.dolls.batches import arguments_of, moved
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.units.permute import carriers, owners
@@ -94,7 +94,8 @@ def taylor(doll: Doll, batches: Iterable[object], loss: Loss) -> dict[int, Tenso
     everything = dict.fromkeys(range(len(plan.groups)), torch.empty(0))
     weights = {n: t for n, t in carriers(state, plan, everything).items() if t.requires_grad}
     scores = {g: torch.zeros(group.size) for g, group in enumerate(plan.groups)}
-    for batch in batches:
+    for given in batches:
+        batch = moved(given, doll)
         args, kwargs = arguments_of(batch)
         with torch.enable_grad():
             value = loss(doll(*args, **kwargs), batch)

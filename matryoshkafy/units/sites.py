@@ -8,7 +8,7 @@ site, or one square matrix, whatever the number of batches.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -219,4 +219,10 @@ def measure(
     with torch.no_grad():
         for flat in batches:
             meter.run(*flat, enable_io_processing=False)
-    return meter.measured
+    return {site: on_host(m) for site, m in meter.measured.items()}
+
+
+def on_host(m: Measured) -> Measured:
+    """Return what was measured on the CPU, where units are compared one by one."""
+    tensors = {n: v.cpu() for n, v in vars(m).items() if isinstance(v, Tensor)}
+    return replace(m, **tensors)

@@ -36,7 +36,7 @@ def moment_of(doll: Doll, batches: Sequence[object], group: int) -> Tensor:
     total = torch.zeros(size, size, dtype=torch.float64)
     for m in measure(doll, flat, moments=True, groups={group}).values():
         if m.moment is not None and m.moment.shape == total.shape:
-            own = m.moment.cpu().to(torch.float64)
+            own = m.moment.to(torch.float64)
             total += own / own.diagonal().sum().clamp_min(1e-30)
     return total
 

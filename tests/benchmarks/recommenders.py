@@ -55,15 +55,40 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
+class Nested:
+    """How sizes are trained at once: their nesting, and what each loss weighs, "" for alike."""
+
+    sizes: str
+    nesting: str = "masked"
+    weights: str = ""
+    factor: float = 1.0  # of the recipe's rate
+
+    @property
+    def name(self) -> str:
+        """The name of a training's folder."""
+        if self.sizes.isdigit():
+            return self.sizes
+        rate = "" if self.factor == 1 else f"x{self.factor:g}"
+        how = "" if self.nesting == "masked" else self.nesting
+        return "-".join(part for part in ("nested", how, self.weights, rate) if part)
+
+
+@dataclass(frozen=True)
 class Training:
     """One model to be trained: its data, its recipe, and the sizes that it learns at once."""
 
     dataset: Dataset
     recipe: Recipe
-    sizes: str
+    nested: Nested
     config: Config
     seed: int
     epochs: int
+    device: str = "cpu"
+
+    @property
+    def sizes(self) -> str:
+        """The sizes that are trained at once."""
+        return self.nested.sizes
 
     @property
     def width(self) -> int:
@@ -79,16 +104,21 @@ def doll_of(training: Training) -> Any:
     model = recipe.build(training.dataset.item_count + recipe.tokens, training.width, length)
     model = small(model, recipe.dropout, training.seed)
     example = torch.ones(3, length, dtype=torch.int64)
-    if training.sizes.isdigit():
-        return mk.convert(model, (example,), sizes=training.sizes, nesting="sliced")
-    return mk.convert(model, (example,), sizes=training.sizes, nesting="masked", norm="prefix")
+    if training.sizes.isdigit() or training.nested.nesting == "sliced":
+        doll = mk.convert(model, (example,), sizes=training.sizes, nesting="sliced")
+    else:
+        doll = mk.convert(model, (example,), sizes=training.sizes, nesting="masked", norm="prefix")
+    return doll.to(training.device)
 
 
-def loss_of(doll: Any) -> mk.MatryoshkaLoss:
+def loss_of(doll: Any, nested: Nested) -> mk.MatryoshkaLoss:
     """Cross entropy over all items at every size, each with a temperature of its own."""
     scales = {size: SCALE / size for size in doll.sizes}
     criterion = nn.CrossEntropyLoss(ignore_index=0)
-    return mk.MatryoshkaLoss(criterion, sizes=doll.sizes, learn_scales=scales)
+    given = [float(w) for w in nested.weights.split(",") if w] or [1.0] * len(doll.sizes)
+    weights = [w * len(given) / sum(given) for w in given]
+    loss = mk.MatryoshkaLoss(criterion, sizes=doll.sizes, weights=weights, learn_scales=scales)
+    return loss.to(next(doll.parameters()).device)
 
 
 def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -99,7 +129,7 @@ def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Opti
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0, "factor": 1},
         {"params": list(loss.parameters()), "weight_decay": 0.0, "factor": 10},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.rate)
+    return torch.optim.AdamW(groups, lr=recipe.rate, fused=trained[0].is_cuda)
 
 
 def rate_at(share: float, rate: float) -> float:
@@ -110,7 +140,7 @@ def rate_at(share: float, rate: float) -> float:
 def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     """Trains to the last epoch, from where an earlier call got to; returns the history."""
     doll = doll_of(training)
-    loss = loss_of(doll)
+    loss = loss_of(doll, training.nested)
     optimizer = optimizer_of(doll, loss, training.recipe)
     parts = {"doll": doll, "loss": loss, "optimizer": optimizer}
     position = resume_run(folder / "state", parts)
@@ -119,9 +149,13 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
         torch.manual_seed(training.seed + 1)
     sequences = training_parts(training.dataset, training.config.max_length)
     for epoch in range(len(history), training.epochs):
-        started = time.process_time()
-        row = {"epoch": epoch + 1, "loss": epoch_loss(training, parts, sequences, epoch)}
+        started, clock = time.process_time(), time.perf_counter()
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "loss": epoch_loss(training, parts, sequences, epoch),
+        }
         row["cpu seconds"] = time.process_time() - started
+        row["seconds"] = time.perf_counter() - clock
         if (epoch + 1) % VALIDATE == 0 or epoch + 1 == training.epochs:
             row["validation"] = measured(doll, training, "validation")
         history.append(row)
@@ -132,7 +166,7 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
 
 def line_of(row: dict[str, Any]) -> str:
     """An epoch as one line."""
-    told = f"epoch {row['epoch']:3} loss {row['loss']:8.3f} {row['cpu seconds']:5.0f} s of CPU"
+    told = f"epoch {row['epoch']:3} loss {row['loss']:8.3f} {row['seconds']:5.1f} s"
     found = row.get("validation", {})
     return told + "".join(f"  {size}: {t['all']['NDCG@10']:.4f}" for size, t in found.items())
 
@@ -142,20 +176,22 @@ def epoch_loss(
 ) -> float:
     """One epoch; returns the mean of the summed losses."""
     doll, loss, optimizer = parts["doll"].train(), parts["loss"], parts["optimizer"]
-    recipe, length, total, count = training.recipe, training.config.max_length, 0.0, 0
+    recipe, length, losses = training.recipe, training.config.max_length, []
     steps = -(-len(sequences) // recipe.batch)
     batches = epoch_batches(sequences, recipe, length, training.seed, epoch)
-    for step, (inputs, targets) in enumerate(batches):
+    for step, batch in enumerate(batches):
+        inputs, targets = (part.to(training.device) for part in batch)
         share = (epoch + step / steps) / training.epochs
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(share, recipe.rate) * group["factor"]
+            rate = recipe.rate * training.nested.factor
+            group["lr"] = rate_at(share, rate) * group["factor"]
         value = loss(doll.outputs(masked_ids(inputs, training)), targets)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(doll.parameters(), 5.0)
         optimizer.step()
-        total, count = total + value.item(), count + 1
-    return total / count
+        losses.append(value.detach())
+    return float(torch.stack(losses).mean())
 
 
 def masked_ids(inputs: Tensor, training: Training) -> Tensor:
@@ -167,7 +203,8 @@ def masked_ids(inputs: Tensor, training: Training) -> Tensor:
 def measured(doll: Any, training: Training, split: str) -> dict[str, Table]:
     """Metrics of every size under both protocols."""
     with torch.inference_mode():
-        return evaluate(scorer_of(doll.eval(), training), training.dataset, split, training.config)
+        scorer, data, where = scorer_of(doll.eval(), training), training.dataset, training.device
+        return evaluate(scorer, data, split, training.config, device=where)
 
 
 def scorer_of(doll: Any, training: Training) -> Scorer:
@@ -175,7 +212,8 @@ def scorer_of(doll: Any, training: Training) -> Scorer:
     recipe, items = training.recipe, training.dataset.item_count + 1
 
     def scores(sequences: Tensor) -> Iterator[tuple[str, Tensor]]:
-        rows, last = torch.arange(len(sequences)), torch.full((len(sequences),), -1)
+        rows = torch.arange(len(sequences), device=sequences.device)
+        last = torch.full_like(rows, -1)
         if recipe.pads_right:
             last = (sequences != 0).sum(1) - 1
             sequences = moved_left(sequences)
@@ -193,23 +231,24 @@ def scorer_of(doll: Any, training: Training) -> Scorer:
     return scores
 
 
-def run_folder(runs: Path, data: Path, model: str, sizes: str, seed: int) -> Path:
+def run_folder(given: argparse.Namespace, nested: Nested) -> Path:
     """Where a training lies."""
-    kind = sizes if sizes.isdigit() else "nested"
-    return runs / data.stem / model / f"{kind}-{seed}"
+    return given.run / given.data.stem / given.model / f"{nested.name}-{given.seed}"
 
 
 def train_command(given: argparse.Namespace) -> None:
     """Trains one model and writes its test metrics."""
     config = replace(Config(), {"max_length": given.length})
     dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
-    recipe, sizes = RECIPES[given.model], str(given.alone or SIZES)
-    training = Training(dataset, recipe, sizes, config, given.seed, given.epochs or recipe.epochs)
-    folder = run_folder(given.run, given.data, given.model, sizes, given.seed)
+    recipe = RECIPES[given.model]
+    nested = Nested(str(given.alone or given.sizes), given.nesting, given.weights, given.factor)
+    epochs = given.epochs or recipe.epochs
+    training = Training(dataset, recipe, nested, config, given.seed, epochs, given.device)
+    folder = run_folder(given, nested)
     folder.mkdir(parents=True, exist_ok=True)
     history = train(training, folder)
     doll = doll_of(training)
-    loss = loss_of(doll)
+    loss = loss_of(doll, training.nested)
     parts = {"doll": doll, "loss": loss, "optimizer": optimizer_of(doll, loss, recipe)}
     resume_run(folder / "state", parts)
     found = {"epochs": len(history), "test": measured(doll, training, "test")}
@@ -250,6 +289,11 @@ def main() -> None:
         if name == "train":
             command.add_argument("model", choices=RECIPES)
             command.add_argument("--alone", type=int, help="train this one size instead of all")
+            command.add_argument("--sizes", default=SIZES, help="the sizes trained at once")
+            command.add_argument("--nesting", choices=("masked", "sliced"), default="masked")
+            command.add_argument("--weights", default="", help="of losses, the smallest size first")
+            command.add_argument("--factor", type=float, default=1.0, help="of the recipe's rate")
+            command.add_argument("--device", default="cpu")
             command.add_argument("--epochs", type=int, help="instead of the recipe's")
             command.add_argument("--seed", type=int, default=0)
         command.add_argument("--length", type=int, default=50, help="items of a history that count")
