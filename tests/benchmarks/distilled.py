@@ -269,7 +269,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.teacher = options.teacher or options.out
-    options.out.mkdir(parents=True, exist_ok=True)
+    for folder in (options.out, options.teacher):
+        folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     encoder = minilm(options.model)

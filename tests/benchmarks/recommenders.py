@@ -62,15 +62,16 @@ class Nested:
     nesting: str = "masked"
     weights: str = ""
     factor: float = 1.0  # of the recipe's rate
+    dropout: float | None = None  # instead of the recipe's
 
     @property
     def name(self) -> str:
         """The name of a training's folder."""
-        if self.sizes.isdigit():
-            return self.sizes
-        rate = "" if self.factor == 1 else f"x{self.factor:g}"
+        kind = self.sizes if self.sizes.isdigit() else "nested"
         how = "" if self.nesting == "masked" else self.nesting
-        return "-".join(part for part in ("nested", how, self.weights, rate) if part)
+        rate = "" if self.factor == 1 else f"x{self.factor:g}"
+        dropout = "" if self.dropout is None else f"d{self.dropout:g}"
+        return "-".join(part for part in (kind, how, self.weights, rate, dropout) if part)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def doll_of(training: Training) -> Any:
     """The converted model; of one size it computes what the plain model does."""
     recipe, length = training.recipe, training.config.max_length
     model = recipe.build(training.dataset.item_count + recipe.tokens, training.width, length)
-    model = small(model, recipe.dropout, training.seed)
+    model = small(model, training.nested.dropout or recipe.dropout, training.seed)
     example = torch.ones(3, length, dtype=torch.int64)
     if training.sizes.isdigit() or training.nested.nesting == "sliced":
         doll = mk.convert(model, (example,), sizes=training.sizes, nesting="sliced")
@@ -241,7 +242,8 @@ def train_command(given: argparse.Namespace) -> None:
     config = replace(Config(), {"max_length": given.length})
     dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
     recipe = RECIPES[given.model]
-    nested = Nested(str(given.alone or given.sizes), given.nesting, given.weights, given.factor)
+    how = given.nesting, given.weights, given.factor, given.dropout
+    nested = Nested(str(given.alone or given.sizes), *how)
     epochs = given.epochs or recipe.epochs
     training = Training(dataset, recipe, nested, config, given.seed, epochs, given.device)
     folder = run_folder(given, nested)
@@ -293,6 +295,7 @@ def main() -> None:
             command.add_argument("--nesting", choices=("masked", "sliced"), default="masked")
             command.add_argument("--weights", default="", help="of losses, the smallest size first")
             command.add_argument("--factor", type=float, default=1.0, help="of the recipe's rate")
+            command.add_argument("--dropout", type=float, help="instead of the recipe's")
             command.add_argument("--device", default="cpu")
             command.add_argument("--epochs", type=int, help="instead of the recipe's")
             command.add_argument("--seed", type=int, default=0)
