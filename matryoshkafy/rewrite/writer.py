@@ -274,7 +274,19 @@ class Rewriter:
         if resized and level is not None and is_op(node):
             resize(self.plan, self.plan.ladder[level], node, new)
             self._rescale(node, level, new)
+        for name in op_of(node).contiguous:
+            self._close(new, name)
         return new
+
+    def _close(self, new: fx.Node, name: str) -> None:
+        """Copy what was cut of an argument into a block of its own."""
+        with self.graph.inserting_before(new):
+            closed = fx.map_arg(bound_args(new)[name], self._without_gaps)
+        set_arg(new, name, closed)
+
+    def _without_gaps(self, value: fx.Node) -> fx.Node:
+        cut = value.target is aten.slice.Tensor
+        return self.graph.call_function(aten.contiguous.default, (value,)) if cut else value
 
     def _rescale(self, node: fx.Node, level: int, new: fx.Node) -> None:
         for scalar in self.plan.scalars:

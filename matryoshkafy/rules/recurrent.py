@@ -24,7 +24,12 @@ def _states(given: fx.Node | Sequence[fx.Node]) -> list[fx.Node]:
     return [given] if isinstance(given, fx.Node) else list(given)
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu", weights=_matrices, parameters=("params",))
+@rule(
+    *GATES,
+    weights=_matrices,
+    parameters=("params",),
+    contiguous=("params", "hx"),
+)
 def recurrent(walk: Walk, node: fx.Node, args: Args) -> Result:
     """[.., in] -> [.., directions . state], with the states of every layer beside it."""
     if "batch_sizes" in args:

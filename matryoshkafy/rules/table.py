@@ -185,6 +185,8 @@ class Op:
             `torch.nn.functional.scaled_dot_product_attention`.
         reparametrises: whether it is g v / |v| of the arguments v, g and dim, which a sub-model
             keeps: v becomes the cut weight and g its norm.
+        contiguous: arguments that its kernels on some device read as one block of memory, so that
+            what was cut of a weight is copied first (cuDNN's recurrent layers).
     """
 
     key: str
@@ -212,6 +214,7 @@ class Op:
     shares: bool = False
     attends: bool = False
     reparametrises: bool = False
+    contiguous: tuple[str, ...] = ()
 
     @property
     def clampable(self) -> bool:
@@ -263,6 +266,7 @@ class Facts(TypedDict, total=False):
     shares: bool
     attends: bool
     reparametrises: bool
+    contiguous: tuple[str, ...]
 
 
 OPS: dict[str, Op] = {}

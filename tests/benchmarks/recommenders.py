@@ -130,7 +130,8 @@ def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Opti
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0, "factor": 1},
         {"params": list(loss.parameters()), "weight_decay": 0.0, "factor": 10},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.rate, fused=trained[0].is_cuda)
+    fused = trained[0].is_cuda and not any(p.is_complex() for p in trained)
+    return torch.optim.AdamW(groups, lr=recipe.rate, fused=fused)
 
 
 def rate_at(share: float, rate: float) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.library import custom_op
+from torch.overrides import TorchFunctionMode
 
 import matryoshkafy as mk
 from matryoshkafy.graph.vocabulary import BASICS, Basics
@@ -555,3 +557,39 @@ def test_python_arithmetic_has_no_row() -> None:
     graph = fx.Graph()
     node = graph.call_function(operator.mul, (graph.placeholder("n"), 2))
     assert op_of(node).axes is None and not op_of(node).scaling
+
+
+class Recurrent(nn.Module):
+    """Two layers in both directions, between two projections."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(6, 8), nn.Linear(16, 5)
+        self.cell = kind(8, 8, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.cell(self.before(x))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_a_recurrent_layer_gets_its_cut_weights_in_one_block(
+    kind: type[nn.RNNBase], nesting: str
+) -> None:
+    """CuDNN takes no others; a CPU would not tell."""
+    seen: list[bool] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if str(func).startswith(("aten.lstm", "aten.gru", "aten.rnn")):
+                states = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+                seen.extend(x.is_contiguous() for x in (*states, *args[2]))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(3, 5, 6)
+    model = Recurrent(kind)
+    doll = mk.convert(model, (x,), sizes=[4, 8], nesting=nesting)
+    with Watch():
+        outputs = doll.eval().outputs(x)
+        assert all(outputs[size] is not None for size in doll.sizes)
+    assert seen and all(seen)
