@@ -33,7 +33,7 @@ KNOWN = {
     "cli/matryoshkafy_cli/slicing.py:slice_ parameters": 11,
     "cli/matryoshkafy_cli/verifying.py:verify parameters": 7,
     "cli/matryoshkafy_cli/cascading.py:cascade parameters": 10,
-    "cli/matryoshkafy_cli/family.py:family parameters": 14,
+    "cli/matryoshkafy_cli/family.py:family parameters": 15,
     "cli/matryoshkafy_cli/retrieving.py:retrieve parameters": 13,
     "matryoshkafy/dolls/convert.py:convert parameters": 15,
     "matryoshkafy/dolls/convert.py:inspect parameters": 13,
