@@ -18,6 +18,7 @@ from examples.fmrlrec.data import Dataset, left_pad
 from examples.fmrlrec.model import Recommender, Shape
 from tests.zoo.recommenders.bert4rec import BERT4Rec
 from tests.zoo.recommenders.fmlp_rec import FMLPRecModel
+from tests.zoo.recommenders.hstu import HSTU
 from tests.zoo.recommenders.lru_rec import LRURec
 from tests.zoo.recommenders.sasrec import SASRec
 from tests.zoo.registry import Scale
@@ -129,6 +130,11 @@ def fmlp_rec(items: int, width: int, length: int) -> nn.Module:
     return FMLPRecModel(width, 4 * width, length, items)
 
 
+def hstu(items: int, width: int, length: int) -> nn.Module:
+    """HSTU of two layers with heads of eight units, so that a size is a number of heads."""
+    return HSTU(width, max(1, width // 8), longest=length, items=items)
+
+
 def fmrlrec(items: int, width: int, length: int) -> nn.Module:
     """The example's recommender on ids: fMRLRec without language and image."""
     del length
@@ -137,6 +143,7 @@ def fmrlrec(items: int, width: int, length: int) -> nn.Module:
 
 RECIPES = {
     "sasrec": Recipe(sasrec, shifted_right, pads_right=True, epochs=40),
+    "hstu": Recipe(hstu, shifted_right, pads_right=True, epochs=40),
     "lrurec": Recipe(lrurec, shifted, epochs=40),
     "fmrlrec": Recipe(fmrlrec, shifted, epochs=40),
     "bert4rec": Recipe(bert4rec, cloze, tokens=2, asks_by_mask=True, dropout=0.2, epochs=150),

@@ -1,4 +1,4 @@
-"""Ten published recommenders: judged from outside in both nestings, and trained at all sizes."""
+"""Eleven published recommenders: judged from outside in both nestings, and trained at all sizes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ NAMES = {
     " decoder.block.1.layer.1.EncDecAttention.q.weight",
     "published_fmrlrec": "model.lru_blocks.1.feed_forward.gate.mrl_linear_2.weight"
     " embedding.projector.weight",
+    "published_hstu": "_attention_layers.1._uvqk _attention_layers.0._rel_attn_bias._w"
+    " _item_emb.weight",
 }
 
 

@@ -1,6 +1,6 @@
-"""Recommenders: small ones in `classic`, and ten published systems in their authors' structure.
+"""Recommenders: small ones in `classic`, and eleven published systems in their authors' structure.
 
-Each of the ten is written anew after its paper and public code: the parameters carry the authors'
+Each of them is written anew after its paper and public code: the parameters carry the authors'
 names, so that their checkpoints load, and the forward takes the same steps.
 """
 
@@ -8,6 +8,7 @@ from tests.zoo.recommenders import bert4rec as bert4rec
 from tests.zoo.recommenders import classic as classic
 from tests.zoo.recommenders import fmlp_rec as fmlp_rec
 from tests.zoo.recommenders import fmrlrec as fmrlrec
+from tests.zoo.recommenders import hstu as hstu
 from tests.zoo.recommenders import lru_rec as lru_rec
 from tests.zoo.recommenders import mmssl as mmssl
 from tests.zoo.recommenders import recformer as recformer
@@ -29,4 +30,5 @@ PUBLISHED = (
     "published_mmssl",
     "published_vip5",
     "published_fmrlrec",
+    "published_hstu",
 )
