@@ -23,7 +23,7 @@ from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.rules import op_of
-from matryoshkafy.serving.escalation import CACHE, PART, WHOLE, Step, Writer, answer
+from matryoshkafy.serving.escalation import CACHE, PART, WHOLE, Step, Writer, answer, node_of
 from matryoshkafy.serving.positions import Positions, check_one_input, positions_of
 from matryoshkafy.serving.session import grown
 from matryoshkafy.serving.vectors import ServingError
@@ -158,7 +158,7 @@ class Decoder:
         """Lay the values of single tokens one after the other."""
         out: Values = {}
         for name, value in cached[-1].items():
-            along = self._positions.dims.get(name.removeprefix(CACHE), ())
+            along = self._positions.dims.get(node_of(name), ())
             if isinstance(value, Tensor) and along:
                 value = torch.cat([values[name] for values in cached], along[0])
             out[name] = value
@@ -289,6 +289,11 @@ class _Decoding(Writer):
     def known(self, node: fx.Node) -> bool:
         """What is made of positions is made again: it is longer at every token."""
         return node.name not in self.positions.rebuilt and super().known(node)
+
+    def parted(self, node: fx.Node) -> bool:
+        """What is given or made again has no parts."""
+        made = node.name in self.positions.names or node.name in self.positions.rebuilt
+        return not made and super().parted(node)
 
     def sources(self, node: fx.Node, how: str) -> list[tuple[fx.Node, str]]:
         """Values of positions need nothing: they are given."""

@@ -7,12 +7,15 @@ its statistics over the new units alone, attention runs over the new heads.
 
     whole   a value at the level, old and new units in their natural order
     part    its new units alone
+    pieces  the parts of all levels up to this one, side by side: nothing is copied
+
+What a later level reads is kept as parts, too, and a linear layer adds up what each part gives.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +24,16 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments, Widths
-from matryoshkafy.graph.nodes import Argument, is_tensor, op_key, outputs_of
+from matryoshkafy.graph.nodes import Argument, bound_args, is_tensor, op_key, outputs_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rules.weights import weight_places
+from matryoshkafy.serving.pieces import order_of, summed, without
 from matryoshkafy.serving.vectors import ServingError
 
 aten = torch.ops.aten
-WHOLE, PART = "whole", "part"
+WHOLE, PART, PIECES = "whole", "part", "pieces"
 Key = tuple[fx.Node, str]
 CACHE = "cache_"
 
@@ -40,7 +44,8 @@ class Step:
 
     Args:
         graph: the graph.
-        reads: what it takes behind the inputs: `cache_NODE`, the value of a node.
+        reads: what it takes behind the inputs: `cache_NODE`, the value of a node, or
+            `cache_LEVEL_NODE`, what a level added to it.
         returns: what it gives, named likewise (empty for an answer).
     """
 
@@ -51,20 +56,27 @@ class Step:
 
 def answer(writer: Writer) -> Step:
     """Return the graph of the outputs of a level, from cached values of its trunk."""
-    return writer.finish(outputs_of(writer.trace.graph), ())
+    return writer.finish([(value, WHOLE) for value in outputs_of(writer.trace.graph)], ())
 
 
 def grow(writer: Writer, names: Iterable[str]) -> Step:
-    """Return the graph that computes values of a level, from cached ones of the level below.
+    """Return the graph that computes values of a level, from cached ones of the levels below.
 
     Args:
-        names: what later steps read, `cache_NODE`; other names are passed over.
+        names: what later steps read; those of other levels are passed over.
     """
-    by_name = {CACHE + node.name: node for node in writer.trace.graph.nodes}
-    nodes = [by_name[name] for name in sorted(names) if name in by_name]
-    if writer.old >= 0:
-        nodes = [node for node in nodes if writer.grows(node)]
-    return writer.finish(nodes, tuple(CACHE + node.name for node in nodes))
+    mine = {writer.cached_name(n): n for n in writer.trace.graph.nodes if writer.adds(n)}
+    given = sorted(set(names) & set(mine))
+    how = [PART if writer.old >= 0 and writer.parted(mine[name]) else WHOLE for name in given]
+    return writer.finish(
+        [(mine[name], h) for name, h in zip(given, how, strict=True)], tuple(given)
+    )
+
+
+def node_of(name: str) -> str:
+    """Return the name of the node whose cached value or part has this name."""
+    level, _, rest = name.removeprefix(CACHE).partition("_")
+    return rest if level.isdecimal() else name.removeprefix(CACHE)
 
 
 class Writer:
@@ -87,13 +99,13 @@ class Writer:
         self.holes: dict[str, fx.Node] = {}
         self.extra: dict[str, fx.Node] = {}
 
-    def finish(self, values: Sequence[Argument], returns: tuple[str, ...]) -> Step:
-        """Write the values whole and return the step."""
+    def finish(self, values: Sequence[tuple[Argument, str]], returns: tuple[str, ...]) -> Step:
+        """Write values, whole or in part, and return the step."""
         inputs = [n for n in self.trace.graph.nodes if n.op == "placeholder"]
         for node in inputs:
             self.written[node, WHOLE] = self.graph.placeholder(str(node.target))
         self.last = self.written[inputs[-1], WHOLE] if inputs else None
-        given = [self.at(v, WHOLE) if isinstance(v, fx.Node) else v for v in values]
+        given = [self.at(v, how) if isinstance(v, fx.Node) else v for v, how in values]
         self.graph.output([*given, *self.extra.values()])
         self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -107,17 +119,41 @@ class Writer:
 
     def grows(self, node: fx.Node) -> bool:
         """Tell whether a value of the trunk has units at this level that the one below lacks."""
+        return self._grew(node, self.before, self.widths)
+
+    def adds(self, node: fx.Node) -> bool:
+        """Tell whether this level has anything to remember of a node."""
+        return self.old < 0 or self.grows(node)
+
+    def _grew(self, node: fx.Node, before: Widths, widths: Widths) -> bool:
         return any(
-            dims.size_at(dim, self.widths) != dims.size_at(dim, self.before)
+            dims.size_at(dim, widths) != dims.size_at(dim, before)
             for shape in self.shapes(node)
             for dim in shape
             if dims.is_nested(dim)
         )
 
+    def _levels(self, node: fx.Node) -> list[int]:
+        """Return the levels, up to this one, that add units to a node."""
+        ladder = ((0,) * len(self.full), *self.plan.ladder)
+        return [i for i in range(self.level + 1) if self._grew(node, ladder[i], ladder[i + 1])]
+
     def _by_parts(self, node: fx.Node) -> bool:
         """Tell whether the new units of a node come from the new units of its inputs."""
         one = all(sum(map(dims.is_nested, shape)) == 1 for shape in self.shapes(node))
         return self.old >= 0 and one and self._kind(node) != "clamp"
+
+    def parted(self, node: fx.Node) -> bool:
+        """Tell whether a value is remembered as what each level added; several are not one."""
+        shapes = self.shapes(node)
+        one = len(shapes) == 1 and sum(map(dims.is_nested, shapes[0])) == 1
+        trunk = node.op == "call_function" and node.name not in self.plan.tail
+        return one and trunk and self._kind(node) != "clamp"
+
+    def cached_name(self, node: fx.Node, level: int | None = None) -> str:
+        """Return the name of a value, or of what a level (this one) added to it."""
+        level = self.level if level is None else level
+        return f"{CACHE}{level}_{node.name}" if self.parted(node) else CACHE + node.name
 
     def _kind(self, node: fx.Node) -> str:
         action = self.plan.actions.get(node.name)
@@ -152,7 +188,7 @@ class Writer:
     def sources(self, node: fx.Node, how: str) -> list[Key]:
         if node.op != "call_function" or self.known(node):
             return []
-        if how == WHOLE and self._merges(node):
+        if how == PIECES or how == WHOLE and self._merges(node):
             return [(node, PART)]
         if how == WHOLE:
             return [(n, WHOLE) for n in node.all_input_nodes]
@@ -161,18 +197,26 @@ class Writer:
         return [(n, self.role(node, n)) for n in node.all_input_nodes]
 
     def _merges(self, node: fx.Node) -> bool:
-        """Tell whether a whole value is the cached units and the new ones; several are not one."""
-        one = len(self.shapes(node)) == 1
-        return one and self._by_parts(node) and node.name not in self.plan.tail
+        """Tell whether a whole value is the cached units and the new ones."""
+        return self.old >= 0 and self.parted(node)
 
     def role(self, node: fx.Node, value: fx.Node) -> str:
         """Return how a node that is written as a part reads one of its inputs."""
         if not any(map(dims.is_nested, (d for s in self.shapes(value) for d in s))):
             return WHOLE
         if self._kind(node) == "mask":
-            return PART if self._is_bias(node, value) else WHOLE
+            if self._is_bias(node, value):
+                return PART
+            return PIECES if self._sums(node, value) else WHOLE
         prefix = self.plan.options.norm == "prefix" and self._kind(node) in ("norm", "level")
         return WHOLE if prefix else PART
+
+    def _sums(self, node: fx.Node, value: fx.Node) -> bool:
+        """Tell whether a node is a linear layer that can read the parts of its input one by one."""
+        linear = node.target == aten.linear.default and node.args[0] is value
+        stored = all(n.op == "get_attr" for n in node.all_input_nodes if n is not value)
+        last = linear and stored and self.parted(value) and self.shapes(value)[0][-1]
+        return bool(last) and dims.is_nested(last)
 
     def _is_bias(self, node: fx.Node, value: fx.Node) -> bool:
         return value.op == "get_attr" and value not in weight_places(node)
@@ -182,10 +226,12 @@ class Writer:
     def write(self, node: fx.Node, how: str) -> Any:
         if node.op == "get_attr":
             return self._state(node, how)
+        if how == PIECES:
+            return self._pieces(node)
         if self.known(node):
             return self._cache(node)
         if how == WHOLE and self._merges(node):
-            return self._merged(node)
+            return self._joined(node, self._pieces(node))
         if how == PART and not self._by_parts(node):
             return self.new_units(self.written[node, WHOLE], self.shapes(node)[0])
         if node.name in self.plan.full:
@@ -196,7 +242,15 @@ class Writer:
         return self.call(node, how)
 
     def _cache(self, node: fx.Node) -> fx.Node:
+        if self.parted(node):
+            return self._joined(node, self._pieces(node))
         return self.hole(CACHE + node.name)
+
+    def _pieces(self, node: fx.Node) -> list[fx.Node]:
+        """Return what each level added to a value, this one last."""
+        levels = [i for i in self._levels(node) if i <= self.old]
+        old = [self.hole(self.cached_name(node, level)) for level in levels]
+        return old if self.known(node) else [*old, self.written[node, PART]]
 
     def hole(self, name: str) -> fx.Node:
         """Return the placeholder of something that the step takes."""
@@ -207,13 +261,26 @@ class Writer:
         return self.holes[name]
 
     def _state(self, node: fx.Node, how: str) -> Any:
+        shape = self.plan.parameters.get(str(node.target), ())
+        new = range(len(shape)) if how == PART else ()
+        return self._rows(node, {dim: self._added(shape[dim]) for dim in new})
+
+    def _rows(self, node: fx.Node, segments: Mapping[int, Segments | None]) -> fx.Node:
+        """Return some segments of a parameter, and of its other dims what this level has."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = self.graph.get_attr(str(node.target))
-        shape = self.plan.parameters.get(str(node.target), ())
-        for i, dim in enumerate(shape):
-            value = self.kept(value, i, dims.relative(dim, self.full, self.widths))
-        return self.new_units(value, shape) if how == PART else value
+        for i, dim in enumerate(self.plan.parameters.get(str(node.target), ())):
+            kept = segments[i] if i in segments else dims.relative(dim, self.full, self.widths)
+            value = self.kept(value, i, kept)
+        return value
+
+    def _added(self, dim: Dim) -> Segments | None:
+        """Return the units that this level adds to a dim, counted in the full one."""
+        if not dims.is_nested(dim):
+            return None
+        below = dims.kept(dim, self.before) if self.old >= 0 else ()
+        return without(dims.kept(dim, self.widths), below)
 
     def new_units(self, value: fx.Node, shape: tuple[Dim, ...]) -> fx.Node:
         """Return the units of a whole value that the level below lacks."""
@@ -222,10 +289,15 @@ class Writer:
         return value
 
     def _new(self, dim: Dim) -> Segments | None:
-        if not dims.is_nested(dim):
-            return None
-        old = dims.relative(dim, self.widths, self.before) if any(self.before) else ()
-        return _complement(old, dims.size_at(dim, self.widths))
+        return self._between(dim, self.level) if dims.is_nested(dim) else None
+
+    def _between(self, dim: Dim, level: int) -> Segments:
+        """Return the units that a level adds to the one below, counted in this level's dim."""
+        whole: Segments = ((0, dims.size_at(dim, self.widths)),)
+        ladder = self.plan.ladder
+        upper = dims.relative(dim, self.widths, ladder[level])
+        lower = dims.relative(dim, self.widths, ladder[level - 1]) if level else ()
+        return without(whole if upper is None else upper, whole if lower is None else lower)
 
     def kept(self, value: fx.Node, dim: int, segments: Segments | None) -> fx.Node:
         if segments is None:
@@ -234,24 +306,15 @@ class Writer:
         pieces = [call(aten.slice.Tensor, (value, dim, a, b)) for a, b in segments]
         return pieces[0] if len(pieces) == 1 else call(aten.cat.default, (pieces, dim))
 
-    def _merged(self, node: fx.Node) -> Any:
-        """Return the cached units and the new ones, in their natural order."""
+    def _joined(self, node: fx.Node, pieces: list[fx.Node]) -> fx.Node:
+        """Return the pieces of a value as one, in the natural order of its units."""
         (shape,) = self.shapes(node)
         at = next(i for i, dim in enumerate(shape) if dims.is_nested(dim))
-        call = self.graph.call_function
-        new = self._new(shape[at])
-        old = self._cache(node)
-        if not new:
-            return old
-        part = self.written[node, PART]
-        joined = call(aten.cat.default, ([old, part], at))
-        order = _order(new, dims.size_at(shape[at], self.widths))
-        pieces = [call(aten.slice.Tensor, (joined, at, a, b)) for a, b in order]
-        return (
-            joined
-            if len(pieces) == 2 and order[0][0] == 0
-            else call(aten.cat.default, (pieces, at))
-        )
+        if len(pieces) == 1:
+            return pieces[0]
+        order = order_of([self._between(shape[at], i) for i in self._levels(node)])
+        joined = self.graph.call_function(aten.cat.default, (pieces, at))
+        return joined if len(order) == 1 else self.kept(joined, at, order)
 
     # Nodes.
 
@@ -259,6 +322,8 @@ class Writer:
         self._check(node, how)
         parts = how == PART
         roles = {n: self.role(node, n) if parts else WHOLE for n in node.all_input_nodes}
+        if PIECES in roles.values():
+            return self._summed(node)
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda n: self._operand(node, n, roles[n], how)
         )
@@ -272,6 +337,15 @@ class Writer:
         if self._kind(node) == "level":
             return self._widened(node, new, self.delta if parts else self.widths)
         return new
+
+    def _summed(self, node: fx.Node) -> fx.Node:
+        """Return the new units of a linear layer, from the parts of its input."""
+        value, weight, bias = bound_args(node).values()
+        out, into = self.plan.parameters[str(weight.target)]
+        rows = self._rows(weight, {0: self._added(out)})
+        weights = [self.kept(rows, 1, self._between(into, i)) for i in self._levels(value)]
+        given = self.written[bias, PART] if bias is not None else None
+        return self.graph.call_function(summed, (self.written[value, PIECES], weights, given))
 
     def _operand(self, node: fx.Node, value: fx.Node, role: str, how: str) -> Any:
         operand = self.written[value, role]
@@ -316,28 +390,3 @@ def _weights(node: fx.Node) -> list[fx.Node]:
 
 def _place(node: fx.Node) -> str:
     return node.meta.get("source") or node.name
-
-
-def _complement(segments: Segments | None, size: int) -> Segments:
-    """Return what segments leave of 0..size; None keeps all of it."""
-    if segments is None:
-        return ()
-    out: list[tuple[int, int]] = []
-    at = 0
-    for a, b in (*segments, (size, size)):
-        if a > at:
-            out.append((at, a))
-        at = b
-    return tuple(out)
-
-
-def _order(new: Segments, size: int) -> Segments:
-    """Return the pieces of [old | new] that, laid one after the other, stand in natural order."""
-    old = _complement(new, size)
-    behind = sum(b - a for a, b in old)
-    starts: dict[int, tuple[int, int]] = {}
-    for group, start in ((old, 0), (new, behind)):
-        for a, b in group:
-            starts[a] = (start, start + b - a)
-            start += b - a
-    return tuple(starts[a] for a in sorted(starts))

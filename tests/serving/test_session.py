@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import matryoshkafy as mk
 from matryoshkafy.serving import Session
+from matryoshkafy.serving.pieces import order_of, without
 from matryoshkafy.serving.vectors import ServingError
 
 
@@ -76,6 +77,18 @@ def gated() -> nn.Module:
     return Gated()
 
 
+class Bare(nn.Module):
+    """Linear layers without a bias, and one whose input is a cat: its units lie in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(12, 16, bias=False) for _ in range(2))
+        self.both, self.out = nn.Linear(32, 16, bias=False), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.both(torch.cat([self.a(x), self.b(x).sin()], -1))))
+
+
 def doll_of(name: str, norm: str) -> tuple[mk.Doll, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     model, inputs, sizes = {
@@ -84,13 +97,14 @@ def doll_of(name: str, norm: str) -> tuple[mk.Doll, tuple[torch.Tensor, ...]]:
         "few heads": (Transformer(heads=2), torch.randint(50, (2, 7)), "32,64"),
         "convolutions": (Convolutional(), torch.randn(2, 3, 8, 8), [0.25, 0.5, 1.0]),
         "gated": (gated(), torch.randn(4, 12), "8..32"),
+        "bare": (Bare(), torch.randn(4, 12), "4..16"),
     }[name]
     model = model.double().eval()
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     return mk.convert(model, (inputs,), sizes=sizes, nesting="masked", norm=norm), (inputs,)
 
 
-CASES = ["encoder", "decoder", "few heads", "convolutions", "gated"]
+CASES = ["encoder", "decoder", "few heads", "convolutions", "gated", "bare"]
 
 
 @pytest.mark.parametrize("norm", ["block", "prefix"])
@@ -136,6 +150,26 @@ def test_new_inputs_forget_the_old_ones() -> None:
     with torch.no_grad():
         torch.testing.assert_close(session.extend(32), doll(other), rtol=1e-12, atol=1e-12)
     assert session.cached_bytes() > 0
+
+
+def test_pieces_are_what_a_level_adds_in_natural_order() -> None:
+    assert without(((0, 4), (8, 12)), ((0, 2), (8, 9))) == ((2, 4), (9, 12))
+    assert without(((0, 4), (8, 12)), ((0, 4),)) == ((8, 12),)
+    assert without(((0, 9),), ((1, 2), (4, 5))) == ((0, 1), (2, 4), (5, 9))
+    # Two sums of widths 1, 2, 4: the order of what three levels added, side by side.
+    assert order_of((((0, 1), (4, 5)), ((1, 2), (5, 6)), ((2, 4), (6, 8)))) == (
+        (0, 1), (2, 3), (4, 6), (1, 2), (3, 4), (6, 8),
+    )  # fmt: skip
+    assert order_of((((0, 2),), ((2, 4),), ((4, 8),))) == ((0, 8),)
+
+
+def test_under_autocast_an_extension_is_that_of_one_pass() -> None:
+    doll, inputs = doll_of("encoder", "block")
+    doll, session = doll.float(), Session(doll.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        session.answer(*inputs, size=8)
+        wanted = doll.outputs(*inputs)[64]
+        torch.testing.assert_close(session.extend(64), wanted, rtol=0.05, atol=0.05)
 
 
 def test_weights_that_changed_are_read_anew() -> None:
