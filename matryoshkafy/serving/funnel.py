@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ def funnel(  # noqa: PLR0913  the public signature
     stages = _stages(documents, sizes, keep)
     if index is not None:
         index.check(documents, stages[0][0])
-    step = batch or (512 if index is None else 4096)
+    step = batch if batch is not None else 512 if index is None else 4096
+    if step < 1:
+        raise ServingError(f"batch={batch} was given; expected at least one query at a time")
     parts = [
         _search(queries, documents, slice(at, at + step), (stages, index))
         for at in range(0, len(queries), step)
@@ -111,6 +114,8 @@ def _stages(documents: Vectors, sizes: Sequence[int], keep: Sequence[int]) -> li
             f"sizes {list(sizes)} and keep {list(keep)} were given; expected one list length for "
             "each size"
         )
+    if not all(isinstance(kept, Integral) for kept in keep):
+        raise ServingError(f"keep {list(keep)} was given; expected whole numbers of documents")
     for size in sizes:
         documents.level(size)
     if any(a >= b for a, b in pairwise(sizes)):

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
 
+# Values of a code of four bits: as many rows are needed to learn them from.
+CODES = 16
 # Rows that a scan of codes reads at a time, and rows of a cell: small cells leave it half empty.
 BLOCK = 128
 CELL = 5 * BLOCK
@@ -61,10 +63,18 @@ class ShortIndex:
                 most one for two units).
 
         Raises:
-            ServingError: where the kind is unknown or its package is not installed.
+            ServingError: where the kind is unknown, its package is not installed, the effort is
+                below 1, or there are too few rows to learn codes from.
         """
         if kind not in KINDS:
             raise ServingError(f"index {kind!r} was asked for; expected one of {', '.join(KINDS)}")
+        least = CODES if "codes" in kind else 1
+        if effort < 1 or len(documents) < least:
+            raise ServingError(
+                f"an index {kind!r} of {len(documents)} rows with effort={effort} was asked for; "
+                f"expected {least} rows or more and an effort from 1 on. A search of few rows "
+                "needs no index"
+            )
         search = KINDS[kind](documents.at(size), effort)
         return ShortIndex(size, search, documents.model, len(documents))
 
@@ -106,7 +116,7 @@ def _hnsw(vectors: Floats, effort: int) -> Search:
 
 def _ivf(vectors: Floats, effort: int) -> Search:
     faiss = installed("faiss", "faiss-cpu")
-    cells = max(1, int(4 * len(vectors) ** 0.5))
+    cells = min(len(vectors), int(4 * len(vectors) ** 0.5))
     quantizer = faiss.IndexFlatIP(vectors.shape[1])
     index = faiss.IndexIVFFlat(quantizer, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
@@ -135,7 +145,7 @@ def _codes(vectors: Floats, effort: int) -> Search:
 
     def search(queries: Floats, k: int) -> Found:
         # A table of 16 products for each code, then an addition a code and row.
-        return index.search(_widened(queries, width), k)[1], float(16 * size + count * rows)
+        return index.search(_widened(queries, width), k)[1], float(CODES * size + count * rows)
 
     return search
 
@@ -160,7 +170,7 @@ def _ivf_codes(vectors: Floats, effort: int) -> Search:
         faiss.cvar.indexIVF_stats.reset()
         ids = index.search(_widened(queries, width), k)[1]
         compared = faiss.cvar.indexIVF_stats.ndis / len(queries)
-        return ids, float((width + cells + 16) * width + compared * codes)
+        return ids, float((width + cells + CODES) * width + compared * codes)
 
     return search
 

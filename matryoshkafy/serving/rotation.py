@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from matryoshkafy.serving.vectors import Floats, ServingError, Vectors, digest_of
+from matryoshkafy.serving.vectors import Floats, ServingError, Vectors, check_relevant, digest_of
 
 TEMPERATURE, BATCH = 0.05, 512
 
@@ -86,14 +86,10 @@ def train_rotation(  # noqa: PLR0913  the public signature
         seed: of the order of the pairs.
 
     Raises:
-        ServingError: where tables are of two models or `relevant` has another length.
+        ServingError: where tables are of two models or `relevant` names no row for each query.
     """
     queries.check_against(documents)
-    if len(relevant) != len(queries):
-        raise ServingError(
-            f"{len(relevant)} relevant documents were given for {len(queries)} queries; expected "
-            "one each"
-        )
+    check_relevant(relevant, queries, documents)
     start = fit_rotation(documents)
     asked, given = (torch.as_tensor(v.at(v.width) @ start.matrix) for v in (queries, documents))
     skew = torch.zeros(documents.width, documents.width, requires_grad=True)

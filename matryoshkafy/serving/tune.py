@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from matryoshkafy.serving.funnel import funnel, products
 from matryoshkafy.serving.metrics import recall_of, reciprocal_rank_of
 from matryoshkafy.serving.select import Ids, best_of
-from matryoshkafy.serving.vectors import Floats, ServingError, Vectors
+from matryoshkafy.serving.vectors import Floats, ServingError, Vectors, check_relevant
 
 # List lengths that are tried between the stages, as multiples of k.
 SHORTLISTS = (2, 5, 10, 20, 50, 100)
@@ -79,13 +79,13 @@ def tune(
         k: how many documents are wanted.
 
     Raises:
-        ServingError: where `relevant` has another length, or no setting keeps to the budget.
+        ServingError: where `relevant` names no row for each query, or no setting keeps to the
+            budget.
     """
-    if len(relevant) != len(queries):
-        raise ServingError(
-            f"{len(relevant)} relevant documents were given for {len(queries)} queries; expected "
-            "one each"
-        )
+    check_relevant(relevant, queries, documents)
+    relevant = np.asarray(relevant)
+    if k < 1:
+        raise ServingError(f"k={k} was given; expected how many documents are wanted, from 1 on")
     allowed = [
         stages
         for stages in candidates(documents, k)

@@ -39,8 +39,8 @@ class Vectors:
             compared.
 
     Raises:
-        ServingError: where the table is no matrix, holds NaN or infinities, has rows of length
-            zero, or where the sizes do not ascend to D.
+        ServingError: where the table is no matrix of real numbers, holds NaN or infinities, has
+            rows of length zero, or where the sizes do not ascend to D.
     """
 
     values: Floats
@@ -48,7 +48,7 @@ class Vectors:
     model: str = ""
 
     def __post_init__(self) -> None:
-        values = np.ascontiguousarray(self.values, dtype=np.float32)
+        values = _floats(self.values)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "sizes", tuple(int(size) for size in self.sizes))
         self._check()
@@ -170,6 +170,36 @@ class Vectors:
             )
         sizes = tuple(int(size) for size in about["sizes"].split(","))
         return Vectors(values, sizes, about["model"])
+
+
+def _floats(values: Any) -> Floats:
+    try:
+        given = np.asarray(values)
+    except (ValueError, RuntimeError) as error:
+        raise ServingError(
+            f"vectors were given as {type(values).__name__} ({error}); expected a matrix of "
+            "numbers, of a tensor tensor.detach().numpy()"
+        ) from error
+    if given.dtype.kind not in "fiub":
+        raise ServingError(f"vectors of {given.dtype} were given; expected real numbers")
+    return np.ascontiguousarray(given, dtype=np.float32)
+
+
+def check_relevant(relevant: NDArray[np.int64], queries: Vectors, documents: Vectors) -> None:
+    """Raise `ServingError` where `relevant` does not name a row of documents for each query."""
+    rows = np.asarray(relevant)
+    if rows.shape != (len(queries),):
+        raise ServingError(
+            f"{len(rows) if rows.ndim else 1} relevant documents were given for {len(queries)} "
+            "queries; expected one each"
+        )
+    whole = rows.dtype.kind in "iu"
+    bad = rows[(rows < 0) | (rows >= len(documents))] if whole else rows
+    if bad.size:
+        raise ServingError(
+            f"relevant holds {bad.tolist()[0]!r}; expected rows of the documents' table, integers "
+            f"from 0 to {len(documents) - 1}"
+        )
 
 
 def digest_of(*parts: bytes | NDArray[np.generic]) -> str:

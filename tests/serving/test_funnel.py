@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from matryoshkafy.serving import (
     ServingError,
@@ -209,6 +210,10 @@ BAD = np.ones((3, 4), dtype=np.float32)
         (BAD, (4, 2), "expected ascending sizes that end at 4"),
         (BAD, (), "expected ascending sizes that end at 4"),
         (np.where(np.eye(3, 4) > 0, np.nan, BAD), (2, 4), "row 0 \\(of 3 such rows\\) holds NaN"),
+        (BAD * 1j, (2, 4), "vectors of complex64 were given; expected real numbers"),
+        (np.array([["a", "b"]]), (2,), "expected real numbers"),
+        ([[1.0, 2.0], [3.0]], (2,), "given as list .* expected a matrix of numbers"),
+        (torch.ones(2, 4, requires_grad=True), (2, 4), r"of a tensor tensor.detach\(\).numpy\(\)"),
         (BAD * [0, 0, 1, 1], (2, 4), "row 0 \\(of 3 such rows\\) is zero in its first 2 units"),
     ],
 )
@@ -225,6 +230,8 @@ def test_a_table_that_cannot_be_searched_is_refused(values, sizes, message: str)
         ([32, 4], [10, 5], "must ascend"),
         ([4, 32], [5, 10], "must not grow"),
         ([4, 32], [5, 0], "end at 1 or more"),
+        ([4, 32], [5, 2.5], "expected whole numbers of documents"),
+        ([4, 32], [5, "3"], "expected whole numbers of documents"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused(sizes, keep, message: str) -> None:
@@ -238,6 +245,37 @@ def test_vectors_of_two_models_are_never_compared() -> None:
     short = Vectors(np.ones((2, 8)), (4, 8), "m")
     with pytest.raises(ServingError, match="vectors of 8 units were compared with vectors of 32"):
         exact(short, table(5, 1), size=4, k=1)
+
+
+@pytest.mark.parametrize("rows", [[0, 500], [0, -1], [0.0, 1.0], ["a", "b"]])
+def test_relevant_documents_that_are_no_rows_are_refused(rows) -> None:
+    queries, documents = table(2, 0), table(20, 1)
+    for call in (tune, train_rotation):
+        with pytest.raises(ServingError, match="expected rows of the documents' table.* to 19"):
+            call(queries, documents, np.array(rows))
+
+
+def test_numbers_below_one_are_refused() -> None:
+    queries, documents = table(2, 0), table(20, 1)
+    with pytest.raises(ServingError, match="batch=-1 was given"):
+        funnel(queries, documents, sizes=[4], keep=[2], batch=-1)
+    with pytest.raises(ServingError, match="k=0 was given"):
+        tune(queries, documents, np.arange(2), k=0)
+    with pytest.raises(ServingError, match="effort from 1 on"):
+        ShortIndex.of(documents, 4, kind="ivf", effort=0)
+    with pytest.raises(ServingError, match="index 'codes' of 12 rows .* expected 16 rows or more"):
+        ShortIndex.of(table(12, 1), 4, kind="codes")
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "usearch"])
+def test_an_index_of_few_rows_and_of_copies_gives_each_row_once(kind: str) -> None:
+    pytest.importorskip("usearch" if kind == "usearch" else "faiss")
+    one, few = table(1, 1), table(3, 1)
+    copies = Vectors(np.repeat(few.values, 4, axis=0), SIZES, "m")
+    for documents in (one, few, copies):
+        index = ShortIndex.of(documents, 4, kind=kind)
+        found = funnel(table(2, 0), documents, sizes=[4, 32], keep=[50, 30], index=index)
+        assert np.array_equal(np.sort(found.ids, axis=1), [np.arange(len(documents))] * 2)
 
 
 def test_a_budget_below_the_cheapest_search_is_refused() -> None:
