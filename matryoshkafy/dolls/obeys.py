@@ -1,23 +1,25 @@
 """check_sizes(): the plan is obeyed; each node of every rewritten graph has the size it says.
 
-The graphs run on fake tensors, which hold no memory: milliseconds instead of a forward. Layers that
-repeat are computed once.
+The graphs run on tensors of the meta device, which hold no memory: milliseconds instead of a
+forward. Layers that repeat are computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, op_key
+from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, op_key, schema_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.stored import statistics
@@ -30,7 +32,7 @@ REMEDY = (
 
 
 def check_sizes(trace: Trace, plan: Plan) -> None:
-    """Run every graph of a plan on fake tensors and compare each node's size with the plan's.
+    """Run every graph of a plan without memory and compare each node's size with the plan's.
 
     Raises:
         PlanError: a node has another size than the plan says, or cannot be computed at a size;
@@ -61,7 +63,6 @@ class _Checker:
         self.whole = {name: tuple(t.shape) for name, t in self.state.items()}
         self.nodes = {n.name: n for n in trace.graph.nodes}
         self.sources = statistics(plan)
-        self.mode = FakeTensorMode()
         self.known: dict[Hashable, object] = {}
 
     def check(
@@ -72,10 +73,10 @@ class _Checker:
         *,
         standalone: bool = False,
     ) -> None:
-        """Run one graph over tensors of these shapes; what fakes cannot follow is left alone."""
+        """Run one graph over tensors of these shapes; what has no sizes there is left alone."""
         widths = self.plan.ladder[level if standalone else -1]
         values: dict[fx.Node, object] = {}
-        with self.mode, torch.no_grad():
+        with torch.no_grad():
             for node in graph.nodes:
                 if node.op == "placeholder":
                     values[node] = self._input(node, widths)
@@ -88,7 +89,7 @@ class _Checker:
         info = info_of(self.nodes[node.meta["origin"][0]])
         assert isinstance(info, TensorInfo)
         planned = self.plan.dims(node.meta["origin"][0])
-        return torch.empty(_sizes(planned, widths) if planned else info.shape, dtype=info.dtype)
+        return _empty(_sizes(planned, widths) if planned else info.shape, info.dtype)
 
     def _tensor(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Tensor | bool:
         if name == "training":
@@ -97,12 +98,11 @@ class _Checker:
             own = self.state[name]
             shape = shapes.get(name, tuple(own.shape))
             if own.layout != torch.strided:
-                return torch.empty(shape, dtype=own.dtype).to_sparse()
-            made = self._once((shape, own.dtype), lambda: torch.empty(shape, dtype=own.dtype))
-            return cast("Tensor", made)
+                return _sparse(shape, own.dtype, "meta")
+            return _empty(shape, own.dtype)
         info = info_of(self.nodes[self.sources[name]])
         assert isinstance(info, TensorInfo)
-        return torch.empty(shapes[name], dtype=info.dtype)
+        return _empty(shapes[name], info.dtype)
 
     def _run(self, node: fx.Node, values: dict[fx.Node, object]) -> None:
         place, own = self._place(node), "origin" in node.meta
@@ -151,15 +151,14 @@ class _Checker:
                     raise PlanError(self._text(place, said))
 
     def _follows(self, node: fx.Node) -> bool:
-        """Tell whether fake tensors can compute a node at full size, as the user's graph has it."""
+        """Tell whether a node can be computed so at full size, as the user's graph has it."""
 
-        def fake(value: fx.Node) -> object:
+        def full(value: fx.Node) -> object:
             info = info_of(value)
-            return _faked(info) if info is not None else self._tensor(str(value.target), self.whole)
+            return _like(info) if info is not None else self._tensor(str(value.target), self.whole)
 
         try:
-            with FakeTensorMode(), torch.no_grad():
-                _called(node, fake)
+            _called(node, full)
         except Exception:  # noqa: BLE001  whatever an op raises, it cannot be followed
             return False
         return True
@@ -194,15 +193,55 @@ def _called(
     """Compute a node over values of our own."""
     call = cast("Callable[..., object]", node.target)
     args, kwargs = cast("tuple[Any, Any]", fx.map_arg((node.args, node.kwargs), value_of))
-    return once((node.target, _word(args), _word(kwargs)), lambda: call(*args, **kwargs))
+    if _makes(call):
+        kwargs = {**kwargs, "device": "meta"}
+    return once((call, _word(args), _word(kwargs)), partial(_computed, call, args, kwargs))
 
 
-def _faked(info: Info) -> object:
+@cache
+def _makes(op: object) -> bool:
+    """Tell whether an op is told where its tensor shall be."""
+    given = schema_of(op).arguments if hasattr(op, "_schema") else ()
+    return any(a.name == "device" and a.kwarg_only for a in given)
+
+
+def _computed(call: Callable[..., object], args: Any, kwargs: Any) -> object:
+    """Call an op without memory; what the meta device has no kernel for, on fake tensors.
+
+    Fake tensors know more ops and speak of their device, and take a hundred times as long.
+    """
+    try:
+        return call(*args, **kwargs)
+    except Exception:  # noqa: BLE001  ops of any library run here
+        with FakeTensorMode():
+            args, kwargs = pytree.tree_map_only(
+                Tensor, partial(_moved, device="cpu"), (args, kwargs)
+            )
+            found = call(*args, **({"device": "cpu"} if "device" in kwargs else {}))
+        return pytree.tree_map_only(Tensor, partial(_moved, device="meta"), found)
+
+
+def _moved(value: Tensor, device: str) -> Tensor:
+    """Return a tensor of the same kind elsewhere; there are no values to copy."""
+    if value.layout != torch.strided:
+        return _sparse(tuple(value.shape), value.dtype, device)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def _sparse(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.empty(shape, dtype=dtype, layout=torch.sparse_coo, device=device)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _like(info: Info) -> object:
     if isinstance(info, TensorInfo):
         if -1 in info.shape:
             raise LookupError("a size that only the data decides")
-        return torch.empty(info.shape, dtype=info.dtype)
-    return tuple(map(_faked, info)) if isinstance(info, tuple) else info
+        return _empty(info.shape, info.dtype)
+    return tuple(map(_like, info)) if isinstance(info, tuple) else info
 
 
 def _sizes(shape: tuple[Dim, ...], widths: Widths) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ class SchemaArgument(Protocol):
     type: object
     alias_info: AliasInfo | None
     is_out: bool
+    kwarg_only: bool
     default_value: Any
 
     def has_default_value(self) -> bool:
