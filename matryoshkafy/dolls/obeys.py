@@ -208,7 +208,7 @@ def _makes(op: object) -> bool:
 def _computed(call: Callable[..., object], args: Any, kwargs: Any) -> object:
     """Call an op without memory; what the meta device has no kernel for, on fake tensors.
 
-    Fake tensors know more ops and speak of their device, and take a hundred times as long.
+    Fake tensors know more ops and speak of their device, and take several times as long.
     """
     try:
         return call(*args, **kwargs)

@@ -1,4 +1,5 @@
-"""written_out(), computed(): whether the user's code holds a number as such, or computes it.
+"""written_out(), computed(), stated(), takes_root(): whether the user's code holds a number as
+such, or computes it.
 
 x * 0.25 scales by a quarter at every width, and so does x * step where step = 1 / 4 stands above;
 x * d ** -0.5 does so where d is 16 alone.
@@ -36,9 +37,14 @@ def written_out(node: fx.Node, value: float) -> bool:
     A statement that also takes a root or a power may have computed it: that is no proof.
     """
     statements, scope = _written(node)
-    if scope is None or any(COMPUTES.search(ast.unparse(s)) for s in statements):
+    if scope is None or takes_root(node):
         return False
     return any(math.isclose(value, n) for s in statements for n in _factors(s, scope))
+
+
+def takes_root(node: fx.Node) -> bool:
+    """Tell whether the statement that made a node takes a root or a power."""
+    return any(COMPUTES.search(ast.unparse(s)) for s in _written(node)[0])
 
 
 def computed(node: fx.Node, values: Iterable[int]) -> bool:
@@ -46,11 +52,24 @@ def computed(node: fx.Node, values: Iterable[int]) -> bool:
 
     Nor a name of one: side = 3 above it is as good as the 3.
     """
+    said = _said(node)
+    return bool(said) and said.isdisjoint(map(float, values))
+
+
+def stated(node: fx.Node, values: Iterable[int]) -> bool:
+    """Tell whether the statement that made a node holds all of some numbers, or names of them."""
+    wanted = set(map(float, values))
+    return bool(wanted) and wanted <= _said(node)
+
+
+def _said(node: fx.Node) -> set[float | None]:
+    """Return what the expressions of a node's statement stand for, None among them where it is not
+    known; nothing where the statement is not known.
+    """
     statements, scope = _written(node)
     if scope is None:
-        return False
-    said = {_number(e, scope) for s in statements for e in ast.walk(s) if isinstance(e, ast.expr)}
-    return bool(statements) and said.isdisjoint(map(float, values))
+        return set()
+    return {_number(e, scope) for s in statements for e in ast.walk(s) if isinstance(e, ast.expr)}
 
 
 def _written(node: fx.Node) -> tuple[list[ast.stmt], _Scope | None]:

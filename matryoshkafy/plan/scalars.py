@@ -25,7 +25,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.literals import written_out
+from matryoshkafy.graph.literals import takes_root, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
@@ -96,14 +96,23 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
         return []
     for index, argument in enumerate(node.args):
         constant = _constant(argument, search.state)
-        found = _derived(constant, _widths_of(node, search))
-        if found is None and type(argument) is int:
-            found = _derived(constant, _counted_widths(node, search))
-        if found is None and constant[0]:
-            found = _derived(constant, _scaled_widths(node, constant[0], search))
+        found = _width_in(node, constant, type(argument) is int, search)
         if found and not written_out(node, constant[0]):
             return [_scalar(node, str(index), constant[0], found)]
     return []
+
+
+def _width_in(
+    node: fx.Node, constant: tuple[float, float], whole: bool, search: _Search
+) -> tuple[dims.Nested, float] | None:
+    """Return the width that a constant at a node holds, and the power of it."""
+    counted = _derived(constant, _counted_widths(node, search)) if whole else None
+    return (
+        _derived(constant, _widths_of(node, search))
+        or counted
+        or _derived(constant, _scaled_widths(node, constant[0], search))
+        or _of_model(node, constant, search)
+    )
 
 
 def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
@@ -132,6 +141,17 @@ def _derived(
             if width > 1 and math.isclose(value, width**power, rel_tol=tolerance):
                 return factor, power
     return None
+
+
+def _of_model(
+    node: fx.Node, constant: tuple[float, float], search: _Search
+) -> tuple[dims.Nested, float] | None:
+    """Return the model's own width and the power, where the statement takes a root of something."""
+    plan = search.plan
+    width = plan.groups[plan.main].size
+    found = _derived(constant, [(dims.Nested(plan.main, width), width, ROOTS)])
+    nested = any(map(dims.is_nested, plan.dims(node.name)))
+    return found if found and nested and takes_root(node) else None
 
 
 def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:

@@ -21,8 +21,16 @@ from torch import fx, nn
 
 from matryoshkafy import axes
 from matryoshkafy.axes.terms import Axis, Reason, Term
-from matryoshkafy.graph.literals import computed
-from matryoshkafy.graph.nodes import TensorInfo, info_of, is_op, reached, readers_of, sources_of
+from matryoshkafy.graph.literals import computed, stated
+from matryoshkafy.graph.nodes import (
+    TensorInfo,
+    bound_args,
+    info_of,
+    is_op,
+    reached,
+    readers_of,
+    sources_of,
+)
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import op_of
@@ -66,11 +74,12 @@ def hold_constants(trace: Trace, found: Findings) -> None:
 
     exp(-(x - centres)^2) has as many features as there are centres. No layer writes them and no
     parameter that trains has such an axis but to read it: a smaller class has as many. So do zeros
-    that are laid beside a width, where no layer's outputs meet them.
+    that are laid beside a width, and 1, 2, ... up to a number that the user's code holds, where no
+    layer's outputs meet them.
     """
     _hold_written(trace, found)
     state = trace.state()
-    frozen, owned = _laid_beside(trace, found), set[Axis]()
+    frozen, owned = _laid_beside(trace, found) | _counted(trace, found), set[Axis]()
     for node in (n for n in trace.graph.nodes if n.op == "get_attr" and n in found.terms):
         tensor = state.get(str(node.target))
         if isinstance(tensor, nn.Parameter):
@@ -98,6 +107,16 @@ def _laid_beside(trace: Trace, found: Findings) -> set[Axis]:
     """Return the axes of constants that an op puts around what it is given (pad)."""
     filling = (n for n in trace.graph.nodes if op_of(n).fills)
     return {a for n in filling for a in _axes(found.notes.get(n, {}).values())}
+
+
+def _counted(trace: Trace, found: Findings) -> set[Axis]:
+    """Return the axes of ranges whose ends the user's code states: arange(1, 7)."""
+    ranges = (n for n in trace.graph.nodes if op_of(n).counts and stated(n, _ends(n)))
+    return {a for n in ranges for a in _leaves(found, n)}
+
+
+def _ends(node: fx.Node) -> set[int]:
+    return {n for name, n in bound_args(node).items() if name in ("start", "end") if type(n) is int}
 
 
 def _own_dims(parameter: fx.Node, found: Findings) -> set[int]:

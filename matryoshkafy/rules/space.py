@@ -85,10 +85,11 @@ COMPLEX = frozenset("fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn".spl
 def fourier(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Transformed dims are mixed, the others pass; one that changes its length stays whole."""
     terms, new = list(walk.of(args["self"])), walk.shape(node)
-    dim = args.get("dim", -1)
+    dim, size = args.get("dim", -1), args.get("s")
+    every = range(-len(size if size else terms), 0)
     # As many frequencies as units: a narrower width has its own transform, as FNet's class has.
-    alike = op_key(node) in COMPLEX and args.get("n") is None and args.get("s") is None
-    for d in dims_of(range(len(terms)) if dim is None else dim, len(terms)):
+    alike = op_key(node) in COMPLEX and args.get("n") is None and size is None
+    for d in dims_of(every if dim is None else dim, len(terms)):
         if alike:
             walk.mix(terms[d])
             continue

@@ -296,3 +296,46 @@ class Halves(nn.Module):
         both[..., :width] = self.first(x)
         both[..., width:] = x
         return x + self.both(both.tanh())
+
+
+@block("users")
+class RadialBasis(nn.Module):
+    """Sines of six frequencies weigh messages (PaiNN): their count is a number of the code."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.filter, self.value = nn.Linear(6, s(WIDTH)), nn.Linear(s(WIDTH), s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance = 1 + x.square().mean(-1, keepdim=True)
+        basis = torch.sin(distance * torch.arange(1, 7, dtype=x.dtype)) / distance
+        return x + self.filter(basis) * self.value(x)
+
+
+@block("users")
+class Gains(nn.Module):
+    """Gains of the hidden units, scaled by the root of the model's width (nGPT)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(s(WIDTH), s(24)), nn.Linear(s(24), s(WIDTH))
+        self.gains, self.width = nn.Parameter(torch.ones(s(24))), s(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gains = self.gains * self.width**0.5
+        return F.normalize(x + self.down(F.silu(self.up(x) * gains)), dim=-1)
+
+
+@block("users")
+class Spectra(nn.Module):
+    """A complex filter over two axes of positions, back by their sizes alone (FNO)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(s(WIDTH), s(WIDTH), 2) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.mT.unsqueeze(-1).expand(-1, -1, -1, 4)
+        low = torch.fft.rfftn(grid, dim=[-2, -1])
+        made = torch.einsum("bixy,io->boxy", low, torch.view_as_complex(self.filter))
+        return x + torch.fft.irfftn(made, s=grid.shape[-2:]).mean(-1).mT

@@ -23,6 +23,7 @@ WHOLE: dict[str, tuple[Make, int]] = {
     "cells": (users.Cells, 6),
     "centres": (users.Centres, 9),
     "clusters": (users.Clusters, 4),
+    "frequencies": (users.RadialBasis, 6),
 }
 KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
     "feature maps": users.FeatureMaps,
@@ -35,6 +36,8 @@ KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
     "halves": users.Halves,
     "shortcut": users.ZeroShortcut,
     "fourth roots": users.FourthRoots,
+    "gains": users.Gains,
+    "spectra": users.Spectra,
 }
 
 
