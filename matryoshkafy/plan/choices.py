@@ -4,12 +4,14 @@ A softmax, and the logarithm of a sum of exponentials, share a whole out among a
 they are classes of the model (tags of a CRF, components of a mixture, atoms of a distribution over
 returns) no product reads them on. Where they are positions (keys that Linformer projects to a fixed
 number, cells of a memory) they come out of a product that summed over the features of two values,
-and go into one with the values of each. A width behind a softmax is neither: a layer writes it and
-a product reads it (feature maps of linear attention, soft gates).
+and go into one with the values of each. Clusters are written by one layer and meet themselves alone
+(DiffPool). A width behind a softmax is none of these: a layer reads it (soft gates), or two layers
+write what a product sums over (feature maps of linear attention).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from torch import fx
@@ -53,11 +55,23 @@ def _read(trace: Trace, found: Findings) -> set[Axis]:
         return any(t is not None and t.requires_grad for t in tensors)
 
     out: set[Axis] = set()
+    written = _written_once(found)
     for node, terms in found.contracted.items():
         weights = [n for n in node.all_input_nodes if n in found.pure]
+        leaves = {leaf for term in terms for leaf in alone(term)}
         if not weights or any(map(learns, weights)):
-            out.update(leaf for term in terms for leaf in alone(term))
+            out |= leaves if weights else leaves - written
     return out
+
+
+def _written_once(found: Findings) -> set[Axis]:
+    """Return the axes that one layer writes, once over: two halves of its outputs are two."""
+    writers = Counter[Axis]()
+    for weight, place in (p for n in found.contracted for p in weight_places(n).items()):
+        for term in (found.flat(weight)[d] for d in place.outs):
+            leaves = set(_axes((term,)))
+            writers.update(leaves if leaves == {*axes.resolve(term)} else [*leaves, *leaves])
+    return {leaf for leaf, times in writers.items() if times == 1}
 
 
 def _scores(node: fx.Node, leaf: Axis, found: Findings) -> Iterator[fx.Node]:

@@ -98,7 +98,7 @@ def _hold_written(trace: Trace, found: Findings) -> None:
     """
     for node in (n for n in trace.graph.nodes if op_of(n).fills):
         sides = found.notes.get(node, {}).values()
-        if not computed(node, {axes.size(side) for side in sides}):
+        if sides and not computed(node, {axes.size(side) for side in sides}):
             for leaf in _axes(sides):
                 axes.fix((leaf,), Reason(KIND, node.name))
 

@@ -57,8 +57,10 @@ _register(3, "upsample_trilinear3d")
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sample(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Channels pass; where to sample is whole."""
-    hold(walk, walk.of(args["grid"]), "space")
+    """Channels pass; samples (heads among them) are those of the grid; where to sample is whole."""
+    samples, *places = walk.of(args["grid"])
+    walk.unify(samples, walk.of(args["input"])[0])
+    hold(walk, places, "space")
     return _spatial(walk, node, len(walk.shape(node)) - 2)
 
 

@@ -10,7 +10,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.axes.terms import Term
-from matryoshkafy.graph.nodes import op_key, tensor_info
+from matryoshkafy.graph.nodes import is_tensor, op_key, tensor_info
 from matryoshkafy.rules.table import (
     Args,
     Argument,
@@ -203,8 +203,9 @@ def _times(sizes: Sizes) -> None:
 
 @rule("repeat_interleave", sizes=_times)
 def repeat_interleave(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Each unit n times in a row: axis.copies(n)."""
-    if not isinstance(args.get("repeats"), int):
+    """Each unit n times in a row: axis.copies(n). As often as there are rows, one unit is rows."""
+    times = args.get("repeats")
+    if times is None or is_tensor(times):
         return None
     terms, new = list(walk.of(args["self"])), walk.shape(node)
     if args.get("dim") is None:

@@ -339,3 +339,51 @@ class Spectra(nn.Module):
         low = torch.fft.rfftn(grid, dim=[-2, -1])
         made = torch.einsum("bixy,io->boxy", low, torch.view_as_complex(self.filter))
         return x + torch.fft.irfftn(made, s=grid.shape[-2:]).mean(-1).mT
+
+
+@block("users")
+class Deformed(nn.Module):
+    """Each head looks at three places of its own (Deformable DETR)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.heads = s(4)
+        self.value, self.out = (nn.Linear(s(WIDTH), s(WIDTH)) for _ in range(2))
+        self.place = nn.Linear(s(WIDTH), self.heads * 3 * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        values = self.value(x).mT.reshape(n * self.heads, -1, length, 1)
+        places = self.place(x).tanh().view(n, length, self.heads, 3, 2)
+        places = places.transpose(1, 2).flatten(0, 1)
+        seen = F.grid_sample(values, places, align_corners=False).mean(-1)
+        return x + self.out(seen.reshape(n, -1, length).mT)
+
+
+@block("users")
+class Pooled(nn.Module):
+    """Positions are shared out among 3 clusters, which meet each other (DiffPool)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.share, self.value = nn.Linear(s(WIDTH), 3), nn.Linear(s(WIDTH), s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.share(x).softmax(-1)
+        near, pooled = share.mT @ share, share.mT @ self.value(x)
+        return x + share @ (near @ pooled)
+
+
+@block("users")
+class Members(nn.Module):
+    """An ensemble of 3 that differ in gains, as rows of one batch (BatchEnsemble)."""
+
+    def __init__(self, s: Scale) -> None:
+        super().__init__()
+        self.gains, self.out = nn.Parameter(torch.rand(3, s(WIDTH))), nn.Linear(s(WIDTH), s(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        gains = self.gains.repeat_interleave(count, 0).unsqueeze(1)
+        wide = self.out(x.repeat(3, 1, 1) * gains).relu()
+        return x + wide.view(3, count, *x.shape[1:]).mean(0)

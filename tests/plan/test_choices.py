@@ -24,6 +24,7 @@ WHOLE: dict[str, tuple[Make, int]] = {
     "centres": (users.Centres, 9),
     "clusters": (users.Clusters, 4),
     "frequencies": (users.RadialBasis, 6),
+    "pooled": (users.Pooled, 3),
 }
 KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
     "feature maps": users.FeatureMaps,
@@ -38,6 +39,8 @@ KINDS: dict[str, Make] = {name: make for name, (make, _) in WHOLE.items()} | {
     "fourth roots": users.FourthRoots,
     "gains": users.Gains,
     "spectra": users.Spectra,
+    "deformed": users.Deformed,
+    "members": users.Members,
 }
 
 
