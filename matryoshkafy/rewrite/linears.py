@@ -83,8 +83,7 @@ def _is_own(operand: object) -> bool:
 def _linear(holder: nn.Module) -> nn.Linear:
     held = dict(holder.named_parameters(recurse=False))
     weight, bias = held["weight"], held.get("bias")
-    with torch.device("meta"):
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     made.weight = weight
     if bias is not None:
         made.bias = bias
