@@ -90,7 +90,7 @@ class Doll(nn.Module):
         # a file may not name may well be copied.
         root = copy.deepcopy(self.__dict__["_root"], memo)
         made = Doll(replace(self._trace, root=root), self._plan, self.__dict__["_attributes"])
-        return made.checkpoint_gradients(self._parts)
+        return made.checkpoint_gradients(self._parts) if self._parts else made
 
     def train(self, mode: bool = True) -> Doll:
         """Switch dropout and batch norm, as in any module.

@@ -37,14 +37,20 @@ def written_out(node: fx.Node, value: float) -> bool:
     A statement that also takes a root or a power may have computed it: that is no proof.
     """
     statements, scope = _written(node)
-    if scope is None or takes_root(node):
+    if scope is None or _rooted(statements):
         return False
     return any(math.isclose(value, n) for s in statements for n in _factors(s, scope))
 
 
-def takes_root(node: fx.Node) -> bool:
-    """Tell whether the statement that made a node takes a root or a power."""
-    return any(COMPUTES.search(ast.unparse(s)) for s in _written(node)[0])
+def takes_root(node: fx.Node, value: float) -> bool:
+    """Tell whether the statement that made a node takes a root or a power, and does not hold a
+    number, which it may have computed so.
+    """
+    return _rooted(_written(node)[0]) and not stated(node, [value])
+
+
+def _rooted(statements: Iterable[ast.stmt]) -> bool:
+    return any(COMPUTES.search(ast.unparse(s)) for s in statements)
 
 
 def computed(node: fx.Node, values: Iterable[int]) -> bool:
@@ -56,7 +62,7 @@ def computed(node: fx.Node, values: Iterable[int]) -> bool:
     return bool(said) and said.isdisjoint(map(float, values))
 
 
-def stated(node: fx.Node, values: Iterable[int]) -> bool:
+def stated(node: fx.Node, values: Iterable[float]) -> bool:
     """Tell whether the statement that made a node holds all of some numbers, or names of them."""
     wanted = set(map(float, values))
     return bool(wanted) and wanted <= _said(node)

@@ -151,7 +151,7 @@ def _of_model(
     width = plan.groups[plan.main].size
     found = _derived(constant, [(dims.Nested(plan.main, width), width, ROOTS)])
     nested = any(map(dims.is_nested, plan.dims(node.name)))
-    return found if found and nested and takes_root(node) else None
+    return found if found and nested and takes_root(node, constant[0]) else None
 
 
 def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:

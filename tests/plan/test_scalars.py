@@ -238,6 +238,23 @@ def test_a_number_under_a_name_is_no_root_unless_it_is_one(kind: str) -> None:
     assert [s.value for s in doll.plan.scalars] == [0.25] * (kind == "root")
 
 
+def test_a_number_beside_a_power_of_something_else_is_no_root_of_the_model_s_width() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 16), nn.Linear(16, 5)
+            self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """x [N, 3] -> [N, 5]"""
+            x = self.first(x)
+            h = self.up(x).tanh()
+            return self.last(x + self.down(h * 0.25 + h**2))
+
+    plan = mk.inspect(Beside(), (torch.randn(4, 3),), sizes=[4, 16], nesting="sliced")
+    assert plan.scalars == ()
+
+
 def test_a_fourth_root_of_one_operand_is_a_number_like_any_other() -> None:
     class One(Scaled):
         def forward(self, ids: Tensor) -> Tensor:
