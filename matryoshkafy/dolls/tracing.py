@@ -18,9 +18,10 @@ from matryoshkafy.dolls.gradients import (
 )
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.copies import chance_kept, copied_inputs, reseed_others, seed_torch, spare
 from matryoshkafy.graph.quiet import modes_kept, silent
-from matryoshkafy.graph.trace import Trace, trace
+from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
 from matryoshkafy.graph.trials import settled
 
@@ -55,6 +56,7 @@ def traced(
 def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace:
     evaluated = compared(found, model, flat, training=False)
     _refuse(Beside(found, model), flat, evaluated)
+    _refuse_first_call(found, model, flat, evaluated)
     found, training = trained(found, model, flat, evaluated)
     beside = Beside(found, model)
     found = _settled(found, flat, beside)
@@ -93,6 +95,31 @@ def _refuse(beside: Beside, flat: Sequence[torch.Tensor], evaluated: Pair | None
             "chosen by the values of a mask), or draw random numbers that are not torch's. Turn "
             "that path off, or give the inputs it makes for itself (masks, position ids) yourself."
         )
+
+
+def _refuse_first_call(
+    found: Trace, model: nn.Module, flat: Sequence[torch.Tensor], evaluated: Pair | None
+) -> None:
+    """Refuse the path of a call that makes a model ready: its next call takes another."""
+    after = evaluated.expected.state if evaluated is not None else {}
+    own = tensors_of(model)
+    written = [name for name, t in after.items() if name in own and not torch.equal(t, own[name])]
+    if not written:
+        return
+    args, kwargs = copied_inputs(*found.signature.call(flat))
+    with spare(model) as twin:
+        with torch.no_grad(), modes_kept(twin):
+            twin.eval()(*args, **kwargs)
+        again = trace(twin, *found.signature.call(flat))
+    if [n.target for n in again.graph.nodes] == [n.target for n in found.graph.nodes]:
+        return
+    branch = next((n for n in found.notes if n.startswith(SPECIALISED)), "").partition(";")[0]
+    where = f" ({branch.removeprefix(SPECIALISED)})" if branch else ""
+    raise TraceError(
+        f"the forward writes into {written[0]!r}, and its next call takes another path than its "
+        f"first, which was traced{where}. Expected a model that is ready: call it once "
+        "(model(*inputs)), then convert it."
+    )
 
 
 @dataclass(frozen=True)

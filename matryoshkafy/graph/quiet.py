@@ -66,11 +66,13 @@ def silent() -> Generator[None, None, None]:
         warnings.simplefilter("ignore")
         for handler in handlers:
             handler.addFilter(mute)
+        inside = "print" in vars(torch_export)  # a trace within a check is silent already
         torch_export.print = _nothing  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            del torch_export.print  # type: ignore[attr-defined]
+            if not inside:
+                del torch_export.print  # type: ignore[attr-defined]
             for handler in handlers:
                 handler.removeFilter(mute)
 

@@ -283,6 +283,41 @@ def test_a_recorded_path_that_no_smaller_model_can_take_is_refused() -> None:
         mk.convert(Uneven(), (x,), sizes=[0.25, 1.0], nesting="sliced")
 
 
+class Readied(nn.Module):
+    """Takes its shift from the first inputs that it sees; a buffer or an attribute says so."""
+
+    shift: torch.Tensor
+    held: torch.Tensor
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.first, self.last, self.flag = nn.Linear(3, 16), nn.Linear(16, 5), flag
+        self.register_buffer("shift", torch.zeros(16))
+        self.register_buffer("held", torch.tensor(False))
+        self.known = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, 3] -> [N, 5]"""
+        h = self.first(x)
+        if not (self.held if self.flag == "held" else self.known):
+            self.shift.copy_(h.detach().mean(0))
+            self.held.fill_(True)
+            self.known = True
+        return self.last((h - self.shift).tanh())
+
+
+@pytest.mark.filterwarnings("ignore")  # a branch on a buffer is recorded, and said
+@pytest.mark.parametrize("flag", ["held", "known"])
+def test_a_model_that_its_first_call_makes_ready_is_refused_until_it_is(flag: str) -> None:
+    model, x, y = Readied(flag), torch.randn(4, 3), torch.randn(4, 3)
+    with pytest.raises(TraceError, match=r"call it once \(model\(\*inputs\)\)"):
+        mk.convert(model, (x,), sizes=[8, 16], nesting="sliced")
+    assert not model.held and not model.known and not model.shift.any()
+    model(x)
+    doll = mk.convert(model, (x,), sizes=[8, 16], nesting="sliced")
+    torch.testing.assert_close(doll(y), model(y))
+
+
 def test_a_rule_that_raises_costs_widths_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(walk: object, node: object, args: object) -> None:
         raise IndexError("not foreseen")
