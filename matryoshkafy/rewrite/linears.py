@@ -18,6 +18,7 @@ def as_modules(root: nn.Module, graph: fx.Graph) -> None:
     A weight that is read elsewhere too (a tied head), is computed, or has neighbours in its module
     stays an operand: a module in its place would hide a part of the model from who replaces it.
     """
+    _read_elsewhere(root, graph)
     for node in list(graph.nodes):
         place = _place(root, node)
         if place is None:
@@ -28,6 +29,27 @@ def as_modules(root: nn.Module, graph: fx.Graph) -> None:
         node.op, node.target, node.args = "call_module", place, node.args[:1]
         for operand in operands:
             graph.erase_node(operand)
+
+
+def _read_elsewhere(root: nn.Module, graph: fx.Graph) -> None:
+    """Take device and dtype off a tensor that no linear has: its weight would be read twice."""
+    readers: dict[str, list[object]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        targets = [user.target for user in node.users if user.target is not getattr]
+        readers.setdefault(str(node.target), []).extend(targets)
+    mine = {name for name, targets in readers.items() if targets == [LINEAR]}
+    others = [name for name in readers if name not in mine]
+    for read in graph.find_nodes(op="call_function", target=getattr):
+        name = str(read.all_input_nodes[0].target)
+        alike = (o for o in others if _tensor(root, o).dtype == _tensor(root, name).dtype)
+        if name in mine and (other := next(alike, None)):
+            with graph.inserting_before(read):
+                read.args = (graph.create_node("get_attr", other), *read.args[1:])
+
+
+def _tensor(root: nn.Module, name: str) -> torch.Tensor:
+    parent, _, leaf = name.rpartition(".")
+    return cast("torch.Tensor", getattr(root.get_submodule(parent), leaf))
 
 
 def as_functions(graph: fx.Graph, root: nn.Module) -> None:
@@ -71,7 +93,7 @@ def _place(root: nn.Module, node: fx.Node) -> str | None:
     holder = root.get_submodule(place)
     others = [*holder.buffers(recurse=False), *holder.children()]
     # Whatever else the module holds would be lost with it, or call for a module of another kind.
-    held = [name for name, _ in holder.named_parameters(recurse=False)] == leaves and not others
+    held = {name for name, _ in holder.named_parameters(recurse=False)} == {*leaves} and not others
     plain = type(holder) is nn.Module and held and names == [f"{place}.{leaf}" for leaf in leaves]
     return place if plain else None
 

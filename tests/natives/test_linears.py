@@ -21,13 +21,15 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = nn.Linear(1, 16)
         self.table = nn.Embedding(11, 16)
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16, bias=False)
         self.twice, self.tied = nn.Linear(16, 16), nn.Linear(16, 11, bias=False)
         self.tied.weight = self.table.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        h = self.table(ids)
+        # The device and the type of what is made come from the first tensor that is read.
+        h = self.first(torch.arange(ids.shape[1]).unsqueeze(-1) / 2) + self.table(ids)
         h = h + self.down(torch.relu(self.up(h)))
         h = self.twice(torch.relu(self.twice(h)))
         return self.tied(h)
@@ -44,10 +46,20 @@ def small() -> torch.fx.GraphModule:
 
 def test_a_linear_whose_weight_is_its_own_is_a_module(small: torch.fx.GraphModule) -> None:
     linears = {n: m for n, m in small.named_modules() if isinstance(m, nn.Linear)}
-    assert set(linears) == {"up", "down"}
+    assert set(linears) == {"first", "up", "down"}
     assert (linears["up"].in_features, linears["up"].out_features) == (8, 16)
     assert linears["down"].bias is None
     assert set(small.state_dict()) == set(Net().state_dict())
+
+
+def test_a_linear_that_was_loaded_is_a_module(small: torch.fx.GraphModule, tmp_path: Path) -> None:
+    """Files hold tensors by name: the bias before the weight."""
+    loaded = mk.load(mk.save(small, tmp_path / "small"))
+    assert {n for n, m in loaded.named_modules() if isinstance(m, nn.Linear)} == {
+        "first",
+        "up",
+        "down",
+    }
 
 
 def test_what_replaces_it_changes_what_is_computed(small: torch.fx.GraphModule) -> None:
