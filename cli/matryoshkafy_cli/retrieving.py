@@ -93,6 +93,15 @@ def _rows(path: Path, columns: list[str]) -> dict[str, list[str]]:
             f"{path} cannot be read as a parquet table with the columns {', '.join(columns)}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    if not len(found):
+        raise CommandError(f"{path} has no rows; expected a text a row")
+    for name in columns:
+        if found[name].null_count():
+            row = found[name].is_null().arg_max()
+            raise CommandError(
+                f"{path}: row {row} has no {name} ({found[name].null_count()} such rows); leave "
+                "them out, or give them a text"
+            )
     return {name: [str(v) for v in found[name].to_list()] for name in columns}
 
 

@@ -87,6 +87,19 @@ def test_what_does_not_fit_is_said(place, words, message: str) -> None:
     assert message in result.output
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["a ball", None, "a box"], "row 1 has no text"), ([], "has no rows")],
+)
+def test_texts_that_are_missing_are_refused(tmp_path, texts, message: str) -> None:
+    path = tmp_path / "t.parquet"
+    polars.DataFrame({"text": texts}, schema={"text": polars.String}).write_parquet(path)
+    nothing = ["--encoder", tmp_path, "--vectors", tmp_path / "v.safetensors"]
+    result = run("retrieve", path, *nothing, "--query", "ball")
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+
+
 def test_vectors_of_other_texts_are_refused(place, tmp_path) -> None:
     retrieve(place, "--query", "red")
     polars.DataFrame({"text": ["red apple"]}).write_parquet(tmp_path / "t.parquet")
