@@ -26,8 +26,9 @@ def _name(path: tuple[object, ...]) -> str:
 def name_axes(path: Path) -> None:
     """Call the free dimensions of an ONNX file batch and sequence instead of numbered symbols.
 
-    The first free dimension of an input is its batch, the second its sequence; a symbol that names
-    neither keeps its own name.
+    The first free dimension of an input is its batch, the second its sequence; what stands before
+    that sequence in another input (a mask that is read by index) is the batch, too. A symbol that
+    names neither keeps its own name.
     """
     import onnx
 
@@ -38,6 +39,10 @@ def name_axes(path: Path) -> None:
         for axis, dim in zip(AXES, value.type.tensor_type.shape.dim, strict=False):
             if dim.dim_param and dim.dim_param not in names and axis not in names.values():
                 names[dim.dim_param] = axis
+    for value in model.graph.input:
+        first, *rest = [dim.dim_param for dim in value.type.tensor_type.shape.dim] or [""]
+        if first and names.get(rest[0] if rest else "") == "sequence":
+            names.setdefault(first, "batch")
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:

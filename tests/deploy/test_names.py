@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import matryoshkafy as mk
 from matryoshkafy.deploy.export import export
@@ -66,3 +66,27 @@ def test_a_plain_output_has_a_plain_name(tmp_path: Path) -> None:
     doll = mk.convert(net, (torch.randn(2, 6),), sizes=[4, 8], nesting="sliced")
     path = export(mk.slice(doll, 4), tmp_path / "net.onnx").path
     assert [o.name for o in onnx.load(path).graph.output] == ["output"]
+
+
+class Masked(nn.Module):
+    """A mask that is read by index, so that its graph knows no batch that it shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 30)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        seen = attention_mask[torch.arange(x.shape[0])]
+        scores = x @ x.transpose(1, 2) + seen[:, None].log().clamp_min(-1e4)
+        return self.head(scores.softmax(-1) @ x)
+
+
+def test_a_mask_that_is_read_by_index_has_the_same_batch(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    call = {"input_ids": torch.randint(0, 30, (2, 7)), "attention_mask": torch.ones(2, 7)}
+    doll = mk.convert(Masked().eval(), call, sizes=[8, 16], nesting="sliced")
+    graph = onnx.load(export(mk.slice(doll, 8), tmp_path / "masked.onnx").path).graph
+    for value in graph.input:
+        named = [d.dim_param for d in value.type.tensor_type.shape.dim]
+        assert named == ["batch", "sequence"], value.name
