@@ -24,7 +24,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Signatures that are fixed, as public API or as options of a command.
 KNOWN = {
-    "cli/matryoshkafy_cli/converting.py:convert parameters": 13,
+    "cli/matryoshkafy_cli/converting.py:convert parameters": 14,
     "cli/matryoshkafy_cli/describing.py:info parameters": 9,
     "cli/matryoshkafy_cli/exporting.py:export parameters": 11,
     "cli/matryoshkafy_cli/inspecting.py:inspect parameters": 9,

@@ -39,6 +39,10 @@ def convert(  # noqa: PLR0913  an option is a parameter
     ] = 1,
     keep: Keep = None,
     weights: Weights = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the code that a folder's config.json names."),
+    ] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -56,7 +60,7 @@ def convert(  # noqa: PLR0913  an option is a parameter
         from matryoshkafy_cli.models import load_model, source_of_spec
 
         check_target(output, force=force)
-        loaded = load_model(model, weights)
+        loaded = load_model(model, weights, trusted=trust_remote_code)
     with screen.step("tracing and planning"):
         chosen = loaded.nesting(nesting, scope)
         options = {"nesting": chosen, "norm": norm, "scope": scope, "keep": tuple(keep or ())}

@@ -17,18 +17,31 @@ FORMS = (
 )
 
 
-def load_model(spec: str, weights: Path | None = None) -> Loaded:
+def load_model(spec: str, weights: Path | None = None, *, trusted: bool = False) -> Loaded:
     """Return the model of a spec in evaluation mode, after one forward pass on its inputs.
 
-    Raises CommandError that says what was given, what was expected and what to do.
+    `trusted` runs the code that a folder of transformers names in its config.json. Raises
+    CommandError that says what was given, what was expected and what to do.
     """
-    loaded = _reader(spec)(spec)
+    loaded = _trusted(spec) if trusted else _reader(spec)(spec)
     if weights is not None:
         _load_weights(loaded.model, weights)
         loaded = replace(loaded, weights=str(weights))
     loaded.model.eval()
     _try(loaded, spec)
     return loaded
+
+
+def _trusted(spec: str) -> Loaded:
+    from matryoshkafy_cli.transformers_models import from_folder
+
+    if _reader(spec) is not _transformers:
+        raise CommandError(
+            f"--trust-remote-code was given for {spec}; expected it with a folder of transformers. "
+            "Leave it out: a Python file or module is run anyway, no other model has code of its "
+            "own."
+        )
+    return from_folder(Path(spec), trusted=True)
 
 
 def _reader(spec: str) -> Callable[[str], Loaded]:

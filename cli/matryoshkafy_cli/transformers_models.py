@@ -1,4 +1,4 @@
-"""A local folder of transformers or sentence-transformers: never remote code, never pickle."""
+"""A local folder of transformers or sentence-transformers: never pickle, no code unless trusted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from matryoshkafy_cli.loaded import RANDOM, Loaded
 from matryoshkafy_cli.screen import CommandError
 
 
-def from_folder(folder: Path) -> Loaded:
-    """Return the model of a folder, in the class that its config names, and inputs for it."""
+def from_folder(folder: Path, *, trusted: bool = False) -> Loaded:
+    """Return the model of a folder, in the class that its config names, and inputs for it.
+
+    `trusted` runs the code that the folder brings with it.
+    """
     _require("transformers", folder, "transformers")
     try:
-        model = _build(folder)
+        model = _build(folder, trusted=trusted)
     except READING as error:
         raise _unreadable(folder, "transformers", error) from error
     weights = str(folder) if any(folder.glob("*.safetensors")) else RANDOM
@@ -36,9 +39,9 @@ def _require(module: str, folder: Path, library: str) -> None:
 def _unreadable(folder: Path, library: str, error: Exception) -> CommandError:
     if "trust_remote_code" in str(error):
         return CommandError(
-            f"{folder} names code of its own in config.json, which is never run here. Expected a "
-            "class of the library itself. Where you trust that code, load the model in a Python "
-            "file of yours with trust_remote_code=True, and convert that: model.py."
+            f"{folder} names code of its own in config.json, which is not run. Expected a class of "
+            "the library itself. Where you trust that code, convert with --trust-remote-code, or "
+            "load the model in a Python file of yours and convert that: model.py."
         )
     return CommandError(
         f"{folder} cannot be loaded by {library}: {str(error).strip()[:400]}\nExpected a "
@@ -47,21 +50,30 @@ def _unreadable(folder: Path, library: str, error: Exception) -> CommandError:
     )
 
 
-def _build(folder: Path) -> Any:
+def _build(folder: Path, *, trusted: bool) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    local = {"local_files_only": True, "trust_remote_code": False}
+    local = {"local_files_only": True, "trust_remote_code": trusted}
     config = transformers.AutoConfig.from_pretrained(folder, **local)
     name = (config.architectures or [""])[0]
-    maker: Any = getattr(transformers, name, transformers.AutoModel)
+    own = [auto for auto, where in _own_code(config).items() if where.endswith(f".{name}")]
+    maker: Any = getattr(transformers, own[0] if own else name, transformers.AutoModel)
     if any(folder.glob("*.safetensors")):
         model = maker.from_pretrained(folder, config=config, use_safetensors=True, **local)
     else:
         _refuse_pickle(folder)
-        model = maker.from_config(config) if name == "" else maker(config)
+        auto = name == "" or own
+        model = maker.from_config(config, trust_remote_code=trusted) if auto else maker(config)
     return model
+
+
+def _own_code(config: Any) -> dict[str, str]:
+    """Return {class of transformers: file.Class} of the code that a folder brings with it."""
+    return {
+        k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if isinstance(v, str)
+    }
 
 
 def _refuse_pickle(folder: Path) -> None:

@@ -45,7 +45,7 @@ example_inputs = torch.randn(2, 6)
 FLAGS = {
     "inspect": "--debug --json --keep --nesting --quiet --scope --sizes --weights -q",
     "convert": "--debug --force --json --keep --multiple-of --nesting --norm --output --quiet "
-    "--scope --sizes --weights -o -q",
+    "--scope --sizes --trust-remote-code --weights -o -q",
     "slice": "--all --class --debug --force --import --json --output --quiet --size --to -o -q",
     "pack": "--debug --force --import --json --output --quiet --to -o -q",
     "verify": "--against --debug --device --import --json --quiet -q",

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import matryoshkafy as mk
 from matryoshkafy.natives.saving import source_at
@@ -78,9 +81,55 @@ def test_code_that_a_configuration_names(llama: Path, tmp_path: Path, target: Pa
     config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": named}
     (folder / "config.json").write_text(json.dumps(config))
     text = refused(target, "convert", folder, "--sizes", "16,64")
-    assert "never run" in text
-    assert "model.py" in text
+    assert "not run" in text
+    assert "--trust-remote-code" in text
     assert not ran.exists()
+
+
+CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+    def __init__(self, hidden_size=32, vocab_size=40, **rest):
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        super().__init__(**rest)
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.head(self.table(input_ids))
+"""
+
+
+def test_code_that_is_trusted_is_run(tmp_path: Path, target: Path) -> None:
+    folder, places = tmp_path / "own_folder", torch.randint(0, 40, (2, 7))
+    folder.mkdir()
+    (folder / "own.py").write_text(CODE)
+    named = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": named}
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32, "vocab_size": 40}))
+    layers = nn.ModuleDict({"table": nn.Embedding(40, 32), "head": nn.Linear(32, 40)})
+    save_file(layers.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    refused(target, "convert", folder, "--sizes", "16,32")
+    checkpoint = tmp_path / "kept"
+    code, text = run("convert", folder, "--sizes", "16,32", "--trust-remote-code", "-o", checkpoint)
+    assert code == 0, text
+    wanted = layers["head"](layers["table"](places))
+    torch.testing.assert_close(mk.load(checkpoint)(places), wanted)
+    text = refused(target, "slice", checkpoint, "--size", 16, "--to", "hf")
+    assert "code of its own" in text
+    text = refused(target, "convert", "model.py", "--sizes", "16", "--trust-remote-code")
+    assert "folder of transformers" in text
 
 
 def test_a_tokenizer_that_is_missing(checkpoint: Path, tmp_path: Path, target: Path) -> None:
