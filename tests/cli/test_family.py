@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,33 @@ def test_a_family_is_made_and_a_rerun_takes_up_what_is_there(
     found = json.loads(again.stdout)["sizes"]
     assert [{k: v for k, v in row.items() if k != "rate"} for row in found] == kept
     assert (out / "start" / "matryoshka.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_long_distillation_starts_from_a_turned_stream(
+    encoder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short one cannot bring the full model back, and permutes it."""
+    gained = tmp_path / "gained"
+    shutil.copytree(encoder, gained)
+    model = transformers.BertModel.from_pretrained(gained)
+    for part in model.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            torch.nn.init.uniform_(part.weight, 0.5, 1.5)
+    model.save_pretrained(gained)
+    monkeypatch.setattr("matryoshkafy_cli.families.SETTLED", 5)
+    out, rows = tmp_path / "out", {}
+    for steps in (4, 5):
+        words = ["--sizes", "16,32", "--data", texts, "-o", out / str(steps), "--steps", steps]
+        found = run("family", gained, *words, "--json")
+        assert found.exit_code == 0, found.output
+        rows[steps] = json.loads(found.stdout)["sizes"]
+    told = {steps: (out / str(steps) / "order.txt").read_text() for steps in rows}
+    assert told[4].startswith("rotated 0 groups") and told[5].startswith("rotated 1 groups")
+    assert rows[4][-1]["spearman"] > rows[5][-1]["spearman"] > 0.5
+    for row in rows[5]:
+        small = transformers.AutoModel.from_pretrained(out / "5" / row["folder"])
+        assert small.config.hidden_size == row["size"]
 
 
 @pytest.mark.filterwarnings("ignore")
