@@ -22,8 +22,8 @@ from matryoshkafy.training import Recipe, Term, distil
 from matryoshkafy_cli.screen import CommandError, table
 
 START, TURNED, RUN, REPORT = "start", "start-turned", "run", "report.json"
-# Steps that bring a full model back whose post-norm streams were turned: after 200, MiniLM's
-# smaller sizes stand one to two points above those of a permuted start.
+# Steps that bring a full model back whose post-norm streams were turned: after 200, most of
+# MiniLM's smaller sizes stand above those of a permuted start.
 SETTLED = 200
 CALIBRATION, HELD_OUT, BATCH = 256, 400, 32
 
