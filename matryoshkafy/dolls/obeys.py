@@ -145,23 +145,35 @@ class _Checker:
             shape = shapes[i] if i < len(shapes) else ()
             if isinstance(each, Tensor) and (shape or not several):
                 expected = _sizes(shape, self.plan.ladder[place.level])
-                found = tuple(int(n) for n in each.shape)
-                if not _agree(found, expected, _whole(place.node, i)):
+                found, whole = tuple(int(n) for n in each.shape), _whole(place.node, i)
+                if not _agree(found, expected, whole) and self._as_recorded(place.node, i, whole):
                     said = f"has the shape {list(found)}, the plan says {list(expected)}"
                     raise PlanError(self._text(place, said))
 
+    def _as_recorded(self, node: fx.Node, output: int, whole: tuple[int, ...]) -> bool:
+        """Tell whether an output has its recorded shape at full size: what an op leaves beside its
+        result can depend on the device (embedding_bag).
+        """
+        value = self._at_full(node)
+        several = isinstance(value, (tuple, list))
+        given = cast("Sequence[object]", value)[output] if several else value
+        return not isinstance(given, Tensor) or _agree(tuple(given.shape), whole, whole)
+
     def _follows(self, node: fx.Node) -> bool:
         """Tell whether a node can be computed so at full size, as the user's graph has it."""
+        return self._at_full(node) is not None
+
+    def _at_full(self, node: fx.Node) -> object | None:
+        """Return what a node gives at full size; None where it cannot be computed so."""
 
         def full(value: fx.Node) -> object:
             info = info_of(value)
             return _like(info) if info is not None else self._tensor(str(value.target), self.whole)
 
         try:
-            _called(node, full)
+            return _called(node, full)
         except Exception:  # noqa: BLE001  whatever an op raises, it cannot be followed
-            return False
-        return True
+            return None
 
     def _text(self, place: _Place, said: str) -> str:
         node = place.node
