@@ -21,7 +21,7 @@ from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training import Recipe, Term, distil
 from matryoshkafy_cli.screen import CommandError, table
 
-START, TURNED, RUN, REPORT = "start", "start-turned", "run", "report.json"
+START, RUN, REPORT = "start", "run", "report.json"
 # Steps that bring a full model back whose post-norm streams were turned: after 200, most of
 # MiniLM's smaller sizes stand above those of a permuted start.
 SETTLED = 200
@@ -75,6 +75,17 @@ class Task:
     untie: bool = False
     device: str = "cpu"
 
+    @property
+    def turned(self) -> bool:
+        """Whether post-norm streams are turned, too: the full model does not survive it unmoved,
+        and a long distillation brings it back.
+        """
+        return self.steps >= SETTLED
+
+    def place(self, name: str) -> Path:
+        """Return where the start or the run is: a run goes on from the start that it began with."""
+        return self.output / (f"{name}-turned" if self.turned else name)
+
 
 @dataclass(frozen=True)
 class SizeRow:
@@ -92,7 +103,7 @@ class SizeRow:
         return {"size": self.size, **self.quality, **rest}
 
 
-def place_of(device: str | None) -> str:
+def chosen_device(device: str | None) -> str:
     """Return the device that was asked for, or the best of this machine.
 
     Raises:
@@ -141,19 +152,14 @@ def converted(subject: Subject, task: Task) -> Doll:
 
 
 def started(doll: Doll, subject: Subject, task: Task) -> None:
-    """Rotate and order the units, or take the start that was made before.
-
-    Before a long distillation post-norm streams are turned, too, which the full model does not
-    survive unmoved.
-    """
-    turned = task.steps >= SETTLED
-    place = task.output / (TURNED if turned else START)
+    """Rotate and order the units, or take the start that was made before."""
+    place = task.place(START)
     if place.is_dir():
         _take(doll, matryoshkafy.load(place), place)
         return
     rows = subject.train[:CALIBRATION]
     batches = [subject.batch(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-    post_norm = "diagonal" if turned else "permute"
+    post_norm = "diagonal" if task.turned else "permute"
     report = matryoshkafy.rotate(
         doll, batches, by="contribution", unread="leave", post_norm=post_norm
     )
@@ -186,7 +192,7 @@ def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> N
         recipe,
         collate=subject.batch,
         lengths=subject.lengths,
-        folder=task.output / RUN,
+        folder=task.place(RUN),
     )
     for module in (doll, teacher):
         module.cpu()

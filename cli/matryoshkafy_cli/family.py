@@ -80,9 +80,9 @@ def family(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     with screen.step(f"reading {data}"):
         subject = _subject(model, data, (column or [], task), (length, seed), weights)
-        from matryoshkafy_cli.families import Task, make, place_of, shown
+        from matryoshkafy_cli.families import Task, chosen_device, make, shown
 
-        place = place_of(device)
+        place = chosen_device(device)
         output.mkdir(parents=True, exist_ok=True)
     rows = make(subject, Task(sizes, steps, output, seed, untie, place), screen.step)
     screen.result({"sizes": [row.as_json() for row in rows]}, lambda: shown(rows, output))

@@ -33,15 +33,13 @@ def load_model(spec: str, weights: Path | None = None, *, trusted: bool = False)
 
 
 def _trusted(spec: str) -> Loaded:
-    from matryoshkafy_cli.transformers_models import from_folder
-
     if _reader(spec) is not _transformers:
         raise CommandError(
             f"--trust-remote-code was given for {spec}; expected it with a folder of transformers. "
             "Leave it out: a Python file or module is run anyway, no other model has code of its "
             "own."
         )
-    return from_folder(Path(spec), trusted=True)
+    return _transformers(spec, trusted=True)
 
 
 def _reader(spec: str) -> Callable[[str], Loaded]:
@@ -74,10 +72,10 @@ def _factory(spec: str) -> Loaded:
     return from_module(module, name)
 
 
-def _transformers(spec: str) -> Loaded:
+def _transformers(spec: str, *, trusted: bool = False) -> Loaded:
     from matryoshkafy_cli.transformers_models import from_folder
 
-    return from_folder(Path(spec))
+    return from_folder(Path(spec), trusted=trusted)
 
 
 def _sentences(spec: str) -> Loaded:

@@ -38,10 +38,11 @@ def _require(module: str, folder: Path, library: str) -> None:
 
 def _unreadable(folder: Path, library: str, error: Exception) -> CommandError:
     if "trust_remote_code" in str(error):
+        flag = "convert with --trust-remote-code, or " if library == "transformers" else ""
         return CommandError(
             f"{folder} names code of its own in config.json, which is not run. Expected a class of "
-            "the library itself. Where you trust that code, convert with --trust-remote-code, or "
-            "load the model in a Python file of yours and convert that: model.py."
+            f"the library itself. Where you trust that code, {flag}load the model in a Python file "
+            "of yours and convert that: model.py."
         )
     return CommandError(
         f"{folder} cannot be loaded by {library}: {str(error).strip()[:400]}\nExpected a "
@@ -58,7 +59,8 @@ def _build(folder: Path, *, trusted: bool) -> Any:
     local = {"local_files_only": True, "trust_remote_code": trusted}
     config = transformers.AutoConfig.from_pretrained(folder, **local)
     name = (config.architectures or [""])[0]
-    own = [auto for auto, where in _own_code(config).items() if where.endswith(f".{name}")]
+    code = _own_code(config) if trusted else {}
+    own = [auto for auto, where in code.items() if where.endswith(f".{name}")]
     maker: Any = getattr(transformers, own[0] if own else name, transformers.AutoModel)
     if any(folder.glob("*.safetensors")):
         model = maker.from_pretrained(folder, config=config, use_safetensors=True, **local)

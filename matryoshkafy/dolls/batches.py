@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -34,11 +35,18 @@ def arguments_of(batch: object) -> tuple[tuple[object, ...], dict[str, object]]:
 def moved(batch: object, doll: Doll) -> Any:
     """Return a batch, or what a teacher said of it, where the doll's weights are.
 
-    A mapping of any class (a tokenizer's output) becomes a plain one.
+    A doll on the CPU gets the batch itself. A tokenizer's output stays one; another mapping of a
+    class of its own becomes a plain one.
     """
     device = next(doll.parameters()).device
-    plain = dict(cast("Mapping[str, object]", batch)) if isinstance(batch, Mapping) else batch
-    return pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), plain)
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, Mapping):
+        own = copy.copy(cast("Any", batch))
+        if hasattr(own, "to"):
+            return own.to(device)
+        batch = dict(own)
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)
 
 
 def flat_inputs(doll: Doll, batch: object) -> list[Tensor]:

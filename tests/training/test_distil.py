@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
+from matryoshkafy.dolls.batches import moved
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training import DistilError, Recipe, Term, distil
 from matryoshkafy.training.distil import Rows, Student, _Run
@@ -333,3 +334,13 @@ def test_logits_may_be_picked_by_a_layer_of_their_own() -> None:
 
     report = distil(doll, teacher, rows(), Recipe(2, batch=16, terms=(Term("kl", of=logits),)))
     assert set(report.last) == {4, 8, 16}
+
+
+def test_a_batch_is_the_users_own_object_and_follows_the_doll() -> None:
+    """A term or a loss may read attributes of a tokenizer's output."""
+    encoding = pytest.importorskip("transformers").BatchEncoding({"x": torch.stack(rows(2))})
+    doll, _ = made()
+    assert moved(encoding, doll) is encoding
+    there = moved(encoding, doll.to("meta"))
+    assert type(there) is type(encoding) and there.x.device.type == "meta"
+    assert encoding.x.device.type == "cpu"
