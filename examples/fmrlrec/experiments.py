@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import polars as pl
+
 from examples.fmrlrec import pipeline
 from examples.fmrlrec.config import MODALITIES
 from examples.fmrlrec.evaluation import Table
-from examples.fmrlrec.nesting import NestedObjective, sizes_of
+from examples.fmrlrec.nesting import sizes_of
 from examples.fmrlrec.pipeline import Material, Run
-from examples.fmrlrec.reporting import Curves, Sheet, plot, print_files, write_sheet
-from examples.fmrlrec.training import train
+from examples.fmrlrec.reporting import plot, print_files, write_table
 
 METRIC, TITLE = "NDCG@10", "Test, ranking all items"
 METRICS = ("NDCG@5", "Recall@5", "NDCG@10", "Recall@10")
 
 
-def run_everything(run: Run) -> dict[str, Table]:
+def run_everything(run: Run) -> None:
     """Prepares, encodes, trains, slices, evaluates, ablates and, if `alone` is set, compares."""
-    material = pipeline.materials(run)
-    pipeline.train_nested(run, material)
+    material = pipeline.train_nested(run)
     found = pipeline.evaluate_all(run, material)
     modalities = {"both": found}
     if run.config.modality == "both":
         modalities = ablate(run, material, ("both", "text", "image"))
     lines = {name: metric_line(tables) for name, tables in modalities.items()}
     lines["popularity"] = {min(lines["both"]): found["popularity"]["all"][METRIC]}
-    plot(Curves(TITLE, METRIC, lines), run.folder / "plots", "sizes")
+    plot(TITLE, METRIC, lines, run.folder / "plots/sizes")
     if run.config.alone:
         compare(run, material, found)
     folders = [run.folder / kind for kind in ("tables", "plots", "slices")]
     print_files(path for folder in folders for path in sorted(folder.rglob("*")))
-    return found
 
 
 def ablate(
@@ -39,7 +38,7 @@ def ablate(
 ) -> dict[str, dict[str, Table]]:
     """Table 3 of the paper: the same recipe on each modality, or on all; {modality: tables}.
 
-    Its sheet has a row a modality: the largest size, ranking all items.
+    Its table has a row a modality: the largest size, ranking all items.
     """
     every = pipeline.encode(run.variant(".", modality="both"), material.data)
     found, material = {}, Material(material.data, every)
@@ -47,45 +46,51 @@ def ablate(
         variant = run.variant(f"ablation/{modality}", modality=modality)
         if modality == run.config.modality:
             variant = run
-        doll = pipeline.new_doll(variant, material)
-        objective = NestedObjective(doll, variant.config)
-        train(objective, material.data, variant.config, variant.folder / "nested")
-        found[modality] = pipeline.evaluate_nested(variant, material, doll)
-    rows = tuple(
-        (modality, size, *(tables[size]["all"][metric] for metric in METRICS))
+        doll = pipeline.learn(variant, material)
+        found[modality] = pipeline.evaluate_doll(doll, material, variant.config)
+    table = pl.DataFrame(
+        {"modality": modality, "size": [*tables][-1]}
+        | {metric: [*tables.values()][-1]["all"][metric] for metric in METRICS}
         for modality, tables in found.items()
-        for size in [list(tables)[-1]]
     )
-    sheet = Sheet("Ablation, test, ranking all items", ("modality", "size", *METRICS), rows)
-    write_sheet(sheet, run.folder / "tables", "ablation")
+    write_table(table, "Ablation, test, ranking all items", run.folder / "tables/ablation")
     return found
 
 
 def compare(
     run: Run, material: Material, nested: dict[str, Table], sizes: Iterable[int] = ()
-) -> Sheet:
-    """Trains each of `sizes` alone, or all; writes the table and plot of nested against alone."""
-    for size in sizes or sizes_of(run.config):
-        pipeline.train_alone(run, material, size)
-    alone = pipeline.evaluate_alone(run, material)
-    sheet = comparison_sheet(nested, alone)
-    write_sheet(sheet, run.folder / "tables", "comparison")
+) -> None:
+    """Trains each of `sizes` alone, or all; writes the table and plot of nested against alone.
+
+    A model alone is one whose ladder has one rung.
+    """
+    before = {int(folder.name) for folder in (run.folder / "alone").glob("[0-9]*")}
+    alone: dict[str, Table] = {}
+    for size in sorted({*sizes, *before} if sizes else sizes_of(run.config)):
+        variant = run.variant(f"alone/{size}", sizes=str(size), weights="", every="")
+        doll = pipeline.learn(variant, material)
+        alone |= pipeline.evaluate_doll(doll, material, variant.config)
+    title = "Nested against alone, test, ranking all items"
+    write_table(comparison(nested, alone), title, run.folder / "tables/comparison")
     lines = {"nested, trained once": metric_line(nested), "each size alone": metric_line(alone)}
-    plot(Curves(TITLE, METRIC, lines), run.folder / "plots", "comparison")
-    return sheet
+    plot(TITLE, METRIC, lines, run.folder / "plots/comparison")
 
 
-def comparison_sheet(nested: dict[str, Table], alone: dict[str, Table]) -> Sheet:
+def comparison(nested: dict[str, Table], alone: dict[str, Table]) -> pl.DataFrame:
     """A row a size: NDCG@10 and Recall@10 ranking all items, and nested in percent of alone."""
-    rows = []
-    for size in (name for name in alone if name in nested):
-        mine, theirs = nested[size]["all"], alone[size]["all"]
-        share = 100 * mine[METRIC] / max(theirs[METRIC], 1e-12)
-        rows.append((int(size), mine[METRIC], theirs[METRIC], round(share, 1),
-                     mine["Recall@10"], theirs["Recall@10"]))  # fmt: skip
-    columns = ("size", f"{METRIC} nested", f"{METRIC} alone", "nested in % of alone",
-               "Recall@10 nested", "Recall@10 alone")  # fmt: skip
-    return Sheet("Nested against alone, test, ranking all items", columns, tuple(rows))
+    rows = [(int(size), nested[size]["all"], table["all"])
+            for size, table in alone.items()]  # fmt: skip
+    return pl.DataFrame(
+        {
+            "size": size,
+            f"{METRIC} nested": mine[METRIC],
+            f"{METRIC} alone": theirs[METRIC],
+            "nested in % of alone": round(100 * mine[METRIC] / max(theirs[METRIC], 1e-12), 1),
+            "Recall@10 nested": mine["Recall@10"],
+            "Recall@10 alone": theirs["Recall@10"],
+        }
+        for size, mine, theirs in rows
+    )
 
 
 def metric_line(found: dict[str, Table]) -> dict[float, float]:

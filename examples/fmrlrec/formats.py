@@ -7,24 +7,21 @@ categories, image. A format is recognised by the names of the files and by their
 from __future__ import annotations
 
 import ast
-import gzip
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
 
 from examples.fmrlrec.config import DataError
-from matryoshkafy.files.folders import digest_file
+from matryoshkafy.files.folders import digest_file, whole_file
 
 INTERACTIONS = ("user_id", "item_id", "timestamp")
 ITEMS = ("item_id", "title", "price", "brand", "categories", "image")
 TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl", ".jsonl.gz")
-LINES_PER_PART = 200_000
+NAMES = ("interactions", "items")
 TOLD = {"both": "texts and pictures", "text": "texts", "image": "pictures", "id": "ids"}
 
 
@@ -78,7 +75,7 @@ AMAZON_2023 = (
 def read(path: Path, scratch: Path) -> Source:
     """Opens the data at `path` (a folder or a sequence text) without reading it into memory.
 
-    Line formats are converted to parquet parts under `scratch`, a part at a time.
+    Line formats are converted to parquet under `scratch`.
     Raises `DataError` where nothing is recognised.
     """
     if not path.exists():
@@ -90,7 +87,7 @@ def read(path: Path, scratch: Path) -> Source:
         return _read_lines(path, scratch, files, AMAZON_2014)
     if _table(path, "interactions") is not None:
         return read_tables(path, scratch)
-    if reviews := _amazon_2023(path):
+    if reviews := [file for file in sorted(path.glob("*.jsonl*")) if _is_amazon_2023(file)]:
         files = reviews, sorted(path.glob("meta_*.jsonl*"))
         return _read_lines(path, scratch, files, AMAZON_2023)
     texts = sorted(path.glob("*.txt"))
@@ -133,11 +130,7 @@ def read_sequences(path: Path) -> Source:
     """Opens a text of one user a line, `user item item ...` in time order."""
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; expected one user a line: user item item ...")
-    lines = pl.scan_csv(
-        path, has_header=False, new_columns=["line"], separator="\x01", quote_char=None,
-        encoding="utf8-lossy", schema_overrides=[pl.String],
-    )  # fmt: skip
-    words = lines.select(pl.col("line").str.strip_chars().str.split(" ").alias("words"))
+    words = _lines(path).select(pl.col("line").str.split(" ").alias("words"))
     rows = words.select(
         pl.col("words").list.first().alias("user_id"),
         pl.col("words").list.slice(1).alias("item_id"),
@@ -148,70 +141,104 @@ def read_sequences(path: Path) -> Source:
 
 def read_tables(folder: Path, scratch: Path) -> Source:
     """Opens the native tables `interactions` and, where there is one, `items` of a folder."""
-    problems: dict[str, int] = {}
-    interactions = _open(folder, "interactions", scratch, problems)
-    _require(interactions, INTERACTIONS, folder)
-    items = _open(folder, "items", scratch, problems)
-    if items is not None:
-        _require(items, ITEMS[:1], folder)
-    return Source(interactions, items, folder, problems)
-
-
-def lines_to_parquet(path: Path, lines: Lines, folder: Path) -> int:
-    """Converts a file of lines to parquet parts in `folder`; returns the count of bad lines.
-
-    What was converted stays while the file's size and time do: counting and preparing share it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    done, stamp = folder / "done.json", [*_stamp(path), list(lines.columns)]
-    before = json.loads(done.read_text()) if done.exists() else {}
-    if before.get("stamp") == stamp:
-        return before["bad"]
-    for stale in (done, *folder.glob("*.parquet")):
-        stale.unlink(missing_ok=True)
-    bad, number = 0, 0
-    with _opened(path) as stream:
-        rows = (_row(line, lines) for line in _whole_lines(stream, path) if line.strip())
-        # An empty file is one empty part.
-        while (part := list(islice(rows, LINES_PER_PART))) or not number:
-            good = [row for row in part if row is not None]
-            bad += len(part) - len(good)
-            frame = pl.DataFrame(good, schema=dict.fromkeys(lines.columns, pl.String), orient="row")
-            frame.write_parquet(folder / f"{number:05}.parquet")
-            number += 1
-    done.write_text(json.dumps({"stamp": stamp, "bad": bad}))
-    return bad
-
-
-def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
+    frames, problems = [], {}
+    for name, lines, needed in zip(NAMES, NATIVE, (INTERACTIONS, ITEMS[:1]), strict=True):
+        path = _table(folder, name)
+        if path is None:
+            frames.append(None)
+            continue
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty; expected a table with {', '.join(lines.columns)}")
+        if path.name.endswith(".parquet"):
+            frame = pl.scan_parquet(path)
+        elif path.name.endswith(".csv"):
+            frame = pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=10_000)
+        else:
+            frame = _parsed([path], lines, scratch / name, problems)
+        _require(frame, needed, folder)
+        frames.append(frame)
+    return Source(*frames, folder, problems)
 
 
 def _read_lines(
     folder: Path, scratch: Path, files: tuple[list[Path], ...], kinds: tuple[Lines, ...]
 ) -> Source:
-    frames, problems = [], {}
-    for name, found, lines in zip(("interactions", "items"), files, kinds, strict=True):
-        bad = sum(lines_to_parquet(f, lines, scratch / name / f.name) for f in found)
-        frames.append(pl.scan_parquet(scratch / name / "*" / "*.parquet") if found else None)
-        problems |= {f"unreadable lines of {name}": bad} if bad else {}
+    problems: dict[str, int] = {}
+    frames = [
+        _parsed(found, lines, scratch / name, problems) if found else None
+        for name, found, lines in zip(NAMES, files, kinds, strict=True)
+    ]
     return Source(*frames, folder, problems)
 
 
-def _open(folder: Path, name: str, scratch: Path, problems: dict[str, int]) -> Any:
-    path, native = _table(folder, name), NATIVE[name == "items"]
-    if path is None:
-        return None
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; expected a table with {', '.join(native.columns)}")
-    if path.name.endswith(".parquet"):
-        return pl.scan_parquet(path)
-    if path.name.endswith(".csv"):
-        return pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=10_000)
-    if bad := lines_to_parquet(path, native, scratch / name):
-        problems[f"unreadable lines of {name}"] = bad
-    return pl.scan_parquet(scratch / name / "*.parquet")
+def _parsed(
+    paths: list[Path], lines: Lines, scratch: Path, problems: dict[str, int]
+) -> pl.LazyFrame:
+    """The rows of files of lines by way of parquet; what cannot be read is added to `problems`.
+
+    A file is converted once for its size and time: counting and preparing share it.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    targets = [scratch / f"{p.name}-{'-'.join(map(str, _stamp(p)))}.parquet" for p in paths]
+    for stale in {*scratch.iterdir()} - {*targets}:
+        stale.unlink()
+    for path, target in zip(paths, targets, strict=True):
+        if not target.exists():
+            _convert(path, lines, target)
+    rows = pl.scan_parquet(targets)
+    if bad := rows.filter(~pl.col("readable")).select(pl.len()).collect().item():
+        problems[f"unreadable lines of {scratch.name}"] = bad
+    return rows.filter("readable").drop("readable")
+
+
+def _convert(path: Path, lines: Lines, target: Path) -> None:
+    schema = {**dict.fromkeys(lines.columns, pl.String), "readable": pl.Boolean}
+
+    def rows(texts: pl.Series) -> pl.Series:
+        found = pl.DataFrame([_row(text, lines) for text in texts], schema, orient="row")
+        return found.to_struct("line")
+
+    parsed = pl.col("line").map_batches(rows, pl.Struct(schema), is_elementwise=True)
+    try:
+        with whole_file(target) as fresh:
+            _lines(path).select(parsed).unnest("line").sink_parquet(fresh)
+    except (OSError, pl.exceptions.ComputeError) as error:
+        raise DataError(f"{path} cannot be read to its end ({error}); fetch it again") from error
+
+
+def _lines(path: Path) -> pl.LazyFrame:
+    """The lines of a text, plain or gzip, that are not empty."""
+    # A byte that no text holds separates, so that each line is one column.
+    texts = pl.scan_csv(
+        path, has_header=False, new_columns=["line"], separator="\x01", quote_char=None,
+        encoding="utf8-lossy", schema_overrides=[pl.String], truncate_ragged_lines=True,
+    )  # fmt: skip
+    stripped = texts.select(pl.col("line").str.strip_chars())
+    return stripped.filter(pl.col("line") != "")
+
+
+def _row(line: str, lines: Lines) -> tuple[str | bool | None, ...]:
+    """The texts of a line's columns, and whether it is what its kind parses."""
+    try:
+        parsed = lines.parse(line)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        return *(None for _ in lines.columns), False
+    return *(_text(parsed.get(key)) for key in lines.columns.values()), True
+
+
+def _text(value: Any) -> str | None:
+    """A list, or a list of lists, is one text with bars."""
+    if isinstance(value, list | tuple):
+        parts = [_text(part) for part in value]
+        return "|".join(part for part in parts if part is not None)
+    return None if value is None else str(value)
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _table(folder: Path, name: str) -> Path | None:
@@ -229,42 +256,7 @@ def _require(frame: pl.LazyFrame, names: tuple[str, ...], folder: Path) -> None:
         )
 
 
-def _amazon_2023(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.glob("*.jsonl*")):
-        with _opened(path) as stream:
-            reviews = not path.name.startswith("meta_") and '"parent_asin"' in stream.readline()
-        found += [path] if reviews else []
-    return found
-
-
-def _opened(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
-    return path.open(encoding="utf-8", errors="replace")
-
-
-def _whole_lines(stream: IO[str], path: Path) -> Iterator[str]:
-    try:
-        yield from stream
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read to its end ({error}); fetch it again") from error
-
-
-def _row(line: str, lines: Lines) -> tuple[str | None, ...] | None:
-    """The texts of a line's columns; None where it is not what its kind parses."""
-    try:
-        parsed = lines.parse(line)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    if not isinstance(parsed, dict):
-        return None
-    return tuple(_text(parsed.get(key)) for key in lines.columns.values())
-
-
-def _text(value: Any) -> str | None:
-    """A list, or a list of lists, is one text with bars."""
-    if isinstance(value, list | tuple):
-        parts = [_text(part) for part in value]
-        return "|".join(part for part in parts if part is not None)
-    return None if value is None else str(value)
+def _is_amazon_2023(path: Path) -> bool:
+    if path.name.startswith("meta_") or path.stat().st_size == 0:
+        return False
+    return any('"parent_asin"' in line for line in _lines(path).head(1).collect()["line"])

@@ -16,20 +16,18 @@ from torch.nn import functional
 from examples.fmrlrec.scan import lru_scan, scan_step
 
 RING = 0.1
+STATES, HIDDEN = 2, 4  # recurrent states, and hidden units of a gated layer, in widths
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the model is built from: `items` without padding, `width` D and the factors of D."""
+    """What the model is built from: `items` without padding, and `width` D."""
 
     items: int
     width: int
     blocks: int = 2
-    state_factor: int = 2
-    hidden_factor: int = 4
     dropout: float = 0.5
     r_min: float = 0.0
-    item_bias: bool = True
 
 
 class FeatureItems(nn.Module):
@@ -131,9 +129,9 @@ class Block(nn.Module):
         super().__init__()
         width = shape.width
         self.norm_mix = nn.LayerNorm(width)
-        self.mix = LinearRecurrentUnit(width, shape.state_factor * width, shape.r_min)
+        self.mix = LinearRecurrentUnit(width, STATES * width, shape.r_min)
         self.norm_feed = nn.LayerNorm(width)
-        self.feed = GatedFeedForward(width, shape.hidden_factor * width, shape.dropout)
+        self.feed = GatedFeedForward(width, HIDDEN * width, shape.dropout)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
@@ -155,8 +153,6 @@ class Recommender(nn.Module):
     row: its state is zero, and no position sees past it.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self, shape: Shape, features: Tensor | None = None, *, trainable_features: bool = False
     ) -> None:
@@ -171,8 +167,7 @@ class Recommender(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
         self.norm_out = nn.LayerNorm(shape.width)
-        bias = nn.Parameter(torch.zeros(shape.items + 1)) if shape.item_bias else None
-        self.register_parameter("bias", bias)
+        self.bias = nn.Parameter(torch.zeros(shape.items + 1))
         self.apply(_initialise)
 
     def forward(self, sequences: Tensor) -> Tensor:
@@ -192,12 +187,6 @@ class Recommender(nn.Module):
         """Returns the states before the first step: zeros [B, N, 2] for each block."""
         return [block.mix.nu_log.new_zeros(batch, *block.mix.nu_log.shape, 2)
                 for block in self.blocks]  # fmt: skip
-
-    def step(self, items: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """items int64 [B] and the states before them -> scores [B, items + 1], the next states."""
-        table = self.items()
-        hidden, moved = self.advance(items, states, table)
-        return functional.linear(hidden, table, self.bias), moved
 
     def advance(
         self, items: Tensor, states: list[Tensor], table: Tensor

@@ -71,7 +71,7 @@ def clip_encoder(name: str) -> ImageEncoder:
 
 def raw_images(
     paths: list[Path | None], config: Config, each: Each = serially
-) -> tuple[np.ndarray, Counter[str]]:
+) -> tuple[np.ndarray, dict[str, int]]:
     """What the encoder says of each picture, zero where there is none, and what was wrong."""
     parts = [paths[at] for at in batches(len(paths), config.encoder_batch)]
     rows: dict[int, np.ndarray] = {}
@@ -82,7 +82,7 @@ def raw_images(
     vectors = np.zeros((len(paths), len(next(iter(rows.values()), [0]))), np.float32)
     for number, row in rows.items():
         vectors[number] = row
-    return vectors, problems
+    return vectors, dict(problems)
 
 
 def _image_batch(

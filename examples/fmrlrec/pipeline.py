@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 
+import matryoshkafy as mk
 from examples.fmrlrec import data, encoders, formats, nesting, synthetic
 from examples.fmrlrec.config import Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate, module_scorer, popularity_scorer
-from examples.fmrlrec.model import Recommender
-from examples.fmrlrec.nesting import NestedObjective, PlainObjective, nested_scorer, sizes_of
+from examples.fmrlrec.nesting import nested_scorer, objective, sizes_of
 from examples.fmrlrec.pictures import device
-from examples.fmrlrec.reporting import Sheet, metric_sheet, write_environment, write_sheet
-from examples.fmrlrec.training import BEST, Progress, load_weights, train
+from examples.fmrlrec.reporting import metric_table, write_environment, write_table
+from examples.fmrlrec.training import BEST, load_weights, train
 from examples.fmrlrec.workers import each_of
 
-INPUTS = "inputs.json"
+INPUTS, NESTED = "inputs.json", "nested"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
 # What may differ between two calls on one run folder: it changes no result that is there already.
 ADJUSTABLE = (
@@ -95,8 +96,9 @@ def prepare(run: Run) -> data.Dataset:
         data.prepare(formats.read(path, folder / "lines"), folder, run.config, each_of(run.config))
     write_text(folder / INPUTS, json.dumps(found, indent=0))
     prepared = data.load(folder)
-    counts = tuple(data.statistics(prepared).items())
-    write_sheet(Sheet("Data", ("what", "count"), counts), run.folder / "tables", "data")
+    counts = data.statistics(prepared)
+    table = pl.DataFrame({"what": [*counts], "count": [*map(str, counts.values())]})
+    write_table(table, "Data", run.folder / "tables/data")
     _tell_problems(prepared.report["problems"])
     return prepared
 
@@ -140,8 +142,10 @@ def _put_aside(run: Run) -> None:
 
 def encode(run: Run, prepared: data.Dataset) -> encoders.Features:
     """Encodes texts and pictures, or finds them in the cache, and tells what was missing."""
-    each = each_of(run.config)
-    found = encoders.encode(prepared.catalogue, run.config, run.folder / "cache", each)
+    cache, each = run.folder / "cache", each_of(run.config)
+    found = encoders.encode(prepared.catalogue, run.config, cache, each)
+    for name, vectors in found.vectors.items():
+        print(f"{name}: {len(vectors) - 1} items x {vectors.shape[1]}")
     _tell_problems(found.problems)
     return found
 
@@ -152,82 +156,67 @@ def materials(run: Run) -> Material:
     return Material(prepared, encode(run, prepared))
 
 
-def train_nested(run: Run, material: Material) -> Any:
-    """Trains the nested model (or goes on, or finds it finished) and returns it, best weights in.
-
-    The doll is saved to `checkpoint/`, and each size by itself to `slices/<size>/`.
-    """
-    import matryoshkafy as mk
-
+def learn(run: Run, material: Material) -> mk.Doll:
+    """The nested model with its best weights: trained, gone on with, or found finished."""
     doll = new_doll(run, material)
-    train(NestedObjective(doll, run.config), material.data, run.config, run.folder / "nested")
-    mk.save(doll.eval(), run.folder / "checkpoint", force=True)
-    for size in doll.sizes:
-        mk.save(mk.slice(doll, size), run.folder / "slices" / str(size), force=True)
-    return doll
-
-
-def train_alone(run: Run, material: Material, size: int) -> Progress:
-    """Trains a plain model of one size with the same recipe."""
-    model = new_model(run, material, size)
-    folder = run.folder / "alone" / str(size)
-    return train(PlainObjective(model, run.config), material.data, run.config, folder)
-
-
-def new_model(run: Run, material: Material, width: int) -> Recommender:
-    """The untrained plain model of a width."""
-    return nesting.build(run.config, material.data.item_count, material.features, width)
-
-
-def new_doll(run: Run, material: Material) -> Any:
-    """The untrained nested model of a run."""
-    width = sizes_of(run.config)[-1]
-    model = new_model(run, material, width)
-    return nesting.nest(model, run.config)
-
-
-def trained_doll(run: Run, material: Material) -> Any:
-    """The nested model with its best weights; raises `RunError` before `train`."""
-    doll = new_doll(run, material)
-    load_weights(doll, run.folder / "nested" / BEST)
+    train(objective(doll, run.config), material.data, run.config, run.folder / NESTED)
     return doll.eval()
 
 
-def evaluate_nested(run: Run, material: Material, doll: Any) -> dict[str, Table]:
-    """Test metrics of every size in one pass, with popularity as the floor."""
-    floor = _test(run, material, popularity_scorer(data.popularity(material.data)))
-    return {**floor, **_test(run, material, nested_scorer(doll.to(device()).eval()))}
+def train_nested(run: Run) -> Material:
+    """Trains the nested model, saves it to `checkpoint/`, and each size to `slices/<size>/`."""
+    material = materials(run)
+    doll = learn(run, material)
+    mk.save(doll, run.folder / "checkpoint", force=True)
+    for size in doll.sizes:
+        mk.save(mk.slice(doll, size), run.folder / "slices" / str(size), force=True)
+    return material
+
+
+def new_doll(run: Run, material: Material) -> mk.Doll:
+    """The untrained nested model of a run."""
+    width = sizes_of(run.config)[-1]
+    model = nesting.build(run.config, material.data.item_count, material.features, width)
+    return nesting.nest(model, run.config)
+
+
+def trained_doll(run: Run, material: Material) -> mk.Doll:
+    """The nested model with its best weights; raises `RunError` before `train`."""
+    doll = new_doll(run, material)
+    load_weights(doll, run.folder / NESTED / BEST)
+    return doll.eval()
+
+
+def test(material: Material, scorer: Scorer, config: Config) -> dict[str, Table]:
+    """Metrics of the sizes that a scorer knows, on the test set."""
+    with torch.inference_mode():
+        return evaluate(scorer, material.data, "test", config, device=device())
+
+
+def evaluate_doll(doll: mk.Doll, material: Material, config: Config) -> dict[str, Table]:
+    """Test metrics of every size, in one pass."""
+    return test(material, nested_scorer(doll.to(device()).eval()), config)
 
 
 def evaluate_slices(run: Run, material: Material) -> dict[str, Table]:
     """Test metrics of each sub-model, loaded from its own file: these are what ships."""
-    import matryoshkafy as mk
-
     found: dict[str, Table] = {}
-    for folder in _numbered(run.folder / "slices"):
-        model = mk.load(folder).to(device()).eval()
-        found |= _test(run, material, module_scorer(model, folder.name))
-    return found
-
-
-def evaluate_alone(run: Run, material: Material) -> dict[str, Table]:
-    """Test metrics of the plain models that `compare` trained."""
-    found: dict[str, Table] = {}
-    for folder in _numbered(run.folder / "alone"):
-        model = new_model(run, material, int(folder.name))
-        load_weights(model, folder / BEST)
-        with torch.inference_mode():
-            scorer = PlainObjective(model.to(device()).eval(), run.config).scorer()
-        found |= _test(run, material, scorer)
+    for size in sizes_of(run.config):
+        model = mk.load(run.folder / "slices" / str(size)).to(device()).eval()
+        found |= test(material, module_scorer(model, str(size)), run.config)
     return found
 
 
 def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
-    """Evaluates doll and slices, writes both tables, tells how far they differ; the doll's."""
-    found = evaluate_nested(run, material, trained_doll(run, material))
-    write_sheet(metric_sheet("Test, every size", found), run.folder / "tables", "nested")
+    """Evaluates doll and slices, writes both tables, tells how far they differ.
+
+    Returns the doll's metrics, and those of popularity, which is the floor.
+    """
+    floor = test(material, popularity_scorer(data.popularity(material.data)), run.config)
+    found = floor | evaluate_doll(trained_doll(run, material), material, run.config)
+    write_table(metric_table(found), "Test, every size", run.folder / "tables/nested")
     sliced = evaluate_slices(run, material)
-    write_sheet(metric_sheet("Test, sliced files", sliced), run.folder / "tables", "slices")
+    write_table(metric_table(sliced), "Test, sliced files", run.folder / "tables/slices")
     gap = max(
         abs(found[size][protocol][metric] - value)
         for size, table in sliced.items()
@@ -236,18 +225,6 @@ def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
     )
     print(f"largest difference between the doll and its sliced files: {gap:.2e}")
     return found
-
-
-def _test(run: Run, material: Material, scorer: Scorer) -> dict[str, Table]:
-    with torch.inference_mode():
-        return evaluate(scorer, material.data, "test", run.config, device=device())
-
-
-def _numbered(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("*") if path.name.isdigit()]
-    if not found:
-        raise RunError(f"nothing in {folder}; run `train` (slices) or `compare` (alone) first")
-    return sorted(found, key=lambda path: int(path.name))
 
 
 def data_path(run: Run) -> Path:

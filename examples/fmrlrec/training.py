@@ -1,4 +1,4 @@
-"""The training loop: one objective for plain and nested models, resumable at any step.
+"""The training loop: accelerate, TensorBoard, resumed at any step to the same bits.
 
 Batches are a function of (seed, epoch), the learning rate of the step, and everything else that a
 run has accumulated is in a folder of `matryoshkafy.training` that replaces its predecessor whole.
@@ -10,9 +10,10 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,46 +24,28 @@ from torch import Tensor, nn
 
 from examples.fmrlrec.config import Config, DataError, RunError
 from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
-from examples.fmrlrec.evaluation import Scorer, Table, evaluate
+from examples.fmrlrec.evaluation import Table, evaluate
+from examples.fmrlrec.nesting import nested_scorer
 from matryoshkafy.files.folders import whole_file
-from matryoshkafy.training import RunLog, resume_run, save_run
+from matryoshkafy.training import AllSizes, RunLog, resume_run, save_run
 
 STATE, BEST = "state", "best.safetensors"
 LAST_RATE = 0.02  # of the learning rate is left at the end of a cosine
-SCALES_FACTOR = 10
+SCALES_FACTOR = 10  # scales of scores travel further than weights
 COLUMNS = 8  # sizes that fit a line of 80 characters
-
-
-class Objective(Protocol):
-    """A module whose call gives the loss of a batch, and which scores for evaluation."""
-
-    @property
-    def model(self) -> Any:
-        """The plain model or the doll."""
-        ...
-
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-    def start_step(self, epoch: int, step: int) -> None:
-        """Told before each step; both are counted from 0."""
-
-    def scorer(self) -> Scorer:
-        """Scores every size at the last position."""
-        ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the next batch, the sums of this epoch, the best epoch, the history.
+    """Where a run stands: the next batch, the losses of this epoch, the best one, the history.
 
-    `losses` are the sums of the batches so far and `counts` how many of them had each.
+    `losses` are the sum of the batches so far that had a loss, and how many they were.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    losses: dict[str, float] = dataclasses.field(default_factory=dict)
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    losses: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     best: float = -1.0
     best_epoch: int = -1
@@ -71,9 +54,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Session:
-    """What the steps of a run share."""
+    """What the steps of a run share; `wrapped` is the objective as several processes call it."""
 
-    objective: Any
+    objective: AllSizes
+    wrapped: Any
     optimizer: Any
     accelerator: Accelerator
     data: Dataset
@@ -81,10 +65,14 @@ class Session:
     folder: Path
     log: RunLog
     windows: np.ndarray
-    batches: int
+
+    @property
+    def total(self) -> int:
+        """Steps of all epochs."""
+        return self.config.epochs * math.ceil(len(self.windows) / self.config.batch)
 
 
-def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> Progress:
+def train(objective: AllSizes, data: Dataset, config: Config, folder: Path) -> Progress:
     """Trains until `config.epochs` or `config.patience`, and leaves the best weights in place.
 
     A run that was killed goes on from its last checkpoint in `folder`: bit for bit on a CPU, if on
@@ -97,7 +85,7 @@ def train(objective: Objective, data: Dataset, config: Config, folder: Path) -> 
             progress = _epoch(session, progress)
             for line in log_lines(progress):
                 log.bar.console.print(line, highlight=False, markup=False)
-    load_weights(objective.model, folder / BEST)
+    load_weights(objective.doll, folder / BEST)
     return progress
 
 
@@ -115,37 +103,28 @@ def log_lines(progress: Progress) -> list[str]:
     last = progress.history[-1]
     found = {name.split()[1]: v for name, v in last.items() if name.startswith("NDCG@10 ")}
     shown = list(found)[-COLUMNS:]
-    head = "epoch  time     loss" + "".join(f"{size:>7}" for size in shown)
+    head = "epoch    time    loss" + "".join(f"{size:>7}" for size in shown)
     star = " *" if progress.best_epoch == progress.epoch - 1 else ""
-    row = f"{progress.epoch:5}{_clock(last['seconds']):>6}{last['loss']:9.3f}"
+    row = f"{progress.epoch:5}{timedelta(seconds=round(last['seconds']))!s:>8}{last['loss']:8.2f}"
     row += "".join(f"{found[size]:7.4f}" for size in shown) + star
     above = ["validation NDCG@10 by size, a line an epoch, * the best so far", head]
     return [*above, row] if len(progress.history) == 1 else [row]
 
 
-def _clock(seconds: float) -> str:
-    """3.2s, 54s, 12m, 3.4h: five characters at most."""
-    value, unit = seconds, "s"
-    for longer in "mh":
-        if value >= 100:
-            value, unit = value / 60, longer
-    return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
-
-
 def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, norms and the recurrence's eigenvalues do not.
 
-    `factor` multiplies the learning rate: scales of scores travel further than weights.
+    `factor` multiplies the learning rate of a group.
     """
-    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    trained = [p for n, p in named if n.startswith("model.")]
-    scales = [p for n, p in named if not n.startswith("model.")]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": decay, "factor": 1},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "factor": 1},
-        {"params": scales, "weight_decay": 0.0, "factor": SCALES_FACTOR},
+    groups: dict[tuple[float, int], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        is_scale = name.startswith("loss.")
+        key = decay if parameter.dim() >= 2 else 0.0, SCALES_FACTOR if is_scale else 1
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": wanted, "factor": factor}
+        for (wanted, factor), parameters in groups.items()
     ]
-    return groups if scales else groups[:2]
 
 
 def mixed_precision(config: Config) -> str:
@@ -161,34 +140,43 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path))
 
 
-def _open(objective: Any, data: Dataset, config: Config, folder: Path) -> tuple[Session, Progress]:
-    accelerator = Accelerator(mixed_precision=mixed_precision(config))
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
-    parts = {"objective": objective, "optimizer": optimizer}
-    position = resume_run(folder / STATE, parts)
-    if position is None:
-        torch.manual_seed(config.seed)
-    progress = Progress(**(position or {}))
+def learning_rate(step: int, total: int, config: Config) -> float:
+    """Rises over `warmup` steps; then stays, or falls as a cosine until the last of `total`."""
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "constant":
+        return rate
+    share = min(1.0, step / total)
+    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def _open(
+    objective: AllSizes, data: Dataset, config: Config, folder: Path
+) -> tuple[Session, Progress]:
     windows = training_windows(data, config)
     if not len(windows):
         raise DataError("no user has the four items that one training step needs")
-    batches = -(-len(windows) // config.batch)
+    accelerator = Accelerator(mixed_precision=mixed_precision(config))
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    position = resume_run(folder / STATE, {"objective": objective, "optimizer": optimizer})
+    if position is None:
+        torch.manual_seed(config.seed)
+    progress = Progress(**(position or {}))
     is_main = accelerator.is_main_process
     log = RunLog(
-        config.epochs * batches,
+        config.epochs * math.ceil(len(windows) / config.batch),
         folder=folder / "tensorboard" if is_main else None,
         start=progress.step,
         every=1,
         console=None if is_main else Console(quiet=True),
     )
-    shared = (prepared, optimizer, accelerator, data, config, folder, log, windows, batches)
-    return Session(*shared), progress
+    shared = (wrapped, optimizer, accelerator, data, config, folder, log, windows)
+    return Session(objective, *shared), progress
 
 
 def _epoch(session: Session, progress: Progress) -> Progress:
     config, started = session.config, time.monotonic() - progress.seconds
-    session.objective.train()
+    session.wrapped.train()
     batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
     for batch in islice(batches, progress.batch, None):
         progress = _step(session, progress, batch)
@@ -201,35 +189,24 @@ def _epoch(session: Session, progress: Progress) -> Progress:
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     inputs, targets, share = _share(session.accelerator, batch)
     for group in session.optimizer.param_groups:
-        rate = learning_rate(progress.step, session.batches, session.config)
-        group["lr"] = rate * group["factor"]
-    _own(session).start_step(progress.epoch, progress.step)
-    loss, losses = session.objective(inputs, targets)
-    _check_loss(loss, progress)
+        group["lr"] = group["factor"] * learning_rate(progress.step, session.total, session.config)
+    session.objective.loss.step = progress.step
+    loss, per_size = session.wrapped(inputs, labels=targets)
     session.optimizer.zero_grad()
     # Processes average their gradients: weighted by their targets, the sum is that of one process.
     session.accelerator.backward(loss if share == 1 else loss * share)
-    session.accelerator.clip_grad_norm_(session.objective.parameters(), session.config.clip)
+    session.accelerator.clip_grad_norm_(session.wrapped.parameters(), session.config.clip)
     session.optimizer.step()
-    values = {name: _mean(session.accelerator, value, share)
-              for name, value in {"loss": loss, **losses}.items()}  # fmt: skip
-    session.log.step(values["loss"], {int(n[5:]): v for n, v in values.items() if n != "loss"})
-    sums, counts = dict(progress.losses), dict(progress.counts)
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value
-        counts[name] = counts.get(name, 0) + 1
+    total = _mean(session.accelerator, loss, share)
+    parts = {size: _mean(session.accelerator, value, share) for size, value in per_size.items()}
+    session.log.step(total, parts)
+    losses = dict(progress.losses)
+    for name, value in {"loss": total, **{f"loss {m}": v for m, v in parts.items()}}.items():
+        before, count = losses.get(name, (0.0, 0))
+        losses[name] = before + value, count + 1
     return dataclasses.replace(
-        progress, batch=progress.batch + 1, step=progress.step + 1, losses=sums, counts=counts
+        progress, batch=progress.batch + 1, step=progress.step + 1, losses=losses
     )
-
-
-def learning_rate(step: int, batches: int, config: Config) -> float:
-    """Rises over `warmup` steps; then stays, or falls as a cosine until the last of `epochs`."""
-    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-    if config.schedule == "constant":
-        return rate
-    share = min(1.0, step / (batches * config.epochs))
-    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor, float]:
@@ -254,62 +231,38 @@ def _mean(accelerator: Accelerator, value: Tensor, share: float) -> float:
     return float(accelerator.reduce(value.detach() * share, "mean"))
 
 
-def _check_loss(loss: Tensor, progress: Progress) -> None:
-    if not torch.isfinite(loss):
-        raise RunError(
-            f"the loss is {loss.item()} at step {progress.step} (epoch {progress.epoch + 1}); "
-            "lower --set lr=... or --set clip=... and start in a new folder"
-        )
-
-
 def _close_epoch(session: Session, progress: Progress) -> Progress:
-    found = _validate(session)
-    row = _row(progress, found)
-    scores = {int(size): table["all"]["NDCG@10"] for size, table in found.items()}
-    session.log.record("NDCG@10", scores, progress.step)
-    value = _selected(found, session.config)
+    found = {size: table["all"]["NDCG@10"] for size, table in _validate(session).items()}
+    session.log.record("NDCG@10", {int(size): v for size, v in found.items()}, progress.step)
+    values = [*found.values()]
+    by_largest = session.config.select_by == "largest"
+    value = values[-1] if by_largest else sum(values) / len(values)
     better = value > progress.best
     if better and session.accelerator.is_main_process:
-        state = _own(session).model.state_dict()
+        state = session.objective.doll.state_dict()
         with whole_file(session.folder / BEST) as fresh:
             save_file({n: v.detach().contiguous().cpu() for n, v in state.items()}, fresh)
+    losses = {name: total / count for name, (total, count) in progress.losses.items()}
+    row = {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses}
     progress = Progress(
         epoch=progress.epoch + 1,
         step=progress.step,
-        best=value if better else progress.best,
+        best=max(value, progress.best),
         best_epoch=progress.epoch if better else progress.best_epoch,
-        history=(*progress.history, row),
+        history=(*progress.history, row | {f"NDCG@10 {size}": v for size, v in found.items()}),
     )
     _save(session, progress)
     return progress
 
 
 def _validate(session: Session) -> dict[str, Table]:
-    objective = _own(session)
-    objective.eval()
+    session.wrapped.eval()
     # In the precision of training: in float32 a validation takes as long as its epoch.
     with torch.inference_mode(), session.accelerator.autocast():
-        device = str(session.accelerator.device)
-        scorer = objective.scorer()
+        device, scorer = str(session.accelerator.device), nested_scorer(session.objective.doll)
         return evaluate(scorer, session.data, "validation", session.config, device=device)
 
 
-def _selected(found: dict[str, Table], config: Config) -> float:
-    values = [table["all"]["NDCG@10"] for table in found.values()]
-    return values[-1] if config.select_by == "largest" else sum(values) / len(values)
-
-
-def _row(progress: Progress, found: dict[str, Table]) -> dict[str, float]:
-    losses = {name: total / progress.counts[name] for name, total in progress.losses.items()}
-    ndcg = {f"NDCG@10 {size}": table["all"]["NDCG@10"] for size, table in found.items()}
-    return {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses, **ndcg}
-
-
 def _save(session: Session, progress: Progress) -> None:
-    parts = {"objective": _own(session), "optimizer": session.optimizer}
+    parts = {"objective": session.objective, "optimizer": session.optimizer}
     save_run(session.folder / STATE, parts, vars(progress))
-
-
-def _own(session: Session) -> Any:
-    """The objective without what processes wrap around it."""
-    return session.accelerator.unwrap_model(session.objective)

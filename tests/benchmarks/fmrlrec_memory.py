@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from examples.fmrlrec.config import Config, preset, replace
+from examples.fmrlrec.model import HIDDEN, STATES
 from examples.fmrlrec.nesting import sizes_of
-from examples.fmrlrec.reporting import Curves, Sheet, plot, write_sheet
+from examples.fmrlrec.reporting import plot, write_table
 
 PAPER = {128: 0.0, 256: 25.16, 512: 31.39, 1024: 32.90, 2048: 33.25}
 ITEMS, FEATURES, LENGTH = 2000, 256, 50
@@ -48,23 +50,23 @@ def savings(count: Callable[[int], float], sizes: Sequence[int]) -> dict[int, fl
 
 def block_parameters(width: int, config: Config) -> int:
     """Parameters of the plain blocks of one width: what grows with the square of the width."""
-    states, hidden = config.state_factor * width, config.hidden_factor * width
+    states, hidden = STATES * width, HIDDEN * width
     recurrence = 2 * states * width + 2 * states + 2 * states * width + width + 3 * states
     feed = 3 * hidden * width + 2 * hidden + width
     return config.blocks * (recurrence + feed + 4 * width)
 
 
-def saving_sheet(config: Config) -> Sheet:
+def saving_table(config: Config) -> pl.DataFrame:
     """Savings by counts of our own blocks, of pure squares, and as published."""
     sizes = tuple(PAPER)
-    ours = savings(lambda m: block_parameters(m, config), sizes)
-    squares = savings(lambda m: m**2, sizes)
-    fitted = savings(lambda m: m**2 + 1.65 * m, sizes)
-    rows = tuple(
-        (m, round(ours[m], 2), round(squares[m], 2), round(fitted[m], 2), PAPER[m]) for m in sizes
-    )
-    columns = ("largest size", "our blocks %", "squares %", "m^2 + 1.65 m %", "paper %")
-    return Sheet("Parameters saved against training every size alone", columns, rows)
+    counts = {
+        "our blocks %": lambda m: block_parameters(m, config),
+        "squares %": lambda m: m**2,
+        "m^2 + 1.65 m %": lambda m: m**2 + 1.65 * m,
+    }
+    columns = {name: [*savings(count, sizes).values()] for name, count in counts.items()}
+    table = pl.DataFrame({"largest size": sizes, **columns, "paper %": [*PAPER.values()]})
+    return table.with_columns(pl.col(pl.Float64).round(2))
 
 
 def measure(probe: Probe) -> float:
@@ -79,31 +81,32 @@ def measure(probe: Probe) -> float:
     return found
 
 
-def measured_sheet(config: Config, sizes: tuple[int, ...]) -> Sheet:
+def measured_table(config: Config, sizes: tuple[int, ...]) -> pl.DataFrame:
     """Peak memory of one nested model, of the largest alone, and of every size alone."""
-    nested = measure(Probe("nested", sizes, config))
-    largest = measure(Probe("alone", sizes[-1:], config))
-    every = measure(Probe("alone", sizes, config))
-    rows = (
-        ("one nested model, all sizes", round(nested, 1), round(100 * (1 - nested / every), 1)),
-        ("the largest size alone", round(largest, 1), round(100 * (1 - largest / every), 1)),
-        ("every size alone, together", round(every, 1), 0.0),
-    )
-    shape = f"sizes {sizes[0]}..{sizes[-1]}, batch {config.batch} x {LENGTH}"
-    title = f"Peak memory of training, {shape}"
-    return Sheet(title, ("what", "MB", "saved %"), rows)
+    found = {
+        "one nested model, all sizes": measure(Probe("nested", sizes, config)),
+        "the largest size alone": measure(Probe("alone", sizes[-1:], config)),
+        "every size alone, together": measure(Probe("alone", sizes, config)),
+    }
+    every = found["every size alone, together"]
+    saved = [round(100 * (1 - peak / every), 1) for peak in found.values()]
+    peaks = [round(peak, 1) for peak in found.values()]
+    return pl.DataFrame({"what": [*found], "MB": peaks, "saved %": saved})
 
 
 def report_memory(config: Config, folder: Path) -> None:
     """Writes both tables and figure 4."""
-    sheet = saving_sheet(config)
-    write_sheet(sheet, folder, "memory-counts")
-    write_sheet(measured_sheet(config, sizes_of(config)), folder, "memory-measured")
+    table, sizes = saving_table(config), sizes_of(config)
+    write_table(table, "Parameters saved against training every size alone",
+                folder / "memory-counts")  # fmt: skip
+    shape = f"sizes {sizes[0]}..{sizes[-1]}, batch {config.batch} x {LENGTH}"
+    write_table(measured_table(config, sizes), f"Peak memory of training, {shape}",
+                folder / "memory-measured")  # fmt: skip
     lines = {
-        name: {float(row[0]): row[column] for row in sheet.rows}
-        for column, name in ((1, "our blocks"), (4, "paper"))
+        name: dict(zip(table["largest size"], table[f"{name} %"], strict=True))
+        for name in ("our blocks", "paper")
     }
-    plot(Curves("Parameters saved", "%", lines), folder, "memory")
+    plot("Parameters saved", "%", lines, folder / "memory")
 
 
 def main() -> None:
@@ -129,7 +132,7 @@ def _measure_here(probe: Probe, sender: Any) -> None:
     for _ in range(3):
         for objective, optimizer in zip(objectives, optimizers, strict=True):
             optimizer.zero_grad()
-            objective(inputs, inputs)[0].backward()
+            objective(inputs, labels=inputs)[0].backward()
             optimizer.step()
     weights = sum(p.nbytes for objective in objectives for p in objective.parameters())
     sender.send((_peak() - start + weights) / 2**20)
@@ -137,14 +140,25 @@ def _measure_here(probe: Probe, sender: Any) -> None:
 
 
 def _objectives(probe: Probe, features: Any) -> list[Any]:
-    from examples.fmrlrec.nesting import NestedObjective, PlainObjective, build, nest
+    from examples.fmrlrec.nesting import build, nest, objective
 
     sizes = ",".join(map(str, probe.sizes))
     config = replace(probe.config, {"sizes": sizes, "modality": "text"})
     if probe.kind == "nested":
         doll = nest(build(config, ITEMS, features, probe.sizes[-1]), config)
-        return [NestedObjective(doll, config)]
-    return [PlainObjective(build(config, ITEMS, features, size), config) for size in probe.sizes]
+        return [objective(doll, config)]
+    return [_alone(build(config, ITEMS, features, size)) for size in probe.sizes]
+
+
+def _alone(model: Any) -> Any:
+    """A plain model that returns its loss, as the nested one does."""
+    from torch.nn.functional import cross_entropy
+
+    plain = model.forward
+    model.forward = lambda inputs, labels: [
+        cross_entropy(plain(inputs).flatten(0, 1), labels.flatten())
+    ]
+    return model
 
 
 def _peak() -> float:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.data import left_pad, pack, steps
 from examples.fmrlrec.encoders import Features
-from examples.fmrlrec.nesting import NestedObjective, build, nest, sizes_of
+from examples.fmrlrec.nesting import build, nest, objective, sizes_of
 
 ITEMS, BATCH, LENGTH = 12_101, 32, 50
 Weights = dict[str, nn.Parameter]
@@ -125,9 +125,9 @@ def compare(config: Config, mean_length: float, rounds: int) -> None:
     """Prints the losses at equal weights and the medians over alternating rounds."""
     sizes = sizes_of(config)
     doll = nest(build(config, ITEMS, Features({}), sizes[-1]), config).train()
-    objective, reference = NestedObjective(doll, config), Reference(doll, sizes, config.norm)
+    learning, reference = objective(doll, config), Reference(doll, sizes, config.norm)
     batch, packed = sequences(mean_length)
-    ours = lambda i, t: objective(i, t)[0]  # noqa: E731
+    ours = lambda i, t: learning(i, labels=t)[0]  # noqa: E731
     expected = reference(*batch).item()
     gap = max(abs(ours(*inputs).item() / expected - 1) for inputs in (batch, packed))
     optimizer = torch.optim.AdamW(doll.parameters(), lr=1e-5)

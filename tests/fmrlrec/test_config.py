@@ -25,9 +25,9 @@ def test_presets_round_trip(name: str) -> None:
 
 
 def test_texts_take_the_type_of_their_setting() -> None:
-    pairs = config.parse_settings(["lr=0.01", "epochs=3", "item_bias=no", "sizes=8..64"])
+    pairs = config.parse_settings(["lr=0.01", "epochs=3", "alone=no", "sizes=8..64"])
     found = config.replace(config.Config(), pairs)
-    assert (found.lr, found.epochs, found.item_bias, found.sizes) == (0.01, 3, False, "8..64")
+    assert (found.lr, found.epochs, found.alone, found.sizes) == (0.01, 3, False, "8..64")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_texts_take_the_type_of_their_setting() -> None:
     [
         ("learning=1", "no setting 'learning'; the settings are data, sizes"),
         ("epochs=many", "epochs='many' is not a int"),
-        ("item_bias=perhaps", "is not a bool"),
+        ("alone=perhaps", "is not a bool"),
         ("norm=layer", "expected one of block, prefix"),
         ("epochs", "has no '='"),
     ],

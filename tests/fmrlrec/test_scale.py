@@ -38,8 +38,8 @@ torch.distributed.destroy_process_group()
 def losses(material: Material, config: Config, folder: str) -> list[dict[str, float]]:
     """The losses of two epochs in float64: Adam makes much of a rounding of a small gradient."""
     config = replace(config, {"dropout": 0.0, "epochs": 2})
-    objective = objective_of(material, config, "nested").double()
-    history = training.train(objective, material.data, config, Path(folder)).history
+    learning = objective_of(material, config, "nested").double()
+    history = training.train(learning, material.data, config, Path(folder)).history
     return [{n: v for n, v in row.items() if n.startswith("loss")} for row in history]
 
 

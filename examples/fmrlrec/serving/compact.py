@@ -56,9 +56,7 @@ def compact(doll: Any, config: Config, size: int) -> Recommender:
     part = mk.slice(doll, size).eval()
     state = part.state_dict()
     table = item_table(state)
-    shape = Shape(len(table) - 1, size, config.blocks, config.state_factor, config.hidden_factor,
-                  config.dropout, config.r_min, config.item_bias)  # fmt: skip
-    model = Recommender(shape)
+    model = Recommender(Shape(len(table) - 1, size, config.blocks))
     rest = {name: value for name, value in state.items() if not name.startswith("items.")}
     model.load_state_dict({**rest, "items.weight": table})
     if config.nesting == "masked":
@@ -109,8 +107,7 @@ def export_items(model: Recommender, data: Dataset, folder: Path) -> list[Path]:
 def rows_of(model: Recommender) -> tuple[np.ndarray, np.ndarray]:
     """Vectors [items, size] and biases [items] of all items, padding left out."""
     table = model.items().detach()[1:]
-    bias = torch.zeros(len(table)) if model.bias is None else model.bias.detach()[1:]
-    return np.ascontiguousarray(table.float().numpy()), bias.float().numpy()
+    return np.ascontiguousarray(table.float().numpy()), model.bias.detach()[1:].float().numpy()
 
 
 def titles_of(data: Dataset) -> list[str]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from examples.fmrlrec import data, encoders, formats
 from examples.fmrlrec.config import DataError
 from examples.fmrlrec.pipeline import Material, Run
-from examples.fmrlrec.reporting import Sheet
 from examples.fmrlrec.serving.compact import project, titles_of
 
 
@@ -76,7 +75,7 @@ def encode_items(run: Run, material: Material, rows: list[dict[str, Any]], root:
 def recommend(
     doll: Any, material: Material, history: np.ndarray, *, count: int = 10, length: int = 50,
     new: NewItems | None = None,
-) -> Sheet:  # fmt: skip
+) -> pl.DataFrame:  # fmt: skip
     """The `count` best items not in `history` for each size, best first, by title.
 
     New items compete with the trained ones: their rows of the table are projected features, their
@@ -89,11 +88,10 @@ def recommend(
     with torch.inference_mode():
         for size, scores in _scores(doll.eval(), sequence, new):
             scores[[0, *history.tolist()]] = -torch.inf
-            best = scores.topk(min(count, len(scores))).indices.tolist()
-            columns[f"size {size}"] = [titles[i] for i in best]
-    rows = tuple(zip(range(1, count + 1), *columns.values(), strict=False))
-    last = ", ".join(titles[i] for i in history[-3:].tolist())
-    return Sheet(f"After ... {last}", ("rank", *columns), rows)
+            best = scores.topk(min(count, len(scores)))
+            kept = best.indices[best.values > -torch.inf].tolist()
+            columns[f"size {size}"] = [titles[i] for i in kept]
+    return pl.DataFrame(columns).with_row_index("rank", offset=1)
 
 
 def _scores(doll: Any, sequence: Tensor, new: NewItems | None) -> Iterator[tuple[int, Tensor]]:
@@ -107,5 +105,4 @@ def _scores(doll: Any, sequence: Tensor, new: NewItems | None) -> Iterator[tuple
         readout = outputs.readout_at(size)
         hidden, bias = readout.scaled[0, -1, : readout.widths[size]], readout.bias
         rows = torch.from_numpy(project(doll, size, new.features))
-        typical = 0.0 if bias is None else bias[1:].median()
-        yield size, torch.cat((trained, rows @ hidden + typical))
+        yield size, torch.cat((trained, rows @ hidden + bias[1:].median()))
