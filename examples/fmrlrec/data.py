@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from safetensors.numpy import load_file, save_file
 
 from examples.fmrlrec.config import Config, DataError, RunError, write_text
 from examples.fmrlrec.formats import ITEMS, Source
@@ -23,9 +22,7 @@ from examples.fmrlrec.workers import Each, serially
 
 PADDING = 0
 HELD_OUT = {"validation": 2, "test": 1}  # how far from the end of a sequence its target stands
-SEQUENCES, CATALOGUE, USERS, REPORT = (
-    "sequences.safetensors", "items.parquet", "users.parquet", "report.json",
-)  # fmt: skip
+SEQUENCES, CATALOGUE, REPORT = "sequences.parquet", "items.parquet", "report.json"
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,15 @@ def prepare(source: Source, folder: Path, config: Config, each: Each = serially)
     survivors = core_filter(parts, catalogue.select("item_id"), config.min_count, each)
     kept = catalogue.join(survivors, on="item_id", how="semi").sort("item_id")
     numbered = kept.with_row_index("number", offset=1).cast({"number": pl.Int32})
-    items, offsets, users = _sequences(parts, numbered, config.min_count, each)
-    if not len(items):
+    sequences = pl.concat(
+        each(_part_sequences, parts, numbered.select("item_id", "number"), config.min_count)
+    )
+    if sequences.is_empty():
         raise DataError(
             f"no interaction survives the {config.min_count}-core filter; "
             "give more data or a smaller --set min_count=1"
         )
-    save_file({"items": items, "offsets": offsets}, folder / SEQUENCES)
-    pl.DataFrame({"user_id": users}).write_parquet(folder / USERS)
+    sequences.write_parquet(folder / SEQUENCES)
     kept.with_columns(image_path(source.root)).write_parquet(folder / CATALOGUE)
     report = {"problems": {**source.problems, **problems, **unknown}}
     write_text(folder / REPORT, json.dumps(report, indent=2))
@@ -100,15 +98,21 @@ def prepare(source: Source, folder: Path, config: Config, each: Each = serially)
     return load(folder)
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether `prepare` came to its end in a folder."""
+    return (folder / SEQUENCES).exists() and (folder / REPORT).exists()
+
+
 def load(folder: Path) -> Dataset:
     """Reads what `prepare` wrote."""
-    if not (folder / REPORT).exists():
+    if not is_prepared(folder):
         raise RunError(f"no prepared data in {folder}; run `prepare` first")
-    arrays = load_file(folder / SEQUENCES)
+    sequences = pl.read_parquet(folder / SEQUENCES)
+    lengths = sequences["number"].list.len().to_numpy()
     return Dataset(
-        arrays["items"],
-        arrays["offsets"],
-        pl.read_parquet(folder / USERS)["user_id"],
+        sequences["number"].explode().to_numpy(),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        sequences["user_id"],
         pl.read_parquet(folder / CATALOGUE),
         json.loads((folder / REPORT).read_text(encoding="utf-8")),
     )
@@ -150,11 +154,8 @@ def training_windows(data: Dataset, config: Config) -> np.ndarray:
     starts, ends = data.offsets[:-1], data.offsets[1:] - 2
     if config.windows == "last":
         starts = np.maximum(starts, ends - config.max_length - 1)
-    windows = [
-        (max(start, end - config.max_length - 1), end)
-        for first, last in zip(starts.tolist(), ends.tolist(), strict=True)
-        for start, end in _cut(first, last, config.max_length)
-    ]
+    bounds = zip(starts.tolist(), ends.tolist(), strict=True)
+    windows = [window for first, last in bounds for window in _cut(first, last, config.max_length)]
     return np.asarray(windows, dtype=np.int64).reshape(-1, 2)
 
 
@@ -210,11 +211,6 @@ def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Ba
         yield Batch(inputs, np.asarray([part[-back] for part in parts], dtype=np.int64), some)
 
 
-def histories(data: Dataset, users: np.ndarray, split: str) -> list[np.ndarray]:
-    """All items that each user had before the target of `split`, however long ago."""
-    return [data.sequence(user)[: -HELD_OUT[split]] for user in users]
-
-
 def popularity(data: Dataset) -> np.ndarray:
     """How often each item 0..n occurs in the training part of the sequences."""
     held_out = np.concatenate([data.offsets[1:] - 1, data.offsets[1:] - 2])
@@ -233,7 +229,7 @@ def left_pad(sequences: list[np.ndarray], length: int) -> np.ndarray:
 
 
 def _cut(first: int, last: int, length: int) -> Iterator[tuple[int, int]]:
-    """Ends of windows from the latest backwards; neighbours share the item between them."""
+    """Windows from the latest backwards; neighbours share the item between them."""
     end = last
     while end - first >= 2:
         yield max(first, end - length - 1), end
@@ -269,6 +265,11 @@ def _partition(
     parts = [folder / f"{number:05}.parquet" for number in range(count)]
     rows = each(_write_part, list(enumerate(parts)), frame.drop_nulls(), count)
     whole, kept = (sum(numbers) for numbers in zip(*rows, strict=True))
+    if not kept:
+        raise DataError(
+            f"none of the {total:,} interactions in {source.root} has a user, an item and a time "
+            "that can be read; times are numbers, or dates such as 2024-01-31 or 2024-01-31 18:30"
+        )
     found = {"interactions without user, item or time": total - whole,
              "duplicate interactions": whole - kept}  # fmt: skip
     return parts, {name: n for name, n in found.items() if n}
@@ -290,53 +291,35 @@ def _known_items(
     seen = pl.scan_parquet(parts).select("item_id").unique().collect(engine="streaming")
     if source.items is None:
         return seen.with_columns(pl.lit(None, dtype=pl.String).alias(n) for n in ITEMS[1:]), {}
-    described = _described(source.items, seen["item_id"].dtype)
+    there = source.items.collect_schema().names()
+    texts = [pl.col(n) if n in there else pl.lit(None).alias(n) for n in ITEMS[1:]]
+    items = source.items.select(
+        pl.col("item_id").cast(seen["item_id"].dtype, strict=False),
+        *(text.cast(pl.String) for text in texts),
+        known=pl.lit(True),
+    ).collect(engine="streaming")
+    described = items.drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
     catalogue = seen.join(described, on="item_id", how="left")
-    unknown = catalogue.filter(~pl.col("known").fill_null(False)).height
+    unknown = catalogue["known"].null_count()
     if config.unknown_items == "drop":
-        catalogue = catalogue.filter(pl.col("known"))
-    repeated = source.items.select(pl.len()).collect(engine="streaming").item() - described.height
+        catalogue = catalogue.drop_nulls("known")
     names = {"drop": "unknown items (dropped)", "keep": "unknown items (kept, no features)"}
-    counts = {names[config.unknown_items]: unknown, "items described twice or without id": repeated}
+    counts = {names[config.unknown_items]: unknown,
+              "items described twice or without id": items.height - described.height}  # fmt: skip
     return catalogue.drop("known"), {name: n for name, n in counts.items() if n}
-
-
-def _described(items: pl.LazyFrame, key: pl.DataType) -> pl.DataFrame:
-    names = items.collect_schema().names()
-    texts = [
-        (pl.col(name) if name in names else pl.lit(None)).cast(pl.String).alias(name)
-        for name in ITEMS[1:]
-    ]
-    chosen = items.select(pl.col("item_id").cast(key, strict=False), *texts)
-    unique = chosen.drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
-    return unique.with_columns(known=pl.lit(True)).collect(engine="streaming")
 
 
 def _count_items(part: Path, items: pl.DataFrame, count: int) -> pl.DataFrame:
     rows = pl.scan_parquet(part).join(items.lazy(), on="item_id", how="semi")
-    active = rows.group_by("user_id").agg(pl.len().alias("n")).filter(pl.col("n") >= count)
-    counted = rows.join(active, on="user_id", how="semi").group_by("item_id")
-    return counted.agg(pl.len().cast(pl.Int64).alias("n")).collect(engine="streaming")
+    active = rows.filter(pl.len().over("user_id") >= count)
+    return active.group_by("item_id").agg(pl.len().cast(pl.Int64).alias("n")).collect()
 
 
-def _sequences(
-    parts: list[Path], numbered: pl.DataFrame, count: int, each: Each
-) -> tuple[np.ndarray, np.ndarray, pl.Series]:
-    found = each(_part_sequences, parts, numbered.select("item_id", "number"), count)
-    items, lengths, users = zip(*found, strict=True)
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    return np.concatenate(items), offsets, pl.concat(users)
-
-
-def _part_sequences(
-    part: Path, keys: pl.DataFrame, count: int
-) -> tuple[np.ndarray, np.ndarray, pl.Series]:
+def _part_sequences(part: Path, keys: pl.DataFrame, count: int) -> pl.DataFrame:
+    """The item numbers of each user of a part, as a list in time order."""
     rows = pl.read_parquet(part).join(keys, on="item_id", how="inner", maintain_order="left")
-    rows = rows.select("user_id", "number")
-    active = rows.group_by("user_id", maintain_order=True).agg(pl.len().alias("n"))
-    active = active.filter(pl.col("n") >= count)
-    kept = rows.join(active, on="user_id", how="semi", maintain_order="left")
-    return kept["number"].to_numpy(), active["n"].to_numpy(), active["user_id"]
+    active = rows.filter(pl.len().over("user_id") >= count)
+    return active.group_by("user_id", maintain_order=True).agg("number")
 
 
 def image_path(root: Path) -> pl.Expr:

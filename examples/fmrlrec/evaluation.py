@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from examples.fmrlrec.config import Config, RunError
-from examples.fmrlrec.data import Batch, Dataset, evaluation_batches, histories
+from examples.fmrlrec.data import HELD_OUT, Batch, Dataset, evaluation_batches
 from matryoshkafy.serving.ranks import GAINS as GAINS
 from matryoshkafy.serving.ranks import Banned, Ranks, gains, rank, without
 
@@ -50,7 +50,7 @@ def evaluate(
 
 def banned_items(data: Dataset, batch: Batch, split: str, device: str) -> dict[str, Banned]:
     """What each protocol leaves out for a batch: padding, and for "unseen" the history too."""
-    parts = [np.unique(part) for part in histories(data, batch.users, split)]
+    parts = [np.unique(data.sequence(user)[: -HELD_OUT[split]]) for user in batch.users]
     rows = torch.arange(len(parts))
     lengths = torch.tensor([len(part) for part in parts])
     padding = Banned(rows.to(device), torch.zeros_like(rows).to(device))

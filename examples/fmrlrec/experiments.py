@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import polars as pl
 
 from examples.fmrlrec import pipeline
-from examples.fmrlrec.config import MODALITIES
+from examples.fmrlrec.config import MODALITIES, RunError
 from examples.fmrlrec.evaluation import Table
 from examples.fmrlrec.nesting import sizes_of
 from examples.fmrlrec.pipeline import Material, Run
@@ -23,7 +23,7 @@ def run_everything(run: Run) -> None:
     found = pipeline.evaluate_all(run, material)
     modalities = {"both": found}
     if run.config.modality == "both":
-        modalities = ablate(run, material, ("both", "text", "image"))
+        modalities = ablate(run, ("both", "text", "image"))
     lines = {name: metric_line(tables) for name, tables in modalities.items()}
     lines["popularity"] = {min(lines["both"]): found["popularity"]["all"][METRIC]}
     plot(TITLE, METRIC, lines, run.folder / "plots/sizes")
@@ -33,16 +33,14 @@ def run_everything(run: Run) -> None:
     print_files(path for folder in folders for path in sorted(folder.rglob("*")))
 
 
-def ablate(
-    run: Run, material: Material, modalities: Iterable[str] = ()
-) -> dict[str, dict[str, Table]]:
+def ablate(run: Run, modalities: Iterable[str] = ()) -> dict[str, dict[str, Table]]:
     """Table 3 of the paper: the same recipe on each modality, or on all; {modality: tables}.
 
     Its table has a row a modality: the largest size, ranking all items.
     """
-    every = pipeline.encode(run.variant(".", modality="both"), material.data)
-    found, material = {}, Material(material.data, every)
+    found, material = {}, pipeline.prepared(run.variant(".", modality="both"))
     for modality in modalities or MODALITIES:
+        print(f"modality: {modality}")
         variant = run.variant(f"ablation/{modality}", modality=modality)
         if modality == run.config.modality:
             variant = run
@@ -64,9 +62,12 @@ def compare(
 
     A model alone is one whose ladder has one rung.
     """
+    if unknown := sorted({*sizes} - {*sizes_of(run.config)}):
+        raise RunError(f"sizes {unknown} are not those of the run: {sizes_of(run.config)}")
     before = {int(folder.name) for folder in (run.folder / "alone").glob("[0-9]*")}
     alone: dict[str, Table] = {}
     for size in sorted({*sizes, *before} if sizes else sizes_of(run.config)):
+        print(f"size {size} alone")
         variant = run.variant(f"alone/{size}", sizes=str(size), weights="", every="")
         doll = pipeline.learn(variant, material)
         alone |= pipeline.evaluate_doll(doll, material, variant.config)

@@ -152,7 +152,7 @@ def read_tables(folder: Path, scratch: Path) -> Source:
         if path.name.endswith(".parquet"):
             frame = pl.scan_parquet(path)
         elif path.name.endswith(".csv"):
-            frame = pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=10_000)
+            frame = pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=None)
         else:
             frame = _parsed([path], lines, scratch / name, problems)
         _require(frame, needed, folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,23 +18,15 @@ PIXELS = 64
 ImageEncoder = Callable[[list["Image.Image"]], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One opened picture, or why there is none."""
-
-    image: Image.Image | None
-    problem: str = ""
-
-
-def open_picture(path: Path | None) -> Picture:
-    """Opens a picture completely, so that a corrupt one shows here and not in the middle of use."""
-    if path is None or not path.exists():
-        return Picture(None, "items without picture")
+def open_picture(path: Path | None) -> Image.Image | str:
+    """A whole picture, or why there is none: a corrupt one shows here, not in the middle of use."""
+    if path is None or not os.path.exists(path):  # noqa: PTH110  Path.exists raises for long names
+        return "items without picture"
     try:
         with Image.open(path) as image:
-            return Picture(image.convert("RGB"))
+            return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return Picture(None, f"corrupt picture {path.name}")
+        return f"corrupt picture {path.name}"
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -74,25 +66,20 @@ def raw_images(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """What the encoder says of each picture, zero where there is none, and what was wrong."""
     parts = [paths[at] for at in batches(len(paths), config.encoder_batch)]
-    rows: dict[int, np.ndarray] = {}
-    problems = Counter[str]()
-    for number, (found, told) in enumerate(each(_image_batch, parts, config)):
-        rows |= {number * config.encoder_batch + n: vector for n, vector in found.items()}
-        problems.update(told)
-    vectors = np.zeros((len(paths), len(next(iter(rows.values()), [0]))), np.float32)
-    for number, row in rows.items():
-        vectors[number] = row
-    return vectors, dict(problems)
+    found = [row for part in each(_image_batch, parts, config) for row in part]
+    width = next((len(row) for row in found if not isinstance(row, str)), 1)
+    vectors = np.zeros((len(found), width), np.float32)
+    for number, row in enumerate(found):
+        vectors[number] = 0 if isinstance(row, str) else row
+    return vectors, dict(Counter(row for row in found if isinstance(row, str)))
 
 
-def _image_batch(
-    paths: list[Path | None], config: Config
-) -> tuple[dict[int, np.ndarray], Counter[str]]:
-    """Vectors of those pictures that can be opened, by place, and how often what was wrong."""
+def _image_batch(paths: list[Path | None], config: Config) -> list[np.ndarray | str]:
+    """The vector of each picture, or why there is none."""
     opened = [open_picture(path) for path in paths]
-    good = {n: p.image for n, p in enumerate(opened) if p.image is not None}
-    vectors = _image_encoder(config.image_encoder)(list(good.values())) if good else []
-    return dict(zip(good, vectors, strict=True)), Counter(p.problem for p in opened if p.problem)
+    good = [image for image in opened if not isinstance(image, str)]
+    vectors = iter(_image_encoder(config.image_encoder)(good) if good else [])
+    return [image if isinstance(image, str) else next(vectors) for image in opened]
 
 
 @lru_cache(maxsize=1)

@@ -86,7 +86,7 @@ def prepare(run: Run) -> data.Dataset:
     folder, path = run.folder / "data", data_path(run)
     before = _inputs(folder)
     found = formats.digests(path, before)
-    there = (folder / data.REPORT).exists()
+    there = data.is_prepared(folder)
     changed = _changed(before, found) if before else []
     if there and changed:
         print(f"note: {_named(changed)} changed since it was prepared; prepared again")

@@ -8,7 +8,6 @@ leave a handful.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import polars as pl
 from PIL import Image, ImageDraw
 
 COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 187, 40), (148, 103, 189))
-SHAPES = (3, 4, 5, 0)
+CORNERS = (3, 4, 5, 24)  # the last is nearly a disc
 NOUNS = (
     "lamp", "kettle", "jacket", "tent", "guitar", "novel", "puzzle", "camera", "bicycle", "sofa",
     "perfume", "drill", "racket", "carpet", "clock", "backpack", "telescope", "blender", "piano",
@@ -37,107 +36,83 @@ class Shop:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Items:
-    """Theme (text), look (picture) and appeal of each item; arrays [items]."""
-
-    theme: np.ndarray
-    look: np.ndarray
-    appeal: np.ndarray
-
-
 def generate(folder: Path, shop: Shop | None = None) -> Path:
     """Writes interactions.csv, items.csv and images/ of a shop to `folder` and returns it."""
     shop = shop or Shop()
     random = np.random.default_rng(shop.seed)
-    items = _items(shop, random)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    _describe(items, random).write_csv(folder / "items.csv")
-    for number, look in enumerate(items.look):
-        draw(int(look), random).save(folder / "images" / f"{number + 1}.jpg", quality=85)
+    items = _items(shop.items, random)
+    table = _described(items, random)
+    table.write_csv(folder / "items.csv")
+    for look, image in zip(items["look"], table["image"], strict=True):
+        draw(look, random).save(folder / image, quality=85)
     _interactions(items, shop, random).write_csv(folder / "interactions.csv")
     return folder
 
 
 def draw(look: int, random: np.random.Generator) -> Image.Image:
     """Draws one of the looks (a shape in a colour) somewhere on a noisy 48 x 48 background."""
-    noise = random.integers(180, 256, (48, 48, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    centre, radius = random.uniform(20, 28, 2), random.uniform(12, 17)
-    colour = COLOURS[look % len(COLOURS)]
-    corners = SHAPES[look // len(COLOURS)]
-    ImageDraw.Draw(image).polygon(_outline(corners, centre, radius), fill=colour)
+    image = Image.fromarray(random.integers(180, 256, (48, 48, 3), dtype=np.uint8))
+    shape, colour = divmod(look, len(COLOURS))
+    circle = (*random.uniform(20, 28, 2), random.uniform(12, 17))
+    ImageDraw.Draw(image).regular_polygon(circle, CORNERS[shape], fill=COLOURS[colour])
     return image
 
 
-def _outline(corners: int, centre: np.ndarray, radius: float) -> list[tuple[float, float]]:
-    """A regular polygon that stands on its side; no corners means a disc."""
-    count = corners or 24
-    angles = [2 * math.pi * (k + 0.5) / count for k in range(count)]
-    return [(centre[0] + radius * math.sin(a), centre[1] + radius * math.cos(a)) for a in angles]
-
-
-def _items(shop: Shop, random: np.random.Generator) -> Items:
-    looks = len(COLOURS) * len(SHAPES)
-    return Items(
-        random.integers(0, len(NOUNS), shop.items),
-        random.integers(0, looks, shop.items),
-        random.pareto(2.0, shop.items) + 0.3,
+def _items(count: int, random: np.random.Generator) -> pl.DataFrame:
+    """Theme (text), look (picture) and appeal of each item."""
+    return pl.DataFrame(
+        {
+            "theme": random.integers(0, len(NOUNS), count),
+            "look": random.integers(0, len(COLOURS) * len(CORNERS), count),
+            "appeal": random.pareto(2.0, count) + 0.3,
+        }
     )
 
 
-def _describe(items: Items, random: np.random.Generator) -> pl.DataFrame:
-    count = len(items.theme)
-    adjective = random.integers(0, len(ADJECTIVES), count)
-    model = random.integers(100, 1000, count)
+def _described(items: pl.DataFrame, random: np.random.Generator) -> pl.DataFrame:
+    nouns = [NOUNS[theme] for theme in items["theme"]]
+    adjectives = [ADJECTIVES[n] for n in random.integers(0, len(ADJECTIVES), len(items))]
+    models = random.integers(100, 1000, len(items)).tolist()
+    numbers = range(1, len(items) + 1)
+    rows = list(zip(adjectives, nouns, models, strict=True))
     return pl.DataFrame(
         {
-            "item_id": np.arange(1, count + 1),
-            "title": [
-                f"{ADJECTIVES[a].title()} {NOUNS[t]} {m}"
-                for a, t, m in zip(adjective, items.theme, model, strict=True)
-            ],
-            "price": np.round(random.lognormal(3.0, 0.7, count), 2),
-            "brand": [f"House of {NOUNS[t].title()}s {m % 3}"
-                      for t, m in zip(items.theme, model, strict=True)],
-            "categories": [f"Goods|{NOUNS[t]}" for t in items.theme],
-            "image": [f"images/{n}.jpg" for n in range(1, count + 1)],
+            "item_id": numbers,
+            "title": [f"{adjective.title()} {noun} {model}" for adjective, noun, model in rows],
+            "price": np.round(random.lognormal(3.0, 0.7, len(items)), 2),
+            "brand": [f"House of {noun.title()}s {model % 3}" for _, noun, model in rows],
+            "categories": [f"Goods|{noun}" for noun in nouns],
+            "image": [f"images/{number}.jpg" for number in numbers],
         }
-    )  # fmt: skip
+    )
 
 
-def _interactions(items: Items, shop: Shop, random: np.random.Generator) -> pl.DataFrame:
+def _interactions(items: pl.DataFrame, shop: Shop, random: np.random.Generator) -> pl.DataFrame:
     following = random.permutation(len(NOUNS))
-    looks = int(items.look.max()) + 1
-    shelves = [
-        [np.flatnonzero((items.theme == t) & (items.look == k)) for k in range(looks)]
-        for t in range(len(NOUNS))
-    ]
     rows = []
     for user in range(1, shop.users + 1):
         length = 5 + random.poisson(shop.mean_length - 5)
-        walk = _walk(items, shop, (following, shelves), length, random)
-        rows += [(user, int(item) + 1, time) for time, item in enumerate(walk)]
+        walk = _walk(items, shop, following, length, random)
+        rows += [(user, item + 1, time) for time, item in enumerate(walk)]
     return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
 
 
 def _walk(
-    items: Items,
+    items: pl.DataFrame,
     shop: Shop,
-    rules: tuple[np.ndarray, list[list[np.ndarray]]],
+    following: np.ndarray,
     length: int,
     random: np.random.Generator,
 ) -> list[int]:
-    following, shelves = rules
-    appeal = items.appeal / items.appeal.sum()
-    walk: list[int] = [int(random.choice(len(appeal), p=appeal))]
+    """Items that one user has: mostly of the next theme and the same look, and new."""
+    theme, look, appeal = (items[name].to_numpy() for name in ("theme", "look", "appeal"))
+    walk = [int(random.choice(len(appeal), p=appeal / appeal.sum()))]
     while len(walk) < length:
         last = walk[-1]
-        shelf = shelves[following[items.theme[last]]][items.look[last]]
+        shelf = np.flatnonzero((theme == following[theme[last]]) & (look == look[last]))
         fresh = np.setdiff1d(shelf, walk)
-        if len(fresh) and random.random() < shop.faithful:
-            chances = items.appeal[fresh] / items.appeal[fresh].sum()
-            walk.append(int(random.choice(fresh, p=chances)))
-        else:
-            walk.append(int(random.choice(len(appeal), p=appeal)))
+        faithful = len(fresh) and random.random() < shop.faithful
+        among = fresh if faithful else np.arange(len(appeal))
+        walk.append(int(random.choice(among, p=appeal[among] / appeal[among].sum())))
     return walk

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, tra
 from examples.fmrlrec.evaluation import Table, evaluate
 from examples.fmrlrec.nesting import nested_scorer
 from matryoshkafy.files.folders import whole_file
+from matryoshkafy.report.page.numbers import timed
 from matryoshkafy.training import AllSizes, RunLog, resume_run, save_run
 
 STATE, BEST = "state", "best.safetensors"
@@ -103,9 +103,9 @@ def log_lines(progress: Progress) -> list[str]:
     last = progress.history[-1]
     found = {name.split()[1]: v for name, v in last.items() if name.startswith("NDCG@10 ")}
     shown = list(found)[-COLUMNS:]
-    head = "epoch    time    loss" + "".join(f"{size:>7}" for size in shown)
-    star = " *" if progress.best_epoch == progress.epoch - 1 else ""
-    row = f"{progress.epoch:5}{timedelta(seconds=round(last['seconds']))!s:>8}{last['loss']:8.2f}"
+    head = "epoch        time  loss" + "".join(f"{size:>7}" for size in shown)
+    star = "*" if progress.best_epoch == progress.epoch - 1 else ""
+    row = f"{progress.epoch:4} {timed(last['seconds']):>12}{last['loss']:6.4g}"
     row += "".join(f"{found[size]:7.4f}" for size in shown) + star
     above = ["validation NDCG@10 by size, a line an epoch, * the best so far", head]
     return [*above, row] if len(progress.history) == 1 else [row]

@@ -38,6 +38,10 @@ def test_texts_take_the_type_of_their_setting() -> None:
         ("alone=perhaps", "is not a bool"),
         ("norm=layer", "expected one of block, prefix"),
         ("epochs", "has no '='"),
+        ("batch=0", "batch=0, expected 1 to"),
+        ("lr=nan", "lr=nan, expected"),
+        ("dropout=1", "expected 0 to 0.99"),
+        ("max_length=1", "expected 2 to"),
     ],
 )
 def test_bad_settings_are_named(pair: str, message: str) -> None:

@@ -101,6 +101,13 @@ def test_broken_lines_and_bytes_are_counted_not_fatal(tmp_path: Path) -> None:
     assert [row[0] for row in rows_of(source)] == ["u", "\ufffd"]
 
 
+def test_ids_may_turn_into_texts_late_in_a_table(tmp_path: Path) -> None:
+    rows = "".join(f"{n},{n},{n}\n" for n in range(11_000))
+    (tmp_path / "interactions.csv").write_text(f"user_id,item_id,timestamp\n{rows}guest,7a,1\n")
+    found = formats.read(tmp_path, tmp_path / "scratch").interactions.collect()
+    assert len(found) == 11_001 and found["item_id"][-1] == "7a"
+
+
 def test_literal_lines_are_never_executed(tmp_path: Path) -> None:
     target = tmp_path / "touched"
     attack = f"__import__('pathlib').Path({str(target)!r}).touch()"

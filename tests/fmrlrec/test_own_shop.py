@@ -35,7 +35,7 @@ def refused(*words: str) -> str:
 
 def test_a_small_shop_trains_at_any_ladder_without_settings(shop: Path, tmp_path: Path) -> None:
     told = called("train", "--data", str(shop), "--run", str(tmp_path), "--sizes", "3,7,20", *FEW)
-    assert "150 users" in told and "texts and pictures: settings chosen" in told
+    assert "150 users" in told and "texts and pictures\nSettings chosen" in told
     assert {p.name for p in (tmp_path / "slices").iterdir()} == {"3", "7", "20"}
     config = Config.from_json((tmp_path / "config.json").read_text())
     assert (config.modality, config.min_count, config.sizes) == ("both", 1, "3,7,20")
@@ -58,6 +58,9 @@ def test_a_new_item_is_recommended_without_training(shop: Path, trained: Path) -
     told = called("recommend", "2", "5", "--run", str(trained), "--new", str(path), "--count", "61")
     assert told.count("(new)") == 2, "once at each size"
     assert "no item" in refused("recommend", "999", "--run", str(trained))
+    both = refused("recommend", "2", "--user", "3", "--run", str(trained))
+    assert "not both" in both
+    assert "not those of the run" in refused("compare", "--size", "5", "--run", str(trained))
 
 
 def test_changed_files_are_said_and_prepared_again(

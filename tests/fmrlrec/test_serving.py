@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 import matryoshkafy as mk
+from examples.fmrlrec import pipeline
 from examples.fmrlrec.config import DataError, RunError, replace
 from examples.fmrlrec.data import left_pad
 from examples.fmrlrec.nesting import build, nest
@@ -147,6 +148,15 @@ def test_a_new_item_takes_part_without_training(served, material) -> None:
         live.add("fresh", rows)
 
 
+def test_a_state_begins_late_and_nothing_is_recommended_twice(served) -> None:
+    live = Live(served[2], IDS, {"bob": np.array([5, 6, 7, 8, 1])}, length=2)
+    model, found = served[2][8], [name for name, _ in live.top("bob", 8, 35)]
+    with torch.no_grad():
+        scores = model(torch.tensor([[8, 1]]))[0, -1]
+    scores[[0, 5, 6, 7, 8, 1]] = -torch.inf
+    assert found == [IDS[i - 1] for i in scores.topk(35).indices.tolist()]
+
+
 def test_more_users_than_there_was_room_for(served) -> None:
     live = Live({2: served[2][2]}, IDS, {})
     for number in range(1030):
@@ -222,6 +232,9 @@ def test_an_event_moves_the_next_answer(client, served) -> None:
         ("POST", "/items", {"item_id": "x"}, 404, "takes no new items"),
         ("GET", "/items/140/image", None, 404, "no picture of item '140'"),
         ("GET", "/users/zoe", None, 404, "no user 'zoe'"),
+        ("GET", "/users/a/b", None, 404, "no user 'a/b'"),
+        ("GET", "/nowhere", None, 404, "/docs lists the paths"),
+        ("GET", "/events", None, 405, "Method Not Allowed"),
     ],
 )
 def test_bad_requests_are_told(client, method, path, given, status, words) -> None:
@@ -324,9 +337,40 @@ def test_a_new_item_shows_no_file_outside_the_shop(tmp_path: Path) -> None:
     (shop / "text.jpg").write_text("no picture")
     assert picture_in(shop, "fine.jpg") == shop / "fine.jpg"
     assert picture_in(shop, "") is None
-    for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "text.jpg", "gone.jpg"):
+    strange = ("a" * 5000 + ".jpg", "nul\0.jpg", ".", "..")
+    for name in ("../outside.jpg", str(tmp_path / "outside.jpg"), "text.jpg", "gone.jpg", *strange):
         with pytest.raises(DataError, match="no picture that can be read in the folder"):
             picture_in(shop, name)
+
+
+def test_new_items_survive_a_killed_service(served, material, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
+    from examples.fmrlrec.serving import service
+    from examples.fmrlrec.serving.recommending import NewItems
+
+    doll, config, models = served
+    features = material.features.joined(config.modality)[[9]]
+    run = pipeline.Run(tmp_path, replace(config, {"data": str(tmp_path)}))
+    encoded = NewItems(["Fresh"], features)
+    monkeypatch.setattr(service, "encode_items", lambda *_: encoded)
+    log = tmp_path / "items.jsonl"
+
+    def started() -> service.Newcomers:
+        shop = service.Shop(Live(models, IDS, HISTORIES), {}, {})
+        return service.Newcomers(run, material, doll, shop, log)
+
+    assert started().add({"item_id": "new"}) == "Fresh"
+    with log.open("a") as stream:
+        stream.write('{"item_id": "101"}\n{"item_id": "hal')
+    again = started()
+    again.replay()
+    assert "new" in again.shop.live.items, "and neither what is there already nor the cut line"
+    assert len(again.shop.live.items) == 41
+    again.add({"item_id": "newer"})
+    last = started()
+    last.replay()
+    assert len(last.shop.live.items) == 42
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +60,7 @@ class Live:
         ids: the id of every item, in the order of the table.
         histories: {user: numbers of items, in time order}.
         index: "exact", or a kind of `matryoshkafy.serving.index`.
+        length: how many of the latest items a state begins with, as in training; 0: all.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Live:
         histories: Mapping[str, np.ndarray],
         *,
         index: str = "exact",
+        length: int = 0,
     ) -> None:
         self.names = list(ids)
         self.items = {name: number for number, name in enumerate(ids, start=1)}
@@ -75,20 +79,11 @@ class Live:
         self.log: Path | None = None
         self.index = index
         self.sizes = {size: _size(model, len(self.users), index) for size, model in models.items()}
-        self._start(list(histories.values()))
+        self._start([part[-length:] for part in histories.values()])
 
     def replay(self, log: Path) -> None:
         """Applies the events of a log, and appends the coming ones to it."""
-        text = log.read_text(encoding="utf-8") if log.exists() else ""
-        if text and not text.endswith("\n"):
-            # A killed process cut the last line, which was not acknowledged; the next begins anew.
-            with log.open("a", encoding="utf-8") as stream:
-                stream.write("\n")
-        for line in text.splitlines():
-            try:
-                user, item = json.loads(line)
-            except ValueError:
-                continue
+        for user, item in logged(log):
             if item in self.items:
                 self._advance(user, item)
         self.log = log
@@ -177,6 +172,19 @@ class Live:
             size.table = torch.cat((size.table, torch.from_numpy(row[None, :-1])))
         self.names.append(item)
         self.items[item] = len(self.names)
+
+
+def logged(log: Path) -> list[Any]:
+    """The lines of a log; one that a killed process cut was not acknowledged, and is left out."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    if text and not text.endswith("\n"):
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write("\n")
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _size(model: Recommender, users: int, index: str) -> Size:

@@ -47,7 +47,11 @@ def new_items(run: Run, material: Material, path: Path) -> NewItems:
     """Reads a table of items (as items.csv) and encodes it with what the catalogue taught."""
     if not path.is_file():
         raise DataError(f"no table of items at {path}; expected CSV or parquet with title, image")
-    table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
+    try:
+        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(
+            path, encoding="utf8-lossy", infer_schema_length=None)  # fmt: skip
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path} is neither CSV nor parquet that can be read: {error}") from error
     return encode_items(run, material, table.to_dicts(), path.parent)
 
 

@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from examples.fmrlrec import pipeline
 from examples.fmrlrec.config import DataError
@@ -26,7 +27,7 @@ from examples.fmrlrec.nesting import sizes_of
 from examples.fmrlrec.pictures import open_picture
 from examples.fmrlrec.pipeline import Material, Run
 from examples.fmrlrec.serving.compact import compact, project, titles_of
-from examples.fmrlrec.serving.live import Live, Unknown
+from examples.fmrlrec.serving.live import Live, Unknown, logged
 from examples.fmrlrec.serving.recommending import encode_items
 from matryoshkafy.errors import MatryoshkafyError
 
@@ -72,8 +73,8 @@ def open_shop(run: Run, material: Material, sizes: list[int], index: str) -> Sho
     found = material.data
     ids = found.catalogue["item_id"].cast(pl.String).to_list()
     users = found.user_ids.cast(pl.String).to_list()
-    histories = {u: found.sequence(n)[-run.config.max_length :] for n, u in enumerate(users)}
-    live = Live(models, ids, histories, index=index)
+    histories = {user: found.sequence(number) for number, user in enumerate(users)}
+    live = Live(models, ids, histories, index=index, length=run.config.max_length)
     titles = dict(zip(ids, titles_of(found)[1:], strict=True))
     pairs = zip(ids, found.catalogue["image"], strict=True)
     shop = Shop(live, titles, {name: Path(path) for name, path in pairs if path})
@@ -96,9 +97,12 @@ class Newcomers:
     log: Path
 
     def replay(self) -> None:
-        """Takes up the items of earlier runs of the service."""
-        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else ():
-            self._add(json.loads(line))
+        """Takes up the items of earlier runs of the service, but those that fit no more."""
+        for row in logged(self.log):
+            try:
+                self._add(row)
+            except MatryoshkafyError as error:
+                print(f"note: item {row['item_id']!r} of {self.log.name} is left out: {error}")
 
     def add(self, row: dict[str, Any]) -> str:
         """Adds an item described as a row of items.csv; returns its title."""
@@ -124,9 +128,12 @@ def picture_in(root: Path, name: str) -> Path | None:
     """The picture of that name beside the data; the service shows no other file."""
     if not name:
         return None
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError):
+        path = root
     inside = path.is_relative_to(root.resolve())
-    if not inside or open_picture(path).image is None:
+    if not inside or isinstance(open_picture(path), str):
         raise DataError(f"{name!r} is no picture that can be read in the folder of the data")
     return path
 
@@ -145,37 +152,41 @@ class Metrics:
         for number, size in live.sizes.items():
             memory.labels(number).set_function(lambda size=size: size.bytes)
 
-    def wrap(self, app: Any) -> Any:
-        """The ASGI application with every request counted, by its route rather than its address."""
 
-        async def counted(scope: Scope, receive: Any, send: Send) -> None:
-            if scope["type"] != "http":
-                await app(scope, receive, send)
-                return
-            started, status = time.perf_counter(), 500
+class Counted:
+    """The ASGI application with every request counted, by its route rather than its address."""
 
-            async def noted(message: Any) -> None:
-                nonlocal status
-                status = message.get("status", status)
-                await send(message)
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
 
-            try:
-                await app(scope, receive, noted)
-            finally:
-                path = getattr(scope.get("route"), "path", "other")
-                self.requests.labels(path, status).inc()
-                self.seconds.labels(path).observe(time.perf_counter() - started)
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+        """Answers a request and counts it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
 
-        return counted
+        async def noted(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
 
 
 def application(shop: Shop) -> FastAPI:
     """The service as a FastAPI application."""
     app = FastAPI(title="fMRLRec", docs_url="/docs", redoc_url=None)
     metrics = Metrics(shop.live)
-    app.add_middleware(_Counted, metrics=metrics)
+    app.add_middleware(Counted, metrics=metrics)
     app.add_exception_handler(MatryoshkafyError, _told)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
     _answer_pages(app, shop)
     _answer_questions(app, shop)
     _take_news(app, shop)
@@ -187,22 +198,12 @@ def application(shop: Shop) -> FastAPI:
     return app
 
 
-class _Counted:
-    """What `add_middleware` builds."""
-
-    def __init__(self, app: Any, metrics: Metrics) -> None:
-        self.app = metrics.wrap(app)
-
-    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        await self.app(scope, receive, send)
-
-
 def _answer_pages(app: FastAPI, shop: Shop) -> None:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
         return PAGE.read_text(encoding="utf-8")
 
-    @app.get("/items/{item}/image")
+    @app.get("/items/{item:path}/image")
     async def image(item: str) -> Response:
         path = shop.pictures.get(item)
         if path is None or not path.exists():
@@ -222,7 +223,7 @@ def _answer_questions(app: FastAPI, shop: Shop) -> None:
     async def users(limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
         return _json({"users": list(live.users)[:limit]})
 
-    @app.get("/users/{user}")
+    @app.get("/users/{user:path}")
     async def user(user: str, limit: Annotated[int, Query(ge=1, le=100)] = 10) -> Response:
         if user not in live.users:
             raise Unknown(f"no user {user!r}; POST /events starts one")
@@ -271,6 +272,12 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     told = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
     return JSONResponse({"error": "; ".join(told)}, 422)
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    """A path or a method that is not there."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": f"{error.detail}; /docs lists the paths"}, error.status_code)
 
 
 def serve(run: Run, shop: Shop, host: str, port: int) -> None:
