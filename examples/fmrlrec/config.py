@@ -5,37 +5,22 @@ What can go wrong in the recommender has its errors here, told so that a person 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.folders import whole_file
 
 # Which features of the items each modality uses.
 MODALITIES = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
-CHOICES = {
-    "modality": tuple(MODALITIES),
-    "windows": ("all", "last"),
-    "unknown_items": ("drop", "keep"),
-    "nesting": ("masked", "sliced"),
-    "norm": ("block", "prefix"),
-    "select_by": ("largest", "mean"),
-    "schedule": ("constant", "cosine"),
-    "precision": ("auto", "full", "bf16"),
-}
-# The smallest number that makes sense, and the largest.
-LIMITS = {
-    "dropout": (0, 0.99), "r_min": (0, 0.9), "lr": (1e-12, 1e3), "clip": (1e-12, 1e12),
-    **dict.fromkeys(("min_count", "encoder_size", "encoder_batch", "blocks", "epochs", "batch",
-                     "partition_rows", "eval_batch", "patience"), (1, 1e12)),
-    **dict.fromkeys(("seed", "workers", "score_scale", "weight_decay", "warmup",
-                     "checkpoint_steps"), (0, 1e12)),
-    "max_length": (2, 1e6),
-}  # fmt: skip
+
+Positive, Natural = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DataError(MatryoshkafyError):
@@ -50,8 +35,7 @@ class RunError(MatryoshkafyError):
     """A run folder that lacks what a command needs, or that belongs to another configuration."""
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(BaseModel, frozen=True, extra="forbid"):
     """Everything that a run depends on; the run folder keeps it as `config.json`.
 
     The defaults are those of arXiv 2409.16627. Of what does not say itself: `data` is "synthetic",
@@ -66,65 +50,50 @@ class Config:
 
     data: str = "synthetic"
     sizes: str = "8..1024"
-    seed: int = 0
+    seed: Natural = 0
 
-    min_count: int = 5
-    max_length: int = 50
-    unknown_items: str = "drop"
-    windows: str = "last"
-    partition_rows: int = 4_000_000
-    workers: int = 0
+    min_count: Positive = 5
+    max_length: int = Field(50, ge=2)
+    unknown_items: Literal["drop", "keep"] = "drop"
+    windows: Literal["all", "last"] = "last"
+    partition_rows: Positive = 4_000_000
+    workers: Natural = 0
 
-    modality: str = "both"
+    modality: Literal["both", "text", "image", "id"] = "both"
     text_encoder: str = "tfidf"
     image_encoder: str = "pixels"
-    encoder_size: int = 256
-    encoder_batch: int = 64
+    encoder_size: Positive = 256
+    encoder_batch: Positive = 64
     trainable_features: bool = False
 
-    blocks: int = 2
-    dropout: float = 0.5
-    r_min: float = 0.0
+    blocks: Positive = 2
+    dropout: float = Field(0.5, ge=0, lt=1)
+    r_min: float = Field(0.0, ge=0, le=0.9)
 
-    nesting: str = "masked"
-    norm: str = "prefix"
+    nesting: Literal["masked", "sliced"] = "masked"
+    norm: Literal["block", "prefix"] = "prefix"
     weights: str = ""
     every: str = ""
     learn_scales: bool = False
-    score_scale: float = 0.0
+    score_scale: Real = 0.0
 
-    epochs: int = 500
-    batch: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    clip: float = 5.0
-    warmup: int = 100
-    schedule: str = "constant"
-    precision: str = "auto"
-    patience: int = 10
-    select_by: str = "largest"
-    checkpoint_steps: int = 500
-    eval_batch: int = 256
+    epochs: Positive = 500
+    batch: Positive = 32
+    lr: Rate = 1e-3
+    weight_decay: Real = 1e-2
+    clip: Rate = 5.0
+    warmup: Natural = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    precision: Literal["auto", "full", "bf16"] = "auto"
+    patience: Positive = 10
+    select_by: Literal["largest", "mean"] = "largest"
+    checkpoint_steps: Natural = 500
+    eval_batch: Positive = 256
     alone: bool = False
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}, expected one of {', '.join(allowed)}; "
-                    f"set it with --set {name}={allowed[0]}"
-                )
-        for name, (least, most) in LIMITS.items():
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"{name}={getattr(self, name)!r}, expected {least:g} to {most:g}")
-
-    def to_json(self) -> str:
-        """Writes the configuration as JSON text, one setting a line."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
     @staticmethod
     def from_json(text: str) -> Config:
-        """Reads what `to_json` wrote; an unknown setting is an error that names it."""
+        """Reads a `config.json`; an unknown setting is an error that names it."""
         return replace(Config(), json.loads(text))
 
 
@@ -175,14 +144,17 @@ def preset(name: str) -> Config:
     return replace(Config(), PRESETS[name])
 
 
-def replace(config: Config, changes: dict[str, Any]) -> Config:
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns `config` with `changes`, each converted to its setting's type."""
-    known = {field.name: type(field.default) for field in dataclasses.fields(Config)}
     for name in changes:
-        if name not in known:
-            raise ConfigError(f"no setting {name!r}; the settings are {', '.join(known)}")
-    typed = {name: _typed(name, value, known[name]) for name, value in changes.items()}
-    return dataclasses.replace(config, **typed)
+        if name not in Config.model_fields:
+            known = ", ".join(Config.model_fields)
+            raise ConfigError(f"no setting {name!r}; the settings are {known}")
+    try:
+        return Config(**{**config.model_dump(), **changes})
+    except ValidationError as error:
+        told = "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{told}. Change it with --set NAME=VALUE") from error
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
@@ -201,15 +173,3 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
-
-
-TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    try:
-        return TRUTHS[str(value).lower()] if kind is bool else kind(value)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{name}={value!r} is not a {kind.__name__}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +55,8 @@ def open_run(folder: Path, config: Config) -> Run:
     """
     stored = folder / "config.json"
     if stored.exists():
-        before = dataclasses.asdict(Config.from_json(stored.read_text(encoding="utf-8")))
-        after = dataclasses.asdict(config)
+        before = Config.from_json(stored.read_text(encoding="utf-8")).model_dump()
+        after = config.model_dump()
         changed = [n for n in before if before[n] != after[n] and n not in ADJUSTABLE]
         if changed:
             told = ", ".join(f"{n}={after[n]!r} (there: {before[n]!r})" for n in changed)

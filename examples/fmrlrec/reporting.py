@@ -101,7 +101,7 @@ def write_environment(config: Config, folder: Path) -> None:
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "packages": {d.name: d.version for d in distributions()},
     }
-    write_text(folder / "config.json", config.to_json() + "\n")
+    write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
     write_text(folder / "environment.json", json.dumps(found, indent=2) + "\n")
 
 

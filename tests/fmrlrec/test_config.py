@@ -21,7 +21,7 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize("name", config.PRESETS)
 def test_presets_round_trip(name: str) -> None:
     found = config.preset(name)
-    assert config.Config.from_json(found.to_json()) == found
+    assert config.Config.from_json(found.model_dump_json()) == found
 
 
 def test_texts_take_the_type_of_their_setting() -> None:
@@ -34,14 +34,14 @@ def test_texts_take_the_type_of_their_setting() -> None:
     ("pair", "message"),
     [
         ("learning=1", "no setting 'learning'; the settings are data, sizes"),
-        ("epochs=many", "epochs='many' is not a int"),
-        ("alone=perhaps", "is not a bool"),
-        ("norm=layer", "expected one of block, prefix"),
+        ("epochs=many", "epochs='many': Input should be a valid integer"),
+        ("alone=perhaps", "Input should be a valid boolean"),
+        ("norm=layer", "norm='layer': Input should be 'block' or 'prefix'"),
         ("epochs", "has no '='"),
-        ("batch=0", "batch=0, expected 1 to"),
-        ("lr=nan", "lr=nan, expected"),
-        ("dropout=1", "expected 0 to 0.99"),
-        ("max_length=1", "expected 2 to"),
+        ("batch=0", "batch='0': Input should be greater than or equal to 1"),
+        ("lr=nan", "lr='nan': Input should be a finite number"),
+        ("dropout=1", "Input should be less than 1"),
+        ("max_length=1", "Input should be greater than or equal to 2"),
     ],
 )
 def test_bad_settings_are_named(pair: str, message: str) -> None:
