@@ -48,9 +48,10 @@ class TextEncoder:
     length: int
     folder: Path
 
-    def batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the tokens of texts, padded to the longest."""
+    def batch(self, texts: Sequence[str], multiple: int = 1) -> dict[str, Tensor]:
+        """Return the tokens of texts, padded to the longest, its length up to a multiple."""
         options = {"padding": True, "truncation": True, "max_length": self.length}
+        options["pad_to_multiple_of"] = multiple
         found = self.tokenizer(list(texts), return_tensors="pt", **options)
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 

@@ -18,6 +18,7 @@ from matryoshkafy.dolls.batches import arguments_of, moved
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.training.live_scales import LiveScales
 from matryoshkafy.training.recipes import DistilError, Recipe
+from matryoshkafy.training.replaying import Replayed
 from matryoshkafy.training.resuming import batches, is_first, resume_run, save_run
 from matryoshkafy.training.rota import Rota, Share
 from matryoshkafy.training.rows import alike
@@ -26,6 +27,8 @@ from matryoshkafy.training.watching import RunLog
 from matryoshkafy.units.norm_scales import NormScales
 
 Prepare = Callable[[nn.Module], nn.Module]
+# {size: weight of its loss}, the batch, and what the teacher says of it for each term.
+Pass = tuple[dict[int, float], Any, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,10 @@ class _Run:
         self.taught.project(batch, self.lessons(first, batch))
         self.model = self.taught if prepare is None else prepare(self.taught)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=recipe.rate)
+        replays = recipe.replay and self.device == "cuda"
+        groups = self._parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.rate, capturable=replays)
+        self.replayed = Replayed(self._backward, self.optimizer, recipe.clip, records=replays)
 
     def carried_out(self, places: Places, watch: Callable[[int], object]) -> DistilReport:
         """Do the steps that are left."""
@@ -211,6 +217,7 @@ class _Run:
         parts = {"model": self.doll, "projections": projections, "optimizer": self.optimizer}
         parts |= {} if scales is None else {"scales": scales}
         position = None if places.run is None else resume_run(places.run, parts)
+        self.replayed.hold_rates()
         start = 0 if position is None else position["step"]
         drawn = self.rows.drawn(recipe.batch, recipe.seed, start)
         with self._log(start, places.events) as log:
@@ -239,34 +246,41 @@ class _Run:
     def _step(self, step: int, rows: Tensor) -> dict[int, float]:
         """One optimizer step; returns {size: unweighted loss}."""
         recipe = self.recipe
-        per_size: dict[int, float] = {}
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.replayed.set_rates([recipe.rate_at(step)] * len(self.optimizer.param_groups))
         progress = step / max(1, recipe.steps)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        for shares in self.rota.passes(self.rows.mine(rows), progress, generator):
-            for size, loss in self._backward(shares):
-                per_size[size] = loss
-        nn.utils.clip_grad_norm_(self.trained, recipe.clip)
-        advance = cast("Callable[[], object]", self.optimizer.step)  # pyright: ignore[reportUnknownMemberType]
-        advance()
-        return per_size
+        passes = [
+            self._pass(shares)
+            for shares in self.rota.passes(self.rows.mine(rows), progress, generator)
+        ]
+        losses = self.replayed(*passes).cpu()
+        sizes = (size for weights, _, _ in passes for size in weights)
+        return {size: float(loss) for size, loss in zip(sizes, losses, strict=True)}
 
-    def _backward(self, shares: list[Share]) -> Iterator[tuple[int, float]]:
-        """The passes of the sizes that see the same rows: the teacher looks at them once."""
+    def _pass(self, shares: list[Share]) -> Pass:
+        """The sizes that see the same rows: the teacher looks at them once."""
         rows = shares[0].rows
         batch = moved(self.rows.batch(rows), self.doll)
         lessons = self.lessons(rows, batch)
-        # A masked doll computes its sizes in one pass; a sliced one in passes of their own, the
-        # memory of one at a time.
-        for together in [shares] if self.doll.plan.masked else [[share] for share in shares]:
-            sizes = [share.size for share in together]
-            with self._precision():
-                losses = self.model(sizes, batch, lessons)
-            weights = losses.new_tensor([share.weight for share in together])
-            torch.autograd.backward((losses * weights).sum())
-            yield from zip(sizes, losses.tolist(), strict=True)
+        if self.replayed.records and isinstance(batch, Mapping):
+            # A recording finds the tensors of a plain mapping, not those of a class of its own.
+            batch = dict(cast("Mapping[str, object]", batch))
+        return {share.size: share.weight for share in shares}, batch, lessons
+
+    def _backward(self, *passes: Pass) -> Tensor:
+        """Gradients of all passes; returns the unweighted losses in their order."""
+        found: list[Tensor] = []
+        for weights, batch, lessons in passes:
+            # A masked doll computes its sizes in one pass; a sliced one in passes of their own, the
+            # memory of one at a time.
+            each = [[size] for size in weights]
+            for sizes in [list(weights)] if self.doll.plan.masked else each:
+                with self._precision():
+                    losses = self.model(sizes, batch, lessons)
+                parts = zip(sizes, losses, strict=True)
+                torch.autograd.backward(torch.stack([weights[m] * part for m, part in parts]).sum())
+                found.append(losses.detach())
+        return torch.cat(found)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(

@@ -79,6 +79,8 @@ class Recipe:
         precision: "float32" or "bfloat16" (autocast).
         seed: of the order of the rows and of the sizes.
         save: steps between two saves.
+        replay: on a CUDA device, record a step once for each shape of its batch and replay it
+            (`Replayed`); let `collate` pad to few lengths.
     """
 
     steps: int = 300
@@ -95,6 +97,7 @@ class Recipe:
     precision: str = "float32"
     seed: int = 0
     save: int = 100
+    replay: bool = False
 
     def __post_init__(self) -> None:
         if self.sizes not in ROTAS or self.precision not in ("float32", "bfloat16"):

@@ -84,15 +84,14 @@ class Taught(nn.Module):
 
     def loss(self, size: int, output: object, batch: object, lessons: Sequence[Tensor]) -> Tensor:
         """The weighted sum of the terms of one size, mean over the rows."""
-        total = torch.zeros(())
+        values: list[Tensor] = []
         for number, (term, lesson) in enumerate(zip(self.terms, lessons, strict=True)):
             found = term.of(output, batch)
             key = f"{number}_{size}"
             if key in self.projections:
                 found = self.projections[key](found)
-            value = _divergence(term, found, lesson)
-            total = total.to(value) + term.weight * value
-        return total
+            values.append(term.weight * _divergence(term, found, lesson))
+        return torch.stack(values).sum()
 
     def said(self, size: int, output: object) -> object:
         """Return what a size says, the largest in the order of units that the teacher has."""

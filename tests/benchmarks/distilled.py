@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -200,6 +201,7 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
         sizes=options.shares,
         save=options.save,
         seed=options.seed,
+        replay=True,
     )
     curve = Curve(out, doll, encoder, val)
     if not (out / "run").exists():
@@ -210,7 +212,7 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
         lessons,
         texts,
         recipe,
-        collate=encoder.batch,
+        collate=partial(encoder.batch, multiple=16 if options.device == "cuda" else 1),
         lengths=lengths,
         folder=out / "run",
         watch=curve,

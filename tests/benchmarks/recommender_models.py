@@ -24,7 +24,6 @@ from tests.zoo.recommenders.sasrec import SASRec
 from tests.zoo.registry import Scale
 
 Pairs = tuple[np.ndarray, np.ndarray]
-Sequences = list[np.ndarray]
 MASKED = 0.3  # of the positions of a history, for the cloze task
 
 
@@ -41,14 +40,14 @@ class Recipe:
     """How one of the models is made and trained; the same nested and alone.
 
     `tokens` are ids beside the items (0 pads, BERT4Rec's mask is the last one). `batches` turns
-    training sequences into inputs and targets. `pads_right`: histories begin at the first
+    training rows [B, T + 1] into inputs and targets. `pads_right`: histories begin at the first
     position, so that a causal model never sees padding and a batch is as long as its longest
     history; `asks_by_mask`: the next item is asked for by a mask behind the history;
     `every_position` has scores, else the last one alone.
     """
 
     build: Callable[[int, int, int], nn.Module]
-    batches: Callable[[Sequences, int, np.random.Generator], Pairs]
+    batches: Callable[[np.ndarray, np.random.Generator], Pairs]
     tokens: int = 1
     pads_right: bool = False
     asks_by_mask: bool = False
@@ -60,20 +59,18 @@ class Recipe:
     epochs: int = 60
 
 
-def shifted(sequences: Sequences, length: int, _: np.random.Generator) -> Pairs:
+def shifted(rows: np.ndarray, _: np.random.Generator) -> Pairs:
     """Every position learns the next item: inputs and targets [B, length], 0 where there is none.
 
     Histories end at the last position.
     """
-    inputs = left_pad([s[:-1] for s in sequences], length)
-    return inputs, left_pad([s[1:] for s in sequences], length)
+    inputs = rows[:, :-1]
+    return inputs, np.where(inputs > 0, rows[:, 1:], 0)
 
 
-def shifted_right(sequences: Sequences, length: int, random: np.random.Generator) -> Pairs:
-    """As `shifted`, but histories begin at the first position, and no column is padding alone."""
-    longest = min(length, max(len(s) for s in sequences) - 1)
-    pairs = shifted(sequences, longest, random)
-    inputs, targets = (moved_left(torch.from_numpy(part)).numpy() for part in pairs)
+def shifted_right(rows: np.ndarray, random: np.random.Generator) -> Pairs:
+    """As `shifted`, but histories begin at the first position."""
+    inputs, targets = (moved_left(torch.from_numpy(p)).numpy() for p in shifted(rows, random))
     return inputs, targets
 
 
@@ -85,22 +82,24 @@ def moved_left(padded: Tensor) -> Tensor:
     return moved * (places < padded.shape[1])
 
 
-def prefixes(sequences: Sequences, length: int, random: np.random.Generator) -> Pairs:
+def prefixes(rows: np.ndarray, random: np.random.Generator) -> Pairs:
     """The last position alone learns: a random prefix of each sequence, and what came after it.
 
     Over the epochs every prefix is drawn, as FMLP-Rec's loader lists them all.
     """
-    ends = [int(random.integers(1, len(s))) for s in sequences]
-    inputs = left_pad([s[:end] for s, end in zip(sequences, ends, strict=True)], length)
-    return inputs, np.asarray([s[end] for s, end in zip(sequences, ends, strict=True)])
+    counts = (rows > 0).sum(1)
+    left_out = counts - random.integers(1, counts)
+    places = np.arange(1, rows.shape[1]) - left_out[:, None]
+    inputs = np.take_along_axis(rows, np.maximum(places, 0), 1) * (places >= 0)
+    return inputs, np.take_along_axis(rows, rows.shape[1] - left_out[:, None], 1)[:, 0]
 
 
-def cloze(sequences: Sequences, length: int, random: np.random.Generator) -> Pairs:
+def cloze(rows: np.ndarray, random: np.random.Generator) -> Pairs:
     """Some positions are masked (id -1 until `masked_ids`) and learn what stood there.
 
     The last position is masked in every fourth sequence, which is what evaluation asks.
     """
-    whole = left_pad(sequences, length)
+    whole = rows[:, 1:]
     hidden = random.random(whole.shape) < MASKED
     only_last = random.random(len(whole)) < 0.25
     hidden[only_last] = False
@@ -168,26 +167,33 @@ def small(model: nn.Module, dropout: float, seed: int) -> nn.Module:
     return model
 
 
-def training_parts(data: Dataset, length: int) -> Sequences:
-    """What is learnt from: the last `length` + 1 items of each user before validation and test."""
+def training_rows(data: Dataset, length: int) -> np.ndarray:
+    """What is learnt from [N, length + 1], 0 before its first item.
+
+    The last items of each user before validation and test.
+    """
     parts = (data.sequence(user)[:-2][-length - 1 :] for user in range(data.users))
-    return [part for part in parts if len(part) >= 2]
+    return left_pad([part for part in parts if len(part) >= 2], length + 1)
 
 
 def epoch_batches(
-    sequences: Sequences, recipe: Recipe, length: int, seed: int, epoch: int
+    rows: np.ndarray, recipe: Recipe, seed: int, epoch: int, *, alike: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of one epoch, a function of seed and epoch alone.
 
-    Where padding is at the right, batches are of histories of like length, in random order.
+    `alike`: where padding is at the right, batches are of histories of like length, in random
+    order, and as long as their longest; the last one may be smaller. Otherwise all batches are
+    random ones of one shape.
     """
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(sequences))
-    if recipe.pads_right:
-        lengths = np.asarray([len(s) for s in sequences])[order]
+    order = random.permutation(len(rows))
+    sort = alike and recipe.pads_right
+    if sort:
+        lengths = (rows > 0).sum(1)[order]
         order = order[np.argsort(lengths, kind="stable")]
-    starts = np.arange(0, len(order), recipe.batch)
-    for start in random.permutation(starts) if recipe.pads_right else starts:
-        chosen = [sequences[i] for i in order[start : start + recipe.batch]]
-        inputs, targets = recipe.batches(chosen, length, random)
-        yield torch.from_numpy(inputs), torch.from_numpy(targets)
+    starts = np.arange(0, len(rows) if alike else len(rows) - recipe.batch + 1, recipe.batch)
+    for start in random.permutation(starts) if sort else starts:
+        pair = recipe.batches(rows[order[start : start + recipe.batch]], random)
+        longest = int((pair[0] > 0).sum(1).max()) if sort else rows.shape[1] - 1
+        inputs, targets = (torch.from_numpy(part[:, :longest] if sort else part) for part in pair)
+        yield inputs, targets

@@ -12,15 +12,18 @@ ranks all items, `unseen` all but those in the user's history.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import examples.fmrlrec.nesting  # noqa: F401  how axes cross the example's own operator
@@ -28,7 +31,9 @@ import matryoshkafy as mk
 from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.data import Dataset
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
-from matryoshkafy.training import resume_run, save_run
+from examples.fmrlrec.model import Recommender, Shape
+from matryoshkafy.losses.distillation import Distillation, divergences
+from matryoshkafy.training import Replayed, resume_run, save_run
 from tests.benchmarks.heuristics import dataset_of, heuristics
 from tests.benchmarks.recommender_models import (
     RECIPES,
@@ -36,10 +41,12 @@ from tests.benchmarks.recommender_models import (
     epoch_batches,
     moved_left,
     small,
-    training_parts,
+    training_rows,
 )
 
-SIZES, SCALE, LAST_RATE, VALIDATE = "8..64", 64.0, 0.02, 4
+SIZES, SCALE, LAST_RATE, CLIP = "8..64", 64.0, 0.02, 5.0
+PLACES = 512  # positions that learn are padded to a multiple of it, so that few steps are recorded
+Backward = Callable[..., Tensor]
 # Table 2 of arXiv 2409.16627, ranking all items: NDCG@10, Recall@10.
 PUBLISHED = {
     "beauty": {"sasrec": (0.0364, 0.0734), "bert4rec": (0.0350, 0.0653),
@@ -63,6 +70,7 @@ class Nested:
     weights: str = ""
     factor: float = 1.0  # of the recipe's rate
     dropout: float | None = None  # instead of the recipe's
+    distill: float = 0.0  # of the largest size's scores, beside the targets
 
     @property
     def name(self) -> str:
@@ -71,7 +79,8 @@ class Nested:
         how = "" if self.nesting == "masked" else self.nesting
         rate = "" if self.factor == 1 else f"x{self.factor:g}"
         dropout = "" if self.dropout is None else f"d{self.dropout:g}"
-        return "-".join(part for part in (kind, how, self.weights, rate, dropout) if part)
+        taught = f"kd{self.distill:g}" if self.distill else ""
+        return "-".join(part for part in (kind, how, self.weights, rate, dropout, taught) if part)
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,9 @@ class Training:
     seed: int
     epochs: int
     device: str = "cpu"
+    validate: int = 4
+    precision: str = "float32"
+    features: Tensor | None = None
 
     @property
     def sizes(self) -> str:
@@ -102,7 +114,11 @@ class Training:
 def doll_of(training: Training) -> Any:
     """The converted model; of one size it computes what the plain model does."""
     recipe, length = training.recipe, training.config.max_length
-    model = recipe.build(training.dataset.item_count + recipe.tokens, training.width, length)
+    if training.features is None:
+        model = recipe.build(training.dataset.item_count + recipe.tokens, training.width, length)
+    else:
+        shape = Shape(training.dataset.item_count, training.width, r_min=0.8)
+        model = Recommender(shape, training.features)
     model = small(model, training.nested.dropout or recipe.dropout, training.seed)
     example = torch.ones(3, length, dtype=torch.int64)
     if training.sizes.isdigit() or training.nested.nesting == "sliced":
@@ -118,7 +134,10 @@ def loss_of(doll: Any, nested: Nested) -> mk.MatryoshkaLoss:
     criterion = nn.CrossEntropyLoss(ignore_index=0)
     given = [float(w) for w in nested.weights.split(",") if w] or [1.0] * len(doll.sizes)
     weights = [w * len(given) / sum(given) for w in given]
-    loss = mk.MatryoshkaLoss(criterion, sizes=doll.sizes, weights=weights, learn_scales=scales)
+    taught = Distillation(nested.distill) if nested.distill else None
+    loss = mk.MatryoshkaLoss(
+        criterion, sizes=doll.sizes, weights=weights, learn_scales=scales, distill=taught
+    )
     return loss.to(next(doll.parameters()).device)
 
 
@@ -130,8 +149,9 @@ def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Opti
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0, "factor": 1},
         {"params": list(loss.parameters()), "weight_decay": 0.0, "factor": 10},
     ]
-    fused = trained[0].is_cuda and not any(p.is_complex() for p in trained)
-    return torch.optim.AdamW(groups, lr=recipe.rate, fused=fused)
+    cuda = trained[0].is_cuda
+    fused = cuda and not any(p.is_complex() for p in trained)
+    return torch.optim.AdamW(groups, lr=recipe.rate, fused=fused, capturable=cuda)
 
 
 def rate_at(share: float, rate: float) -> float:
@@ -149,21 +169,52 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = position["history"] if position else []
     if position is None:
         torch.manual_seed(training.seed + 1)
-    sequences = training_parts(training.dataset, training.config.max_length)
+    rows = training_rows(training.dataset, training.config.max_length)
+    step = Replayed(backward_of(training, doll, loss), optimizer, CLIP)
     for epoch in range(len(history), training.epochs):
         started, clock = time.process_time(), time.perf_counter()
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "loss": epoch_loss(training, parts, sequences, epoch),
-        }
+        doll.train()
+        row: dict[str, Any] = {"epoch": epoch + 1, "loss": epoch_loss(training, step, rows, epoch)}
         row["cpu seconds"] = time.process_time() - started
         row["seconds"] = time.perf_counter() - clock
-        if (epoch + 1) % VALIDATE == 0 or epoch + 1 == training.epochs:
+        measures = (epoch + 1) % training.validate == 0 or epoch + 1 == training.epochs
+        if measures:
             row["validation"] = measured(doll, training, "validation")
         history.append(row)
-        save_run(folder / "state", parts, {"history": history})
+        if measures:
+            save_run(folder / "state", parts, {"history": history})
         print(line_of(row), flush=True)
     return history
+
+
+def backward_of(training: Training, doll: Any, loss: mk.MatryoshkaLoss) -> Backward:
+    """(inputs, targets, the positions that learn) -> the loss, after its backward.
+
+    A step that is recorded cannot ask which positions count, so there they are given.
+    """
+
+    def everywhere(inputs: Tensor, targets: Tensor) -> Tensor:
+        return loss(doll.outputs(inputs), targets)
+
+    def somewhere(inputs: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
+        scores = dict(doll.outputs(inputs).scores_at(*(places or (slice(None),))))
+        weights = loss.weights_of(scores)
+        found, _, scaled = loss.criteria(scores, (targets,), weights)
+        if loss.distill is None:
+            return found
+        parts = divergences(cast("dict[int, Tensor]", scaled), loss.distill, None)
+        taught = torch.stack([weights[size] * part for size, part in parts.items()]).sum()
+        return found + loss.distill.weight * taught
+
+    def backward(inputs: Tensor, *rest: Tensor) -> Tensor:
+        kind, half = training.device, training.precision == "bfloat16"
+        with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):
+            compute = everywhere if kind == "cpu" else somewhere
+            found = compute(masked_ids(inputs, training), *rest)
+        found.backward()
+        return found.detach()
+
+    return backward
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -173,27 +224,25 @@ def line_of(row: dict[str, Any]) -> str:
     return told + "".join(f"  {size}: {t['all']['NDCG@10']:.4f}" for size, t in found.items())
 
 
-def epoch_loss(
-    training: Training, parts: dict[str, Any], sequences: list[Any], epoch: int
-) -> float:
+def epoch_loss(training: Training, step: Replayed, rows: np.ndarray, epoch: int) -> float:
     """One epoch; returns the mean of the summed losses."""
-    doll, loss, optimizer = parts["doll"].train(), parts["loss"], parts["optimizer"]
-    recipe, length, losses = training.recipe, training.config.max_length, []
-    steps = -(-len(sequences) // recipe.batch)
-    batches = epoch_batches(sequences, recipe, length, training.seed, epoch)
-    for step, batch in enumerate(batches):
-        inputs, targets = (part.to(training.device) for part in batch)
-        share = (epoch + step / steps) / training.epochs
-        for group in optimizer.param_groups:
-            rate = recipe.rate * training.nested.factor
-            group["lr"] = rate_at(share, rate) * group["factor"]
-        value = loss(doll.outputs(masked_ids(inputs, training)), targets)
-        optimizer.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(doll.parameters(), 5.0)
-        optimizer.step()
-        losses.append(value.detach())
+    recipe, cpu, losses = training.recipe, training.device == "cpu", []
+    rate, count = recipe.rate * training.nested.factor, -(-len(rows) // recipe.batch)
+    batches = epoch_batches(rows, recipe, training.seed, epoch, alike=cpu)
+    for number, batch in enumerate(batches):
+        now = rate_at((epoch + number / count) / training.epochs, rate)
+        step.set_rates([now * group["factor"] for group in step.optimizer.param_groups])
+        parts = batch if cpu or not recipe.every_position else placed(*batch)
+        losses.append(step(*(part.to(training.device) for part in parts)))
     return float(torch.stack(losses).mean())
+
+
+def placed(inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Inputs, the targets that count [N], and their rows and columns; 0 fills up to `PLACES`."""
+    rows, columns = torch.nonzero(targets, as_tuple=True)
+    missing = -len(rows) % PLACES
+    found = (targets[rows, columns], rows, columns)
+    return inputs, *(torch.nn.functional.pad(part, (0, missing)) for part in found)
 
 
 def masked_ids(inputs: Tensor, training: Training) -> Tensor:
@@ -238,15 +287,23 @@ def run_folder(given: argparse.Namespace, nested: Nested) -> Path:
     return given.run / given.data.stem / given.model / f"{nested.name}-{given.seed}"
 
 
+def replaced(recipe: Recipe, given: argparse.Namespace) -> Recipe:
+    """The recipe with what was given instead of its own."""
+    own = {"batch": given.batch, "rate": given.rate}
+    return dataclasses.replace(recipe, **{k: v for k, v in own.items() if v is not None})
+
+
 def train_command(given: argparse.Namespace) -> None:
     """Trains one model and writes its test metrics."""
     config = replace(Config(), {"max_length": given.length})
     dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
     recipe = RECIPES[given.model]
-    how = given.nesting, given.weights, given.factor, given.dropout
+    how = given.nesting, given.weights, given.factor, given.dropout, given.distill
     nested = Nested(str(given.alone or given.sizes), *how)
     epochs = given.epochs or recipe.epochs
-    training = Training(dataset, recipe, nested, config, given.seed, epochs, given.device)
+    features = load_file(given.features)["features"].float() if given.features else None
+    run = given.seed, epochs, given.device, given.validate, given.precision, features
+    training = Training(dataset, replaced(recipe, given), nested, config, *run)
     folder = run_folder(given, nested)
     folder.mkdir(parents=True, exist_ok=True)
     history = train(training, folder)
@@ -299,6 +356,9 @@ def main() -> None:
             command.add_argument("--dropout", type=float, help="instead of the recipe's")
             command.add_argument("--device", default="cpu")
             command.add_argument("--epochs", type=int, help="instead of the recipe's")
+            command.add_argument(
+                "--validate", type=int, default=4, help="measure and save so often"
+            )
             command.add_argument("--seed", type=int, default=0)
         command.add_argument("--length", type=int, default=50, help="items of a history that count")
         command.add_argument("--run", type=Path, default=Path("runs/recommenders"))
