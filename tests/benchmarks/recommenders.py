@@ -356,8 +356,12 @@ def main() -> None:
             command.add_argument("--dropout", type=float, help="instead of the recipe's")
             command.add_argument("--device", default="cpu")
             command.add_argument("--epochs", type=int, help="instead of the recipe's")
-            command.add_argument(
-                "--validate", type=int, default=4, help="measure and save so often"
+            command.add_argument("--batch", type=int, help="instead of the recipe's")
+            command.add_argument("--rate", type=float, help="instead of the recipe's")
+            command.add_argument("--validate", type=int, default=4, help="epochs between measures")
+            command.add_argument("--distill", type=float, default=0.0, help="by the largest size")
+            command.add_argument("--precision", default="float32", help="or bfloat16")
+            command.add_argument("--features", type=Path, help="of fmrlrec's items, safetensors")
             )
             command.add_argument("--seed", type=int, default=0)
         command.add_argument("--length", type=int, default=50, help="items of a history that count")
