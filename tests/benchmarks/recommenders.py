@@ -362,7 +362,6 @@ def main() -> None:
             command.add_argument("--distill", type=float, default=0.0, help="by the largest size")
             command.add_argument("--precision", default="float32", help="or bfloat16")
             command.add_argument("--features", type=Path, help="of fmrlrec's items, safetensors")
-            )
             command.add_argument("--seed", type=int, default=0)
         command.add_argument("--length", type=int, default=50, help="items of a history that count")
         command.add_argument("--run", type=Path, default=Path("runs/recommenders"))
