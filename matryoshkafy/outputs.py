@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -94,16 +95,31 @@ class Outputs(MutableMapping[int, Any]):
         each row, `scores_at(rows, last)` one of each. In masked nesting each size costs what it
         adds. An output that ends in no linear is computed whole and then indexed.
         """
-        readout = self.readout
-        if readout is not None:
-            yield from readout.at(*index).logits_by_size()
-            return
-        for size in self:
-            own = self.readout_at(size)
-            if own is None:
-                yield size, cast(Tensor, scores_of(self[size]))[index]
-            else:
-                yield size, own.at(*index).logits(size)
+        chosen = self.at(*index)
+        readout = chosen.readout
+        yield from chosen.items() if readout is None else readout.logits_by_size()
+
+    def at(self, *index: Place) -> Outputs:
+        """Return the scores of chosen positions, selected as in `scores_at`, as outputs.
+
+        A cross entropy over them is fused as over the whole: `loss(outputs.at(rows, columns),
+        targets[rows, columns])` where few positions of a batch learn.
+        """
+        readouts: dict[int, Late] = {}
+        shared: dict[int, Late] = {}
+        for size, value in self._readouts.items():
+            own = Late(partial(self._chosen, size, index))
+            readouts[size] = shared.setdefault(id(value), own)
+        scores = {m: Late(partial(self._scores, m, index)) for m in self}
+        return Outputs(scores, readouts, self._moment)
+
+    def _chosen(self, size: int, index: tuple[Place, ...]) -> Readout | None:
+        own = self.readout_at(size)
+        return None if own is None else own.at(*index)
+
+    def _scores(self, size: int, index: tuple[Place, ...]) -> Tensor:
+        own = self._chosen(size, index)
+        return cast(Tensor, scores_of(self[size]))[index] if own is None else own.logits(size)
 
     def _read(self, value: object, size: int) -> Any:
         if isinstance(value, Late) and value.pending and self._moment is not None:

@@ -39,13 +39,16 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Widths ascend; weights and scales belong to them; smoothing is that of F.cross_entropy."""
+    """Widths ascend; weights and scales belong to them; smoothing is that of F.cross_entropy.
+
+    Scales are numbers, or tensors of one: a device is not asked for their values.
+    """
 
     widths: tuple[int, ...]
     weights: tuple[float, ...]
     ignore_index: int
     smoothing: float
-    scales: tuple[float, ...] | None = None
+    scales: tuple[float | Tensor, ...] | None = None
 
     @property
     def blocks(self) -> list[Range]:
@@ -53,7 +56,7 @@ class LossOptions:
         return list(zip((0, *self.widths), self.widths, strict=False))
 
     @property
-    def slopes(self) -> tuple[float, ...]:
+    def slopes(self) -> tuple[float | Tensor, ...]:
         """What the gradient of each size is multiplied with."""
         if self.scales is None:
             return self.weights
@@ -124,7 +127,13 @@ def evaluate(
     """
     dtype = accumulation_dtype(problem.hidden.dtype)
     grads = allocate(problem, needs, dtype, sizes=len(options.widths))
-    real = torch.nonzero(problem.target != options.ignore_index).squeeze(1)
+    real, kept = None, problem.target != options.ignore_index
+    if is_recorded(problem.hidden):
+        # The rows that count cannot be asked for: all are computed, the others times 0.
+        real, scale = torch.arange(len(kept), device=kept.device), kept * scale
+        problem = replace(problem, target=problem.target * kept)
+    else:
+        real = torch.nonzero(kept).squeeze(1)
     losses = problem.hidden.new_zeros(len(options.widths), len(problem.target), dtype=dtype)
     tiles, rows = layout(problem, options, len(real), needed=grads.needed)
     scratch = allocate_scratch(problem, options, rows, tiles, needed=grads.needed)
@@ -136,7 +145,12 @@ def evaluate(
         if grads.hidden is not None:
             dx = chunk.dx.mul_(chunk.column_scale).to(grads.hidden.dtype)
             grads.hidden.index_copy_(0, index, dx)
-    return losses, cast_back(grads, problem, options)
+    return losses * kept, cast_back(grads, problem, options)
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether what is computed of a tensor now is being recorded as a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def allocate(
@@ -156,7 +170,8 @@ def cast_back(grads: Gradients, problem: Problem, options: LossOptions) -> Gradi
     bias = None if grads.bias is None or problem.bias is None else grads.bias.to(problem.bias.dtype)
     scales = grads.scales
     if scales is not None and options.scales is not None:
-        scales = scales * scales.new_tensor(options.weights) / scales.new_tensor(options.scales)
+        factors = zip(scales, options.weights, options.scales, strict=True)
+        scales = torch.stack([grad * weight / scale for grad, weight, scale in factors])
     return Gradients(grads.hidden, table, bias, scales)
 
 
@@ -252,9 +267,16 @@ def running_logits(
 ) -> Iterator[Tensor]:
     """The logits [R, tile] of each size in turn, in one buffer."""
     logits, table = chunk.logits, span_of(problem.table, 0, tile)
-    logits.zero_() if problem.bias is None else logits.copy_(span_of(problem.bias, 0, tile))
-    for block in options.blocks:
-        accumulate(logits, span_of(chunk.x, 1, block), span_of(table, 1, block).t())
+    for number, block in enumerate(options.blocks):
+        part, rows = span_of(chunk.x, 1, block), span_of(table, 1, block).t()
+        if number:
+            accumulate(logits, part, rows)
+        elif logits.dtype == part.dtype:
+            torch.mm(part, rows, out=logits)
+        else:
+            logits.copy_(part @ rows)
+        if problem.bias is not None and not number:
+            logits.add_(span_of(problem.bias, 0, tile))
         yield logits
 
 
@@ -296,7 +318,12 @@ def whole_rows(chunk: Chunk, problem: Problem, options: LossOptions) -> Tensor:
 
 
 def normalizer(logits: Tensor, probabilities: Tensor, picked: Tensor, target: Tensor) -> Tensor:
-    """logsumexp of each row, from the softmax that is at hand unless the target's underflows."""
+    """logsumexp of each row, from the softmax that is at hand unless the target's underflows.
+
+    On a CUDA device from its largest, which never does: whether any underflows is not asked.
+    """
+    if logits.is_cuda:
+        return logits.amax(1) - probabilities.amax(1).log()
     chance = probabilities.gather(1, target[:, None]).squeeze(1)
     norm = picked - chance.log()
     small = chance < TINY
@@ -355,7 +382,9 @@ def add_gradients(
         if grads.hidden is not None:
             accumulate_block(chunk.dx, slope, table, block)
     if grads.bias is not None:
-        span_of(grads.bias, 0, tile).add_((chunk.slots[0] * scale).sum(0))
+        slopes, rows = chunk.slots[0], chunk.scale
+        found = slopes.t() @ rows.to(slopes) if isinstance(rows, Tensor) else slopes.sum(0) * rows
+        span_of(grads.bias, 0, tile).add_(found)
 
 
 def suffixes(
@@ -370,10 +399,13 @@ def suffixes(
     above = None
     steps = zip(options.blocks, options.slopes, chunk.slots, strict=True)
     for block, weight, slot in reversed(list(steps)):
-        if above is not None:
-            torch.add(above, slot, alpha=weight, out=slot)
-        elif weight != 1:
+        if isinstance(weight, Tensor) or (above is None and weight != 1):
             slot.mul_(weight)
+            weighed = 1.0
+        else:
+            weighed = weight
+        if above is not None:
+            torch.add(above, slot, alpha=weighed, out=slot)
         slot.scatter_add_(1, column, hit * weight)
         if options.smoothing:
             slot.sub_(weight * options.smoothing / classes)
@@ -383,12 +415,14 @@ def suffixes(
 
 def weighted(losses: Tensor, options: LossOptions) -> Tensor:
     """The losses [sizes, N] of a row added up by weight, [N]."""
-    return (losses * losses.new_tensor(options.weights)[:, None]).sum(0)
+    return torch.stack([w * row for w, row in zip(options.weights, losses, strict=True)]).sum(0)
 
 
-def row_scale(target: Tensor, ignore_index: int, *, mean: bool) -> float:
+def row_scale(target: Tensor, ignore_index: int, *, mean: bool) -> float | Tensor:
     """1, or 1 / the number of real rows (nan if there are none, as torch has it)."""
     if not mean:
         return 1.0
+    if is_recorded(target):
+        return 1 / (target != ignore_index).sum()
     real = int((target != ignore_index).sum())
     return 1 / real if real else float("nan")

@@ -162,7 +162,9 @@ def forward_general(
 
 def counts(norm: Norm, inner: int, like: Tensor) -> Tensor:
     """The number of values whose statistics each band uses, [L]."""
-    own = like.new_tensor([(hi - lo) * inner for lo, hi in norm.bands.pairs()])
+    # Cached on the device: a copy from the host cannot be a part of a recorded CUDA graph.
+    units = index_tensor(tuple(hi - lo for lo, hi in norm.bands.pairs()), like.device)
+    own = units.to(like.dtype) * inner
     return own.cumsum(0) if norm.prefix else own
 
 

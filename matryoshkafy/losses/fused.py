@@ -136,9 +136,13 @@ def _run(
     problem: Problem, options: LossOptions, reduction: str, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The total and the losses [sizes, N]: directly in eager mode, one operator while tracing."""
-    if is_plain(problem.hidden):
-        values = None if scales is None else tuple(float(s) for s in scales.detach())
-        options = replace(options, scales=values)
+    # One size alone: its scale is cheaper on the hidden values than on the scores.
+    fold = scales is not None and len(scales) == 1
+    if is_plain(problem.hidden) and not fold:
+        if scales is not None:
+            own = scales.detach()
+            values = own.unbind() if own.is_cuda else tuple(float(s) for s in own)
+            options = replace(options, scales=values)
         return cross_entropy_grads.apply(problem, options, reduction=reduction, scales=scales)
     if scales is not None:
         return size_by_size(problem, options, reduction, scales)
@@ -153,16 +157,14 @@ def _run(
 def size_by_size(
     problem: Problem, options: LossOptions, reduction: str, scales: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same with scales while tracing, where they are no numbers: one operator per size."""
+    """The same, scales multiplied into the hidden values: one operator per size."""
     totals: list[Tensor] = []
     losses: list[Tensor] = []
     for width, weight, scale in zip(options.widths, options.weights, scales, strict=True):
         bias = None if problem.bias is None else problem.bias * scale
         one = replace(problem, hidden=problem.hidden * scale, bias=bias)
-        total, loss = _run(
-            one, replace(options, widths=(width,), weights=(weight,)), reduction, None
-        )
-        totals.append(total)
+        total, loss = _run(one, replace(options, widths=(width,), weights=(1.0,)), reduction, None)
+        totals.append(weight * total)
         losses.append(loss)
     return torch.stack(totals).sum(0), torch.cat(losses)
 

@@ -276,6 +276,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     encoder = minilm(options.model)
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     encoder.embedder.to(options.device)
     {"train": train, "test": test}[options.what](options.out, encoder, options)
 

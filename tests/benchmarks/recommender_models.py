@@ -43,7 +43,7 @@ class Recipe:
     training rows [B, T + 1] into inputs and targets. `pads_right`: histories begin at the first
     position, so that a causal model never sees padding and a batch is as long as its longest
     history; `asks_by_mask`: the next item is asked for by a mask behind the history;
-    `every_position` has scores, else the last one alone.
+    `every_position` has scores, else the last one alone, and every prefix of a history is a row.
     """
 
     build: Callable[[int, int, int], nn.Module]
@@ -82,16 +82,18 @@ def moved_left(padded: Tensor) -> Tensor:
     return moved * (places < padded.shape[1])
 
 
-def prefixes(rows: np.ndarray, random: np.random.Generator) -> Pairs:
-    """The last position alone learns: a random prefix of each sequence, and what came after it.
+def last_item(rows: np.ndarray, _: np.random.Generator) -> Pairs:
+    """The last position alone learns."""
+    return rows[:, :-1], rows[:, -1]
 
-    Over the epochs every prefix is drawn, as FMLP-Rec's loader lists them all.
-    """
-    counts = (rows > 0).sum(1)
-    left_out = counts - random.integers(1, counts)
-    places = np.arange(1, rows.shape[1]) - left_out[:, None]
-    inputs = np.take_along_axis(rows, np.maximum(places, 0), 1) * (places >= 0)
-    return inputs, np.take_along_axis(rows, rows.shape[1] - left_out[:, None], 1)[:, 0]
+
+def listed(rows: np.ndarray) -> np.ndarray:
+    """Every prefix of at least two items as a row of its own, as FMLP-Rec's loader has them."""
+    counts, parts = (rows > 0).sum(1), [rows]
+    for left_out in range(1, rows.shape[1] - 1):
+        some = rows[counts - left_out >= 2]
+        parts.append(np.pad(some[:, :-left_out], ((0, 0), (left_out, 0))))
+    return np.concatenate(parts)
 
 
 def cloze(rows: np.ndarray, random: np.random.Generator) -> Pairs:
@@ -146,7 +148,7 @@ RECIPES = {
     "lrurec": Recipe(lrurec, shifted, epochs=40),
     "fmrlrec": Recipe(fmrlrec, shifted, epochs=40),
     "bert4rec": Recipe(bert4rec, cloze, tokens=2, asks_by_mask=True, dropout=0.2, epochs=150),
-    "fmlprec": Recipe(fmlp_rec, prefixes, every_position=False, epochs=150),
+    "fmlprec": Recipe(fmlp_rec, last_item, every_position=False, batch=512, epochs=40),
 }
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +32,21 @@ from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.data import Dataset
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
 from examples.fmrlrec.model import Recommender, Shape
-from matryoshkafy.losses.distillation import Distillation, divergences
+from matryoshkafy.losses.distillation import Distillation
 from matryoshkafy.training import Replayed, resume_run, save_run
 from tests.benchmarks.heuristics import dataset_of, heuristics
 from tests.benchmarks.recommender_models import (
     RECIPES,
     Recipe,
     epoch_batches,
+    listed,
     moved_left,
     small,
     training_rows,
 )
 
 SIZES, SCALE, LAST_RATE, CLIP = "8..64", 64.0, 0.02, 5.0
-PLACES = 512  # positions that learn are padded to a multiple of it, so that few steps are recorded
+PLACES = 256  # positions that learn are padded to a multiple of it, so that few steps are recorded
 Backward = Callable[..., Tensor]
 # Table 2 of arXiv 2409.16627, ranking all items: NDCG@10, Recall@10.
 PUBLISHED = {
@@ -170,6 +171,8 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     if position is None:
         torch.manual_seed(training.seed + 1)
     rows = training_rows(training.dataset, training.config.max_length)
+    if not training.recipe.every_position:
+        rows = listed(rows)
     step = Replayed(backward_of(training, doll, loss), optimizer, CLIP)
     for epoch in range(len(history), training.epochs):
         started, clock = time.process_time(), time.perf_counter()
@@ -193,24 +196,11 @@ def backward_of(training: Training, doll: Any, loss: mk.MatryoshkaLoss) -> Backw
     A step that is recorded cannot ask which positions count, so there they are given.
     """
 
-    def everywhere(inputs: Tensor, targets: Tensor) -> Tensor:
-        return loss(doll.outputs(inputs), targets)
-
-    def somewhere(inputs: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
-        scores = dict(doll.outputs(inputs).scores_at(*(places or (slice(None),))))
-        weights = loss.weights_of(scores)
-        found, _, scaled = loss.criteria(scores, (targets,), weights)
-        if loss.distill is None:
-            return found
-        parts = divergences(cast("dict[int, Tensor]", scaled), loss.distill, None)
-        taught = torch.stack([weights[size] * part for size, part in parts.items()]).sum()
-        return found + loss.distill.weight * taught
-
-    def backward(inputs: Tensor, *rest: Tensor) -> Tensor:
+    def backward(inputs: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
         kind, half = training.device, training.precision == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):
-            compute = everywhere if kind == "cpu" else somewhere
-            found = compute(masked_ids(inputs, training), *rest)
+            outputs = doll.outputs(masked_ids(inputs, training))
+            found: Any = loss(outputs.at(*places) if places else outputs, targets)
         found.backward()
         return found.detach()
 
