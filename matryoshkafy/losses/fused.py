@@ -67,13 +67,16 @@ def nested_cross_entropy(  # noqa: PLR0913 - one option per line of the formula
     ordered = options_of(sizes, weights, ignore_index, label_smoothing)
     ranks = [ordered.widths.index(size) for size in sizes]
     if scales is not None:
-        scales = scales[sorted(range(len(sizes)), key=ranks.__getitem__)]
+        # Not indexed by a list, which would be copied to the device.
+        order = sorted(range(len(sizes)), key=ranks.__getitem__)
+        scales = torch.stack([scales[i] for i in order])
     problem = Problem(hidden, table, None if bias is None else bias.to(table.dtype), flat)
     total, losses = _run(problem, ordered, reduction, scales)
     total = total.view(target.shape) if reduction == "none" else total
     if not return_per_size:
         return total
-    return total, _reduced(losses[ranks], flat != ignore_index, target.shape, reduction)
+    ordered_losses = torch.stack([losses[rank] for rank in ranks])
+    return total, _reduced(ordered_losses, flat != ignore_index, target.shape, reduction)
 
 
 def _check(
