@@ -151,6 +151,8 @@ def started(
         report = mk.rotate(doll, batches, by="contribution", post_norm="diagonal")
         (out / "order.txt").write_text(str(report))
         lessons = report.turn(doll, lessons)
+    if options.after is not None:
+        doll.load_state_dict(mk.load(options.after).state_dict())
     return doll.to(options.device), lessons
 
 
@@ -189,7 +191,8 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     pairs, val = (taught(options.teacher, encoder, n, parts[n]) for n in ("train", "val"))
     doll, lessons = started(out, encoder, pairs, options)
     texts = pairs.texts()
-    weights = {max(doll.sizes): 1.5, min(doll.sizes): 1.2} if len(doll.sizes) > 1 else {}
+    ends = {max(doll.sizes): 1.5, min(doll.sizes): options.smallest}
+    weights = ends if len(doll.sizes) > 1 else {}
     if options.alone:
         weights = {size: float(size == options.alone) for size in doll.sizes}
     recipe = Recipe(
@@ -256,6 +259,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", type=Path, help="where the teacher's vectors are; OUT")
     parser.add_argument("--start", choices=("ordered", "rotated", "as it is"), default="ordered")
+    parser.add_argument("--after", type=Path, help="go on from this doll, of the same start")
+    parser.add_argument("--smallest", type=float, default=1.2, help="chances of the smallest size")
     parser.add_argument("--alone", type=int, help="this size alone learns")
     parser.add_argument("--model", type=Path, help="a folder with MiniLM; else its package")
     parser.add_argument("--device", default="cpu")
