@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import matryoshkafy as mk
-from matryoshkafy.training import Recipe, Term, distil
+from matryoshkafy.training import Recipe, Replayed, Term, distil
 from matryoshkafy.units.norm_scales import norm_scales
 from tests.rules.test_table import Recurrent
 from tests.zoo.judge import error_of, leaves, loss_of
@@ -155,6 +155,32 @@ def test_distillation_goes_where_the_doll_is(given: str, tmp_path: Path) -> None
     if given != "copy":
         assert all(report.last[m] < report.first[m] for m in doll.sizes)
     assert all(p.is_cuda for p in doll.parameters())
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_recorded_steps_are_the_steps(nesting: str) -> None:
+    """Dropout aside a replayed step gives what the step gives, for each shape of a batch."""
+    here = doll_of(nesting).cuda().eval()
+    there = copy.deepcopy(here)
+
+    def steps(doll: Any, *, records: bool) -> Replayed:
+        loss = mk.MatryoshkaLoss(nn.CrossEntropyLoss(), sizes=doll.sizes)
+
+        def backward(x: Tensor) -> Tensor:
+            value = loss(doll.outputs(x), x)
+            value.backward()
+            return value.detach()
+
+        adam = torch.optim.AdamW(doll.parameters(), lr=1e-3, capturable=True)
+        return Replayed(backward, adam, 1.0, records=records)
+
+    ours, plain = steps(here, records=True), steps(there, records=False)
+    for number in range(16):
+        x = ids(4 + number % 2).cuda()
+        for step in (ours, plain):
+            step.set_rates([1e-3 / (1 + number)])
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-3, atol=1e-4)
+    assert len(ours.recordings) == 2 and not plain.recordings
 
 
 def test_slices_files_and_classes_of_a_doll_that_lies_there(tmp_path: Path) -> None:

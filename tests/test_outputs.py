@@ -269,6 +269,26 @@ def test_scores_at_chosen_positions_compute_no_others(nesting: str) -> None:
     assert widest.rows <= 16, "of 200 positions four are scored"
 
 
+@NESTINGS
+@pytest.mark.parametrize("tail", [name for name in TAILS if name != "tuple"])
+def test_a_loss_over_chosen_positions_is_theirs_alone(tail: str, nesting: str) -> None:
+    doll = doll_of(tail, nesting).eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    rows, columns = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
+    target = torch.tensor([3, 0, 7])
+    loss = MatryoshkaLoss(nn.CrossEntropyLoss(), sizes=SIZES, weights=[3.0, 1.0, 0.5])
+    outputs = doll.outputs(ids)
+    chosen = outputs.at(rows, columns)
+    assert loss.fuses(chosen, target) == loss.fuses(outputs, ids)
+    found = torch.autograd.grad(loss(chosen, target), list(doll.parameters()), allow_unused=True)
+    whole = {size: scores_of(output) for size, output in doll.outputs(ids).items()}
+    pairs = zip(SIZES, (3.0, 1.0, 0.5), strict=True)
+    want = sum(w * F.cross_entropy(whole[m][rows, columns], target) for m, w in pairs)
+    grads = torch.autograd.grad(want, list(doll.parameters()), allow_unused=True)
+    for a, b in zip(found, grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 class Widest(TorchDispatchMode):
     """The most rows of scores [.., 11] that any operator made."""
 

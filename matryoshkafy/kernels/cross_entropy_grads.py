@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from matryoshkafy.kernels.cross_entropy import LossOptions, Problem, evaluate, row_scale, weighted
+from matryoshkafy.kernels.cross_entropy import evaluate, row_scale, weighted
+from matryoshkafy.kernels.cross_entropy_problem import LossOptions, Problem
 from matryoshkafy.kernels.dispatch import Context, DoubleBackward, Grads
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from matryoshkafy.kernels import cross_entropy, norms
-from matryoshkafy.kernels.cross_entropy import Gradients, LossOptions, Problem
+from matryoshkafy.kernels.cross_entropy_problem import Gradients, LossOptions, Problem
 from matryoshkafy.kernels.dispatch import Context, Grads
 
 if TYPE_CHECKING:

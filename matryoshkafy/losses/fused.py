@@ -11,7 +11,7 @@ from torch import Tensor
 import matryoshkafy.kernels.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  registers
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import cross_entropy_grads
-from matryoshkafy.kernels.cross_entropy import LossOptions, Problem
+from matryoshkafy.kernels.cross_entropy_problem import LossOptions, Problem
 from matryoshkafy.kernels.dispatch import is_plain
 
 REDUCTIONS = ("mean", "sum", "none")

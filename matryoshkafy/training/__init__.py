@@ -15,6 +15,7 @@ from matryoshkafy.training.recipes import DistilError as DistilError
 from matryoshkafy.training.recipes import Recipe as Recipe
 from matryoshkafy.training.recipes import Term as Term
 from matryoshkafy.training.replaying import Replayed as Replayed
+from matryoshkafy.training.replaying import ReplayError as ReplayError
 from matryoshkafy.training.resuming import ResumeError as ResumeError
 from matryoshkafy.training.resuming import batches as batches
 from matryoshkafy.training.resuming import resume_run as resume_run

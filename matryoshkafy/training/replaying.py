@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.errors import MatryoshkafyError
+
 WARM = 2  # steps of each shape before it is recorded: libraries allocate at their first calls
 MOST = 128  # recordings; what has other shapes is computed as usual
+
+
+class ReplayError(MatryoshkafyError):
+    """A step that cannot be recorded."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,13 @@ class Replayed:
 
     def _recorded(self, batch: Sequence[Any], tensors: list[Tensor]) -> Recording:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            found = self._step(batch)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                found = self._step(batch)
+        except RuntimeError as error:
+            raise ReplayError(
+                f"this step cannot be recorded as a CUDA graph: {error}. Nothing in it may ask the "
+                "device for a value or copy one from the host; compute the steps as usual "
+                "(records=False, Recipe(replay=False))"
+            ) from error
         return Recording(graph, tensors, found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.fmrlrec.scan import lru_scan, scan_step
+from examples.fmrlrec.scan import _doubled, lru_scan, scan_step
 
 SHAPES = [(1, 1, 1), (2, 2, 3), (3, 7, 5), (2, 50, 4), (0, 4, 2)]
 
@@ -61,6 +61,15 @@ def test_values_and_gradients_match_a_loop(scan, shape: tuple[int, int, int]) ->
         for value in (expected, found)
     )
     torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_doubling_as_a_gpu_does_it_matches_a_loop(shape: tuple[int, int, int]) -> None:
+    u, transition, real = example(shape)
+    u, transition = u.detach(), transition.detach()
+    states = torch.view_as_complex(u * real[:, :, None, None])
+    found = _doubled(states, torch.view_as_complex(transition), real)
+    torch.testing.assert_close(torch.view_as_real(found), naive(u, transition, real))
 
 
 def test_operator_is_registered_soundly() -> None:

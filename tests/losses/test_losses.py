@@ -70,6 +70,26 @@ def test_value_and_gradients(budget, reduction, smoothing, biased, sizes):
     assert_as_plain((hidden, table, target, sizes), options, tensors)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES, [12]])
+def test_a_step_that_is_recorded_asks_for_no_value(budget, monkeypatch, reduction, scaled, sizes):
+    """As under a CUDA graph: rows that do not count cannot be found, and must add nothing."""
+    monkeypatch.setattr(cross_entropy, "is_recorded", lambda tensor: True)
+    monkeypatch.setattr(torch, "nonzero", None)
+    hidden, table, bias, target = problem()
+    weights = [0.5 + k for k in range(len(sizes))]
+    options = {"bias": bias, "reduction": reduction, "weights": weights}
+    tensors = (hidden, table, bias)
+    if scaled:
+        start = torch.linspace(0.3, 2.0, len(sizes), dtype=torch.float64)
+        options["scales"] = start.requires_grad_()
+        tensors += (options["scales"],)
+    assert_as_plain((hidden, table, target, sizes), options, tensors)
+    left_out = nested_cross_entropy(hidden, table, target, sizes, bias=bias, reduction="none")
+    assert not left_out[target == -100].any() and (target == -100).any()
+
+
 def assert_as_plain(given, options, tensors):
     """The value, and the gradients of a random combination of it."""
     ours, theirs = nested_cross_entropy(*given, **options), plain(*given, **options)
