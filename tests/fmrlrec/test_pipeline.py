@@ -172,3 +172,11 @@ def test_tables_are_csv_markdown_and_text(tmp_path: Path, capsys) -> None:
     assert [word.strip() for word in lines[4].split("|")][1:4] == ["8", "0.5000", "0.1250"]
     told = capsys.readouterr().out
     assert "A title" in told and "0.2500" in told and "NDCG@5" not in told
+
+
+def test_the_readme_lists_every_file() -> None:
+    home = Path(pipeline.__file__).parent
+    listed = (home / "README.md").read_text().partition("## Files, in reading order")[2]
+    names = {line.split()[0].rstrip("/") for line in listed.split("```")[1].strip().splitlines()}
+    there = {path.name for path in home.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert names == there - {"__init__.py", "__pycache__"}
