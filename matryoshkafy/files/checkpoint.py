@@ -16,7 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import methodcaller
@@ -39,7 +39,7 @@ from matryoshkafy.files.description import (
 from matryoshkafy.files.fitting import check_fit
 from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
 from matryoshkafy.files.graph_json import callables, graph_to_json
-from matryoshkafy.files.held import LEVEL_FILE, Held, open_folder
+from matryoshkafy.files.held import LEVEL_FILE, Closing, Held, open_folder
 from matryoshkafy.files.json_text import Json, is_object, parse_json
 from matryoshkafy.files.levels import Layout, Levels, layout_from_json, outline_of
 from matryoshkafy.files.records import (
@@ -59,6 +59,8 @@ PACKED = "levels"
 GRAPH = "graph.json"
 MAX_GRAPH = 32 * 2**20
 MAX_SIDE = 2**28
+
+Parts = tuple[nn.Module, Trace, Plan, list[Record]]
 
 
 class CheckpointWarning(UserWarning):
@@ -86,17 +88,23 @@ def save(
         FolderError: where the folder is taken or cannot be written.
         CheckpointError: a model with parts that cannot be saved, named; so does JsonError.
     """
+    parts, state = parts_to_save(model)
+    writers = {**dense_files(state, parts[-1]), **side_writers(side or {})}
+    return write_checkpoint(folder, parts, writers, force=force)
+
+
+def parts_to_save(model: nn.Module) -> tuple[Parts, dict[str, Tensor]]:
+    """Return the parts of a model for `write_checkpoint`, and its tensors; warns of NaN."""
     trace, plan = parts_of(model)
     state = saved_tensors(model, trace, plan)
     records = records_of(state, trace, state_of(model))
-    warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
-    writers = {**dense_files(state, records), **side_writers(side or {})}
-    return write_checkpoint(folder, (model, trace, plan, records), writers, force=force)
+    _warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
+    return (model, trace, plan, records), state
 
 
 def write_checkpoint(
     folder: str | os.PathLike[str],
-    parts: tuple[nn.Module, Trace, Plan, list[Record]],
+    parts: Parts,
     writers: Mapping[str, Writer],
     layout: Mapping[str, object] | None = None,
     *,
@@ -150,7 +158,7 @@ def load(folder: str | os.PathLike[str], size: float | None = None) -> Doll | fx
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Closing):
     """A checkpoint whose files were checked; models are made of it when asked for.
 
     The files stay open, so that a folder which is replaced meanwhile goes on being read as it was
@@ -257,23 +265,17 @@ class Checkpoint:
         self, level: int, first: int = 0, base: Mapping[str, Tensor] | None = None
     ) -> Generator[Dense | Levels, None, None]:
         records = self.described.records
-        with fitting(self.folder), ExitStack() as stack:
+        with fitting(self.folder):
             if self.layout is None:
                 store = Dense(self.held, records)
             else:
                 store = Levels(self.held, records, self.layout, range(first, level + 1), base)
-            yield stack.enter_context(store)
-            self.held.check_unchanged()
+            with store:
+                yield store
+                self.held.check_unchanged()
 
     def close(self) -> None:
-        """Close the files."""
         self.held.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)
@@ -368,8 +370,7 @@ def _check_digested(manifest: Json, files: Sequence[str], held: Held) -> None:
         )
 
 
-def warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
-    """Warn of weights that are NaN, by name."""
+def _warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
     names = nan_names(tensors)
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -377,7 +378,7 @@ def warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
             f"weights that are NaN are saved: {', '.join(names[:5])}{more}. Expected finite "
             "weights; every size that reads them is broken. Check the training run.",
             CheckpointWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

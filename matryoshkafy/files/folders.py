@@ -16,6 +16,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from io import RawIOBase
 from pathlib import Path
 
 from matryoshkafy.errors import MatryoshkafyError
@@ -146,13 +147,18 @@ def _recover(target: Path) -> None:
 
 def digest_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file as hexadecimal text; raises FolderError if it is unreadable."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+        with open(path, "rb", buffering=0) as file:
+            return sha256(file)
     except OSError as error:
         raise FolderError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def sha256(file: RawIOBase) -> str:
+    """Return the SHA-256 of what an open file still holds."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -233,7 +239,10 @@ def _beside(target: Path) -> Generator[Path, None, None]:
             _clean(target)
             fresh.mkdir()
             stack.callback(shutil.rmtree, fresh, ignore_errors=True)
-            stack.enter_context(_locked(fresh))
+            # The lock dies with its process, which tells a killed save from one that still runs.
+            handle = _lock(fresh)
+            if handle is not None:
+                stack.callback(os.close, handle)
         yield fresh
 
 
@@ -245,17 +254,6 @@ def _alone(parent: Path) -> Generator[None, None, None]:
         with contextlib.suppress(OSError):
             handle = os.open(parent, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None, None, None]:
-    # The lock dies with its process, which tells a killed save from one that still runs.
-    handle = _lock(folder)
     try:
         yield
     finally:

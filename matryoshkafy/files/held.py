@@ -7,13 +7,12 @@ the meantime goes on being the one that was checked.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import stat
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matryoshkafy.files.folders import (
     MANIFEST,
@@ -21,13 +20,13 @@ from matryoshkafy.files.folders import (
     FolderError,
     check_file_name,
     recover_folder,
+    sha256,
 )
 from matryoshkafy.files.json_text import is_object, parse_json, shown
 
 MAX_FILES = 512
 # The files of the progressive layout.
 LEVEL_FILE = re.compile(r"level-\d{1,4}\.safetensors", re.ASCII)
-CHUNK = 2**20
 RELATIVE = os.open in os.supports_dir_fd
 # A fifo would make open() wait for a writer; on systems without these flags there are none.
 PLAINLY = (
@@ -40,12 +39,28 @@ SAVED_HOW = "Give a folder that matryoshkafy.save or `matryoshkafy convert` wrot
 # How often a folder that is replaced while its files are being opened is opened again.
 ATTEMPTS = 5
 
+T = TypeVar("T")
+
 
 class Replaced(Exception):
     """The folder was replaced while its files were being opened."""
 
 
-class Held:
+class Closing:
+    """What a with statement closes; who holds it longer calls `close`."""
+
+    def close(self) -> None:
+        """Close every file."""
+        raise NotImplementedError
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Held(Closing):
     """The open files of a folder, by plain name. Close it, or use it in a with statement.
 
     Only regular files are read. A link may point into the folder itself, or into the `blobs` of
@@ -99,11 +114,9 @@ class Held:
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 of a file as hexadecimal text."""
-        digest, handle = hashlib.sha256(), self.file(name)
+        handle = self.file(name)
         with reading(self.path / name), _whole(handle) as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return sha256(file)
 
     def check(self, digests: object, names: Iterable[str] | None = None) -> None:
         """Compare files with their recorded SHA-256; raises FolderError with the file's name.
@@ -135,17 +148,10 @@ class Held:
                 )
 
     def close(self) -> None:
-        """Close every file."""
         handles = [*self._files.values(), *([self._folder] if self._folder >= 0 else [])]
         self._files, self._folder = {}, -1
         for handle in handles:
             os.close(handle)
-
-    def __enter__(self) -> Held:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_files", None) or getattr(self, "_folder", -1) >= 0:

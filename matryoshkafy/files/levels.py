@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,15 @@ from matryoshkafy.dolls.slice import Cut, masked
 from matryoshkafy.files.header import CODES, DTYPES, PAIRS, Entry
 from matryoshkafy.files.held import Held
 from matryoshkafy.files.json_text import is_list, shown
-from matryoshkafy.files.records import CheckpointError, Record, as_parameter, sparse_from
-from matryoshkafy.files.tensors import TensorFile, write_tensors
+from matryoshkafy.files.records import (
+    CheckpointError,
+    Record,
+    as_parameter,
+    hollow,
+    shared,
+    sparse_from,
+)
+from matryoshkafy.files.tensors import OpenFiles, write_tensors
 from matryoshkafy.graph.nodes import TensorInfo
 from matryoshkafy.plan.plan import Mask, Plan
 
@@ -234,8 +240,8 @@ def _supply(read: Read, part: Part, box: _Box) -> Tensor:
     return read(part.name, None if whole else box.place)
 
 
-class Levels:
-    """The open files of the levels first to last. Close it, or use it in a with statement.
+class Levels(OpenFiles):
+    """The open files of the levels first to last.
 
     base: {first name: what the level before `first` keeps}, so that the files of the levels below
     are not read; None where first is 0.
@@ -251,16 +257,7 @@ class Levels:
     ) -> None:
         self._records = {record.name: record for record in records}
         self._layout, self._levels, self._base = layout, levels, base
-        self._stack = ExitStack()
-        self._files: dict[int, TensorFile] = {}
-        try:
-            for level in levels:
-                name = level_file(level)
-                file = TensorFile(held.path / name, held.file(name))
-                self._files[level] = self._stack.enter_context(file)
-        except BaseException:
-            self._stack.close()
-            raise
+        super().__init__(held, map(level_file, levels))
 
     def owner(self, name: str) -> Any:
         """Return what names of one tensor share."""
@@ -293,7 +290,7 @@ class Levels:
         out = torch.zeros(tuple(map(_count, outer)), dtype=part.info.dtype)
         if self._base is not None:
             _put(out, self._base[owner], part.kept(plan, self._levels[0] - 1), outer)
-        for level, file in self._files.items():
+        for level, file in zip(self._levels, self._files.values(), strict=True):
             for box in part.boxes(plan, level):
                 found = file.read(part.entry(box))
                 if found.shape != box.shape or found.dtype != part.info.dtype:
@@ -308,29 +305,20 @@ class Levels:
                     _put(out, found, box.place, outer)
         return out
 
-    def close(self) -> None:
-        """Close the files; what they are held by stays open."""
-        self._stack.close()
-
-    def __enter__(self) -> Levels:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def outline_of(layout: Layout, records: Iterable[Record]) -> dict[str, Tensor]:
     """Return every tensor of a layout on the meta device: shapes, dtypes and ties."""
-    made: dict[str, Tensor] = {}
-    out: dict[str, Tensor] = {}
-    for record in records:
-        owner = layout.aliases.get(record.name, record.name)
-        if owner not in made:
-            info = layout.parts[record.parts[-1] if record.sparse else owner].info
-            shape = record.shape if record.sparse else info.shape
-            made[owner] = as_parameter(torch.empty(shape, dtype=info.dtype, device="meta"), record)
-        out[record.name] = made[owner]
-    return out
+    known = {record.name: record for record in records}
+
+    def owner(name: str) -> str:
+        return layout.aliases.get(name, name)
+
+    def made(name: str) -> Tensor:
+        record = known[name]
+        info = layout.parts[record.parts[-1] if record.sparse else owner(name)].info
+        return hollow(record, TensorInfo(record.shape or info.shape, info.dtype))
+
+    return shared(known, owner, made)
 
 
 def _put(out: Tensor, value: Tensor, place: Place, outer: Place) -> None:

@@ -12,17 +12,16 @@ from matryoshkafy.dolls.slice import parts_of, state_of, take
 from matryoshkafy.files.checkpoint import (
     Checkpoint,
     open_checkpoint,
+    parts_to_save,
     side_writers,
-    warn_of_nan,
     write_checkpoint,
 )
-from matryoshkafy.files.description import records_of, saved_tensors
 from matryoshkafy.files.levels import Place, layout_of, level_writers
 from matryoshkafy.files.records import (
     CheckpointError,
     Record,
+    aliases_of,
     info_of_tensor,
-    owners_of,
     sparse_parts,
 )
 from matryoshkafy.graph.trace import Trace
@@ -72,34 +71,29 @@ def _pack_model(
     force: bool,
     side: Mapping[str, bytes] | None = None,
 ) -> Path:
-    trace, plan = parts_of(model)
-    _check_packable(trace, plan)
-    state = saved_tensors(model, trace, plan)
-    records = records_of(state, trace, state_of(model))
-    warn_of_nan({r.name: state[r.name] for r in records if r.kind != "statistic"})
-    owners = owners_of(state)
-    flat = dict(_flat(records, state, owners))
-    aliases = {name: owner for name, owner in owners.items() if name != owner}
+    _check_packable(*parts_of(model))
+    parts, state = parts_to_save(model)
+    _, _, plan, records = parts
+    aliases = aliases_of(records, state)
+    flat = dict(_flat(records, state, aliases))
     layout = layout_of(plan, {n: info_of_tensor(t) for n, t in flat.items()}, aliases)
 
     def read(name: str, place: Place | None) -> Tensor:
         return flat[name] if place is None else take(flat[name], place)
 
     writers = {**level_writers(layout, read), **side_writers(side or {})}
-    return write_checkpoint(
-        folder, (model, trace, plan, records), writers, layout.to_json(), force=force
-    )
+    return write_checkpoint(folder, parts, writers, layout.to_json(), force=force)
 
 
 def _flat(
-    records: list[Record], state: Mapping[str, Tensor], owners: Mapping[str, str]
+    records: list[Record], state: Mapping[str, Tensor], aliases: Mapping[str, str]
 ) -> list[tuple[str, Tensor]]:
     """The dense tensors to store, by first name, and the parts of the sparse ones."""
     out: list[tuple[str, Tensor]] = []
     for record in records:
         if record.sparse:
             out += sparse_parts(record, state[record.name])
-        elif owners[record.name] == record.name:
+        elif record.name not in aliases:
             out.append((record.name, state[record.name]))
     return out
 

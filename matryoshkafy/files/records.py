@@ -122,31 +122,6 @@ def record_from_json(saved: object) -> Record:
     return Record(name, kind, grad, sparse, tuple(shape), coalesced)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a file is written from: entries, and further names of tied tensors."""
-
-    entries: list[Entry]
-    aliases: dict[str, str]
-
-
-def contents_of(records: Iterable[Record], tensors: Mapping[str, Tensor], file: str) -> Contents:
-    """Return what a file holds: of tied tensors the first; the other names are aliases."""
-    entries: list[Entry] = []
-    aliases: dict[str, str] = {}
-    owners: dict[int, str] = {}
-    for record in records:
-        if record.file != file:
-            continue
-        tensor = tensors[record.name]
-        owner = owners.setdefault(id(tensor), record.name)
-        if owner != record.name and not record.sparse:
-            aliases[record.name] = owner
-        else:
-            entries.extend(_entries(record, tensor))
-    return Contents(entries, aliases)
-
-
 def _entries(record: Record, tensor: Tensor) -> list[Entry]:
     if not record.sparse:
         return [entry_of(record.name, tensor)]
@@ -160,10 +135,12 @@ def sparse_parts(record: Record, tensor: Tensor) -> list[tuple[str, Tensor]]:
     return list(zip(record.parts, parts, strict=True))
 
 
-def owners_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return {name: first name of the same tensor}."""
+def aliases_of(records: Iterable[Record], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return {further name: first name} of tied tensors; sparse ones are stored by every name."""
     owners: dict[int, str] = {}
-    return {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    dense = (r.name for r in records if not r.sparse)
+    firsts = {name: owners.setdefault(id(tensors[name]), name) for name in dense}
+    return {name: first for name, first in firsts.items() if name != first}
 
 
 def info_of_tensor(tensor: Tensor) -> TensorInfo:
@@ -207,6 +184,11 @@ def as_parameter(tensor: Tensor, record: Record) -> Tensor:
     return nn.Parameter(tensor, requires_grad=record.requires_grad and differentiable)
 
 
+def hollow(record: Record, info: TensorInfo) -> Tensor:
+    """Return a tensor of the meta device as the model holds it: no values."""
+    return as_parameter(torch.empty(info.shape, dtype=info.dtype, device="meta"), record)
+
+
 def info_in(record: Record, file: TensorFile) -> TensorInfo:
     """Return the shape and dtype of a saved tensor."""
     if not record.sparse:
@@ -222,8 +204,11 @@ def files_of(records: Iterable[Record]) -> list[str]:
 
 def write_records(state: Mapping[str, Tensor], records: Iterable[Record], path: Path) -> None:
     """Write those of the records that belong into the file of this name."""
-    contents = contents_of(records, state, path.name)
-    write_tensors(path, contents.entries, aliases=contents.aliases)
+    mine = [record for record in records if record.file == path.name]
+    aliases = aliases_of(mine, state)
+    stored = [record for record in mine if record.name not in aliases]
+    entries = [entry for r in stored for entry in _entries(r, state[r.name])]
+    write_tensors(path, entries, aliases=aliases)
 
 
 def shared(

@@ -11,6 +11,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from mmap import mmap
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +31,7 @@ from matryoshkafy.files.header import (
     header_of,
     what_else,
 )
+from matryoshkafy.files.held import Closing, Held
 from matryoshkafy.files.json_text import is_object, parse_json, shown
 from matryoshkafy.graph.nodes import TensorInfo
 
@@ -92,7 +94,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-class TensorFile:
+class TensorFile(Closing):
     """An open safetensors file: names and shapes at once, values when asked for.
 
     handle: the descriptor of the file where it is open already; it stays the caller's. Raises
@@ -149,14 +151,7 @@ class TensorFile:
         return _as_meant(out, stored, name)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _find(self, name: str) -> Spot:
         stored = self._header.stored.get(self.aliases.get(name, name))
@@ -231,7 +226,22 @@ class TensorFile:
             out[row : row + step].copy_(_select(chunk, cuts))
 
 
-class TensorFolder:
+class OpenFiles(Closing):
+    """Tensor files of a folder that is held, open together, by name."""
+
+    def __init__(self, held: Held, names: Iterable[str]) -> None:
+        with ExitStack() as stack:
+            self._files = {
+                name: stack.enter_context(TensorFile(held.path / name, held.file(name)))
+                for name in names
+            }
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class TensorFolder(Closing):
     """The tensors of a folder (one file, or shards and their index), or of one such file.
 
     Raises TensorFileError or FolderError for files that are not sound or lie elsewhere.
@@ -265,15 +275,8 @@ class TensorFolder:
         return file.read(name)
 
     def close(self) -> None:
-        """Close every file."""
         for file in self._files.values():
             file.close()
-
-    def __enter__(self) -> TensorFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open(self, main: Path) -> dict[str, TensorFile]:
         if main.suffix != ".json":

@@ -7,8 +7,9 @@ import importlib.util
 import re
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -25,7 +26,8 @@ OUTPUT_MODULES = re.compile(
 FACTORIES = {"list": list, "dict": dict, "int": int, "float": float, "tuple": tuple, "none": None}
 
 
-class _Kind(NamedTuple):
+@dataclass(frozen=True)
+class _Kind:
     """One type of container: the context that torch keeps for it, as JSON and back."""
 
     type: Any
@@ -149,10 +151,6 @@ def _no_context(context: object, count: int) -> None:
         raise ValueError(context)
 
 
-def _write_namedtuple(kind: Any) -> dict[str, object]:
-    return {"name": kind.__name__, "fields": list(kind._fields)}
-
-
 def _read_namedtuple(saved: Any, count: int) -> type:
     name, fields = saved["name"], tuple(saved["fields"])
     if not all(map(is_name, (name, *fields))) or len(fields) != count:
@@ -173,10 +171,6 @@ def _write_defaultdict(context: Any) -> dict[str, object]:
     return {"factory": names[0], "keys": _write_keys(keys)}
 
 
-def _read_defaultdict(saved: Any, count: int) -> list[object]:
-    return [FACTORIES[saved["factory"]], _read_keys(saved["keys"], count)]
-
-
 def _read_maxlen(saved: object, count: int) -> int | None:
     if saved is None or (type(saved) is int and saved >= count):
         return saved
@@ -192,18 +186,22 @@ def _return_type_from_json(name: object, children: list[TreeSpec]) -> TreeSpec:
     return TreeSpec(found, None, children)
 
 
-def _as_it_is(context: object) -> object:
-    return context
-
-
 KINDS = {
-    "tuple": _Kind(tuple, _as_it_is, _no_context),
-    "list": _Kind(list, _as_it_is, _no_context),
+    "tuple": _Kind(tuple, lambda _: None, _no_context),
+    "list": _Kind(list, lambda _: None, _no_context),
     "dict": _Kind(dict, _write_keys, _read_keys),
     "OrderedDict": _Kind(OrderedDict, _write_keys, _read_keys),
-    "defaultdict": _Kind(defaultdict, _write_defaultdict, _read_defaultdict),
-    "deque": _Kind(deque, _as_it_is, _read_maxlen),
-    "namedtuple": _Kind(namedtuple, _write_namedtuple, _read_namedtuple),
+    "defaultdict": _Kind(
+        defaultdict,
+        _write_defaultdict,
+        lambda saved, n: [FACTORIES[saved["factory"]], _read_keys(saved["keys"], n)],
+    ),
+    "deque": _Kind(deque, lambda maxlen: maxlen, _read_maxlen),
+    "namedtuple": _Kind(
+        namedtuple,
+        lambda kind: {"name": kind.__name__, "fields": list(kind._fields)},
+        _read_namedtuple,
+    ),
 }
 # Here the file chooses the class itself, out of the modules that the reader allows.
 CLASSES = {"model_output": _output_from_json, "return_type": _return_type_from_json}

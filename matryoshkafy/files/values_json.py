@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch.fx import Node
@@ -17,6 +17,7 @@ from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
 
 MAX_DEPTH = 32
 MAX_TEXT = 16_384
+UNBOUNDED = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,511}")
 
 T = TypeVar("T")
@@ -113,7 +114,8 @@ class Values:
             raise JsonError(f"{self.place} nests its values more than {MAX_DEPTH} deep.")
 
 
-class Codec(NamedTuple):
+@dataclass(frozen=True)
+class Codec:
     """How one type is written under its tag; walk writes or reads the values inside."""
 
     tag: str
@@ -144,52 +146,8 @@ def _read_dict(pairs: list[Any], walk: Walk) -> dict[object, object]:
     return read
 
 
-def _tuple(*items: object) -> tuple[object, ...]:
-    return items
-
-
-def _write_text(value: object, walk: Walk) -> str:
-    return str(value)
-
-
-def _write_tuple(value: tuple[object, ...], walk: Walk) -> list[object]:
-    return [walk(item) for item in value]
-
-
-def _write_dict(value: Mapping[object, object], walk: Walk) -> list[list[object]]:
-    return [[walk(key), walk(item)] for key, item in value.items()]
-
-
-def _write_float(value: float, walk: Walk) -> str:
-    return repr(float(value))
-
-
-def _read_float(text: str, walk: Walk) -> float:
-    return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[text]
-
-
-def _write_complex(value: complex, walk: Walk) -> list[object]:
-    return [walk(value.real), walk(value.imag)]
-
-
-def _write_slice(value: Any, walk: Walk) -> list[object]:
+def _write_bounds(value: Any, walk: Walk) -> list[object]:
     return [walk(bound) for bound in (value.start, value.stop, value.step)]
-
-
-def _write_range(value: range, walk: Walk) -> list[int]:
-    return [value.start, value.stop, value.step]
-
-
-def _read_device(text: object, walk: Walk) -> torch.device:
-    return torch.device(_read_text(text, walk))
-
-
-def _write_ellipsis(value: object, walk: Walk) -> bool:
-    return True
-
-
-def _read_ellipsis(item: object, walk: Walk) -> object:
-    return ...
 
 
 def _is_plain(key: object) -> bool:
@@ -199,19 +157,25 @@ def _is_plain(key: object) -> bool:
 
 
 CODECS = (
-    Codec("str", str, _write_text, _read_text),
-    Codec("tuple", tuple, _write_tuple, _several(None, _tuple)),
-    Codec("dict", dict, _write_dict, _read_dict),
-    Codec("float", float, _write_float, _read_float),
-    Codec("complex", complex, _write_complex, _several(2, complex)),
-    Codec("slice", slice, _write_slice, _several(3, slice)),
-    Codec("range", range, _write_range, _several(3, range)),
+    Codec("str", str, lambda text, _: str(text), _read_text),
+    Codec("tuple", tuple, lambda v, walk: [*map(walk, v)], _several(None, lambda *items: items)),
+    Codec("dict", dict, lambda v, walk: [[walk(k), walk(i)] for k, i in v.items()], _read_dict),
+    # Finite floats stand for themselves: these are "inf", "-inf" and "nan".
+    Codec("float", float, lambda v, _: repr(float(v)), lambda text, _: UNBOUNDED[text]),
+    Codec("complex", complex, lambda v, walk: [walk(v.real), walk(v.imag)], _several(2, complex)),
+    Codec("slice", slice, _write_bounds, _several(3, slice)),
+    Codec("range", range, _write_bounds, _several(3, range)),
     Codec("dtype", torch.dtype, write_constant, torch_constant(torch.dtype)),
     Codec("layout", torch.layout, write_constant, torch_constant(torch.layout)),
     Codec(
         "memory_format", torch.memory_format, write_constant, torch_constant(torch.memory_format)
     ),
-    Codec("device", torch.device, _write_text, _read_device),
-    Codec("ellipsis", type(...), _write_ellipsis, _read_ellipsis),
+    Codec(
+        "device",
+        torch.device,
+        lambda v, _: str(v),
+        lambda text, walk: torch.device(_read_text(text, walk)),
+    ),
+    Codec("ellipsis", type(...), lambda _, walk: True, lambda _, walk: ...),
 )
 BY_TAG = {codec.tag: codec for codec in CODECS}

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from matryoshkafy.files.checkpoint import open_checkpoint
+from matryoshkafy.files.held import Closing
 from matryoshkafy.files.tensors import TensorFile
 from matryoshkafy.natives.recipe import Foreign, NativeError
 from matryoshkafy.natives.tree import Changes
@@ -57,7 +58,7 @@ def fields_of(held: Foreign, size: int | None) -> tuple[int, dict[tuple[Foreign,
     return wanted, known[wanted]
 
 
-class SizeTensors(Mapping[str, Tensor]):
+class SizeTensors(Mapping[str, Tensor], Closing):
     """The tensors of one size by name, each read when it is asked for. Close it after use.
 
     Only the files of the levels up to the size are read, without their digests: each byte once.
@@ -65,15 +66,12 @@ class SizeTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = folder
-        self._stack = ExitStack()
-        try:
-            found = self._stack.enter_context(open_checkpoint(folder, size=size, digests=False))
-            self._held = self._stack.enter_context(found.tensors(size))
+        with ExitStack() as stack:
+            found = stack.enter_context(open_checkpoint(folder, size=size, digests=False))
+            self._held = stack.enter_context(found.tensors(size))
             spare = folder / spare_file(size)
-            self._spare = self._stack.enter_context(TensorFile(spare)) if spare.is_file() else None
-        except BaseException:
-            self._stack.close()
-            raise
+            self._spare = stack.enter_context(TensorFile(spare)) if spare.is_file() else None
+            self._stack = stack.pop_all()
 
     def __getitem__(self, name: str) -> Tensor:
         if self._spare is not None and name in self._spare.names:
@@ -87,5 +85,4 @@ class SizeTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def close(self) -> None:
-        """Close the files."""
         self._stack.close()

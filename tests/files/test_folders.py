@@ -193,8 +193,9 @@ def test_what_a_killed_save_left_is_removed_but_not_a_running_one(tmp_path):
     for folder in (dead, alive, foreign):
         folder.mkdir()
         (folder / "weights.bin").write_text("half")
-    with storage._locked(alive):
-        save(target)
+    handle = storage._lock(alive)
+    save(target)
+    os.close(handle)
     assert not dead.exists() and alive.exists() and foreign.exists()
     save(target, force=True)
     assert not alive.exists() and foreign.exists()
