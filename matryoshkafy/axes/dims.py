@@ -39,13 +39,7 @@ Segments = tuple[tuple[int, int], ...]
 
 def size(dim: Dim) -> int:
     """Return the units of a dim at full width."""
-    return math.prod(map(_factor_size, dim))
-
-
-def _factor_size(factor: Factor) -> int:
-    if isinstance(factor, Sum):
-        return sum(map(size, factor.segments))
-    return factor if isinstance(factor, int) else factor.size
+    return size_at(dim, None)
 
 
 def groups_of(dim: Dim) -> Iterator[int]:
@@ -63,15 +57,17 @@ def is_nested(dim: Dim) -> bool:
     return next(groups_of(dim), None) is not None
 
 
-def size_at(dim: Dim, widths: Widths) -> int:
-    """Return the units of a dim where group g has widths[g] units."""
-    return math.prod(_factor_size_at(f, widths) for f in dim)
+def size_at(dim: Dim, widths: Widths | None) -> int:
+    """Return the units of a dim where group g has widths[g] units; None: at full width."""
+    return math.prod(_factor_size(factor, widths) for factor in dim)
 
 
-def _factor_size_at(factor: Factor, widths: Widths) -> int:
+def _factor_size(factor: Factor, widths: Widths | None) -> int:
     if isinstance(factor, Sum):
-        return sum(size_at(p, widths) for p in factor.segments)
-    return factor if isinstance(factor, int) else widths[factor.group]
+        return sum(size_at(part, widths) for part in factor.segments)
+    if isinstance(factor, int):
+        return factor
+    return factor.size if widths is None else widths[factor.group]
 
 
 @lru_cache(maxsize=65536)
@@ -81,7 +77,7 @@ def kept(dim: Dim, widths: Widths) -> Segments:
     unit = 1
     for factor in reversed(dim):
         segments = _times(_factor_kept(factor, widths), segments, unit)
-        unit *= _factor_size(factor)
+        unit *= _factor_size(factor, None)
     return segments
 
 
@@ -121,17 +117,18 @@ def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
     """Return the segments to keep of a dim that is already cut to `have`; None where all stays."""
     if not is_nested(dim) or size_at(dim, have) == size_at(dim, want):
         return None
+    return inside(kept(dim, want), kept(dim, have))
+
+
+def inside(segments: Segments, outer: Segments) -> Segments:
+    """Return where segments of a dim lie among those of outer, which holds them all."""
     out: list[tuple[int, int]] = []
     offset = 0
-    wanted = kept(dim, want)
     # Both are indices of the full dim; what is wanted is counted from the start of what is there.
-    for a, b in kept(dim, have):
-        out += [
-            (max(a, c) - a + offset, min(b, d) - a + offset)
-            for c, d in wanted
-            if max(a, c) < min(b, d)
-        ]
-        offset += b - a
+    for start, stop in outer:
+        found = ((max(a, start), min(b, stop)) for a, b in segments)
+        out += [(a - start + offset, b - start + offset) for a, b in found if a < b]
+        offset += stop - start
     return tuple(out)
 
 

@@ -149,14 +149,13 @@ def _common_suffix(segments: list[Term]) -> Term:
     return segments[0][len(segments[0]) - count :]
 
 
-def leaves(term: Term) -> Iterator[Axis]:
-    """Yield every axis of a resolved term."""
-    for factor in resolve(term):
+def leaves(*terms: Term) -> Iterator[Axis]:
+    """Yield every axis of terms, resolved."""
+    for factor in (factor for term in terms for factor in resolve(term)):
         if isinstance(factor, Axis):
             yield factor
         else:
-            for segment in factor.segments:
-                yield from leaves(segment)
+            yield from leaves(*factor.segments)
 
 
 def fix(term: Term, reason: Reason) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from matryoshkafy.axes.terms import (
     COPIES,
@@ -257,9 +257,5 @@ def _take_right(term: Term, n: int) -> tuple[Term, Term] | None:
 def _split_factor(factor: Factor, n: int) -> bool:
     if isinstance(factor, Axis):
         return _bind(factor, (factor.part(factor.size // n), factor.part(n)))
-    return _factor_out(factor, Axis(n, "part", None, _births(factor)))
-
-
-def _births(total: Sum) -> Iterator[int] | None:
-    """Return what counts the axes that a sum is made of."""
-    return next((leaf.births for leaf in leaves((total,)) if not _is_copies(leaf)), None)
+    births = next((leaf.births for leaf in leaves((factor,)) if not _is_copies(leaf)), None)
+    return _factor_out(factor, Axis(n, "part", None, births))

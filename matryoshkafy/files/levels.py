@@ -138,17 +138,6 @@ def _without(segments: Segments, others: Segments) -> Segments:
     return tuple(out)
 
 
-def _inside(segments: Segments, outer: Segments) -> Segments:
-    """Return where segments lie among the indices of outer, which holds them all."""
-    out: list[tuple[int, int]] = []
-    offset = 0
-    for start, stop in outer:
-        found = [(max(a, start), min(b, stop)) for a, b in segments if a < stop and b > start]
-        out += [(a - start + offset, b - start + offset) for a, b in found]
-        offset += stop - start
-    return tuple(out)
-
-
 @dataclass(frozen=True)
 class Layout:
     """What a checkpoint of levels stores: its parts, and further names of tied tensors."""
@@ -323,7 +312,7 @@ def outline_of(layout: Layout, records: Iterable[Record]) -> dict[str, Tensor]:
 
 def _put(out: Tensor, value: Tensor, place: Place, outer: Place) -> None:
     """Write a value where its indices lie among those that are kept."""
-    places = [_inside(segments, kept) for segments, kept in zip(place, outer, strict=True)]
+    places = [dims.inside(segments, kept) for segments, kept in zip(place, outer, strict=True)]
     if out.dtype in BYTES:
         out, value = out.view(torch.uint8), value.view(torch.uint8)
     if all(len(segments) == 1 for segments in places):

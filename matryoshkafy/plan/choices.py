@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from matryoshkafy import axes
-from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.axes.terms import Axis, Reason
 from matryoshkafy.graph.nodes import reached
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.counts import alone
@@ -30,16 +30,12 @@ def hold_choices(trace: Trace, found: Findings) -> None:
     """Fix the alternatives that a softmax chooses among."""
     read = _read(trace, found)
     for node in trace.graph.nodes:
-        for leaf in _shared_out(node, found):
+        # What a node shares a whole out among; fused attention holds its own.
+        for leaf in list(axes.leaves(*found.mixed.get(node, ()))) if op_of(node).shares else ():
             if leaf not in read:
                 axes.fix((leaf,), Reason("classes", node.name))
             elif any(_compares(n, leaf, found) for n in _scores(node, leaf, found)):
                 axes.fix((leaf,), Reason("attended", node.name))
-
-
-def _shared_out(node: fx.Node, found: Findings) -> list[Axis]:
-    """Return the axes that a node shares a whole out among (fused attention holds its own)."""
-    return list(_axes(found.mixed.get(node, ()))) if op_of(node).shares else []
 
 
 def _read(trace: Trace, found: Findings) -> set[Axis]:
@@ -69,7 +65,7 @@ def _written_once(found: Findings) -> set[Axis]:
     writers = Counter[Axis]()
     for weight, place in (p for n in found.contracted for p in weight_places(n).items()):
         for term in (found.flat(weight)[d] for d in place.outs):
-            leaves = set(_axes((term,)))
+            leaves = set(axes.leaves(term))
             writers.update(leaves if leaves == {*axes.resolve(term)} else [*leaves, *leaves])
     return {leaf for leaf, times in writers.items() if times == 1}
 
@@ -80,18 +76,14 @@ def _scores(node: fx.Node, leaf: Axis, found: Findings) -> Iterator[fx.Node]:
 
     def carriers(value: fx.Node) -> Iterable[fx.Node]:
         sources = () if value in made else value.all_input_nodes
-        return [n for n in sources if leaf in set(_axes(found.flat(n)))]
+        return [n for n in sources if leaf in set(axes.leaves(*found.flat(n)))]
 
     yield from reached([node], carriers) & made
 
 
 def _compares(node: fx.Node, leaf: Axis, found: Findings) -> bool:
     """Tell whether a node sums over features, and no layer writes the axis there."""
-    summed = _axes([*found.contracted.get(node, ()), *found.mixed.get(node, ())])
+    summed = axes.leaves(*found.contracted.get(node, ()), *found.mixed.get(node, ()))
     places = weight_places(node).items()
-    written = _axes(found.flat(w)[d] for w, place in places for d in place.outs)
+    written = axes.leaves(*(found.flat(w)[d] for w, place in places for d in place.outs))
     return any(a.fixed is None for a in summed) and leaf not in set(written)
-
-
-def _axes(terms: Iterable[Term]) -> Iterator[Axis]:
-    return (leaf for term in terms for leaf in axes.leaves(term))

@@ -143,9 +143,9 @@ def _hold_summed(found: Findings, products: list[Term], sides: _Sides) -> None:
     """A factor of what a layer writes that is only added up is a number of the class: 2 x 4 of
     WavLM's gates. An axis that stands alone may be a hidden width, read by a sum of ones.
     """
-    summed = {leaf for t in _sums(found) for leaf in axes.leaves(t)}
-    met = {leaf for terms in found.contracted.values() for t in terms for leaf in axes.leaves(t)}
-    for leaf in (leaf for term in products for leaf in axes.leaves(term)):
+    summed = set(axes.leaves(*_sums(found)))
+    met = {leaf for terms in found.contracted.values() for leaf in axes.leaves(*terms)}
+    for leaf in axes.leaves(*products):
         if leaf in (summed - met) & (sides.written - sides.read):
             leaf.fixed = leaf.fixed or Reason(KIND, leaf.name)
 
@@ -170,7 +170,7 @@ def _hold_states(trace: Trace, found: Findings, sides: _Sides) -> None:
     for node in trace.graph.nodes:
         if node.op != "get_attr" or node not in found.terms or not _meets_units(node, found):
             continue
-        mine = dict.fromkeys(leaf for t in found.flat(node) for leaf in axes.leaves(t))
+        mine = dict.fromkeys(axes.leaves(*found.flat(node)))
         states = [leaf for leaf in mine if leaf not in sides.read]
         # Without a width beside it nothing says that the rest are states, and not units.
         if any(map(sides.is_passed, mine)):

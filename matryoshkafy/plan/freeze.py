@@ -23,8 +23,8 @@ from matryoshkafy.graph.nodes import (
     tensor_info,
 )
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.held import held, is_reparametrised, nests
-from matryoshkafy.plan.masking import Choice, Masking
+from matryoshkafy.plan.held import free, held, is_reparametrised, nests
+from matryoshkafy.plan.masking import Masking
 from matryoshkafy.plan.plan import (
     Action,
     Group,
@@ -63,7 +63,7 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
     main = heaviest(trainable(trace, parameters))
     if main is None:
         raise NothingNests(_nothing(trace, parameters, found, request))
-    order = _group_order(parameters)
+    order = list(dict.fromkeys(free(*(t for terms in parameters.values() for t in terms))))
     dim_of = _freezer({axis: i for i, axis in enumerate(order)})
     solved_parameters = {name: tuple(map(dim_of, terms)) for name, terms in parameters.items()}
     groups = tuple(_named(order, parameters, _tables(trace)))
@@ -86,7 +86,10 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
         parameters=solved_parameters,
         nodes=nodes,
         notes={n.name: {k: dim_of(t) for k, t in v.items()} for n, v in found.notes.items()},
-        actions={n: _action(c, order) for n, c in masking.choices.items()},
+        actions={
+            name: Action(choice.kind, tuple(order.index(a) for a in choice.axes if a in order))
+            for name, choice in masking.choices.items()
+        },
         tail=masking.tail,
         full=frozenset(n.name for n in full),
         whole=tuple(_whole(trace, parameters)),
@@ -104,21 +107,13 @@ def _remarks(
 ) -> Iterator[str]:
     yield from (*trace.notes, *masking.remarks, *map(_held_remark, full))
     yield from input_remarks(trace, parameters)
-    yield from map(_across_remark, _across(found))
-
-
-def _across(found: Findings) -> Iterator[fx.Node]:
-    """Yield the norms of which a group holds units of several values."""
     for node, notes in found.notes.items():
         if nests(notes.get("across", ())):
-            yield node
-
-
-def _across_remark(node: fx.Node) -> str:
-    return (
-        f"groups: those of {op_key(node)} at {source_of(node) or node.name} hold units of several "
-        "values; every size has as many groups as divide its channels, each of other units"
-    )
+            yield (
+                f"groups: those of {op_key(node)} at {source_of(node) or node.name} hold units of "
+                "several values; every size has as many groups as divide its channels, each of "
+                "other units"
+            )
 
 
 def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[Dim, ...]]:
@@ -135,10 +130,6 @@ class Solved:
     masking: Masking
 
 
-def _action(choice: Choice, order: list[Axis]) -> Action:
-    return Action(choice.kind, tuple(order.index(a) for a in choice.axes if a in order))
-
-
 def _default(width: int) -> Rungs:
     return DEFAULT_LADDER if width >= 4 else [width]
 
@@ -147,13 +138,8 @@ def _nothing(trace: Trace, parameters: ByName, found: Findings, request: Request
     """Say why no axis is a width: each reason with its first place, and what may help."""
     if not parameters:
         return "the model has no parameters, so there is nothing to nest; give a model with weights"
-    reasons = [
-        leaf.fixed
-        for terms in parameters.values()
-        for term in terms
-        for leaf in axes.leaves(term)
-        if leaf.fixed
-    ]
+    every = axes.leaves(*(term for terms in parameters.values() for term in terms))
+    reasons = [leaf.fixed for leaf in every if leaf.fixed]
     sources = {node.name: source_of(node) for node in trace.graph.nodes}
     first = {r.kind: sources.get(r.place) for r in reversed(reasons)}
     counts = Counter(reason.kind for reason in reasons).most_common(5)
@@ -177,11 +163,6 @@ def _nothing(trace: Trace, parameters: ByName, found: Findings, request: Request
         + (f"; ops without a rule: {ops}" if ops else "")
         + f". Try {' or '.join(remedies)}."
     )
-
-
-def _group_order(parameters: ByName) -> list[Axis]:
-    leaves = (leaf for terms in parameters.values() for t in terms for leaf in axes.leaves(t))
-    return list(dict.fromkeys(leaf for leaf in leaves if leaf.fixed is None))
 
 
 def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:

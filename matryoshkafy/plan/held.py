@@ -21,7 +21,7 @@ from typing import cast
 from torch import fx
 
 from matryoshkafy import axes
-from matryoshkafy.axes.terms import Term
+from matryoshkafy.axes.terms import Axis, Term
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of, sources_of
 from matryoshkafy.plan.walk import Findings
@@ -29,9 +29,14 @@ from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
 
 
+def free(*terms: Term) -> list[Axis]:
+    """Return the axes of terms that nest."""
+    return [leaf for leaf in axes.leaves(*terms) if leaf.fixed is None]
+
+
 def nests(term: Term) -> bool:
     """Tell whether a term shrinks."""
-    return any(leaf.fixed is None for leaf in axes.leaves(term))
+    return bool(free(term))
 
 
 def is_reparametrised(node: fx.Node) -> bool:

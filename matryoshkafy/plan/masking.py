@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from matryoshkafy import axes
-from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.axes.terms import Axis, Reason
 from matryoshkafy.graph.nodes import bound_args, gives_several, is_tensor, op_key, output_node
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.held import nests, weights_of
+from matryoshkafy.plan.held import free, nests, weights_of
 from matryoshkafy.plan.regions import region
 from matryoshkafy.plan.walk import Findings
 from matryoshkafy.rules import Terms, op_of
@@ -118,7 +118,7 @@ class _Planner:
 
     def _summed(self, node: fx.Node) -> tuple[Axis, ...]:
         terms = (*self.found.contracted.get(node, ()), *self.found.mixed.get(node, ()))
-        return tuple(dict.fromkeys(leaf for t in terms for leaf in free(t)))
+        return tuple(dict.fromkeys(free(*terms)))
 
     def _widen_all(self) -> None:
         """A statistic kept at full length makes what is computed from it as long as the axis."""
@@ -145,16 +145,12 @@ class _Planner:
         for weight, place in weight_places(node).items():
             terms = self.found.flat(weight)
             if any(nests(terms[o]) for o in place.outs):
-                masked.update(leaf for i in place.into for leaf in free(terms[i]))
+                masked.update(free(*(terms[i] for i in place.into)))
         return set(self._summed(node)) <= masked
-
-    def _weighty(self, summed: tuple[Axis, ...]) -> bool:
-        """An axis that carries much of the model must shrink, even at the cost of a clamp."""
-        return any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
 
     def _clampable(self, node: fx.Node, summed: tuple[Axis, ...]) -> bool:
         """It has to be known which dims are summed, where the same axis leaves as well."""
-        leaving = {leaf for term in self.found.flat(node) for leaf in axes.leaves(term)}
+        leaving = set(axes.leaves(*self.found.flat(node)))
         told = reduced_dims(node) is not None or not leaving & set(summed)
         return op_of(node).clampable and told
 
@@ -200,7 +196,8 @@ class _Planner:
             return True
         if self._computed_per_size(node, place):
             return True
-        if self._weighty(summed) and self._clampable(node, summed):
+        weighty = any(self.share.get(axis, 0.0) > CLAMP_SHARE for axis in summed)
+        if weighty and self._clampable(node, summed):
             self.choices[node.name] = Choice("clamp", summed)
             self.remarks.append(
                 f"clamp: {op_key(node)} at {place} turns a width into a whole axis inside the "
@@ -223,7 +220,8 @@ def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Terms] | None:
     None where something other than an elementwise op reads it before it meets its axis again.
     """
     terms = dict(enumerate(found.of(node.all_input_nodes[0])))
-    dims = {d % len(terms) for d in _dims_of(node)}
+    dim = bound_args(node)["dim"]
+    dims = {d % len(terms) for d in ([dim] if isinstance(dim, int) else dim)}
     # Over two widths at once there would be a level for every pair of sizes.
     if sum(nests(terms[d]) for d in dims) != 1:
         return None
@@ -241,11 +239,6 @@ def widened(node: fx.Node, found: Findings) -> dict[fx.Node, Terms] | None:
     return out
 
 
-def _dims_of(node: fx.Node) -> list[int]:
-    dim = bound_args(node)["dim"]
-    return [dim] if isinstance(dim, int) else list(dim)
-
-
 def _widened_user(user: fx.Node, out: Mapping[fx.Node, Terms], found: Findings) -> Terms | None:
     """() where the user has the axis anyway; its new terms where it grows; None where it cannot."""
     if not op_of(user).elementwise:
@@ -257,23 +250,14 @@ def _widened_user(user: fx.Node, out: Mapping[fx.Node, Terms], found: Findings) 
         for i, term in enumerate(mine, rank - len(mine)):
             if term and not grown[i]:
                 grown[i] = term
-            elif term and _leaves(term) != _leaves(grown[i]):
+            elif term and [*axes.leaves(term)] != [*axes.leaves(grown[i])]:
                 return None
     return () if tuple(grown) == before else tuple(grown)
-
-
-def _leaves(term: Term) -> list[Axis]:
-    return list(axes.leaves(term))
 
 
 def _over_one_axis(node: fx.Node) -> bool:
     a = bound_args(node)
     return a.get("num_groups", 1) == 1 and len(a.get("normalized_shape", [0])) == 1
-
-
-def free(term: Term) -> list[Axis]:
-    """Return the axes of a term that nest."""
-    return [leaf for leaf in axes.leaves(term) if leaf.fixed is None]
 
 
 def _is_tensor(node: fx.Node) -> bool:

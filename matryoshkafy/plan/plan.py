@@ -85,10 +85,6 @@ class Plan:
     blocks: tuple[tuple[str, ...], ...] = ()
     stairs: tuple[Stair, ...] = ()
 
-    def masks_at(self, node: str) -> bool:
-        """Whether masked nesting masks weights of a node."""
-        return self.masked and node in self.actions and self.actions[node].kind == "mask"
-
     def outputs(self, node: str) -> tuple[Shape, ...]:
         """Return the dims of each output of a node: one for a tensor, none where it is unknown."""
         return self.nodes.get(node, ())

@@ -22,6 +22,7 @@ from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import output_node
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.held import free
 from matryoshkafy.plan.scalars import KEEP
 from matryoshkafy.plan.tables import weights_read
 from matryoshkafy.plan.walk import Findings
@@ -83,11 +84,11 @@ def fix_heads(trace: Trace, found: Findings) -> None:
     summed: set[Axis] = set()
     for node, terms in (*found.contracted.items(), *found.mixed.items()):
         if not op_of(node).shares:
-            summed.update(leaf for t in terms for leaf in axes.leaves(t))
+            summed.update(axes.leaves(*terms))
     # What an activation reads is a representation: somebody goes on from it, if not this forward.
     for node in found.terms:
         if op_of(node).nonlinear and node not in found.pure and not is_cap(node):
-            summed.update(leaf for t in found.flat(node) for leaf in axes.leaves(t))
+            summed.update(axes.leaves(*found.flat(node)))
     output = output_node(trace.graph)
     for node in output.all_input_nodes:
         for term in found.flat(node):
@@ -99,7 +100,7 @@ def fix_heads(trace: Trace, found: Findings) -> None:
 
 def settle(found: Findings) -> None:
     """Fix what is no feature, then all but the outermost free factor of every product."""
-    features = {leaf for t in found.features for leaf in axes.leaves(t)}
+    features = set(axes.leaves(*found.features))
     products: dict[str, Term] = {}
     for term in (*found.all_terms(), *_sides(found)):
         resolved = axes.resolve(term)
@@ -121,13 +122,9 @@ def _sides(found: Findings) -> Iterator[Term]:
     for node in found.contracted:
         for weight, place in weights_read(node, found).items():
             terms = found.flat(weight)
-            for dims in filter(_are_several, (place.outs, place.into)):
+            for dims in (dims for dims in (place.outs, place.into) if len(dims) > 1):
                 side = tuple(factor for d in sorted(dims) for factor in terms[d])
                 yield from [side] if _stands_together(side, node, weight, found) else []
-
-
-def _are_several(dims: tuple[int, ...]) -> bool:
-    return len(dims) > 1
 
 
 def _stands_together(side: Term, node: fx.Node, weight: fx.Node, found: Findings) -> bool:
@@ -136,22 +133,22 @@ def _stands_together(side: Term, node: fx.Node, weight: fx.Node, found: Findings
     if len(wanted) < len(list(axes.leaves(side))):
         return False
     values = (n for n in (node, *node.all_input_nodes) if n is not weight and n in found.terms)
-    return any(wanted <= {leaf for t in found.flat(n) for leaf in axes.leaves(t)} for n in values)
+    return any(wanted <= set(axes.leaves(*found.flat(n))) for n in values)
 
 
 def _outermost(term: Term) -> bool:
     """Fix every free factor inside the outermost free one; tell whether anything changed."""
-    changed, free = False, False
+    changed, nested = False, False
     for factor in term:
-        mine = [leaf for leaf in axes.leaves((factor,)) if leaf.fixed is None]
-        if free:
+        mine = free((factor,))
+        if nested:
             changed |= bool(mine)
             for leaf in mine:
                 leaf.fixed = Reason("inner", leaf.name)
         elif isinstance(factor, Sum):
             # Segments lie side by side, none inside another: each may keep an outermost axis.
             changed |= any([_outermost(axes.resolve(s)) for s in factor.segments])
-        free = free or any(leaf.fixed is None for leaf in mine)
+        nested = nested or any(leaf.fixed is None for leaf in mine)
     return changed
 
 
@@ -174,9 +171,9 @@ def only_feed_forward(trace: Trace, found: Findings, parameters: ByName) -> None
     inside = _inside_products(parameters)
     partners: dict[Axis, set[Axis]] = {}
     for terms in parameters.values():
-        free = [{leaf for leaf in axes.leaves(t) if leaf.fixed is None} for t in terms]
-        for i, mine in enumerate(free):
-            others: set[Axis] = set[Axis]().union(*(f for j, f in enumerate(free) if j != i))
+        nested = [set(free(term)) for term in terms]
+        for i, mine in enumerate(nested):
+            others: set[Axis] = set[Axis]().union(*(f for j, f in enumerate(nested) if j != i))
             for leaf in mine:
                 partners.setdefault(leaf, set()).update(others)
     # Two matrices share a hidden axis, each with the stream on its other side. An axis that meets
@@ -185,10 +182,9 @@ def only_feed_forward(trace: Trace, found: Findings, parameters: ByName) -> None
         hidden = leaf is not main and leaf not in inside and others == {main}
         if not hidden and leaf.fixed is None:
             leaf.fixed = Reason("scope", "ffn")
-    for term in found.all_terms():
-        for leaf in axes.leaves(term):
-            if leaf.fixed is None and leaf not in partners:
-                leaf.fixed = Reason("scope", "ffn")
+    for leaf in axes.leaves(*found.all_terms()):
+        if leaf.fixed is None and leaf not in partners:
+            leaf.fixed = Reason("scope", "ffn")
 
 
 def trainable(trace: Trace, parameters: ByName) -> dict[str, Terms]:
@@ -214,7 +210,7 @@ def shares(parameters: ByName) -> dict[Axis, float]:
     for terms in parameters.values():
         total = math.prod(max(axes.size(term), 1) for term in terms)
         whole += total
-        for leaf in {leaf for t in terms for leaf in axes.leaves(t) if leaf.fixed is None}:
+        for leaf in set(free(*terms)):
             weight[leaf] += total
     return {axis: total / whole for axis, total in weight.most_common()}
 

@@ -64,13 +64,9 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
         return plan
     search = _Search(plan, trace.state(), summed)
     found = [s for n in trace.graph.nodes for s in _scalars_of(n, search)]
-    kept = {s.node for p in _scalar_patterns(plan.options.keep) for s in _matching(found, p)}
+    patterns = [p.removeprefix(KEEP) for p in plan.options.keep if p.startswith(KEEP)]
+    kept = {s.node for p in patterns for s in _matching(found, p)}
     return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
-
-
-def _scalar_patterns(keep: Sequence[str]) -> list[str]:
-    """Return the keep patterns that hold constants: "scalar:mul_3", "scalar:*"."""
-    return [p.removeprefix(KEEP) for p in keep if p.startswith(KEEP)]
 
 
 def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
@@ -158,11 +154,11 @@ def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the widths that a constant at this node may come from."""
     plan = search.plan
     shape = plan.dims(node.name)
-    alone = [dim[0] if len(dim) == 1 else None for dim in shape]
-    if alone and isinstance(alone[-1], dims.Nested):
-        yield alone[-1], alone[-1].size, POWERS
-    yield from _own_widths(node, plan, ROOTS)
-    for factor in (f for f in alone if isinstance(f, dims.Nested)):
+    last = _alone(shape[-1]) if shape else None
+    if last is not None:
+        yield last, last.size, POWERS
+    yield from _factors(shape[-1]) if shape else ()
+    for factor in filter(None, map(_alone, shape)):
         for width in _widths_holding(factor, plan):
             yield factor, width, ROOTS
     yield from _summed_widths(node, search)
@@ -179,12 +175,6 @@ def _inputs_of_weight(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     nested = [f for dim in shape[1:] for f in dim if isinstance(f, dims.Nested)]
     if len(shape) > 2 and len(nested) == 1:
         yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
-
-
-def _own_widths(node: fx.Node, plan: Plan, powers: tuple[float, ...]) -> Iterator[Candidate]:
-    for dim in plan.dims(node.name)[-1:]:
-        for factor, width, _ in _factors(dim):
-            yield factor, width, powers
 
 
 def _factors(dim: Dim) -> Iterator[Candidate]:
@@ -229,17 +219,14 @@ def _products_before(node: fx.Node) -> Iterator[fx.Node]:
     for _ in range(BETWEEN):
         near = [v for n in near for v in n.all_input_nodes if v not in seen]
         seen.update(near)
-        yield from (v for v in near if op_of(v).product and not _reads_state(v))
+        products = (v for v in near if op_of(v).product)
+        yield from (v for v in products if all(n.op != "get_attr" for n in v.all_input_nodes))
         near = [v for v in near if _passes(v)]
 
 
 def _passes(node: fx.Node) -> bool:
     row = op_of(node)
     return (row.elementwise and not row.nonlinear) or row.picks
-
-
-def _reads_state(node: fx.Node) -> bool:
-    return any(n.op == "get_attr" for n in node.all_input_nodes)
 
 
 def _scaled_widths(node: fx.Node, value: float, search: _Search) -> Iterator[Candidate]:

@@ -21,7 +21,8 @@ from matryoshkafy.rules.weights import weight_places
 
 def decided(trace: Trace, plan: Plan) -> Plan:
     """Return the plan with the masks of its nodes and what its sub-models store."""
-    masked = [n for n in trace.graph.nodes if plan.masks_at(n.name)]
+    masking = {name for name, act in plan.actions.items() if plan.masked and act.kind == "mask"}
+    masked = [n for n in trace.graph.nodes if n.name in masking]
     plan = replace(plan, masks={n.name: _masks(n, plan) for n in masked})
     return replace(plan, stored=dict(_stored(trace, plan)))
 

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from matryoshkafy import axes
-from matryoshkafy.axes.terms import Axis, Reason, Term
+from matryoshkafy.axes.terms import Axis, Reason
 from matryoshkafy.graph.literals import computed, stated
 from matryoshkafy.graph.nodes import (
     TensorInfo,
@@ -64,7 +64,7 @@ def hold_tables(trace: Trace, found: Findings) -> None:
                 axes.fix((leaf,), Reason(KIND, str(table.target)))
     for node, terms in found.contracted.items():
         table = next((n for n in node.all_input_nodes if n in data), None)
-        for leaf in (leaf for t in terms for leaf in axes.leaves(t)) if table else ():
+        for leaf in list(axes.leaves(*terms)) if table else ():
             if leaf not in owned.read and any(leaf in _leaves(found, t) for t in tables):
                 axes.fix((leaf,), Reason(KIND, node.name))
 
@@ -79,14 +79,16 @@ def hold_constants(trace: Trace, found: Findings) -> None:
     """
     _hold_written(trace, found)
     state = trace.state()
-    frozen, owned = _laid_beside(trace, found) | _counted(trace, found), set[Axis]()
+    filling = (n for n in trace.graph.nodes if op_of(n).fills)
+    laid_beside = {a for n in filling for a in axes.leaves(*found.notes.get(n, {}).values())}
+    frozen, owned = laid_beside | _counted(trace, found), set[Axis]()
     for node in (n for n in trace.graph.nodes if n.op == "get_attr" and n in found.terms):
         tensor = state.get(str(node.target))
         if isinstance(tensor, nn.Parameter):
-            owned.update(_axes(found.flat(node)[d] for d in _own_dims(node, found)))
+            owned.update(axes.leaves(*(found.flat(node)[d] for d in _own_dims(node, found))))
         elif tensor is not None and any(_meets_activations(u, found) for u in node.users):
             frozen.update(_leaves(found, node))
-    read = {leaf for terms in found.contracted.values() for leaf in _axes(terms)}
+    read = {leaf for terms in found.contracted.values() for leaf in axes.leaves(*terms)}
     for leaf in frozen & read - owned:
         axes.fix((leaf,), Reason(KIND, leaf.name))
 
@@ -99,14 +101,8 @@ def _hold_written(trace: Trace, found: Findings) -> None:
     for node in (n for n in trace.graph.nodes if op_of(n).fills):
         sides = found.notes.get(node, {}).values()
         if sides and not computed(node, {axes.size(side) for side in sides}):
-            for leaf in _axes(sides):
-                axes.fix((leaf,), Reason(KIND, node.name))
-
-
-def _laid_beside(trace: Trace, found: Findings) -> set[Axis]:
-    """Return the axes of constants that an op puts around what it is given (pad)."""
-    filling = (n for n in trace.graph.nodes if op_of(n).fills)
-    return {a for n in filling for a in _axes(found.notes.get(n, {}).values())}
+            for side in sides:
+                axes.fix(side, Reason(KIND, node.name))
 
 
 def _counted(trace: Trace, found: Findings) -> set[Axis]:
@@ -139,18 +135,14 @@ def hold_rows(trace: Trace, found: Findings) -> None:
     """
     reads = _reads(found)
     for node in trace.graph.nodes:
-        if not _weighs(node, found):
+        # An op that mixes a dim and keeps it, as softmax does.
+        if node not in found.mixed or not _keeps_shape(node):
             continue
         written, read = _users_around(node, reads)
-        for leaf in _axes(found.mixed[node]):
+        for leaf in set(axes.leaves(*found.mixed[node])):
             values = read.get(leaf, set()) | set(_met_again(node, leaf, found))
             if written.get(leaf, set()) & values:
                 axes.fix((leaf,), Reason(ROWS, node.name))
-
-
-def _weighs(node: fx.Node, found: Findings) -> bool:
-    """Tell whether an op mixes a dim and keeps it, as softmax does."""
-    return node in found.mixed and _keeps_shape(node)
 
 
 def _keeps_shape(node: fx.Node) -> bool:
@@ -174,7 +166,7 @@ def _reads(found: Findings) -> list[Contraction]:
 
 def _leaves_at(found: Findings, weight: fx.Node, dims: tuple[int, ...]) -> frozenset[Axis]:
     terms = found.flat(weight)
-    return frozenset(_axes(terms[d] for d in dims))
+    return frozenset(axes.leaves(*(terms[d] for d in dims)))
 
 
 def _users_around(node: fx.Node, reads: Iterable[Contraction]) -> tuple[Users, Users]:
@@ -202,7 +194,7 @@ def _met_again(node: fx.Node, leaf: Axis, found: Findings) -> Iterator[str]:
         return [] if value in found.contracted else carriers(value)  # what a layer writes is new
 
     for user in reached([node], readers_of) - {node}:
-        if leaf in _axes(found.contracted.get(user, ())):
+        if leaf in set(axes.leaves(*found.contracted.get(user, ()))):
             behind = reached(carriers(user), unchanged)
             yield from (str(n.target) for n in behind if n.op == "get_attr")
 
@@ -226,8 +218,8 @@ class _Owners:
             for weight, place in weights_read(node, found).items():
                 if weight not in data:
                     terms = found.flat(weight)
-                    self.written.update(_axes(terms[o] for o in place.outs))
-                    self.read.update(_axes(terms[i] for i in place.into))
+                    self.written.update(axes.leaves(*(terms[o] for o in place.outs)))
+                    self.read.update(axes.leaves(*(terms[i] for i in place.into)))
 
 
 def weights_read(node: fx.Node, found: Findings) -> dict[fx.Node, Place]:
@@ -293,8 +285,4 @@ def _made_of(found: Findings, tables: set[fx.Node]) -> set[fx.Node]:
 
 
 def _leaves(found: Findings, node: fx.Node) -> set[Axis]:
-    return _axes(found.flat(node))
-
-
-def _axes(terms: Iterable[Term]) -> set[Axis]:
-    return {leaf for term in terms for leaf in axes.leaves(term)}
+    return set(axes.leaves(*found.flat(node)))
