@@ -51,7 +51,7 @@ class Closing:
 
     def close(self) -> None:
         """Close every file."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is closed")
 
     def __enter__(self: T) -> T:
         return self

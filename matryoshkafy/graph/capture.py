@@ -107,7 +107,7 @@ def _attempt(
     model: nn.Module, call: Example, dims: tuple[int, ...], notes: tuple[str, ...]
 ) -> Captured:
     """Export once; a model that makes attributes at its first call is called before."""
-    shapes = _dynamic_shapes(model, call.args, call.kwargs, dims) if dims else None
+    shapes = _dynamic_shapes(model, call, dims) if dims else None
     asked = _asked(call, dims)
     try:
         with _prepared(model) as twin:
@@ -144,7 +144,7 @@ def _enlarged(model: nn.Module, call: Example) -> Example:
     """
     for dims in ((0, 1), (0,), (1,)):
         larger = _repeated(call, dims)
-        if larger is not None and _runs(model, larger):
+        if larger is not None and _failure(model, larger) is None:
             return larger
     return call
 
@@ -160,14 +160,15 @@ def _repeated(call: Example, dims: tuple[int, ...]) -> Example | None:
     return Example(*pytree.tree_unflatten(leaves, spec))
 
 
-def _runs(model: nn.Module, call: Example) -> bool:
+def _failure(model: nn.Module, call: Example) -> Exception | None:
+    """Return what the forward raises on an example."""
     args, kwargs = copied_inputs(call.args, call.kwargs)
     try:
         with _prepared(model) as twin, torch.no_grad():
             twin(*args, **kwargs)
-    except Exception:  # noqa: BLE001  the user's forward may raise anything
-        return False
-    return True
+    except Exception as error:  # noqa: BLE001  the user's forward may raise anything
+        return error
+    return None
 
 
 def _exported(
@@ -308,14 +309,11 @@ def _export(model: nn.Module, call: Example, shapes: Shapes) -> torch.export.Exp
 
 def _explain(model: nn.Module, call: Example, error: BaseException) -> str:
     """Say whether the forward itself fails on the example, or only its capture."""
-    args, kwargs = copied_inputs(call.args, call.kwargs)
-    try:
-        with _prepared(model) as twin, torch.no_grad():
-            twin(*args, **kwargs)
-    except Exception as own:  # noqa: BLE001  the user's forward may raise anything
+    own = _failure(model, call)
+    if own is not None:
         return (
             f"the forward fails on the example inputs{_at(own)}: {_short(own)}\n"
-            f"Given: {_described(args, kwargs)}. "
+            f"Given: {_described(call.args, call.kwargs)}. "
             "Give example inputs with which model(*args, **kwargs) runs."
         )
     return (
@@ -355,21 +353,13 @@ def _user_frame(error: BaseException) -> str | None:
     return frame
 
 
-def _dynamic_shapes(
-    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], dims: tuple[int, ...]
-) -> Shapes:
+def _dynamic_shapes(model: nn.Module, call: Example, dims: tuple[int, ...]) -> Shapes:
+    """Return shapes by the names of the forward's parameters: *args is one of them, a tuple."""
+
     def shapes_of(value: object) -> dict[int, object] | None:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return None
         return {d: torch.export.Dim.AUTO for d in dims if is_open(value, d)}
 
-    positional, named = pytree.tree_map(shapes_of, (tuple(args), kwargs))
-    return _by_name(model, positional, named)
-
-
-def _by_name(
-    model: nn.Module, positional: tuple[object, ...], named: Mapping[str, object]
-) -> Shapes:
-    """Return shapes by the names of the forward's parameters: *args is one of them, a tuple."""
-    signature = inspect.signature(model.forward)
-    return dict(signature.bind(*positional, **named).arguments)
+    positional, named = pytree.tree_map(shapes_of, (call.args, call.kwargs))
+    return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)

@@ -11,6 +11,7 @@ number, so masks use bfloat16's.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
@@ -38,10 +39,12 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
             continue
         _soften(node)
         if node in ours:
-            _join(graph, node, ours, model_dtype)
+            outside = (n for n in node.all_input_nodes if n not in ours)
+            _cast(graph, node, (n for n in outside if n.op == "call_function"), model_dtype)
             _replace_dtype(node, (dtype, model_dtype), reference)
         elif basics_of(op_key(node)).one_type:
-            _agree(graph, node, dtype)
+            # A product of buffers and positions is computed in the traced type.
+            _cast(graph, node, node.all_input_nodes, dtype)
 
 
 def _reference(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
@@ -72,13 +75,6 @@ def model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
     return ours
 
 
-def _join(graph: fx.Graph, node: fx.Node, ours: set[fx.Node], dtype: fx.Node) -> None:
-    """Cast what comes from outside the model's values to the model's type."""
-    for source in node.all_input_nodes:
-        if source not in ours and source.op == "call_function" and _is_float(source):
-            _cast(graph, node, source, dtype)
-
-
 def _replace_dtype(node: fx.Node, types: tuple[torch.dtype, fx.Node], reference: fx.Node) -> None:
     """A constant of the model's type is the model's type."""
     constant, runtime = types
@@ -89,18 +85,15 @@ def _replace_dtype(node: fx.Node, types: tuple[torch.dtype, fx.Node], reference:
     node.kwargs = {k: runtime if v is constant else v for k, v in node.kwargs.items()}
 
 
-def _agree(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
-    """A product of buffers and positions is computed in the traced type."""
-    for source in node.all_input_nodes:
-        if _is_float(source):
-            _cast(graph, node, source, dtype)
-
-
-def _cast(graph: fx.Graph, node: fx.Node, source: fx.Node, dtype: fx.Node | torch.dtype) -> None:
-    with graph.inserting_before(node):
-        cast = graph.call_function(aten.to.dtype, (source, dtype))
-    cast.meta = dict(source.meta)
-    node.replace_input_with(source, cast)
+def _cast(
+    graph: fx.Graph, node: fx.Node, sources: Iterable[fx.Node], dtype: fx.Node | torch.dtype
+) -> None:
+    """Cast those of a node's inputs that are floating to a type."""
+    for source in filter(_is_float, list(sources)):
+        with graph.inserting_before(node):
+            cast = graph.call_function(aten.to.dtype, (source, dtype))
+        cast.meta = dict(source.meta)
+        node.replace_input_with(source, cast)
 
 
 def _soften(node: fx.Node) -> None:

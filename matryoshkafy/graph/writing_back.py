@@ -74,14 +74,11 @@ def _scattered(
     dim %= len(tensor_info(base).shape)
     parts = [call(graph, aten.view_as_real.default, part) for part in (base, value)]
     for part, whole in zip(parts, (base, value), strict=True):
-        set_info(part, _real_info(tensor_info(whole)))
+        info = tensor_info(whole)
+        set_info(part, TensorInfo((*info.shape, 2), info.dtype.to_real()))
     real = call(graph, target, *parts, dim, *rest)
     set_info(real, info_of(parts[0]))
     return call(graph, aten.view_as_complex.default, real)
-
-
-def _real_info(info: TensorInfo) -> TensorInfo:
-    return TensorInfo((*info.shape, 2), info.dtype.to_real())
 
 
 def _slice(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
@@ -101,10 +98,6 @@ def _select(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx
     return _scattered(graph, aten.select_scatter.default, base, value, (a["dim"], a["index"]))
 
 
-def _diagonal(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    return call(graph, aten.diagonal_scatter.default, base, value, *view.args[1:])
-
-
 def _real(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del view
     other = call(graph, aten.imag.default, base)
@@ -119,17 +112,6 @@ def _imag(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.N
     return call(graph, aten.complex.default, other, value)
 
 
-def _reshaped(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view
-    return call(graph, aten.reshape_as.default, value, base)
-
-
-def _turned(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    """Ops that undo themselves."""
-    del base
-    return call(graph, aten_op(view), value, *view.args[1:])
-
-
 def _permuted(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del base
     order = cast("Sequence[int]", view.args[1])
@@ -137,24 +119,9 @@ def _permuted(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> 
     return call(graph, aten.permute.default, value, [dims.index(i) for i in range(len(dims))])
 
 
-def _moved(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del base
-    return call(graph, aten_op(view), value, view.args[2], view.args[1])
-
-
 def _same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
     del view, base
     return call(graph, aten.alias.default, value)
-
-
-def _as_complex(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view, base
-    return call(graph, aten.view_as_complex.default, value)
-
-
-def _as_real(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
-    del view, base
-    return call(graph, aten.view_as_real.default, value)
 
 
 OPAQUE = ("as_strided", "unfold")
@@ -168,14 +135,23 @@ INVERSES: Mapping[str, Inverse] = {
     "narrow": _narrowed,
     "real": _real,
     "imag": _imag,
-    "diagonal": _diagonal,
+    "diagonal": lambda graph, view, base, value: call(
+        graph, aten.diagonal_scatter.default, base, value, *view.args[1:]
+    ),
     "permute": _permuted,
-    "movedim": _moved,
-    "moveaxis": _moved,
-    "view_as_real": _as_complex,
-    "view_as_complex": _as_real,
-    **dict.fromkeys(RESHAPES, _reshaped),
-    **dict.fromkeys(SELF_INVERSE, _turned),
+    **dict.fromkeys(
+        ("movedim", "moveaxis"),
+        lambda graph, view, _, value: call(graph, aten_op(view), value, *view.args[2:0:-1]),
+    ),
+    "view_as_real": lambda graph, _, base, value: call(graph, aten.view_as_complex.default, value),
+    "view_as_complex": lambda graph, _, base, value: call(graph, aten.view_as_real.default, value),
+    **dict.fromkeys(
+        RESHAPES, lambda graph, _, base, value: call(graph, aten.reshape_as.default, value, base)
+    ),
+    **dict.fromkeys(
+        SELF_INVERSE,
+        lambda graph, view, _, value: call(graph, aten_op(view), value, *view.args[1:]),
+    ),
     **dict.fromkeys(("alias", "detach", "to", "contiguous", "lift_fresh"), _same),
 }
 

@@ -48,7 +48,7 @@ def _clamp(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
         return new
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), narrowed)
-    new = writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    new = writer.call(node, node.target, args, kwargs)
     resize(writer.plan, tuple(smallest), node, new)
     return new
 
@@ -87,7 +87,7 @@ def _mask_weights(writer: Rewriter, node: fx.Node, level: int, action: Action) -
 
     del action
     args, kwargs = fx.map_arg((node.args, node.kwargs), masked)
-    new = writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    new = writer.call(node, node.target, args, kwargs)
     resize(writer.plan, writer.plan.ladder[level], node, new)
     return new
 
@@ -105,9 +105,7 @@ def _linear(
 ) -> fx.Node:
     shape, level = place
     runs = [writer.runs(d, level) for d in shape]
-    return writer.graph.create_node(
-        "call_function", nested.linear.default, (*operands, *runs), {}, name=node.name
-    )
+    return writer.call(node, nested.linear.default, (*operands, *runs))
 
 
 def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
@@ -146,7 +144,7 @@ def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     )
     runs = [writer.runs(d, level) for d in (out, into)]
     args = (new["input"], new["weight"], new["bias"], *geometry, *runs)
-    return writer.graph.create_node("call_function", nested.conv.default, args, {}, name=node.name)
+    return writer.call(node, nested.conv.default, args)
 
 
 def _spread(value: int | Sequence[int], rank: int) -> list[int]:
@@ -187,7 +185,7 @@ def _norm(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Nod
     runs = writer.runs(writer.plan.dims(a["input"].name)[norm.dim], level)
     prefix = writer.plan.options.norm == "prefix"
     args = (*tensors, eps, runs, prefix)
-    return writer.graph.create_node("call_function", norm.target, args, {}, name=node.name)
+    return writer.call(node, norm.target, args)
 
 
 def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.Node:
@@ -208,9 +206,7 @@ def _level(writer: Rewriter, node: fx.Node, level: int, action: Action) -> fx.No
         kind,
         writer.plan.options.norm == "prefix",
     )
-    return writer.graph.create_node(
-        "call_function", nested.level_reduce.default, args, {}, name=node.name
-    )
+    return writer.call(node, nested.level_reduce.default, args)
 
 
 ACTIONS: Actions = {

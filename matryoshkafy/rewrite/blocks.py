@@ -54,7 +54,7 @@ def _block(writer: Rewriter, node: fx.Node, level: int, block: Block) -> fx.Node
         return new if whole else writer.cut_dim(new, len(shape) + at, segments)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), narrowed)
-    return writer.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+    return writer.call(node, node.target, args, kwargs)
 
 
 def _lettered(equation: str, operands: Sequence[object], value: fx.Node, dim: int) -> int | None:

@@ -83,9 +83,10 @@ def _place(root: nn.Module, node: fx.Node) -> str | None:
     if node.op != "call_function" or node.target is not LINEAR or node.kwargs:
         return None
     operands = [operand for operand in node.args[1:] if operand is not None]
-    if not all(_is_own(operand) for operand in operands):
+    reads = [n for n in operands if isinstance(n, fx.Node) and n.op == "get_attr"]
+    if reads != operands or any(len(read.users) != 1 for read in reads):
         return None
-    names = [str(operand.target) for operand in operands if isinstance(operand, fx.Node)]
+    names = [str(read.target) for read in reads]
     place = names[0].rpartition(".")[0]
     if not place or any(keyword.iskeyword(part) for part in place.split(".")):
         return None
@@ -96,10 +97,6 @@ def _place(root: nn.Module, node: fx.Node) -> str | None:
     held = {name for name, _ in holder.named_parameters(recurse=False)} == {*leaves} and not others
     plain = type(holder) is nn.Module and held and names == [f"{place}.{leaf}" for leaf in leaves]
     return place if plain else None
-
-
-def _is_own(operand: object) -> bool:
-    return isinstance(operand, fx.Node) and operand.op == "get_attr" and len(operand.users) == 1
 
 
 def _linear(holder: nn.Module) -> nn.Linear:

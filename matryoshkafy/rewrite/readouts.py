@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -45,10 +44,9 @@ class LastLinear:
     @property
     def values(self) -> list[fx.Node | None]:
         """What the graph computes: hidden, table, bias, and each factor that is no number."""
-        return [self.hidden, self.table, self.bias, *self._factor_nodes()]
-
-    def _factor_nodes(self) -> Iterator[fx.Node]:
-        yield from (value for value, _, _ in self.factors if isinstance(value, fx.Node))
+        factors = (value for value, _, _ in self.factors)
+        named = [value for value in factors if isinstance(value, fx.Node)]
+        return [self.hidden, self.table, self.bias, *named]
 
     def scales(self, tensors: list[Any]) -> tuple[Any, Any]:
         """Return the factor of the product and that of the bias; tensors of the factor nodes."""
@@ -164,10 +162,5 @@ def _is_plain(found: LastLinear, plan: Plan) -> bool:
     # What else stands in the tail would have to be computed once per size before the product.
     inner, rows = hidden[-1], table[1 if found.turned else 0]
     nested = isinstance(inner[0], dims.Nested) and not dims.is_nested(rows)
-    return nested and _tail_of(found.chain[0], plan) == {n.name for n in found.chain}
-
-
-def _tail_of(node: fx.Node, plan: Plan) -> set[str]:
-    """Return the nodes of the tail that a value is computed from, itself among them."""
-    found = reached([node], lambda n: (m for m in n.all_input_nodes if m.name in plan.tail))
-    return {n.name for n in found if n.name in plan.tail}
+    tail = reached(found.chain[:1], lambda n: (m for m in n.all_input_nodes if m.name in plan.tail))
+    return nested and {n for n in tail if n.name in plan.tail} == set(found.chain)

@@ -53,15 +53,14 @@ def checkpointed(graph: fx.Graph, parts: int) -> Function:
             given = [env[node] for node in part.reads]
             values = _run(part.function, root, given)
             env.update(zip(part.gives, values, strict=True))
-        out = fx.map_arg(last.args[0], lambda n: env[n] if n in env else _held(root, n))
+
+        def value(node: fx.Node) -> Any:  # a tensor of the model may be given as it is
+            return env[node] if node in env else attrgetter(str(node.target))(root)
+
+        out = fx.map_arg(last.args[0], value)
         return out if called is None or called.flat else called.signature.unflatten(out)
 
     return function
-
-
-def _held(root: Any, node: fx.Node) -> Any:
-    """Return a tensor of the model that the graph gives as it is."""
-    return attrgetter(str(node.target))(root)
 
 
 def _run(function: Function, root: Any, given: list[Any]) -> Any:

@@ -260,6 +260,10 @@ class Rewriter:
             return self.copy(node, level)
         return self.actions[action.kind](self, node, level, action)
 
+    def call(self, node: fx.Node, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
+        """Return a new call that has the name of a node of the user's graph."""
+        return self.graph.create_node("call_function", target, args, kwargs or {}, node.name)
+
     def copy_args(self, node: fx.Node, level: Level) -> tuple[Any, Any]:
         """Return the node's arguments at a level."""
         args = node.args
@@ -270,21 +274,17 @@ class Rewriter:
 
     def copy(self, node: fx.Node, level: Level, *, resized: bool = True) -> fx.Node:
         args, kwargs = self.copy_args(node, level)
-        new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        new = self.call(node, node.target, args, kwargs)
         if resized and level is not None and is_op(node):
             resize(self.plan, self.plan.ladder[level], node, new)
             self._rescale(node, level, new)
         for name in op_of(node).contiguous:
-            self._close(new, name)
+            with self.graph.inserting_before(new):
+                set_arg(new, name, fx.map_arg(bound_args(new)[name], self._without_gaps))
         return new
 
-    def _close(self, new: fx.Node, name: str) -> None:
-        """Copy what was cut of an argument into a block of its own."""
-        with self.graph.inserting_before(new):
-            closed = fx.map_arg(bound_args(new)[name], self._without_gaps)
-        set_arg(new, name, closed)
-
     def _without_gaps(self, value: fx.Node) -> fx.Node:
+        """Copy what was cut into a block of its own."""
         cut = value.target is aten.slice.Tensor
         return self.graph.call_function(aten.contiguous.default, (value,)) if cut else value
 
