@@ -32,8 +32,7 @@ def info(  # noqa: PLR0913  an option is a parameter
     screen = Screen(quiet, json)
     import_all(imports)
     with screen.step(f"checking {checkpoint}"):
-        from matryoshkafy.deploy.profile import device_of, shapes_of
-        from matryoshkafy.dolls.example_inputs import example_inputs
+        from matryoshkafy.deploy.profile import device_of, profile_at
         from matryoshkafy.files.checkpoint import open_checkpoint
 
         place = device_of(device)
@@ -41,26 +40,12 @@ def info(  # noqa: PLR0913  an option is a parameter
     rows, inputs = [], ""
     for size in found.sizes:
         with screen.step(f"measuring size {size}"):
-            small = found.sub_model(size).to(place).eval()
-            call = example_inputs(small, device=place, batch=batch, length=length)
-            rows.append(_measure(small, size, call, runs))
-            inputs = shapes_of(*call)
+            small = found.sub_model(size)
+            cost, inputs = profile_at(small, place, batch=batch, length=length, runs=runs)
+            named = {"parameters": cost.parameters, "bytes": cost.bytes, "flops": cost.flops}
+            rows.append({"size": size, **named, "latency_seconds": cost.latency})
     described = _described(found, device, inputs, rows)
     screen.result(described, lambda: _text(described))
-
-
-def _measure(small: Any, size: int, call: Any, runs: int) -> dict[str, Any]:
-    from matryoshkafy.deploy.profile import profile
-
-    args, kwargs = call
-    cost = profile(small, args, kwargs, runs=runs)
-    return {
-        "size": size,
-        "parameters": cost.parameters,
-        "bytes": cost.bytes,
-        "flops": cost.flops,
-        "latency_seconds": cost.latency,
-    }
 
 
 def _described(found: Any, device: str, inputs: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,15 +74,14 @@ def _text(described: dict[str, Any]) -> str:
     ]
     if described["specialised"]:
         lines.append("specialised: it holds the branch that the example inputs took")
-    rows = [_row(row) for row in described["sizes"]]
+    rows = [
+        (
+            str(row["size"]),
+            counted(row["parameters"]),
+            stored(row["bytes"]),
+            counted(row["flops"]),
+            timed(row["latency_seconds"]),
+        )
+        for row in described["sizes"]
+    ]
     return table("\n".join([*lines, *described["notes"]]), COLUMNS, rows)
-
-
-def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        str(row["size"]),
-        counted(row["parameters"]),
-        stored(row["bytes"]),
-        counted(row["flops"]),
-        timed(row["latency_seconds"]),
-    )

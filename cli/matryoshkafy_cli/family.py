@@ -144,11 +144,7 @@ def _pairs(path: Path, task: str) -> list[tuple[str, str]]:
 
 def _texts(path: Path, columns: list[str]) -> list[str]:
     """Return the texts of a file."""
-    if not path.is_file():
-        raise CommandError(
-            f"--data {path} was given, but there is no such file; expected .txt, .jsonl or "
-            ".parquet. Check the path."
-        )
+    _check_there(path)
     if path.suffix == ".txt":
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix not in (".jsonl", ".parquet"):
@@ -156,18 +152,21 @@ def _texts(path: Path, columns: list[str]) -> list[str]:
             f"--data {path} was given; expected .txt (one text a line), .jsonl or .parquet. "
             "Convert it."
         )
-    return _columns(path, columns)
-
-
-def _columns(path: Path, columns: list[str]) -> list[str]:
     frame = _frame(path)
     wanted = _known(columns, frame, path, COLUMN)
     return [text for name in wanted for text in frame[name].drop_nulls().to_list()]
 
 
-def _frame(path: Path) -> Any:
+def _check_there(path: Path) -> None:
     if not path.is_file():
-        raise CommandError(f"--data {path} was given, but there is no such file. Check the path.")
+        raise CommandError(
+            f"--data {path} was given, but there is no such file; expected .txt, .jsonl or "
+            ".parquet. Check the path."
+        )
+
+
+def _frame(path: Path) -> Any:
+    _check_there(path)
     try:
         import polars
     except ImportError as error:

@@ -52,9 +52,12 @@ class Tokens:
         likeliest = torch.cat([one.argmax(-1) for one in said])
         ids = torch.stack(list(self.held))
         parts = zip(said, ids.split([len(one) for one in said]), strict=True)
-        loss = sum(float(_lost(one, part)) for one, part in parts) / ids[:, 1:].numel()
+        lost = sum(
+            float(F.cross_entropy(one[:, :-1].mT.float(), part[:, 1:], reduction="sum"))
+            for one, part in parts
+        )
         same = 1.0 if truth is None else float((likeliest == truth).double().mean())
-        return {"perplexity": math.exp(loss), "same token": same}, likeliest
+        return {"perplexity": math.exp(lost / ids[:, 1:].numel()), "same token": same}, likeliest
 
     def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
         """Write the folder of a size in the model's own class, the tokenizer beside it."""
@@ -63,12 +66,6 @@ class Tokens:
         small = matryoshkafy.slice(doll, size)
         matryoshkafy.save(small, folder, to="hf", like=self.folder, force=True)
         return load_native(folder)
-
-
-def _lost(said: Tensor, ids: Tensor) -> Tensor:
-    """The summed cross entropy of each next token."""
-    flat = said[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(flat, ids[:, 1:].flatten(), reduction="sum")
 
 
 def tokens_subject(folder: Path, texts: Sequence[str], length: int, seed: int) -> Tokens:

@@ -10,10 +10,11 @@ import importlib
 import importlib.util
 from typing import Any
 
+import torch
+
+from matryoshkafy.dolls.libraries import BATCH, normal
 from matryoshkafy_cli.loaded import RANDOM, Loaded
 from matryoshkafy_cli.screen import CommandError
-
-BATCH = 2
 
 
 def from_timm(name: str) -> Loaded:
@@ -23,7 +24,7 @@ def from_timm(name: str) -> Loaded:
     _check_name("timm", name, timm.list_models())
     _check_tag(f"timm:{name}", tag, ["pretrained"])
     model = _made("timm", name, lambda: timm.create_model(name, pretrained=bool(tag)))
-    images = _normal(BATCH, *model.pretrained_cfg.get("input_size", (3, 224, 224)))
+    images = normal(BATCH, *model.pretrained_cfg.get("input_size", (3, 224, 224)))
     return Loaded(model, (images,), weights=tag or RANDOM)
 
 
@@ -37,22 +38,14 @@ def from_open_clip(name: str) -> Loaded:
     text = open_clip.get_model_config(name).get("text_cfg", {})
     size = model.visual.image_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return Loaded(model, (_normal(BATCH, 3, height, width), _tokens(text)), weights=tag or RANDOM)
+    return Loaded(model, (normal(BATCH, 3, height, width), _tokens(text)), weights=tag or RANDOM)
 
 
-def _tokens(text: dict[str, Any]) -> Any:
-    import torch
-
+def _tokens(text: dict[str, Any]) -> torch.Tensor:
     words, length = text.get("vocab_size", 49408), text.get("context_length", 77)
     ids = torch.randint(1, words - 1, (BATCH, length), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = words - 1
     return ids
-
-
-def _normal(*shape: int) -> Any:
-    import torch
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _library(name: str, package: str) -> Any:

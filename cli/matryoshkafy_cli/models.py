@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from matryoshkafy.files.tensors import TensorFolder
+from matryoshkafy.natives.source import Source, source_of
+from matryoshkafy_cli.library_models import from_open_clip, from_timm
 from matryoshkafy_cli.loaded import Loaded
+from matryoshkafy_cli.python_models import from_file, from_module, place_of
 from matryoshkafy_cli.screen import CommandError
+from matryoshkafy_cli.transformers_models import from_folder, from_sentence_folder
 
 FORMS = (
     "expected model.py, model.py:build, package.module:factory, a folder with config.json "
@@ -33,13 +41,13 @@ def load_model(spec: str, weights: Path | None = None, *, trusted: bool = False)
 
 
 def _trusted(spec: str) -> Loaded:
-    if _reader(spec) is not _transformers:
+    if _reader(spec) is not from_folder:
         raise CommandError(
             f"--trust-remote-code was given for {spec}; expected it with a folder of transformers. "
             "Leave it out: a Python file or module is run anyway, no other model has code of its "
             "own."
         )
-    return _transformers(spec, trusted=True)
+    return from_folder(spec, trusted=True)
 
 
 def _reader(spec: str) -> Callable[[str], Loaded]:
@@ -59,57 +67,31 @@ def _hint(spec: str) -> str:
 
 
 def _file(spec: str) -> Loaded:
-    from matryoshkafy_cli.python_models import from_file
-
     path, _, name = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "model")
     return from_file(Path(path), name)
 
 
-def _factory(spec: str) -> Loaded:
-    from matryoshkafy_cli.python_models import from_module
-
-    module, _, name = spec.partition(":")
-    return from_module(module, name)
-
-
-def _transformers(spec: str, *, trusted: bool = False) -> Loaded:
-    from matryoshkafy_cli.transformers_models import from_folder
-
-    return from_folder(Path(spec), trusted=trusted)
-
-
-def _sentences(spec: str) -> Loaded:
-    from matryoshkafy_cli.transformers_models import from_sentence_folder
-
-    return from_sentence_folder(Path(spec))
-
-
-def _timm(spec: str) -> Loaded:
-    from matryoshkafy_cli.library_models import from_timm
-
-    return from_timm(spec.partition(":")[2])
-
-
-def _open_clip(spec: str) -> Loaded:
-    from matryoshkafy_cli.library_models import from_open_clip
-
-    return from_open_clip(spec.partition(":")[2])
-
-
 READERS: tuple[tuple[Callable[[str], Any], Callable[[str], Loaded]], ...] = (
-    (lambda spec: spec.startswith("timm:"), _timm),
-    (lambda spec: spec.startswith("open_clip:"), _open_clip),
+    (lambda spec: spec.startswith("timm:"), lambda spec: from_timm(spec.partition(":")[2])),
+    (
+        lambda spec: spec.startswith("open_clip:"),
+        lambda spec: from_open_clip(spec.partition(":")[2]),
+    ),
     (re.compile(r".+\.py(:\w+)?").fullmatch, _file),
-    (lambda spec: (Path(spec) / "modules.json").is_file(), _sentences),
-    (lambda spec: (Path(spec) / "config.json").is_file(), _transformers),
-    (re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*").fullmatch, _factory),
+    (
+        lambda spec: (Path(spec) / "modules.json").is_file(),
+        lambda spec: from_sentence_folder(Path(spec)),
+    ),
+    (lambda spec: (Path(spec) / "config.json").is_file(), from_folder),
+    (
+        re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*").fullmatch,
+        lambda spec: from_module(*spec.split(":")),
+    ),
 )
 
 
 def source_of_spec(spec: str) -> Any:
     """Return what a checkpoint keeps of a spec: a folder's configuration and side files, a name."""
-    from matryoshkafy.natives.source import Source, source_of
-
     library, _, name = spec.partition(":")
     if library in ("timm", "open_clip") and name:
         return Source(library, name, {})
@@ -119,10 +101,6 @@ def source_of_spec(spec: str) -> Any:
 
 
 def _load_weights(model: Any, path: Path) -> None:
-    import torch
-
-    from matryoshkafy.files.tensors import TensorFolder
-
     if not path.exists():
         raise CommandError(
             f"--weights {path} was given, but there is no such file; expected a .safetensors file, "
@@ -163,14 +141,10 @@ def _copy(target: Any, tensor: Any, name: str, path: Path) -> None:
 
 
 def _try(loaded: Loaded, spec: str) -> None:
-    import torch
-
     try:
         with torch.no_grad():
             loaded.model(*loaded.args, **loaded.kwargs)
     except Exception as error:  # noqa: BLE001  the user's forward may raise anything
-        from matryoshkafy_cli.python_models import place_of
-
         raise CommandError(
             f"the forward of {spec} fails on its example inputs ({describe(loaded)}): "
             f"{type(error).__name__}: {str(error).strip()[:400]}{place_of(error)}\n"
@@ -186,8 +160,6 @@ def describe(loaded: Loaded) -> str:
 
 
 def _shown(value: Any) -> str:
-    import torch
-
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return type(value).__name__
@@ -195,7 +167,5 @@ def _shown(value: Any) -> str:
 
 def signature_of(model: Any) -> str:
     """Return the signature of a model's forward as text."""
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)
     return f"forward({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -11,10 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor, nn
+
 from matryoshkafy_cli.loaded import Loaded
 from matryoshkafy_cli.screen import CommandError
 
 HERE = str(Path(__file__).parent)
+INNER = re.compile("^<|/torch/|/importlib/")
 
 
 def from_file(path: Path, name: str) -> Loaded:
@@ -64,18 +68,14 @@ def place_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    kept = [f for f in frames if not _is_inner(f.filename)]
+    kept = [f for f in frames if not INNER.search(f.filename) and not f.filename.startswith(HERE)]
     return f" at {kept[-1].filename}:{kept[-1].lineno}" if kept else ""
-
-
-def _is_inner(filename: str) -> bool:
-    return filename.startswith((HERE, "<")) or "/torch/" in filename or "/importlib/" in filename
 
 
 def _loaded(module: ModuleType, name: str, where: str) -> Loaded:
     made = _model(module, name, where)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not _is_module(model):
+    if not isinstance(model, nn.Module):
         raise CommandError(
             f"{where}:{name} is a {type(model).__name__}; expected a torch.nn.Module, a function "
             "that returns one, or one that returns (module, example_inputs)."
@@ -86,14 +86,14 @@ def _loaded(module: ModuleType, name: str, where: str) -> Loaded:
 
 def _model(module: ModuleType, name: str, where: str) -> Any:
     if not hasattr(module, name):
-        names = [n for n, v in vars(module).items() if _is_module(v)]
+        names = [n for n, v in vars(module).items() if isinstance(v, nn.Module)]
         found = f"it has {', '.join(names)}: give {where}:{names[0]}" if names else "define one"
         raise CommandError(
             f"{where} defines no {name!r}; expected a torch.nn.Module of that name, or a function "
             f"that returns one; {found}."
         )
     made = getattr(module, name)
-    if _is_module(made) or not callable(made):
+    if isinstance(made, nn.Module) or not callable(made):
         return made
     try:
         return made()
@@ -104,12 +104,6 @@ def _model(module: ModuleType, name: str, where: str) -> Any:
         ) from error
 
 
-def _is_module(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.nn.Module)
-
-
 def _inputs(module: ModuleType, where: str) -> Any:
     if not hasattr(module, "example_inputs"):
         raise CommandError(
@@ -117,7 +111,7 @@ def _inputs(module: ModuleType, where: str) -> Any:
             "dictionary (by name), or a function that returns one of them. Define them."
         )
     inputs = module.example_inputs
-    if not callable(inputs) or _is_tensor(inputs):
+    if not callable(inputs) or isinstance(inputs, Tensor):
         return inputs
     try:
         return inputs()
@@ -128,14 +122,8 @@ def _inputs(module: ModuleType, where: str) -> Any:
         ) from error
 
 
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
-
-
 def _call(inputs: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if _is_tensor(inputs):
+    if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
         return (), dict(inputs)

@@ -80,8 +80,7 @@ class TextEncoder:
             config = json.loads(path.read_text(encoding="utf-8"))
             path.write_text(json.dumps({**config, "word_embedding_dimension": width}, indent=2))
         if (folder / "modules.json").is_file():
-            for name in ("2_Normalize",):
-                (folder / name).mkdir(exist_ok=True)
+            (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
 def _bare(kind: type, config: Any, **numbers: int) -> nn.Module:

@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matryoshkafy.dolls.libraries import made_inputs
+from matryoshkafy.errors import TraceError
 from matryoshkafy_cli.loaded import RANDOM, Loaded
 from matryoshkafy_cli.screen import CommandError
 
 
-def from_folder(folder: Path, *, trusted: bool = False) -> Loaded:
+def from_folder(place: str | Path, *, trusted: bool = False) -> Loaded:
     """Return the model of a folder, in the class that its config names, and inputs for it.
 
     `trusted` runs the code that the folder brings with it.
     """
+    folder = Path(place)
     _require("transformers", folder, "transformers")
     try:
         model = _build(folder, trusted=trusted)
@@ -110,9 +113,6 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _made(model: Any, folder: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from matryoshkafy.dolls.libraries import made_inputs
-    from matryoshkafy.errors import TraceError
-
     try:
         return made_inputs(model)
     except TraceError as error:

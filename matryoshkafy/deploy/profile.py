@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
@@ -67,6 +68,28 @@ def profile(
     parameters, held = size_of(model)
     with torch.no_grad():
         return Cost(parameters, held, flops_of(call), latency_of(call, runs))
+
+
+def profile_at(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    runs: int = 7,
+) -> tuple[Cost, str]:
+    """Move a doll or sub-model to a device, measure a call on random inputs; return their shapes,
+    too.
+
+    Args:
+        model: the model, in evaluation mode from now on.
+        device: where.
+        batch: rows of the inputs; those of the trace by default.
+        length: their length; that of the trace by default.
+        runs: timed passes.
+    """
+    args, kwargs = example_inputs(model.to(device), device=device, batch=batch, length=length)
+    return profile(model.eval(), args, kwargs, runs=runs), shapes_of(args, kwargs)
 
 
 def shapes_of(args: Sequence[object], kwargs: Mapping[str, object] | None = None) -> str:

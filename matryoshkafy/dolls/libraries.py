@@ -9,7 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def made_inputs(model: nn.Module) -> tuple[tuple[object, ...], dict[str, object]
         return (), dict(_tokens(model.config, _wanted(model)))
     cfg: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict) and "input_size" in cfg:
-        return (_normal(BATCH, *cast("Sequence[int]", cfg["input_size"])),), {}
+        return (normal(BATCH, *cast("Sequence[int]", cfg["input_size"])),), {}
     needed = [
         p.name
         for p in inspect.signature(model.forward).parameters.values()
@@ -97,20 +97,21 @@ def _pixels(config: Config) -> Tensor:
     vision = getattr(config, "vision_config", config)
     size: int | Sequence[int] = getattr(vision, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return _normal(BATCH, getattr(vision, "num_channels", 3), height, width)
+    return normal(BATCH, getattr(vision, "num_channels", 3), height, width)
 
 
 def _wave(config: Config) -> Tensor:
     bins = getattr(config, "num_mel_bins", None)
-    return _normal(BATCH, config.max_length, bins) if bins else _normal(BATCH, 4000)
+    return normal(BATCH, config.max_length, bins) if bins else normal(BATCH, 4000)
 
 
 def _features(config: Config) -> Tensor:
     length = 2 * getattr(config, "max_source_positions", 100)
-    return _normal(BATCH, getattr(config, "num_mel_bins", 80), length)
+    return normal(BATCH, getattr(config, "num_mel_bins", 80), length)
 
 
-def _normal(*shape: int) -> Tensor:
+def normal(*shape: int) -> Tensor:
+    """Return random numbers that are the same each time."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -203,9 +204,6 @@ def _gains(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     for name, module in modules:
         gain = getattr(module, "weight", None)
-        if "norm" in type(module).__name__.lower() and _is_gain(gain):
+        named = "norm" in type(module).__name__.lower()
+        if named and isinstance(gain, Tensor) and gain.ndim == 1 < len(gain) and not gain.is_meta:
             yield f"{name}.weight", gain
-
-
-def _is_gain(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.ndim == 1 and value.numel() > 1 and not value.is_meta

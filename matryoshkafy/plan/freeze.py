@@ -64,22 +64,22 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
     if main is None:
         raise NothingNests(_nothing(trace, parameters, found, request))
     order = list(dict.fromkeys(free(*(t for terms in parameters.values() for t in terms))))
-    dim_of = _freezer({axis: i for i, axis in enumerate(order)})
+    index = {axis: i for i, axis in enumerate(order)}
+    dim_of = _freezer(index)
     solved_parameters = {name: tuple(map(dim_of, terms)) for name, terms in parameters.items()}
     groups = tuple(_named(order, parameters, _tables(trace)))
     nodes = {n.name: _frozen(found.terms[n], dim_of) for n in found.terms if n.op != "output"}
-    values = (dim for shapes in nodes.values() for shape in shapes for dim in shape)
-    stairs = stairs_of(solved_parameters, values)
-    row = next((s for s in stairs if order.index(main) in s), None)
-    unit = 1 if row else _main_unit(solved_parameters, order.index(main))
+    stairs = stairs_of(solved_parameters, (d for s in nodes.values() for t in s for d in t))
+    row = next((s for s in stairs if index[main] in s), None)
+    unit = 1 if row else _main_unit(solved_parameters, index[main])
     width = sum(order[g].size for g in row) if row else main.size * unit
     sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
     options = request.options
     full = held(found, masked=options.nesting == "masked" and options.scope == "full")
     plan = Plan(
-        options=request.options,
+        options=options,
         sizes=sizes,
-        main=order.index(main),
+        main=index[main],
         unit=unit,
         groups=groups,
         ladder=ladder_of(groups, sizes, width),
@@ -87,14 +87,13 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
         nodes=nodes,
         notes={n.name: {k: dim_of(t) for k, t in v.items()} for n, v in found.notes.items()},
         actions={
-            name: Action(choice.kind, tuple(order.index(a) for a in choice.axes if a in order))
-            for name, choice in masking.choices.items()
+            n: Action(c.kind, tuple(index[a] for a in c.axes if a in index))
+            for n, c in masking.choices.items()
         },
         tail=masking.tail,
         full=frozenset(n.name for n in full),
         whole=tuple(_whole(trace, parameters)),
         unknown=tuple(Unknown(*u) for u in found.unknown),
-        scalars=(),
         remarks=tuple(dict.fromkeys(_remarks(trace, found, parameters, masking, full))),
     )
     plan = on_stairs(plan, stairs) if stairs else plan

@@ -186,11 +186,12 @@ def columns(rows: Sequence[Row], width: int = WIDTH, *, right: bool = False) -> 
     first = min(max(len(row[0]) for row in rows), max(width - sum(sizes) - 2 * len(sizes), 16))
     for row in rows:
         cells = zip(row[1:], sizes, strict=True)
-        rest = (_cut(c, n).rjust(n) if right else _cut(c, n).ljust(n) for c, n in cells)
-        yield "  ".join([_cut(row[0], first).ljust(first), *rest]).rstrip()
+        rest = (cut_middle(c, n).rjust(n) if right else cut_middle(c, n).ljust(n) for c, n in cells)
+        yield "  ".join([cut_middle(row[0], first).ljust(first), *rest]).rstrip()
 
 
-def _cut(word: str, width: int) -> str:
+def cut_middle(word: str, width: int) -> str:
+    """Return a word of at most so many letters: its two ends where it is longer."""
     if len(word) <= width:
         return word
     left = (width - 2) // 2

@@ -12,8 +12,7 @@ from string import Template
 
 import torch
 
-from matryoshkafy.deploy.profile import Cost, device_of, profile, shapes_of
-from matryoshkafy.dolls.example_inputs import example_inputs
+from matryoshkafy.deploy.profile import Cost, device_of, profile_at
 from matryoshkafy.files.checkpoint import open_checkpoint
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.report import pictures
@@ -51,9 +50,8 @@ def report_of(
     costs: dict[int, Cost] = {}
     shapes = ""
     for size in checkpoint.sizes:
-        model = checkpoint.sub_model(size).to(place).eval()
-        args, kwargs = example_inputs(model, device=place, batch=batch, length=length)
-        costs[size], shapes = profile(model, args, kwargs), shapes_of(args, kwargs)
+        small = checkpoint.sub_model(size)
+        costs[size], shapes = profile_at(small, place, batch=batch, length=length)
     name = Path(folder).resolve().name
     return Report(name, checkpoint.plan, costs, found, _made_with(place, shapes), shapes)
 

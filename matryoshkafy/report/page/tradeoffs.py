@@ -56,16 +56,18 @@ def retrieval(searches: Sequence[Search]) -> str:
     drawn = pictures.tradeoff(series, counted, "recall and MRR over multiply-adds of a query")
     chart = figure("recall and MRR against multiply-adds", drawn, key(series))
     rows = [
-        (k, counted(s.products), f"{s.recall:.4f}", f"{s.reciprocal_rank:.4f}", _staged(s.stages))
+        (
+            k,
+            counted(s.products),
+            f"{s.recall:.4f}",
+            f"{s.reciprocal_rank:.4f}",
+            s.stages.replace(",", " > "),
+        )
         for k, s in enumerate(searches, 1)
     ]
     words = tag("p", "A stage is a size and how many documents it hands on.")
     head = ("", "multiply-adds", "recall", "MRR", "stages")
     return section("Search in stages", words + beside([chart], head, rows))
-
-
-def _staged(stages: str) -> str:
-    return " > ".join(stages.split(","))
 
 
 def cascading(cascade: Cascading | None) -> str:

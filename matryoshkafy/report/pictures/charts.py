@@ -55,7 +55,8 @@ def lines(
     low, high = min(values), max(values)
     slack = (high - low or abs(high) or 1.0) * 0.08
     at = _Plane(tuple(sizes), low - slack, high + slack, wide)
-    body = "".join(_gridline(at, low + (high - low) * k / 2) for k in range(3))
+    ruled = (low + (high - low) * k / 2 for k in range(3))
+    body = "".join(gridline(50.0, wide - 8.0, at.y(value), value) for value in ruled)
     named = _named(len(sizes), wide)
     for level, size in enumerate(sizes):
         if level in named:
@@ -80,10 +81,10 @@ class _Plane:
         return 146 - 136 * (value - self.low) / (self.high - self.low)
 
 
-def _gridline(at: _Plane, value: float) -> str:
-    y = at.y(value)
-    words = text(f"{value:.3g}", 46, y + 4, text_anchor="end", class_="soft")
-    return tag("line", x1=50.0, y1=y, x2=at.wide - 8.0, y2=y, class_="rule") + words
+def gridline(left: float, right: float, y: float, value: float) -> str:
+    """Return a line across a drawing, and the value that it stands for before it."""
+    words = text(f"{value:.3g}", left - 4, y + 4, text_anchor="end", class_="soft")
+    return tag("line", x1=left, y1=y, x2=right, y2=y, class_="rule") + words
 
 
 def _line(at: _Plane, name: str, line: Mapping[int, float], order: int) -> str:

@@ -6,6 +6,7 @@ from html import escape
 
 from matryoshkafy.plan.folding import folded
 from matryoshkafy.plan.plan import Plan
+from matryoshkafy.plan.text import cut_middle
 from matryoshkafy.report.pictures.svg import Box, segment, svg, tag, text
 
 Bar = tuple[str, int, tuple[int, ...]]
@@ -49,10 +50,6 @@ def _row(plan: Plan, bar: Bar, y: float, wide: float) -> str:
         if b > a
     )
     # A letter of the page's face is about six units wide; the units stand at the right.
-    words = text(_shortened(name, int(wide / 6.4) - 14), 0, y - 4)
+    words = text(cut_middle(name, int(wide / 6.4) - 14), 0, y - 4)
     count = text(f"{units} units", wide, y - 4, text_anchor="end", class_="soft")
     return tag("g", tag("title", escape(name)), words, count, bars)
-
-
-def _shortened(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 + 1 :]}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from matryoshkafy.report.pictures.charts import Format, colour
+from matryoshkafy.report.pictures.charts import Format, colour, gridline
 from matryoshkafy.report.pictures.svg import svg, tag, text
 
 # Costs that lie further apart than this factor are drawn on a logarithmic axis.
@@ -40,8 +40,10 @@ def tradeoff(
         wide: width of the drawing.
     """
     points = [p for line in series.values() for p in line]
-    at = _plane(points, wide)
-    body = "".join(_level(at, at.low + (at.high - at.low) * k / 2) for k in range(3))
+    costs, values = [p.cost for p in points], [p.value for p in points]
+    at = _Plane(min(costs), max(costs), min(values), max(values), wide)
+    ruled = (at.low + (at.high - at.low) * k / 2 for k in range(3))
+    body = "".join(gridline(LEFT, wide - RIGHT, at.y(value), value) for value in ruled)
     body += "".join(_tick(at, cost, form) for cost in _ticks(at))
     for order, (name, line) in enumerate(series.items()):
         body += _line(at, (name, sorted(line, key=lambda p: p.cost)), order, form)
@@ -70,17 +72,6 @@ class _Plane:
     def y(self, value: float) -> float:
         share = (value - self.low) / ((self.high - self.low) or 1.0)
         return BOTTOM - 8 - share * (BOTTOM - TOP - 12)
-
-
-def _plane(points: Sequence[Point], wide: float) -> _Plane:
-    costs, values = [p.cost for p in points], [p.value for p in points]
-    return _Plane(min(costs), max(costs), min(values), max(values), wide)
-
-
-def _level(at: _Plane, value: float) -> str:
-    y = at.y(value)
-    words = text(f"{value:.3g}", LEFT - 4, y + 4, text_anchor="end", class_="soft")
-    return tag("line", x1=LEFT, y1=y, x2=at.wide - RIGHT, y2=y, class_="rule") + words
 
 
 def _ticks(at: _Plane) -> list[float]:
