@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,15 +99,10 @@ def plain_attributes(model: nn.Module) -> dict[str, object]:
     `config` of transformers is one; private names, functions and the mode are none.
     """
     model = model.__dict__["owner"] if isinstance(model, Method) else model
-    return dict(_plain(model))
-
-
-def _plain(model: nn.Module) -> Iterator[tuple[str, object]]:
-    for name, value in vars(model).items():
-        private = name.startswith("_") or name == "training"
-        if (
-            not private
-            and not callable(value)
-            and not any(isinstance(leaf, STATE) for leaf in pytree.tree_leaves(value))
-        ):
-            yield name, value
+    public = {n: v for n, v in vars(model).items() if not n.startswith("_") and n != "training"}
+    return {
+        name: value
+        for name, value in public.items()
+        if not callable(value)
+        and not any(isinstance(leaf, STATE) for leaf in pytree.tree_leaves(value))
+    }

@@ -87,16 +87,13 @@ def _failure(doll: Doll, level: int, flat: list[torch.Tensor], together: list[ob
 
 
 def _error(doll: Doll, level: int, flat: list[torch.Tensor], together: list[object]) -> float:
-    plan = doll.plan
-    own = together[level] if together else _alone(doll, level, flat)
+    plan, trace = doll.plan, trace_of(doll)
+    alone = () if together else run(outputs_graph(trace, plan, [level]), root_of(doll), flat)
     if level == plan.levels - 1:
         return 0.0
-    graph, root = cut_out(trace_of(doll), plan, state_of(doll), level)
-    return relative_error(own, run(graph, root, prefix_inputs(doll, (plan, level), flat)))
-
-
-def _alone(doll: Doll, level: int, flat: list[torch.Tensor]) -> object:
-    return run(outputs_graph(trace_of(doll), doll.plan, [level]), root_of(doll), flat)
+    graph, root = cut_out(trace, plan, state_of(doll), level)
+    small = run(graph, root, prefix_inputs(doll, (plan, level), flat))
+    return relative_error(together[level] if together else alone, small)
 
 
 def _draws(doll: Doll) -> bool:
@@ -112,14 +109,10 @@ def _draws(doll: Doll) -> bool:
 def _is_rounding(doll: Doll, level: int, flat: list[torch.Tensor]) -> bool:
     """In float64 two ways of computing one thing agree, whatever they round to in float32."""
     try:
-        return _error(*_wide(doll, level, flat), []) <= TOLERANCE[torch.float64]
+        wide, inputs = doubled(doll, flat)
+        return _error(wide, level, inputs, []) <= TOLERANCE[torch.float64]
     except Failed:
         return False
-
-
-def _wide(doll: Doll, level: int, flat: list[torch.Tensor]) -> tuple[Doll, int, list[torch.Tensor]]:
-    copied, inputs = doubled(doll, flat)
-    return copied, level, inputs
 
 
 def _told(doll: Doll, error: Exception) -> str:

@@ -142,7 +142,7 @@ class Doll(nn.Module):
             values = {s: self._pass(i, args, kwargs) for i, s in enumerate(self.sizes)}
         elif readouts:
             every = Late(lambda: self._passes(args, kwargs))
-            values = {s: Late(partial(_item, every, s)) for s in self.sizes}
+            values = {s: Late(lambda s=s: every.value[s]) for s in self.sizes}
         else:
             values = self._passes(args, kwargs)
         return Outputs(values, readouts, moment)
@@ -204,10 +204,6 @@ class Doll(nn.Module):
 
     def _read(self, readout: Readout | Late, size: int) -> object:
         return self._trace.signature.unflatten([read(readout).logits(size)])
-
-
-def _item(every: Late, size: int) -> object:
-    return every.value[size]
 
 
 def trace_of(doll: Doll) -> Trace:

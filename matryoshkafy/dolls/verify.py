@@ -157,8 +157,8 @@ def verify(
     Raises:
         PlanError: the model is no doll and no sub-model.
     """
-    trace, _ = parts_of(model)
-    doll = model if isinstance(model, Doll) else _as_doll(model)
+    trace, plan = parts_of(model)
+    doll = model if isinstance(model, Doll) else Doll(trace, plan)
     signature = trace.signature
     names = {*signature.positional, *(item.name for item in signature.inputs)}
     asked = Question(doll, *as_inputs(args, kwargs, names), against)
@@ -176,11 +176,6 @@ def _exact(doll: Doll, flat: list[torch.Tensor]) -> Report | None:
         return _report(Written(copied), inputs)
     except (RuntimeError, TypeError):
         return None
-
-
-def _as_doll(model: nn.Module) -> Doll:
-    trace, plan = parts_of(model)
-    return Doll(trace, plan)
 
 
 def _report(written: Written, flat: list[torch.Tensor]) -> Report:
@@ -236,17 +231,13 @@ def _size_report(
 def _resliced(written: Written, level: int) -> bool:
     """Tell whether a slice of the next larger slice is this one, bit for bit."""
     again = slice(written.slice(level + 1), written.plan.sizes[level])
-    return _same_state(again, written.slice(level))
+    first, second = state_of(again), state_of(written.slice(level))
+    return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _same_state(a: nn.Module, b: nn.Module) -> bool:
-    first, second = state_of(a), state_of(b)
-    return first.keys() == second.keys() and all(_equal(first[k], second[k]) for k in first)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

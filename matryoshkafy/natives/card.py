@@ -43,6 +43,7 @@ def card(facts: Facts, original: str | None) -> str:
     """Return the README.md of a native size; the original's licence stays."""
     size = facts.plan.sizes[-1]
     rows = [f"| {s} | {n:,} |" for s, n in facts.parameters.items()]
+    more = "".join(f", {name}={value!r}" for name, value in facts.keywords.items())
     fields = [f"| `{name}` | {old} | {new} |" for name, (old, new) in facts.changes.items()]
     return "\n".join(
         [
@@ -55,7 +56,7 @@ def card(facts: Facts, original: str | None) -> str:
             f"{facts.error:.0e} (relative, float32).",
             "",
             "```python",
-            LOADING[facts.library].format(kind=facts.kind, more=_more(facts.keywords)),
+            LOADING[facts.library].format(kind=facts.kind, more=more),
             "```",
             "",
             "| size | parameters |",
@@ -66,10 +67,6 @@ def card(facts: Facts, original: str | None) -> str:
             *(f"{note}\n" for note in facts.notes),
         ]
     )
-
-
-def _more(keywords: Mapping[str, object]) -> str:
-    return "".join(f", {name}={value!r}" for name, value in keywords.items())
 
 
 def card_of_every(kind: str, parameters: Mapping[int, int], original: str | None) -> str:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -83,7 +83,9 @@ def _write(model: Foreign, path: Path, how: tuple[str, bool], vocabulary: Foreig
     _copy_vocabulary(writer, vocabulary, model.config.vocab_size)
     layers = model.config.num_hidden_layers
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), layers)
-    for key, tensor in _tensors(model):
+    # Each once: a head that is tied to the table is read from the table.
+    for key, parameter in model.named_parameters():
+        tensor = parameter.detach()
         stored = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise NativeError(f"llama.cpp has no tensor for {key}. Save the size with to='hf'.")
@@ -113,11 +115,6 @@ def _settings(writer: Foreign, config: Foreign) -> None:
 def _head(config: Foreign) -> int:
     given = getattr(config, "head_dim", None)
     return given or config.hidden_size // config.num_attention_heads
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor once: a head that is tied to the table is read from the table."""
-    yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 def _paired(name: str, tensor: Tensor, config: Foreign) -> Tensor:

@@ -45,14 +45,14 @@ def _redrawn(call: Call, seed: int) -> Call:
     """Floats of the same spread, drawn anew; ids, masks and numbers as they are."""
     draw = torch.Generator().manual_seed(seed)
 
-    def again(value: object) -> object:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def again(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
             return value
         drawn = torch.randn(value.shape, generator=draw, dtype=torch.float64)
         spread = value.double().std() if value.numel() > 1 else 1.0
         return (value.double().mean() + spread * drawn).to(value.dtype)
 
-    return pytree.tree_map(again, call)
+    return pytree.tree_map_only(Tensor, again, call)
 
 
 def _free_dims(small: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -65,24 +65,18 @@ def _free_dims(small: nn.Module) -> tuple[tuple[int, ...], ...]:
 def _grown(call: Call, dims: tuple[int, ...]) -> Call:
     """Every batch grows by one; a length by half, so that windows and masks see another one."""
 
-    def grow(value: object) -> object:
-        return _grow(value, dims) if isinstance(value, Tensor) else value
-
-    return pytree.tree_map(grow, call)
-
-
-def _grow(value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    for dim in dims:
-        if is_open(value, dim):
+    def grow(value: Tensor) -> Tensor:
+        for dim in (dim for dim in dims if is_open(value, dim)):
             more = 1 if dim == 0 else max(1, value.shape[dim] // 2)
             value = torch.cat([value, value.narrow(dim, 0, more)], dim)
-    return value
+        return value
+
+    return pytree.tree_map_only(Tensor, grow, call)
 
 
 def _runs(small: nn.Module, call: Call) -> bool:
     try:
-        with torch.no_grad():
-            small(*call[0], **call[1])
+        outputs(small, call)
     except Exception:  # noqa: BLE001  a graph of another shape may raise anything
         return False
     return True

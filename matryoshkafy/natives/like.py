@@ -33,10 +33,6 @@ def recipe_of(like: object) -> Recipe:
     )
 
 
-def _same(like: object) -> Recipe | None:
-    return like if isinstance(like, Recipe) else None
-
-
 def _builder(like: object) -> Recipe | None:
     """A function or class with values for its arguments; its name is where it can be imported."""
     if isinstance(like, nn.Module) or not callable(like):
@@ -80,7 +76,7 @@ def _name(function: object) -> str:
 
 
 FINDERS: tuple[Callable[[Any], Recipe | None], ...] = (
-    _same,
+    lambda like: like if isinstance(like, Recipe) else None,
     huggingface.recipe,
     timm_models.recipe,
     open_clip_models.recipe,

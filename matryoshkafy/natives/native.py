@@ -114,7 +114,8 @@ def find(  # noqa: PLR0913  all that can be said of a comparison
         warnings.simplefilter("ignore")
         exact = _as_float32(small)
         expected = tuple((call, outputs(exact, call)) for call in fresh_calls(exact, inputs))
-        check = Check(exact, expected, tables, spare or _tensors_behind(recipe), shared)
+        behind = spare or (lambda: {} if recipe.source is None else tensors_of(recipe.source))
+        check = Check(exact, expected, tables, behind, shared)
         found, reason = _first(space, check)
     if found is None:
         raise NativeError(_refusal(space, plan, reason))
@@ -152,10 +153,6 @@ class Check:
             if not worst <= TOLERANCE:
                 return worst
         return worst
-
-
-def _tensors_behind(recipe: Recipe) -> Callable[[], Mapping[str, Tensor]]:
-    return lambda: {} if recipe.source is None else tensors_of(recipe.source)
 
 
 def _as_float32(small: nn.Module) -> nn.Module:

@@ -66,7 +66,8 @@ def write(package: Package, folder: Path, to: str) -> None:
     WRITERS[to](package, folder)
     _describe(package, folder, to)
     native = package.native
-    if to in ("hf", "st") and _is_large(native) and _is_written(native, folder):
+    large = sum(p.nbytes for p in native.module.parameters()) > LARGE
+    if to in ("hf", "st") and large and _is_written(native, folder):
         return
     off = _differing(native, _loaded(native, folder))
     if off and package.tables:
@@ -243,14 +244,6 @@ def load(folder: str | Path, *, build: Build | None = None) -> Any:
     return model.eval()
 
 
-def _load_timm(path: Path) -> Any:
-    return library("timm").create_model(f"local-dir:{path}", pretrained=True)
-
-
-def _load_open_clip(path: Path) -> Any:
-    return library("open_clip").create_model(f"local-dir:{path}")
-
-
 def _load_class(path: Path, described: Told, build: Build | None) -> nn.Module:
     if build is None:
         raise NativeError(
@@ -267,8 +260,10 @@ _READERS: Mapping[str, Callable[[Path, Told, Build | None], Any]] = {
         path, told["class"].rpartition(":")[2], told.get("keywords", {})
     ),
     "st": lambda path, told, build: sentences.load(path),
-    "timm": lambda path, told, build: _load_timm(path),
-    "open_clip": lambda path, told, build: _load_open_clip(path),
+    "timm": lambda path, told, build: library("timm").create_model(
+        f"local-dir:{path}", pretrained=True
+    ),
+    "open_clip": lambda path, told, build: library("open_clip").create_model(f"local-dir:{path}"),
     "class": _load_class,
 }
 
@@ -277,10 +272,6 @@ def _read_tables(model: nn.Module, path: Path) -> None:
     held = tables_of(model) | tensors_of(model)
     for name, table in library("safetensors.torch").load_file(str(path / TABLES)).items():
         held[name].data.copy_(table)
-
-
-def _is_large(native: Native) -> bool:
-    return sum(p.nbytes for p in native.module.parameters()) > LARGE
 
 
 def _is_written(native: Native, folder: Path) -> bool:
