@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    """Return the first line of what an error says, for the message of another; "" if nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:most]
+
+
 class MatryoshkafyError(ValueError):
     """The base of every error that a user can mend."""
 

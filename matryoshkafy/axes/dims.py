@@ -91,10 +91,23 @@ def _factor_kept(factor: Factor, widths: Widths) -> Segments:
     for part in factor.segments:
         out.extend((a + offset, b + offset) for a, b in kept(part, widths))
         offset += size(part)
-    return _merged(out)
+    return merged(out)
 
 
-def _merged(segments: list[tuple[int, int]]) -> Segments:
+def without(segments: Segments, others: Segments) -> Segments:
+    """Return what ascending segments hold beside others."""
+    out: list[tuple[int, int]] = []
+    for start, stop in segments:
+        for a, b in others:
+            if a < stop and b > start:
+                out += [(start, a)] if start < a else []
+                start = max(start, b)
+        out += [(start, stop)] if start < stop else []
+    return tuple(out)
+
+
+def merged(segments: Iterable[tuple[int, int]]) -> Segments:
+    """Return segments of which none ends where the next one starts."""
     out: list[tuple[int, int]] = []
     for a, b in segments:
         if out and out[-1][1] == a:
@@ -110,7 +123,7 @@ def _times(outer: Segments, inner: Segments, unit: int) -> Segments:
     if inner == ((0, unit),):
         return tuple((a * unit, b * unit) for a, b in outer)
     rows = (i * unit for a, b in outer for i in range(a, b))
-    return _merged([(row + a, row + b) for row in rows for a, b in inner])
+    return merged([(row + a, row + b) for row in rows for a, b in inner])
 
 
 def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.measure import tensor_error
+from matryoshkafy.errors import first_line
 from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
@@ -148,8 +149,7 @@ def _shapes(answer: Behaviour) -> list[tuple[int, ...]]:
 
 
 def _fails(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"the graph fails where the model does not ({text[0][:150] if text else ''})"
+    return f"the graph fails where the model does not ({first_line(error)})"
 
 
 def compared(

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
-from matryoshkafy.errors import PlanError
+from matryoshkafy.errors import PlanError, first_line
 from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, op_key, schema_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
@@ -110,7 +110,9 @@ class _Checker:
             values[node] = _called(node, values.__getitem__, self._once)
         except Exception as error:  # noqa: BLE001  ops of any library run here
             if place is not None and (not own or self._follows(place.node)):
-                raise PlanError(self._text(place, f"fails: {_first_line(error)}")) from error
+                raise PlanError(
+                    self._text(place, f"fails: {type(error).__name__}: {first_line(error)}")
+                ) from error
             return
         if place is not None and own:
             self._compare(place, values[node])
@@ -272,8 +274,3 @@ def _agree(found: tuple[int, ...], expected: tuple[int, ...], traced: tuple[int,
         return not expected and len(traced) != len(found)
     free = traced if len(traced) == len(found) else (0,) * len(found)
     return all(n < 0 or a == b for a, b, n in zip(found, expected, free, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"

@@ -101,7 +101,7 @@ class Part:
             if level and self.mask is not None and dim == self.mask.into:
                 continue  # read by outputs of lower levels alone, if by any: zeros
             place = list(after)
-            place[dim] = _without(after[dim], before[dim])
+            place[dim] = dims.without(after[dim], before[dim])
             for earlier in order[:i]:
                 place[earlier] = before[earlier]
             box = _Box(-1 if self._whole(plan) else dim, tuple(place))
@@ -123,19 +123,6 @@ class Part:
 
 def _count(segments: Segments) -> int:
     return sum(b - a for a, b in segments)
-
-
-def _without(segments: Segments, others: Segments) -> Segments:
-    """Return ascending segments without those of others, which lie inside them."""
-    out: list[tuple[int, int]] = []
-    for start, stop in segments:
-        at = start
-        for a, b in others:
-            if a < stop and b > at:
-                out += [(at, a)] if a > at else []
-                at = b
-        out += [(at, stop)] if at < stop else []
-    return tuple(out)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from matryoshkafy.errors import first_line
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_key, set_arg, set_info
 from matryoshkafy.graph.normalise import has_statistics, training_flag
@@ -137,11 +138,10 @@ def follow_training(
             own_args, own_kwargs = copied_inputs(args, kwargs)
             (twin if model.training else twin.train())(*own_args, **own_kwargs)
     except Exception as error:  # noqa: BLE001  the user's forward may raise anything
-        text = str(error).strip().splitlines()
         return _noted(
             traced,
             "the forward fails on the example inputs in training mode "
-            f"({type(error).__name__}: {text[0][:120] if text else ''}), so what it does there "
+            f"({type(error).__name__}: {first_line(error)}), so what it does there "
             "alone was not looked at; dropout and batch norm follow train()",
         )
     return follow(traced, watch)

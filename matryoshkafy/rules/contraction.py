@@ -184,8 +184,9 @@ def einsum(walk: Walk, node: fx.Node, args: Args) -> Result:
     letters = _letters(walk, left.split(","), args["tensors"])
     for letter in set(left) - {","} - set(right):
         walk.contract(letters[letter])
-    for subscripts, tensor in zip(left.split(","), args["tensors"], strict=True):
-        batch = _batch_letters(left, right)
+    operands = left.split(",")
+    batch = {c for c in right if len(operands) > 1 and all(c in o for o in operands)}
+    for subscripts, tensor in zip(operands, args["tensors"], strict=True):
         summed = [i for i, c in enumerate(subscripts) if c not in right]
         leaving = [i for i, c in enumerate(subscripts) if c in right and c not in batch]
         walk.weight(tensor, *_letter_features(tensor, args["tensors"], (summed, leaving)))
@@ -200,11 +201,6 @@ def _letter_features(
     if not all(map(is_weight, tensors)):
         return [*dims[0], *dims[1]] if is_picked(value) else dims[0]
     return dims[0] if all(map(is_picked, tensors)) else []
-
-
-def _batch_letters(left: str, right: str) -> set[str]:
-    operands = left.split(",")
-    return {c for c in right if all(c in o for o in operands)} if len(operands) > 1 else set()
 
 
 def _letters(walk: Walk, subscripts: list[str], tensors: Sequence[fx.Node]) -> dict[str, Term]:
@@ -281,8 +277,25 @@ _CONV = {"weight": LINEAR}
 @rule("convolution", weights=_CONV, parameters=("bias",), sizes=_GROUPS)
 def convolution(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Channels are contracted as in a linear; space is fixed; groups are one axis of their own."""
-    weight = walk.of(args["weight"])
-    return _convolve(walk, node, args, (weight[0], weight[1]))
+    x, weight = walk.of(args["input"]), walk.of(args["weight"])
+    if args.get("transposed"):
+        return transposed_convolution(walk, node, args)
+    if len(x) != len(weight):
+        hold(walk, (*x, *weight), "unbatched convolution")
+        return tuple(walk.fresh(n, "unbatched convolution") for n in walk.shape(node))
+    out, inner = weight[:2]
+    # As many as the batch where every sample has a weight of its own: then the argument is a size.
+    groups = walk.shape(args["input"])[1] // walk.shape(args["weight"])[1]
+    if groups == 1:
+        walk.contract(walk.unify(x[1], inner))
+        walk.weight(args["weight"], 0, 1)
+    else:
+        out = _grouped(walk, args, (x[1], out, inner), groups)
+    _bias(walk, args["bias"], out)
+    if _is_pointwise(walk, args):
+        return (x[0], out, *x[2:])
+    _fix_space(walk, x, weight)
+    return (x[0], out, *_space(walk, node))
 
 
 @rule(
@@ -326,28 +339,6 @@ def _space(walk: Walk, node: fx.Node) -> Terms:
 
 def _fix_space(walk: Walk, x: Terms, weight: Terms) -> None:
     hold(walk, (*x[2:], *weight[2:]), "space")
-
-
-def _convolve(walk: Walk, node: fx.Node, args: Args, axes: tuple[Term, Term]) -> Result:
-    x, weight = walk.of(args["input"]), walk.of(args["weight"])
-    if args.get("transposed"):
-        return transposed_convolution(walk, node, args)
-    if len(x) != len(weight):
-        hold(walk, (*x, *weight), "unbatched convolution")
-        return tuple(walk.fresh(n, "unbatched convolution") for n in walk.shape(node))
-    out, inner = axes
-    # As many as the batch where every sample has a weight of its own: then the argument is a size.
-    groups = walk.shape(args["input"])[1] // walk.shape(args["weight"])[1]
-    if groups == 1:
-        walk.contract(walk.unify(x[1], inner))
-        walk.weight(args["weight"], 0, 1)
-    else:
-        out = _grouped(walk, args, (x[1], out, inner), groups)
-    _bias(walk, args["bias"], out)
-    if _is_pointwise(walk, args):
-        return (x[0], out, *x[2:])
-    _fix_space(walk, x, weight)
-    return (x[0], out, *_space(walk, node))
 
 
 def _is_pointwise(walk: Walk, args: Args) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from matryoshkafy.errors import first_line
 from matryoshkafy.serving.index import installed
 from matryoshkafy.serving.vectors import ServingError
 
@@ -29,7 +30,7 @@ def postgres(address: str) -> Any:
         connection = psycopg.connect(address, connect_timeout=5)
     except psycopg.OperationalError as error:
         raise ServingError(
-            f"no PostgreSQL answers at {address} ({_first_line(error)}). Start one, or without "
+            f"no PostgreSQL answers at {address} ({first_line(error)}). Start one, or without "
             "installing anything: pgserver.get_server(FOLDER).get_uri()"
         ) from error
     check_pgvector(connection)
@@ -73,11 +74,7 @@ def qdrant(address: str) -> Any:
         client.get_collections()
     except (errors.ResponseHandlingException, errors.UnexpectedResponse) as error:
         raise ServingError(
-            f"no Qdrant answers at {address} ({_first_line(error)}). Start one (docker run -p "
+            f"no Qdrant answers at {address} ({first_line(error)}). Start one (docker run -p "
             '6333:6333 qdrant/qdrant), or give ":memory:" or a folder for the embedded mode'
         ) from error
     return client
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -29,7 +29,7 @@ from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.resize import resize
 from matryoshkafy.rules.weights import weight_places
-from matryoshkafy.serving.pieces import order_of, summed, without
+from matryoshkafy.serving.pieces import order_of, summed
 from matryoshkafy.serving.vectors import ServingError
 
 aten = torch.ops.aten
@@ -205,7 +205,7 @@ class Writer:
         if not any(map(dims.is_nested, (d for s in self.shapes(value) for d in s))):
             return WHOLE
         if self._kind(node) == "mask":
-            if self._is_bias(node, value):
+            if value.op == "get_attr" and value not in weight_places(node):  # a bias
                 return PART
             return PIECES if self._sums(node, value) else WHOLE
         prefix = self.plan.options.norm == "prefix" and self._kind(node) in ("norm", "level")
@@ -217,9 +217,6 @@ class Writer:
         stored = all(n.op == "get_attr" for n in node.all_input_nodes if n is not value)
         last = linear and stored and self.parted(value) and self.shapes(value)[0][-1]
         return bool(last) and dims.is_nested(last)
-
-    def _is_bias(self, node: fx.Node, value: fx.Node) -> bool:
-        return value.op == "get_attr" and value not in weight_places(node)
 
     # Values.
 
@@ -280,7 +277,7 @@ class Writer:
         if not dims.is_nested(dim):
             return None
         below = dims.kept(dim, self.before) if self.old >= 0 else ()
-        return without(dims.kept(dim, self.widths), below)
+        return dims.without(dims.kept(dim, self.widths), below)
 
     def new_units(self, value: fx.Node, shape: tuple[Dim, ...]) -> fx.Node:
         """Return the units of a whole value that the level below lacks."""
@@ -297,7 +294,7 @@ class Writer:
         ladder = self.plan.ladder
         upper = dims.relative(dim, self.widths, ladder[level])
         lower = dims.relative(dim, self.widths, ladder[level - 1]) if level else ()
-        return without(whole if upper is None else upper, whole if lower is None else lower)
+        return dims.without(whole if upper is None else upper, whole if lower is None else lower)
 
     def kept(self, value: fx.Node, dim: int, segments: Segments | None) -> fx.Node:
         if segments is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import linear
 
-from matryoshkafy.axes.dims import Segments
+from matryoshkafy.axes.dims import Segments, merged
 
 
 def summed(parts: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -20,18 +20,6 @@ def summed(parts: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | No
     return out
 
 
-def without(segments: Segments, less: Segments) -> Segments:
-    """Return what ascending segments hold beside others."""
-    out: list[tuple[int, int]] = []
-    for a, b in segments:
-        for c, d in less:
-            if c < b and d > a:
-                out += [(a, c)] if a < c else []
-                a = max(a, d)
-        out += [(a, b)] if a < b else []
-    return tuple(out)
-
-
 def order_of(groups: Sequence[Segments]) -> Segments:
     """Return the pieces of groups laid side by side that, in turn, stand in natural order."""
     starts: dict[int, tuple[int, int]] = {}
@@ -39,10 +27,4 @@ def order_of(groups: Sequence[Segments]) -> Segments:
     for a, b in (segment for group in groups for segment in group):
         starts[a] = (at, at + b - a)
         at += b - a
-    out: list[tuple[int, int]] = []
-    for a, b in (starts[start] for start in sorted(starts)):
-        if out and out[-1][1] == a:
-            out[-1] = (out[-1][0], b)
-        else:
-            out.append((a, b))
-    return tuple(out)
+    return merged(starts[start] for start in sorted(starts))
