@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import matryoshkafy as mk
+from matryoshkafy.axes.dims import without
 from matryoshkafy.serving import Session
-from matryoshkafy.serving.pieces import order_of, without
+from matryoshkafy.serving.pieces import order_of
 from matryoshkafy.serving.vectors import ServingError
 
 
