@@ -16,7 +16,6 @@ from matryoshkafy_cli.options import (
     Imports,
     Json,
     Length,
-    Output,
     Quiet,
 )
 from matryoshkafy_cli.screen import Screen, import_all
@@ -24,7 +23,9 @@ from matryoshkafy_cli.screen import Screen, import_all
 
 def report(  # noqa: PLR0913  an option is a parameter
     checkpoint: Folder,
-    output: Output = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")] = Path(
+        "report.html"
+    ),
     metrics: Annotated[
         Path | None,
         typer.Option("--metrics", help="CSV: a column `size`, and one for each metric."),

@@ -144,8 +144,8 @@ def inspect(  # noqa: PLR0913  the public signature
             weights, which the plan says.
         scope: "full", "ffn" or "output".
         norm: "block" or "prefix", the statistics of norms in masked nesting.
-        keep: patterns of parameter or module names that stay whole, or "scalar:NODE" for a
-            constant.
+        keep: patterns of parameter or module names that stay whole, or "scalar:model.py:31"
+            (the user's line, as the plan prints it) for a constant.
         free: names of inputs whose last axis nests with the model's.
         overrides: {name of a group: its widths, one for each size}.
         method: which of the model's methods is converted.

@@ -8,6 +8,7 @@ from typing import Any
 
 from matryoshkafy.axes import dims as axes
 from matryoshkafy.axes.dims import Dim
+from matryoshkafy.plan.text import place_of
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Scalar:
     power: float
     source: str = ""
     form: str = "power"
+
+    @property
+    def name(self) -> str:
+        """What `keep=["scalar:..."]` calls it: the user's line; the node where none is known."""
+        return place_of(self.source) or self.node
 
     def at(self, width: int) -> float:
         """Return the constant where the group has `width` units."""

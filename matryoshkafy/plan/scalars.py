@@ -8,7 +8,7 @@ the products before it were summed over, which an integer may count whole (q k /
 is a size: x.shape[-1]), or that a convolution sums over whose weight is scaled (equalised rates);
 or p one of 1/4, -1/4, where both operands of a product are scaled by it. A number that the user's
 code holds as such (x * 0.25) is none of these. What is found is reported in the plan and rewritten
-at each size, unless keep=["scalar:NODE"] holds it.
+at each size, unless keep=["scalar:model.py:31"], the line that the plan prints, holds it.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
 
 
 def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
-    matching = [s for s in found if fnmatch.fnmatch(s.node, pattern)]
+    matching = [s for s in found if any(fnmatch.fnmatch(n, pattern) for n in (s.name, s.node))]
     if not matching:
         raise PlanError(
             f"keep={KEEP + pattern!r} matches no constant derived from a width; the constants are "
-            f"{[KEEP + s.node for s in found]}"
+            f"{sorted({KEEP + s.name for s in found})}"
         )
     return matching
 

@@ -90,7 +90,7 @@ def _few(words: list[str], most: int) -> list[str]:
 def _rest(plan: Plan) -> Iterator[str]:
     yield from _whole(whole_rows(plan))
     unknown = [(u.op, place_of(u.source) or u.node) for u in plan.unknown]
-    scalars = [(f"scalar:{s.node}", str(s), place_of(s.source)) for s in plan.scalars]
+    scalars = list(dict.fromkeys((f"scalar:{s.name}", str(s)) for s in plan.scalars))
     yield from _section("ops without a rule (their axes stay whole)", unknown)
     yield from _section("scalars derived from a width (keep one with its name)", scalars)
     if plan.remarks:

@@ -137,7 +137,7 @@ def whole_section(report: Report) -> str:
         ("Ops without a rule: their axes stay whole", ("op", "where"),
          [(u.op, place_of(u.source) or u.node) for u in plan.unknown]),
         ("Constants derived from a width", ("value", "where"),
-         [(str(s), place_of(s.source) or s.node) for s in plan.scalars]),
+         list(dict.fromkeys((str(s), s.name) for s in plan.scalars))),
         ("Remarks", ("remark",), [(remark,) for remark in told(plan.remarks)]),
     )  # fmt: skip
     body += "".join(folded(title, table(head, rows)) for title, head, rows in rest if rows)
