@@ -94,7 +94,7 @@ def _factor_kept(factor: Factor, widths: Widths) -> Segments:
     return merged(out)
 
 
-def without(segments: Segments, others: Segments) -> Segments:
+def minus(segments: Segments, others: Segments) -> Segments:
     """Return what ascending segments hold beside others."""
     out: list[tuple[int, int]] = []
     for start, stop in segments:
@@ -130,10 +130,10 @@ def relative(dim: Dim, have: Widths, want: Widths) -> Segments | None:
     """Return the segments to keep of a dim that is already cut to `have`; None where all stays."""
     if not is_nested(dim) or size_at(dim, have) == size_at(dim, want):
         return None
-    return inside(kept(dim, want), kept(dim, have))
+    return within(kept(dim, want), kept(dim, have))
 
 
-def inside(segments: Segments, outer: Segments) -> Segments:
+def within(segments: Segments, outer: Segments) -> Segments:
     """Return where segments of a dim lie among those of outer, which holds them all."""
     out: list[tuple[int, int]] = []
     offset = 0

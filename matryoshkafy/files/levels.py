@@ -101,7 +101,7 @@ class Part:
             if level and self.mask is not None and dim == self.mask.into:
                 continue  # read by outputs of lower levels alone, if by any: zeros
             place = list(after)
-            place[dim] = dims.without(after[dim], before[dim])
+            place[dim] = dims.minus(after[dim], before[dim])
             for earlier in order[:i]:
                 place[earlier] = before[earlier]
             box = _Box(-1 if self._whole(plan) else dim, tuple(place))
@@ -299,7 +299,7 @@ def outline_of(layout: Layout, records: Iterable[Record]) -> dict[str, Tensor]:
 
 def _put(out: Tensor, value: Tensor, place: Place, outer: Place) -> None:
     """Write a value where its indices lie among those that are kept."""
-    places = [dims.inside(segments, kept) for segments, kept in zip(place, outer, strict=True)]
+    places = [dims.within(segments, kept) for segments, kept in zip(place, outer, strict=True)]
     if out.dtype in BYTES:
         out, value = out.view(torch.uint8), value.view(torch.uint8)
     if all(len(segments) == 1 for segments in places):

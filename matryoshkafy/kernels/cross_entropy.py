@@ -161,7 +161,7 @@ def one_chunk(
 ) -> Tensor:
     """Losses [sizes, R] of a chunk; leaves dx without its scale, adds the rest to grads."""
     if len(tiles) == 1:
-        losses = whole_rows(chunk, problem, options)
+        losses = one_sweep(chunk, problem, options)
         if grads.needed:
             add_gradients(chunk, problem, options, tile=tiles[0], grads=grads)
         return losses
@@ -223,7 +223,7 @@ def accumulate_block(out: Tensor, a: Tensor, b: Tensor, block: Range) -> None:
     span_of(out, 1, block).add_(span_of(product, 1, (lo - start, hi - start)))
 
 
-def whole_rows(chunk: Chunk, problem: Problem, options: LossOptions) -> Tensor:
+def one_sweep(chunk: Chunk, problem: Problem, options: LossOptions) -> Tensor:
     """Losses [sizes, R]; leaves the probabilities of size j in slot j."""
     losses: list[Tensor] = []
     classes = (0, len(problem.table))

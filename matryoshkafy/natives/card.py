@@ -22,7 +22,7 @@ LOADING: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class About:
     """What a card says: library, class, plan up to this size, parameters by size, error.
 
     keywords: what the class takes beside its configuration.
@@ -39,7 +39,7 @@ class Facts:
     keywords: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
-def card(facts: Facts, original: str | None) -> str:
+def card(facts: About, original: str | None) -> str:
     """Return the README.md of a native size; the original's licence stays."""
     size = facts.plan.sizes[-1]
     rows = [f"| {s} | {n:,} |" for s, n in facts.parameters.items()]

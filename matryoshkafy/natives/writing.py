@@ -140,7 +140,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _facts(package: Package, to: str) -> card.Facts:
+def _facts(package: Package, to: str) -> card.About:
     native = package.native
     notes: list[str] = []
     if native.tables:
@@ -156,7 +156,7 @@ def _facts(package: Package, to: str) -> card.Facts:
             f"{' ...' if len(native.unread) > 5 else ''}."
         )
     full, _ = package.widths
-    return card.Facts(
+    return card.About(
         to,
         package.kind,
         package.plan,

@@ -277,7 +277,7 @@ class Writer:
         if not dims.is_nested(dim):
             return None
         below = dims.kept(dim, self.before) if self.old >= 0 else ()
-        return dims.without(dims.kept(dim, self.widths), below)
+        return dims.minus(dims.kept(dim, self.widths), below)
 
     def new_units(self, value: fx.Node, shape: tuple[Dim, ...]) -> fx.Node:
         """Return the units of a whole value that the level below lacks."""
@@ -294,7 +294,7 @@ class Writer:
         ladder = self.plan.ladder
         upper = dims.relative(dim, self.widths, ladder[level])
         lower = dims.relative(dim, self.widths, ladder[level - 1]) if level else ()
-        return dims.without(whole if upper is None else upper, whole if lower is None else lower)
+        return dims.minus(whole if upper is None else upper, whole if lower is None else lower)
 
     def kept(self, value: fx.Node, dim: int, segments: Segments | None) -> fx.Node:
         if segments is None:

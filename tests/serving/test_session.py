@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import matryoshkafy as mk
-from matryoshkafy.axes.dims import without
+from matryoshkafy.axes.dims import minus
 from matryoshkafy.serving import Session
 from matryoshkafy.serving.pieces import order_of
 from matryoshkafy.serving.vectors import ServingError
@@ -154,9 +154,9 @@ def test_new_inputs_forget_the_old_ones() -> None:
 
 
 def test_pieces_are_what_a_level_adds_in_natural_order() -> None:
-    assert without(((0, 4), (8, 12)), ((0, 2), (8, 9))) == ((2, 4), (9, 12))
-    assert without(((0, 4), (8, 12)), ((0, 4),)) == ((8, 12),)
-    assert without(((0, 9),), ((1, 2), (4, 5))) == ((0, 1), (2, 4), (5, 9))
+    assert minus(((0, 4), (8, 12)), ((0, 2), (8, 9))) == ((2, 4), (9, 12))
+    assert minus(((0, 4), (8, 12)), ((0, 4),)) == ((8, 12),)
+    assert minus(((0, 9),), ((1, 2), (4, 5))) == ((0, 1), (2, 4), (5, 9))
     # Two sums of widths 1, 2, 4: the order of what three levels added, side by side.
     assert order_of((((0, 1), (4, 5)), ((1, 2), (5, 6)), ((2, 4), (6, 8)))) == (
         (0, 1), (2, 3), (4, 6), (1, 2), (3, 4), (6, 8),
