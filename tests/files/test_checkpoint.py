@@ -210,6 +210,26 @@ def test_sparse_tensors_are_saved_by_their_parts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_of_two_names_is_packed(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            edges = torch.sparse_coo_tensor([[0, 1, 2], [1, 2, 0]], torch.rand(3), (3, 3))
+            self.register_buffer("there", edges.coalesce())
+            self.register_buffer("back", self.there)
+            self.embed, self.head = nn.Parameter(torch.randn(3, 8)), nn.Linear(8, 2)
+
+        def forward(self, which):
+            once = torch.sparse.mm(self.there, self.embed)
+            return self.head(torch.sparse.mm(self.back, once))[which]
+
+    model, which = Twice(), torch.tensor([1, 0])
+    doll = mk.convert(model, (which,), sizes=[4, 8], nesting="sliced")
+    packed = mk.load(mk.pack(doll, tmp_path / "packed"), 4)
+    assert torch.equal(packed(which), mk.slice(doll, 4)(which))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
 def test_records_round_trip(layout):
     tensor = torch.eye(3).to_sparse(layout=layout)
