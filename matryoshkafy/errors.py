@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def first_line(error: BaseException, most: int = 160) -> str:
+def first_line(error: object, most: int = 300) -> str:
     """Return the first line of what an error says, for the message of another; "" if nothing."""
     return (str(error).strip().splitlines() or [""])[0][:most]
 

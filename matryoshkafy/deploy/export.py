@@ -31,7 +31,7 @@ from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.dolls.slice import slice as cut
-from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.errors import MatryoshkafyError, first_line
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import attach, tensors_of
 from matryoshkafy.kernels import ops as _ops
@@ -217,11 +217,7 @@ def _program(
                 return torch.export.export(plain, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as raised:  # noqa: BLE001  torch.export raises errors of every kind
             error = raised
-    raise ExportError(f"torch.export refuses this sub-model: {_first_line(error)}") from error
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    raise ExportError(f"torch.export refuses this sub-model: {first_line(error)}") from error
 
 
 def _write_pt2(program: ExportedProgram, flat: list[Tensor], path: Path) -> list[Tensor]:

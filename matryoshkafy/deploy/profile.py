@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshkafy.dolls.example_inputs import example_inputs
-from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.errors import MatryoshkafyError, first_line
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 
@@ -143,10 +143,9 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0][:160]
         raise ProfileError(
-            f"device {name!r} was given, which cannot be used here ({reason}); expected a device "
-            "of this machine such as cpu or cuda"
+            f"device {name!r} was given, which cannot be used here ({first_line(error)}); expected "
+            "a device of this machine such as cpu or cuda"
         ) from None
     return device
 

@@ -22,7 +22,7 @@ from matryoshkafy.dolls.measure import (
     values_of,
 )
 from matryoshkafy.dolls.slice import cut_out, state_of
-from matryoshkafy.errors import MatryoshkafyError, PlanError
+from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.quiet import silent
 from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
@@ -117,9 +117,8 @@ def _is_rounding(doll: Doll, level: int, flat: list[torch.Tensor]) -> bool:
 
 def _told(doll: Doll, error: Exception) -> str:
     """Return the first line of an error with the user's line that it came from."""
-    text = str(error)
-    found = EXECUTING.search(text)
-    return f"{text.splitlines()[0]}{_line(doll, found.group(1)) if found else ''}"
+    found = EXECUTING.search(str(error))
+    return f"{first_line(error)}{_line(doll, found.group(1)) if found else ''}"
 
 
 def _where(doll: Doll, level: int, flat: list[torch.Tensor], error: float) -> str:

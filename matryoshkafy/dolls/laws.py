@@ -17,7 +17,7 @@ from matryoshkafy.dolls.measure import Written, gradients_of, relative_error, ru
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.pickling import reduced
 from matryoshkafy.dolls.slice import parts_of, state_of
-from matryoshkafy.errors import MatryoshkafyError, PlanError
+from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
 from matryoshkafy.graph.copies import seed_torch
 from matryoshkafy.graph.guards import Guards
 from matryoshkafy.graph.trials import classes, other_sizes, resized
@@ -120,7 +120,7 @@ def _survives(asked: Question) -> Law:
         make, words = reduced(doll)
         again = make(*words)
     except MatryoshkafyError as error:
-        return Law(4, name, None, detail=f"it is not saved: {str(error).splitlines()[0]}")
+        return Law(4, name, None, detail=f"it is not saved: {first_line(error)}")
     trace, plan = parts_of(again)
     root, flat = root_of(again) if isinstance(again, Doll) else again, asked.flat
     levels = range(plan.levels)
@@ -190,7 +190,7 @@ def _failure(written: Written, inputs: list[torch.Tensor]) -> str:
     try:
         run(written.full, root_of(written.doll), inputs)
     except (RuntimeError, IndexError, MatryoshkafyError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return ""
 
 
@@ -212,7 +212,7 @@ def _obeyed(doll: Doll) -> Law:
     try:
         check_sizes(trace_of(doll), doll.plan)
     except PlanError as error:
-        return Law(10, name, False, detail=str(error).splitlines()[0])
+        return Law(10, name, False, detail=first_line(error))
     return Law(10, name, True)
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from matryoshkafy.errors import first_line
 from matryoshkafy.files.tensors import TensorFolder
 from matryoshkafy.graph.trace import tensors_of
 from matryoshkafy.natives import card, huggingface, open_clip_models, sentences, timm_models
@@ -101,7 +102,7 @@ def _loaded(native: Native, folder: Path) -> Any:
     except Exception as error:
         raise NativeError(
             f"{type(native.module).__name__} was written, but its library does not load it again "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Expected every side "
+            f"({type(error).__name__}: {first_line(error)}). Expected every side "
             "file that it reads. Give source=FOLDER with them, or save with to='class'."
         ) from error
 
