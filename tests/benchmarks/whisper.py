@@ -66,7 +66,7 @@ def errors(said: list[str], wanted: list[str]) -> int:
 
 def plain(text: str) -> bool:
     """Whether a sentence is words that can be spoken: no code, no digits."""
-    return bool(re.fullmatch(r"[A-Z][A-Za-z ,']+[.]", text)) and 5 <= len(words(text)) <= 14
+    return bool(re.fullmatch(r"[A-Z][A-Za-z ,']+[.]", text)) and 5 <= len(words(text)) <= 15
 
 
 @dataclass(frozen=True)
