@@ -37,13 +37,15 @@ REFUSED = {
 NEEDED = frozenset({
     "__and__", "__ixor__", "__lshift__", "__or__", "__rshift__", "__xor__", "_adaptive_avg_pool1d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_assert_async", "_assert_scalar",
-    "_assert_tensor_metadata", "_cdist_forward", "_conj", "_fused_rms_norm",
-    "_grouped_mm", "_local_scalar_dense", "_log_softmax", "_prelu_kernel", "_safe_softmax",
-    "_softmax", "_sparse_mm", "_to_copy", "_unique2", "_unsafe_index", "_unsafe_index_put",
-    "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
-    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
-    "_weight_norm", "_weight_norm_interface", "unsafe_chunk", "unsafe_split",
-    "unsafe_split_with_sizes", "upsample_nearest2d_backward",
+    "_assert_tensor_metadata", "_cdist_forward", "_conj", "_fused_rms_norm", "_grouped_mm",
+    "_local_scalar_dense", "_log_softmax", "_pack_padded_sequence", "_pad_packed_sequence",
+    "_prelu_kernel", "_safe_softmax", "_softmax", "_sparse_mm", "_to_copy", "_unique2",
+    "_unsafe_index", "_unsafe_index_put", "_unsafe_view", "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "_weight_norm", "_weight_norm_interface", "elu_backward",
+    "gelu_backward", "hardtanh_backward", "leaky_relu_backward", "mish_backward",
+    "sigmoid_backward", "silu_backward", "softplus_backward", "tanh_backward", "threshold_backward",
+    "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes", "upsample_nearest2d_backward",
 })  # fmt: skip
 # Public operators without a rule whose arguments torch checks: they hold what they touch whole.
 CHECKED = frozenset({

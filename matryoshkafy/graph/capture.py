@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
@@ -24,6 +23,7 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.graph.quiet import silent, uncollected
 from matryoshkafy.graph.storage import mark_storage
+from matryoshkafy.graph.transforms import Traced, Transformed
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
         larger = _enlarged(model, call)
         for dims, note in ATTEMPTS:
             try:
-                return _attempt(model, larger if dims else call, dims, note)
+                return _taking(model, call, larger if dims else call, (dims, note))
             except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
                 errors.append(error)
-            if _depends_on_values(errors[-1]):
+            if _depends_on_values(errors[-1]) or isinstance(errors[-1], Transformed):
                 break
         return _recorded(model, call, errors[-1])
 
@@ -96,11 +96,18 @@ Shapes = tuple[Any, ...] | dict[str, Any] | None
 SPECIALISED = "specialised: "
 
 # From the most that may stay open to the least; what an attempt gives up, its remark says.
-ATTEMPTS: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
+Attempt = tuple[tuple[int, ...], tuple[str, ...]]
+ATTEMPTS: tuple[Attempt, ...] = (
     ((0, 1), ()),
     ((0,), ("only the batch size may differ from the example's",)),
     ((), ("traced with the example's sizes: other batch sizes need a new trace",)),
 )
+
+
+def _taking(model: nn.Module, call: Example, larger: Example, attempt: Attempt) -> Captured:
+    """Export a larger call; the user's own where a graph of the larger one does not take it."""
+    found = _attempt(model, larger, *attempt)
+    return found if _takes(found, call) else _attempt(model, call, *attempt)
 
 
 def _attempt(
@@ -110,12 +117,12 @@ def _attempt(
     shapes = _dynamic_shapes(model, call, dims) if dims else None
     asked = _asked(call, dims)
     try:
-        with _prepared(model) as twin:
+        with _prepared(model, above=True) as twin:
             return _exported(_export(twin, call, shapes), asked, notes)
     except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
         if "assigned during export" not in str(error):
             raise
-    with _prepared(model) as twin:
+    with _prepared(model, above=True) as twin:
         args, kwargs = copied_inputs(call.args, call.kwargs)
         twin(*args, **kwargs)
         return _exported(_export(twin, call, shapes), asked, notes)
@@ -147,6 +154,13 @@ def _enlarged(model: nn.Module, call: Example) -> Example:
         if larger is not None and _failure(model, larger) is None:
             return larger
     return call
+
+
+def _takes(found: Captured, call: Example) -> bool:
+    """Tell whether a graph is right for the sizes of a call."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    shapes = [tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)]
+    return all(guard.holds(shapes) for guard in found.guards)
 
 
 def _repeated(call: Example, dims: tuple[int, ...]) -> Example | None:
@@ -222,7 +236,10 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             return leaves
 
         record = make_fx(
-            run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True
+            run,
+            pre_dispatch=not isinstance(error, Transformed),
+            _error_on_data_dependent_ops=False,
+            record_stack_traces=True,
         )
         try:
             module = record(list(named.values()), flat)
@@ -244,36 +261,21 @@ def _lifted(
     state = dict(zip(holes, names, strict=False))
     count = len(outputs_of(module.graph))
     place = _user_frame(error) or "an unknown line"
-    why = "branches on the values of tensors" if _depends_on_values(error) else "cannot be exported"
+    why = "cannot be exported"
+    if _depends_on_values(error):
+        why = "branches on the values of tensors"
+    elif isinstance(error, Transformed):
+        why = "differentiates or maps itself (torch.autograd.grad, torch.func)"
     note = f"{SPECIALISED}the forward {why} at {place}; the path of the example inputs was recorded"
     notes = (note, *ATTEMPTS[2][1])
     guards = example_only(_inputs(module.graph, state), place)
     return Captured(module, state, tuple(range(count)), out_spec, {}, guards, (), notes)
 
 
-class _TracedData(TorchFunctionMode):
-    """x.data is x.detach(), which a trace sees."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
-        del types
-        if func == GET_DATA:
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
-
-
-GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-
-
 @contextlib.contextmanager
-def _prepared(model: nn.Module) -> Generator[nn.Module, None, None]:
+def _prepared(model: nn.Module, *, above: bool = False) -> Generator[nn.Module, None, None]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
-    product.
+    product; see `Traced` for `above`.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -284,7 +286,7 @@ def _prepared(model: nn.Module) -> Generator[nn.Module, None, None]:
                 config._experts_implementation = "batched_mm"
             twin.eval()
             # Under the caller's no_grad, the model's own would leave no trace.
-            with torch.enable_grad(), _TracedData():
+            with torch.enable_grad(), Traced(above=above):
                 yield twin
         finally:
             for config, before in experts:
@@ -342,12 +344,15 @@ def _described(args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
     return f"({', '.join(words)})"
 
 
+OWN_FOLDER = __file__.rpartition("matryoshkafy")[0] + "matryoshkafy/graph/"
+
+
 def _user_frame(error: BaseException) -> str | None:
     frame = None
     trace_ = error.__traceback__
     while trace_ is not None:
         code = trace_.tb_frame.f_code
-        if not code.co_filename.startswith((TORCH_FOLDER, __file__, "<")):
+        if not code.co_filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<")):
             frame = f"{code.co_filename}:{trace_.tb_lineno} ({code.co_name})"
         trace_ = trace_.tb_next
     return frame

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import random
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.closures import rebind
 
 TABLES = ("_parameters", "_buffers", "_modules")
+EMPTY = (dict, OrderedDict)
 CONSTANT = (str, int, float, bool, type(None), Tensor)
 
 
@@ -85,19 +87,25 @@ def copied_tensor(value: Tensor) -> Tensor:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    twins = _twins(model)
+    twins = _twins(model) | _empty_tables(model)
     try:
-        return copy.deepcopy(model, dict(twins))
+        return _deeply(model, dict(twins))
     except Exception:  # noqa: BLE001  a user's module may hold anything
         shared = {id(value): value for value in _stubborn(model, twins)}
     try:
-        return copy.deepcopy(model, twins | shared)
+        return _deeply(model, twins | shared)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and a "
             "model is only looked at in a copy, since a forward may change it. Expected modules "
             "that copy.deepcopy accepts: define __deepcopy__ on the one that does not."
         ) from error
+
+
+def _deeply(model: nn.Module, memo: dict[int, object]) -> nn.Module:
+    twin = copy.deepcopy(model, memo)
+    rebind(twin, memo)
+    return twin
 
 
 def _stubborn(model: nn.Module, twins: Mapping[int, object]) -> Iterator[object]:
@@ -122,6 +130,14 @@ def _twins(model: nn.Module) -> dict[int, object]:
             with contextlib.suppress(RuntimeError):  # memory that cannot be shared lazily is copied
                 twins[key] = _twin(tensor)
     return twins
+
+
+def _empty_tables(model: nn.Module) -> dict[int, object]:
+    """Return {id: twin} of the tables without entries: a module has a dozen, for hooks mostly, and
+    `deepcopy` spends half its time on them.
+    """
+    tables = (t for m in model.modules() for t in vars(m).values() if type(t) in EMPTY and not t)
+    return {id(table): type(table)() for table in tables}
 
 
 def _twin(tensor: Tensor) -> Tensor:

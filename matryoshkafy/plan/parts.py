@@ -70,8 +70,9 @@ class Scalar:
         units: of that group at full width.
         power: of the formula.
         source: the user's line.
-        form: "power": value = units ** power; "alibi": value = 2 ** (-8 / units), the base of the
-            slopes of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+        form: "power": value = units ** power; "less": value = units - 1, by which an unbiased
+            variance divides; "alibi": value = 2 ** (-8 / units), the base of the slopes of ALiBi
+            (arXiv 2108.12409, section 3) for a power of two of heads.
     """
 
     node: str
@@ -92,15 +93,13 @@ class Scalar:
         """Return the constant where the group has `width` units."""
         if self.form == "power":
             return self.value * (width / self.units) ** self.power
+        if self.form == "less":
+            return width - 1.0
         return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
 
     def __str__(self) -> str:
-        formula = (
-            f"{self.units} ** {self.power:g}"
-            if self.form == "power"
-            else f"2 ** (-8 / {self.units})"
-        )
-        return f"{self.value:.6g} = {formula}"
+        formulas = {"power": f"{self.units} ** {self.power:g}", "less": f"{self.units} - 1"}
+        return f"{self.value:.6g} = {formulas.get(self.form, f'2 ** (-8 / {self.units})')}"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2 and n a width that stands i
 factors (heads times units of a head: the whole, or the head where that is what shrinks), or that
 the products before it were summed over, which an integer may count whole (q k / d of muP, whose d
 is a size: x.shape[-1]), or that a convolution sums over whose weight is scaled (equalised rates);
-or p one of 1/4, -1/4, where both operands of a product are scaled by it. A number that the user's
-code holds as such (x * 0.25) is none of these. What is found is reported in the plan and rewritten
-at each size, unless keep=["scalar:model.py:31"], the line that the plan prints, holds it.
+or p one of 1/4, -1/4, where both operands of a product are scaled by it. An integer counts: it is n
+or n - 1. A number that the user's code holds as such (x * 0.25) is none of these. What is found is
+reported in the plan and rewritten at each size, unless keep=["scalar:model.py:31"], the line that
+the plan prints, holds it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.literals import takes_root, written_out
-from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
+from matryoshkafy.graph.nodes import bound_args, is_op, source_of, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
@@ -45,11 +47,16 @@ Candidate = tuple[dims.Nested, int, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class _Search:
-    """What is asked while constants are looked for; `summed` is {node: dims that it sums over}."""
+    """What is asked while constants are looked for; `summed` is {node: dims that it sums over}.
+
+    `whole` are the integers by which an op scales on one line of the user's: where they are
+    several, they count the rounds of a loop.
+    """
 
     plan: Plan
     state: Mapping[str, torch.Tensor]
     summed: Summed
+    whole: Mapping[tuple[str, Target], set[int]]
 
 
 def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
@@ -62,11 +69,19 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
     """
     if plan.masked or plan.options.scope == "output":
         return plan
-    search = _Search(plan, trace.state(), summed)
+    search = _Search(plan, trace.state(), summed, _whole_numbers(trace.graph))
     found = [s for n in trace.graph.nodes for s in _scalars_of(n, search)]
     patterns = [p.removeprefix(KEEP) for p in plan.options.keep if p.startswith(KEEP)]
     kept = {s.node for p in patterns for s in _matching(found, p)}
     return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
+
+
+def _whole_numbers(graph: fx.Graph) -> dict[tuple[str, Target], set[int]]:
+    found: dict[tuple[str, Target], set[int]] = {}
+    for node in (n for n in graph.nodes if op_of(n).scaling):
+        numbers = (a for a in node.args if type(a) is int)
+        found.setdefault((source_of(node) or node.name, node.target), set()).update(numbers)
+    return found
 
 
 def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
@@ -92,9 +107,15 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
         return []
     for index, argument in enumerate(node.args):
         constant = _constant(argument, search.state)
-        found = _width_in(node, constant, type(argument) is int, search)
+        whole = type(argument) is int
+        if whole and len(search.whole[source_of(node) or node.name, node.target]) > 1:
+            continue
+        found = _width_in(node, constant, whole, search)
         if found and not written_out(node, constant[0]):
             return [_scalar(node, str(index), constant[0], found)]
+        less = _derived((constant[0] + 1, EXACT), _whole(node, search)) if whole else None
+        if less and not written_out(node, constant[0]):
+            return [replace(_scalar(node, str(index), constant[0], less), form="less")]
     return []
 
 
@@ -102,13 +123,20 @@ def _width_in(
     node: fx.Node, constant: tuple[float, float], whole: bool, search: _Search
 ) -> tuple[dims.Nested, float] | None:
     """Return the width that a constant at a node holds, and the power of it."""
-    counted = _derived(constant, _counted_widths(node, search)) if whole else None
+    if whole:  # a root is no integer, unless the statement rounds what it takes
+        return _derived(constant, _whole(node, search)) or _of_model(node, constant, search)
     return (
         _derived(constant, _widths_of(node, search))
-        or counted
         or _derived(constant, _scaled_widths(node, constant[0], search))
         or _of_model(node, constant, search)
     )
+
+
+def _whole(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield the widths that an integer at a node may count."""
+    for factor, width, powers in (*_widths_of(node, search), *_counted_widths(node, search)):
+        if 1.0 in powers:
+            yield factor, width, (1.0,)
 
 
 def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:

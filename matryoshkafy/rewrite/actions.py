@@ -128,7 +128,8 @@ def _fast_product(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None
 def _fast_conv(writer: Rewriter, node: fx.Node, level: int) -> fx.Node | None:
     a = bound_args(node)
     shape = writer.plan.dims(a["weight"].name)
-    if isinstance(a["padding"], str) or a["groups"] != 1:
+    spans = any(dims.is_nested(d) for d in shape[2:])
+    if isinstance(a["padding"], str) or a["groups"] != 1 or spans:
         return None
     transposed = weight_places(node)[a["weight"]] == Place((1,), (0,))
     rank = len(shape) - 2

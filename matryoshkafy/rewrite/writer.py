@@ -301,7 +301,7 @@ class Rewriter:
     def _constant(self, node: fx.Node, new: fx.Node, scalar: Scalar, width: int) -> Any:
         """A tensor of one element stays a tensor: pow of two tensors takes no number."""
         value = scalar.at(width)
-        if scalar.form == "power":
+        if scalar.form != "alibi":
             return value
         with self.graph.inserting_before(new):
             old = new.args[int(scalar.argument)]

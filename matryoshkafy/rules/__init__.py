@@ -2,6 +2,7 @@
 
 from matryoshkafy.rules import attention as attention
 from matryoshkafy.rules import contraction as contraction
+from matryoshkafy.rules import convolution as convolution
 from matryoshkafy.rules import creation as creation
 from matryoshkafy.rules import indexing as indexing
 from matryoshkafy.rules import pieces as pieces

@@ -1,4 +1,4 @@
-"""Ops that sum products over an axis: linear, matmul, einsum, convolution, embedding."""
+"""Ops that sum products over an axis: linear, matmul, einsum, embedding."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from matryoshkafy.axes import dims
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import tensor_info
 from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import (
     Args,
-    Resizer,
     Result,
-    Sizes,
     Terms,
     Walk,
     Weight,
     dims_of,
-    hold,
     meet,
     rule,
 )
@@ -30,7 +26,8 @@ LINEAR, TRANSPOSED = Weight(out=0, into=1), Weight(out=1, into=0)
 LEFT, RIGHT = Weight(out=-2, into=-1), Weight(out=-1, into=-2)
 
 
-def _bias(walk: Walk, bias: object, out: Term) -> None:
+def add_bias(walk: Walk, bias: object, out: Term) -> None:
+    """A bias has the axis of the outputs."""
     if isinstance(bias, fx.Node) and walk.of(bias):
         walk.unify(walk.of(bias)[-1], out)
 
@@ -44,7 +41,7 @@ def linear_layer(walk: Walk, node: fx.Node, args: Args) -> Terms:
     walk.contract(walk.unify(x[-1], weight[-1]))
     if len(weight) == 1:
         return x[:-1]
-    _bias(walk, args["bias"], weight[0])
+    add_bias(walk, args["bias"], weight[0])
     return (*x[:-1], weight[0])
 
 
@@ -155,7 +152,7 @@ def bilinear(walk: Walk, node: fx.Node, args: Args) -> Terms:
     walk.contract(walk.unify(x1[-1], weight[1]))
     walk.contract(walk.unify(x2[-1], weight[2]))
     walk.weight(args["weight"], 0, 1, 2)
-    _bias(walk, args["bias"], weight[0])
+    add_bias(walk, args["bias"], weight[0])
     return (*_batch(walk, x1[:-1], x2[:-1]), weight[0])
 
 
@@ -253,116 +250,13 @@ def embedding_bag(walk: Walk, node: fx.Node, args: Args) -> Result:
     shapes = walk.shapes(node)
     bags = walk.fresh(shapes[0][0], "input")
     rest = [tuple(walk.fresh(n, "input") for n in s) for s in shapes[1:]]
+    if args.get("mode") == LARGEST:  # and the row that each unit was found in
+        rest[-1] = (*rest[-1][:1], weight[1])
     return ((bags, weight[1]), *rest)
 
 
-def group_count(name: str) -> Resizer:
-    """The argument that counts groups, which are an axis of their own."""
-
-    def resize(sizes: Sizes) -> None:
-        groups = sizes.note("groups")
-        if groups is not None and dims.is_nested(groups):
-            sizes.set(name, sizes.at(groups))
-
-    return resize
-
-
-_GROUPS = group_count("groups")
-_CONV = {"weight": LINEAR}
-
-
-@rule(
-    "conv1d", "conv2d", "conv3d", weights=_CONV, parameters=("bias",), sizes=_GROUPS, nested="conv"
-)
-@rule("convolution", weights=_CONV, parameters=("bias",), sizes=_GROUPS)
-def convolution(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """Channels are contracted as in a linear; space is fixed; groups are one axis of their own."""
-    x, weight = walk.of(args["input"]), walk.of(args["weight"])
-    if args.get("transposed"):
-        return transposed_convolution(walk, node, args)
-    if len(x) != len(weight):
-        hold(walk, (*x, *weight), "unbatched convolution")
-        return tuple(walk.fresh(n, "unbatched convolution") for n in walk.shape(node))
-    out, inner = weight[:2]
-    # As many as the batch where every sample has a weight of its own: then the argument is a size.
-    groups = walk.shape(args["input"])[1] // walk.shape(args["weight"])[1]
-    if groups == 1:
-        walk.contract(walk.unify(x[1], inner))
-        walk.weight(args["weight"], 0, 1)
-    else:
-        out = _grouped(walk, args, (x[1], out, inner), groups)
-    _bias(walk, args["bias"], out)
-    if _is_pointwise(walk, args):
-        return (x[0], out, *x[2:])
-    _fix_space(walk, x, weight)
-    return (x[0], out, *_space(walk, node))
-
-
-@rule(
-    *(f"conv_transpose{n}d" for n in (1, 2, 3)),
-    weights={"weight": TRANSPOSED},
-    parameters=("bias",),
-    sizes=_GROUPS,
-    nested="conv",
-)
-def transposed_convolution(walk: Walk, node: fx.Node, args: Args) -> Result:
-    """The weight holds inputs first: [in, out / groups, ...]."""
-    x, weight = walk.of(args["input"]), walk.of(args["weight"])
-    if args["groups"] != 1:
-        return _unsupported_groups(walk, node, args)
-    walk.contract(walk.unify(x[1], weight[0]))
-    walk.weight(args["weight"], 0, 1)
-    _fix_space(walk, x, weight)
-    _bias(walk, args["bias"], weight[1])
-    return (x[0], weight[1], *_space(walk, node))
-
-
-def _unsupported_groups(walk: Walk, node: fx.Node, args: Args) -> Terms:
-    x, weight = walk.of(args["input"]), walk.of(args["weight"])
-    channels = walk.shape(node)[1]
-    if walk.shape(args["weight"])[1] == 1 and args["groups"] == channels:
-        walk.note("groups", x[1])
-        walk.unify(x[1], weight[0])
-        _bias(walk, args["bias"], weight[0])
-        _fix_space(walk, x, weight)
-        return (x[0], weight[0], *_space(walk, node))
-    hold(walk, (x[1], *weight), "groups")
-    _fix_space(walk, x, weight)
-    if isinstance(args["bias"], fx.Node):
-        walk.fix(walk.of(args["bias"])[0], "groups")
-    return (x[0], walk.fresh(channels, "groups"), *_space(walk, node))
-
-
-def _space(walk: Walk, node: fx.Node) -> Terms:
-    return tuple(walk.fresh(n, "space") for n in walk.shape(node)[2:])
-
-
-def _fix_space(walk: Walk, x: Terms, weight: Terms) -> None:
-    hold(walk, (*x[2:], *weight[2:]), "space")
-
-
-def _is_pointwise(walk: Walk, args: Args) -> bool:
-    """Tell whether a convolution treats every position alike, as a linear does."""
-    kernel = walk.shape(args["weight"])[2:]
-    plain = [args["stride"], [0] if args["padding"] == "valid" else args["padding"]]
-    ones, zeros = ({plain_} if isinstance(plain_, int) else set(plain_) for plain_ in plain)
-    return set(kernel) == {1} and ones == {1} and zeros == {0}
-
-
-def _grouped(walk: Walk, args: Args, terms: tuple[Term, Term, Term], groups: int) -> Term:
-    """Group g of the outputs reads group g of the inputs: the groups are shared, the rest is
-    inner.
-    """
-    x, out, inner = terms
-    n_in, n_out = walk.shape(args["weight"])[1], walk.shape(args["weight"])[0] // groups
-    mine = walk.fresh(groups, name="groups")
-    walk.unify(x, (*mine, *inner) if n_in > 1 else mine)
-    walk.unify(out, (*mine, *walk.fresh(n_out, name="group.out")) if n_out > 1 else mine)
-    walk.weight(args["weight"], 0)
-    if n_in > 1:
-        walk.contract(inner)
-    walk.note("groups", mine)
-    return out
+# torch's word for a bag of which each unit's largest value is taken.
+LARGEST = 2
 
 
 @rule("_weight_norm", reparametrises=True)

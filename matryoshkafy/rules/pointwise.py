@@ -34,6 +34,8 @@ NARY = """
     copysign hypot logaddexp logaddexp2 xlogy polar complex subtract greater less
     greater_equal less_equal not_equal float_power bitwise_left_shift bitwise_right_shift
     floor_divide
+    tanh_backward sigmoid_backward softplus_backward silu_backward gelu_backward elu_backward
+    leaky_relu_backward threshold_backward hardtanh_backward mish_backward
     """.split()
 
 

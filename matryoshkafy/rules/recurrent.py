@@ -32,8 +32,6 @@ def _states(given: fx.Node | Sequence[fx.Node]) -> list[fx.Node]:
 )
 def recurrent(walk: Walk, node: fx.Node, args: Args) -> Result:
     """[.., in] -> [.., directions . state], with the states of every layer beside it."""
-    if "batch_sizes" in args:
-        return None
     gates = GATES[op_key(node)]
     states = _states(args["hx"])
     directions = 2 if args["bidirectional"] else 1
@@ -43,7 +41,7 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Result:
     cell = walk.of(states[-1])[-1]
     if per_layer == (4 if args["has_biases"] else 2):  # without a projection they are one width
         output = cell = walk.unify(output, cell)
-    x = walk.of(args["input"])
+    x = walk.of(args["data" if "batch_sizes" in args else "input"])
     entering = x[-1]
     for layer in range(layers):
         params = args["params"][layer * per_layer : (layer + 1) * per_layer]
@@ -51,6 +49,26 @@ def recurrent(walk: Walk, node: fx.Node, args: Args) -> Result:
         _layer(walk, params, (inner, output, (*axes.copies(gates), *cell)), args["has_biases"])
     hold(walk, (*(t for s in states for t in walk.of(s)[:-1]), *x[:-1]), "sequence")
     return ((*x[:-1], (*axes.copies(directions), *output)), *(walk.of(s) for s in states))
+
+
+@rule("_pack_padded_sequence")
+def packed(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """[batch, time, ..] -> the steps of all sequences [steps, ..], and how many at each time."""
+    x = walk.of(args["input"])
+    hold(walk, x[:2], "sequence")
+    steps, sizes = (walk.fresh(shape[0], "sequence") for shape in walk.shapes(node))
+    return (steps, *x[2:]), (sizes,)
+
+
+@rule("_pad_packed_sequence")
+def padded(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """[steps, ..] -> [batch, time, ..] with zeros behind each sequence, and their lengths."""
+    shape, lengths = walk.shapes(node)
+    rest = walk.of(args["data"])[1:]
+    return (
+        (*(walk.fresh(n, "sequence") for n in shape[:2]), *rest),
+        (walk.fresh(lengths[0], "sequence"),),
+    )
 
 
 @rule(

@@ -8,7 +8,7 @@ from matryoshkafy import axes
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.terms import Term
 from matryoshkafy.graph.nodes import info_of, is_item, op_key
-from matryoshkafy.rules.contraction import group_count
+from matryoshkafy.rules.convolution import group_count
 from matryoshkafy.rules.pieces import cut
 from matryoshkafy.rules.pointwise import broadcast
 from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, dims_of, rule

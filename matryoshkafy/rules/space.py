@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import fx
 
 from matryoshkafy.graph.nodes import info_of, op_key
-from matryoshkafy.rules.table import Args, Result, Walk, dims_of, hold, rule
+from matryoshkafy.rules.table import Args, Result, Walk, dims_of, hold, meet, rule
 
 
 def _spatial(walk: Walk, node: fx.Node, count: int) -> Result:
@@ -53,6 +53,13 @@ _register(
     "upsample_nearest2d_backward",
 )
 _register(3, "upsample_trilinear3d")
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(walk: Walk, node: fx.Node, args: Args) -> Result:
+    """Each channel goes back to where its own largest values stood."""
+    meet(walk, walk.of(args["self"]), walk.of(args["indices"]))
+    return _spatial(walk, node, 2 if op_key(node) == "max_unpool2d" else 3)
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")

@@ -232,3 +232,39 @@ def test_two_threads_convert_and_leave_the_process_alone(capfd: Any) -> None:
     assert len(results) == 4 and all(seen) and set(records) == {"mine"}
     assert "GraphModule" not in capfd.readouterr().err
     print("still open")
+
+
+class Hooked(nn.Module):
+    """Hooks that hold the model: in a cell, as a method, in a function inside a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.gain, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        shifted = lambda x: x + self.shift  # noqa: E731  a closure over the model
+        self.down.register_forward_pre_hook(lambda _, given: (given[0] * self.gain,))
+        self.up.register_forward_hook(lambda _, __, out: shifted(out))
+        self.activation = lambda x: torch.tanh(x) * self.gain.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 5] -> [N, 3]"""
+        return self.down(self.activation(self.up(x)))
+
+
+def test_functions_that_hold_the_model_hold_its_copy() -> None:
+    model, x = Hooked(), torch.randn(4, 5)
+    with spare(model) as twin:
+        twin(x).sum().backward()
+        assert all(p.grad is not None for p in twin.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_a_hook_reads_nests_and_trains() -> None:
+    model, x = Hooked(), torch.randn(4, 5)
+    doll = mk.convert(model, x, sizes=[4, 8], nesting="sliced")
+    doll(x).sum().backward()
+    gradients = {name: p.grad for name, p in doll.named_parameters()}
+    model(x).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert mk.slice(doll, 4).state_dict()["gain"].shape == (4,)

@@ -294,3 +294,26 @@ def test_hostile_guards_are_refused(condition: object) -> None:
     saved = GUARDS.to_dict() | {"conditions": [[condition, ""]]}
     with pytest.raises(GuardError, match="damaged"):
         Guards.from_dict(saved)
+
+
+def test_an_example_of_length_one_is_taken_where_other_lengths_are_fixed() -> None:
+    torch.manual_seed(0)
+    model = Spoken()
+    x = torch.randn(3, 1, 6)
+    doll = mk.convert(model, x, sizes=[4, 8], nesting="sliced")
+    torch.testing.assert_close(doll(x), model(x))
+
+
+class Spoken(nn.Module):
+    """A recurrent layer over what was folded into rows and back by the length of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.state = nn.Linear(6, 8), nn.LSTM(8, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, 6] -> [L, N, 2]"""
+        frames, batch, units = x.permute(1, 0, 2).shape
+        inner = torch.tanh(self.inner(x.permute(1, 0, 2).reshape(-1, units)))
+        return self.last(self.state(inner.reshape(frames, batch, -1))[0])

@@ -304,3 +304,33 @@ def test_a_pattern_without_a_constant_lists_them() -> None:
     ids = torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(mk.MatryoshkafyError, match=r"scalar:add.*\['scalar:test_scalars.py:\d+'\]"):
         mk.inspect(Scaled(16, 0.5), (ids,), nesting="sliced", keep=["scalar:add"])
+
+
+class Counted(nn.Module):
+    """Integers that count a width, the width less one, or the rounds of a loop."""
+
+    def __init__(self, width: int, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.kind = nn.Linear(3, width), nn.Linear(width, 5), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        x = self.first(x).tanh()
+        units = x.shape[-1]
+        if self.kind == "unbiased":
+            centred = x - x.sum(-1, keepdim=True) / units
+            x = centred / (centred.square().sum(-1, keepdim=True) / (units - 1)).sqrt()
+        if self.kind == "loop":
+            x = sum(x.sin() * i for i in range(1, 17))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["unbiased", "loop"])
+def test_an_integer_counts_a_width_or_it_is_a_number(kind: str) -> None:
+    x, model = torch.randn(4, 3), Counted(16, kind)
+    doll = mk.convert(model, (x,), sizes=[8, 16], nesting="sliced")
+    small, native = mk.slice(doll, 8), Counted(8, kind)
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(small(x), native(x), rtol=1e-5, atol=1e-6)
+    assert len(doll.plan.scalars) == (2 if kind == "unbiased" else 0)

@@ -104,6 +104,12 @@ add("""add sub mul div true_divide maximum minimum fmax fmin atan2 eq ne lt le g
        rsub""", lambda b, op, x: op(x, second(b, x)))  # fmt: skip
 add("floor_divide remainder fmod xlogy", lambda b, op, x: op(x, positive(b, x)))
 add("pow", lambda b, op, x: op(positive(b, x), x))
+add("tanh_backward sigmoid_backward silu_backward gelu_backward mish_backward",
+    lambda b, op, x: op(second(b, x), x))  # fmt: skip
+add("threshold_backward", lambda b, op, x: op(second(b, x), x, 0.1))
+add("softplus_backward hardtanh_backward", lambda b, op, x: op(second(b, x), x, 0.5, 1.5))
+add("leaky_relu_backward", lambda b, op, x: op(second(b, x), x, 0.1, False))
+add("elu_backward", lambda b, op, x: op(second(b, x), 1.0, 1.0, 1.0, False, x))
 add("complex polar", lambda b, op, x: b(aten.real.default, op(positive(b, x), second(b, x))))
 add(
     "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__",
@@ -219,6 +225,20 @@ add(
         ),
     ),
 )
+
+
+def _rows(b: Builder, x: Value) -> Value:
+    return b(aten.unsqueeze.default, x, 1)
+
+
+def _largest(b: Builder, op: Op, x: Value) -> Value:
+    """The largest value of each unit in a bag, and the row where it was found."""
+    bags = op(b.param(7, x.width), b.indices([1, 0, 6, 2, 3, 3]), b.indices([0, 3]), False, 2)
+    rows = b(aten.to.dtype, bags[-1], torch.float64)
+    return b(aten.add.Tensor, x, b(aten.select.int, b(aten.sub.Tensor, bags[0], rows), 0, 1))
+
+
+add("embedding_bag", _largest)
 add("conv1d", lambda b, op, x: op(x, b.param(6, x.shape[1], 3), b.param(6), [1], [1]), "channels")
 add("conv2d", lambda b, op, x: op(x, b.param(5, x.shape[1], 3, 3), None, [1, 1], [1, 1]), "image")
 add("conv2d", lambda b, op, x: op(x, b.param(x.shape[1], 1, 3, 3), b.param(x.shape[1]), [1, 1],
@@ -232,6 +252,9 @@ add(
     lambda b, op, x: op(b(aten.unsqueeze.default, x, 2), b.param(5, x.shape[1], 1, 1, 1)),
     "image",
 )
+# A kernel as wide as the row that it reads sums over the width; one of 1 leaves the width alone.
+add("conv2d", lambda b, op, x: op(_rows(b, x), b.param(5, 1, 2, x.width), b.param(5)))
+add("conv2d", lambda b, op, x: op(_rows(b, x), b.param(5, 1, 3, 1), b.param(5)))
 add("convolution", lambda b, op, x: op(x, b.param(6, x.shape[1], 1), b.param(6), [1], [0], [1],
                                        False,
                                        [0], 1), "channels")  # fmt: skip
@@ -261,7 +284,18 @@ add(
 )
 
 
-def _recurrent(gates: int, cells: int) -> Body:
+def _volume_back(b: Builder, op: Op, x: Value) -> Value:
+    deep = b(aten.unsqueeze.default, x, 2)
+    pooled = b(aten.max_pool3d_with_indices.default, deep, [1, 2, 2])
+    return op(*pooled, [1, 4, 4], [1, 2, 2], [0, 0, 0])
+
+
+def _packed(b: Builder, x: Value) -> tuple[Value, Value]:
+    """The steps of two sequences of other lengths, and how many there are at each time."""
+    return b(aten._pack_padded_sequence.default, x, b.indices([6, 4]), True)
+
+
+def _recurrent(gates: int, cells: int, *, pack: bool = False) -> Body:
     """Two layers of 4 units, both directions."""
 
     def body(b: Builder, op: Op, x: Value) -> Value:
@@ -274,6 +308,9 @@ def _recurrent(gates: int, cells: int) -> Body:
             width = 2 * units
         states = [b(aten.zeros.default, [4, 2, units], dtype=torch.float64) for _ in range(cells)]
         hx = states if cells > 1 else states[0]
+        if pack:
+            steps = op(*_packed(b, x), hx, params, True, 2, 0.0, False, True)[0]
+            return b(aten.unsqueeze.default, steps, 0)
         return op(x, hx, params, True, 2, 0.0, False, True, True)[0]
 
     return body
@@ -291,6 +328,9 @@ def _cell(gates: int, cells: int) -> Body:
 
 add("lstm", _recurrent(4, 2))
 add("gru", _recurrent(3, 1))
+add("gru", _recurrent(3, 1, pack=True))
+add("_pack_padded_sequence", lambda b, op, x: op(x, b.indices([6, 4]), True)[0])
+add("_pad_packed_sequence", lambda b, op, x: op(*_packed(b, x), True, 0.0, 6)[0])
 add("rnn_tanh rnn_relu", _recurrent(1, 1))
 add("lstm_cell", _cell(4, 2))
 add("gru_cell", _cell(3, 1))
@@ -578,6 +618,10 @@ def first(value: Any) -> Value:
 
 
 add("max_pool1d avg_pool1d max_pool1d_with_indices", lambda b, op, x: first(op(x, [2])), "channels")
+add("max_unpool2d",
+    lambda b, op, x: op(*b(aten.max_pool2d_with_indices.default, x, [2, 2]), [4, 4]),
+    "image")  # fmt: skip
+add("max_unpool3d", lambda b, op, x: _volume_back(b, op, x), "image")
 add("max_pool2d avg_pool2d max_pool2d_with_indices", lambda b, op, x: first(op(x, [2, 2])), "image")
 add(
     "max_pool3d avg_pool3d max_pool3d_with_indices",

@@ -1,0 +1,95 @@
+"""Forwards that differentiate or map themselves: the doll computes what they do, at any values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+
+import matryoshkafy as mk
+from matryoshkafy.dolls.caveats import RecordedPathWarning
+
+pytestmark = pytest.mark.filterwarnings(
+    f"ignore::{RecordedPathWarning.__module__}.RecordedPathWarning"
+)
+
+
+class Energy(nn.Module):
+    """A scalar of a point, through two layers of a width."""
+
+    def __init__(self, width: int, answer: Callable[[Energy, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, width), nn.Linear(width, width)
+        self.last, self.answer = nn.Linear(width, 1), answer
+
+    def energy(self, x: Tensor) -> Tensor:
+        """x [.., 6] -> [..]"""
+        inner = nn.functional.softplus(self.second(torch.tanh(self.first(x))))
+        return self.last(inner).squeeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 6] -> forces [N, 6]"""
+        return self.answer(self, x)
+
+
+def by_autograd(model: Energy, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.clone().requires_grad_()
+        return -torch.autograd.grad(model.energy(x).sum(), x, create_graph=True)[0]
+
+
+def by_func(model: Energy, x: Tensor) -> Tensor:
+    return -vmap(grad(model.energy))(x)
+
+
+def by_jacobian(model: Energy, x: Tensor) -> Tensor:
+    return -vmap(jacrev(model.energy))(x)
+
+
+def by_tangent(model: Energy, x: Tensor) -> Tensor:
+    return jvp(model.energy, (x,), (torch.cos(x),))[1]
+
+
+@pytest.mark.parametrize("answer", [by_autograd, by_func, by_jacobian, by_tangent])
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_a_derivative_is_that_of_the_input_at_hand(
+    answer: Callable[[Energy, Tensor], Tensor], nesting: str
+) -> None:
+    torch.manual_seed(0)
+    model = Energy(16, answer).double()
+    doll = mk.convert(model, torch.randn(4, 6).double(), sizes=[8, 16], nesting=nesting)
+    other = torch.randn(4, 6).double()
+    small = Energy(8, answer).double()
+    # A derivative reads no last bias; a sub-model holds what it reads.
+    small.load_state_dict(mk.slice(doll, 8).state_dict(), strict=False)
+    if nesting == "sliced":
+        torch.testing.assert_close(doll(other), model(other), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mk.slice(doll, 8)(other), small(other), rtol=1e-12, atol=1e-12)
+
+
+def test_an_ensemble_that_is_mapped_nests() -> None:
+    class Ensemble(nn.Module):
+        """Three critics in one call; the least of their values."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            made = [nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 1)) for _ in range(3)]
+            stacked, _ = stack_module_state(made)
+            self.names = list(stacked)
+            self.stacked = nn.ParameterList(nn.Parameter(t.detach()) for t in stacked.values())
+            self.base = [made[0].to("meta")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            """x [N, 5] -> [N, 1]"""
+            state = dict(zip(self.names, self.stacked, strict=True))
+            return vmap(lambda s: functional_call(self.base[0], s, (x,)))(state).amin(0)
+
+    torch.manual_seed(0)
+    model = Ensemble()
+    doll = mk.convert(model, torch.randn(4, 5), sizes=[8, 16], nesting="sliced")
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(doll(x), model(x))
+    assert mk.slice(doll, 8).state_dict()["stacked.0"].shape == (3, 8, 5)
