@@ -133,6 +133,23 @@ def test_events_survive_a_killed_service(served, tmp_path: Path) -> None:
     assert [n for n, _ in live.top("ann", 8, 3)] == expected_top(served[2][8], live.seen[0], 3)
 
 
+def test_a_long_log_is_replayed_many_users_at_a_time(served, tmp_path: Path) -> None:
+    """More users than there was room for, and answers are those over the whole history."""
+    log, source = tmp_path / "events.jsonl", np.random.default_rng(0)
+    known = {user: list(items) for user, items in HISTORIES.items()}
+    drawn = zip(source.integers(0, 2500, 6000), source.integers(1, 41, 6000), strict=True)
+    events = [(f"u{user}", int(item)) for user, item in drawn] + [("bob", 2), ("cy", 7)]
+    for user, item in events:
+        known.setdefault(user, []).append(item)
+    log.write_text("".join(json.dumps([user, IDS[item - 1]]) + "\n" for user, item in events))
+    live = Live({4: served[2][4]}, IDS, HISTORIES)
+    live.replay(log)
+    for user in ["ann", "bob", "cy", *(f"u{number}" for number in range(0, 2500, 250))]:
+        if user in known:
+            found = [item for item, _ in live.top(user, 4, 3)]
+            assert found == expected_top(served[2][4], known[user], 3)
+
+
 def test_a_new_item_takes_part_without_training(served, material) -> None:
     doll, config, models = served
     live = Live(models, IDS, HISTORIES)

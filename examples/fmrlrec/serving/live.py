@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from examples.fmrlrec.config import RunError
-from examples.fmrlrec.data import left_pad
 from examples.fmrlrec.model import Recommender
 from examples.fmrlrec.serving.compact import rows_of
 
@@ -79,29 +78,33 @@ class Live:
         self.log: Path | None = None
         self.index = index
         self.sizes = {size: _size(model, len(self.users), index) for size, model in models.items()}
-        self._start([part[-length:] for part in histories.values()])
+        self._move({row: part[-length:] for row, part in enumerate(histories.values())})
 
     def replay(self, log: Path) -> None:
         """Applies the events of a log, and appends the coming ones to it."""
+        parts: dict[int, list[int]] = {}
         for user, item in logged(log):
             if item in self.items:
-                self._advance(user, item)
+                row, number = self._had(user, item)
+                parts.setdefault(row, []).append(number)
+        self._move(parts)
         self.log = log
 
     @torch.inference_mode()
-    def _start(self, histories: list[np.ndarray]) -> None:
-        """Brings every user to the end of the known history, many at a time."""
-        order = sorted(range(len(histories)), key=lambda row: len(histories[row]))
+    def _move(self, parts: Mapping[int, Sequence[int]]) -> None:
+        """Moves users (by row) by their items: one step at a time of all who have one left."""
+        order = sorted(parts, key=lambda row: -len(parts[row]))
         for start in range(0, len(order), CHUNK):
             rows = order[start : start + CHUNK]
-            padded = left_pad([histories[row] for row in rows], len(histories[rows[-1]]))
-            for size in self.sizes.values():
-                states, hidden = [s[rows] for s in size.states], None
-                for items in torch.from_numpy(padded).unbind(1):
-                    hidden, states = size.model.advance(items, states, size.table)
-                for kept, moved in zip(size.states, states, strict=True):
-                    kept[rows] = moved
-                if hidden is not None:
+            for step in range(len(parts[rows[0]])):
+                rows = [row for row in rows if len(parts[row]) > step]
+                items = torch.tensor([int(parts[row][step]) for row in rows])
+                for size in self.sizes.values():
+                    _grow(size, max(rows))
+                    states = [kept[rows] for kept in size.states]
+                    hidden, moved = size.model.advance(items, states, size.table)
+                    for kept, state in zip(size.states, moved, strict=True):
+                        kept[rows] = state
                     size.hidden[rows, :-1] = hidden.numpy()
 
     def event(self, user: str, item: str) -> int:
@@ -111,27 +114,21 @@ class Live:
         """
         if item not in self.items:
             raise Unknown(f"no item {item!r}; ids are like {list(self.items)[:3]}")
-        self._advance(user, item)
+        row, number = self._had(user, item)
+        self._move({row: [number]})
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps([user, item]) + "\n")
-        return len(self.seen[self.users[user]])
+        return len(self.seen[row])
 
-    @torch.inference_mode()
-    def _advance(self, user: str, item: str) -> None:
+    def _had(self, user: str, item: str) -> tuple[int, int]:
+        """Notes that a user had an item; returns the numbers of both."""
         row, number = self.users.get(user), self.items[item]
         if row is None:
             row = self.users[user] = len(self.seen)
             self.seen.append([])
         self.seen[row].append(number)
-        one = torch.tensor([number])
-        for size in self.sizes.values():
-            _grow(size, row)
-            before = [kept[row : row + 1] for kept in size.states]
-            hidden, moved = size.model.advance(one, before, size.table)
-            for kept, state in zip(size.states, moved, strict=True):
-                kept[row] = state[0]
-            size.hidden[row, :-1] = hidden[0].numpy()
+        return row, number
 
     def top(self, user: str, size: int, count: int) -> list[tuple[str, float]]:
         """The `count` best items that the user did not have, best first, with their scores.
@@ -207,10 +204,9 @@ def _grow(size: Size, row: int) -> None:
     """Makes room for users who come while it runs."""
     if row < len(size.hidden):
         return
-    size.states = [
-        torch.cat((kept, kept.new_zeros(SPARE, *kept.shape[1:]))) for kept in size.states
-    ]
-    more = np.zeros((SPARE, size.hidden.shape[1]), dtype=np.float32)
+    room = row + SPARE - len(size.hidden)
+    size.states = [torch.cat((kept, kept.new_zeros(room, *kept.shape[1:]))) for kept in size.states]
+    more = np.zeros((room, size.hidden.shape[1]), dtype=np.float32)
     more[:, -1] = 1
     size.hidden = np.concatenate([size.hidden, more])
 
