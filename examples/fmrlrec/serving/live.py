@@ -50,6 +50,14 @@ class Size:
         tensors = [*self.model.parameters(), *self.states]
         return sum(t.nbytes for t in tensors) + self.rows.nbytes + self.hidden.nbytes
 
+    def step(self, rows: list[int], items: Tensor) -> None:
+        """Moves the users of these rows by an item each."""
+        _grow(self, max(rows))
+        hidden, moved = self.model.advance(items, [kept[rows] for kept in self.states], self.table)
+        for kept, state in zip(self.states, moved, strict=True):
+            kept[rows] = state
+        self.hidden[rows, :-1] = hidden.numpy()
+
 
 class Live:
     """The users of a shop at several sizes, each event applied to all of them.
@@ -100,12 +108,7 @@ class Live:
                 rows = [row for row in rows if len(parts[row]) > step]
                 items = torch.tensor([int(parts[row][step]) for row in rows])
                 for size in self.sizes.values():
-                    _grow(size, max(rows))
-                    states = [kept[rows] for kept in size.states]
-                    hidden, moved = size.model.advance(items, states, size.table)
-                    for kept, state in zip(size.states, moved, strict=True):
-                        kept[rows] = state
-                    size.hidden[rows, :-1] = hidden.numpy()
+                    size.step(rows, items)
 
     def event(self, user: str, item: str) -> int:
         """A user had an item: moves every size one step; returns the user's number of events.
