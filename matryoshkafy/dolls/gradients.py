@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Target
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.errors import first_line
 from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare
+from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
 from matryoshkafy.graph.training_mode import (
@@ -315,22 +315,17 @@ def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> 
     return ""
 
 
-class _NoDropout(TorchFunctionMode):
+class _NoDropout(FunctionMode):
     """Dropout that drops nothing, so that a graph and a model of other random numbers compare; a
     hook on a value is noted.
     """
 
     hooked = dropped = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
-        del types
-        kwargs = dict(kwargs or {})
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        kwargs = dict(kwargs)
         self.hooked |= func is getattr(Tensor, "register_hook", None)
         if func in DROPOUTS:
             given = named_arguments(func, args, kwargs)

@@ -19,6 +19,7 @@ from matryoshkafy.graph.copies import copied_inputs, copied_tensor, spare
 from matryoshkafy.graph.guards import Guard, Size
 from matryoshkafy.graph.nodes import (
     TORCH_FOLDER,
+    TRACING_FOLDER,
     outputs_of,
 )
 from matryoshkafy.graph.quiet import silent, uncollected
@@ -344,15 +345,12 @@ def _described(args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
     return f"({', '.join(words)})"
 
 
-OWN_FOLDER = __file__.rpartition("matryoshkafy")[0] + "matryoshkafy/graph/"
-
-
 def _user_frame(error: BaseException) -> str | None:
     frame = None
     trace_ = error.__traceback__
     while trace_ is not None:
         code = trace_.tb_frame.f_code
-        if not code.co_filename.startswith((TORCH_FOLDER, OWN_FOLDER, "<")):
+        if not code.co_filename.startswith((TORCH_FOLDER, TRACING_FOLDER, "<")):
             frame = f"{code.co_filename}:{trace_.tb_lineno} ({code.co_name})"
         trace_ = trace_.tb_next
     return frame

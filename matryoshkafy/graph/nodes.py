@@ -17,6 +17,7 @@ from torch.fx import Node
 from torch.fx.node import Argument as Argument
 
 TORCH_FOLDER = str(Path(torch.__path__[0])) + os.sep
+TRACING_FOLDER = str(Path(__file__).parent) + os.sep
 FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)')
 
 

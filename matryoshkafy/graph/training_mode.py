@@ -21,11 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from matryoshkafy.errors import first_line
 from matryoshkafy.graph.copies import copied_inputs, spare
-from matryoshkafy.graph.nodes import TORCH_FOLDER, bound_args, op_key, set_arg, set_info
+from matryoshkafy.graph.function_mode import FunctionMode
+from matryoshkafy.graph.nodes import (
+    TORCH_FOLDER,
+    TRACING_FOLDER,
+    bound_args,
+    op_key,
+    set_arg,
+    set_info,
+)
 from matryoshkafy.graph.normalise import has_statistics, training_flag
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.graph.vocabulary import basics_of
@@ -56,7 +63,7 @@ RANDOM: Mapping[object, str] = {
 
 
 @dataclass
-class Watch(TorchFunctionMode):
+class Watch(FunctionMode):
     """Notes the dropout of every fused attention, in order, and where else chance is asked; and
     the `training` of every dropout and batch norm.
     """
@@ -68,14 +75,9 @@ class Watch(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         if func is SDPA:
             self.attention.append(float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)))
         elif func is F.multi_head_attention_forward:
@@ -117,7 +119,7 @@ def _user_line() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((TORCH_FOLDER, __file__, "<")):
+        if not name.startswith((TORCH_FOLDER, TRACING_FOLDER, "<")):
             return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return "an unknown line"

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from matryoshkafy.graph.function_mode import FunctionMode
 
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 DERIVATIVES: tuple[object, ...] = (  # pyright: ignore[reportUnknownVariableType]
@@ -26,7 +27,7 @@ class Transformed(Exception):  # noqa: N818  a message to the tracer, which the 
     """The forward differentiates or maps itself."""
 
 
-class Traced(TorchFunctionMode):
+class Traced(FunctionMode):
     """What a forward calls while it is traced: x.data is x.detach(), which a trace sees.
 
     With `above`, the trace stands above autograd, and a derivative or a map ends it.
@@ -36,19 +37,14 @@ class Traced(TorchFunctionMode):
         super().__init__()
         self.above = above
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
-        del types
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         if func == GET_DATA:
             return args[0].detach()
         if self.above and (func in DERIVATIVES or _within_transform()):
             raise Transformed("the forward differentiates or maps itself")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _within_transform() -> bool:

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.trace import tensors_of
 from matryoshkafy.natives.tree import Changes, Tree, changed
 
@@ -111,19 +111,15 @@ FILLERS: frozenset[object] = frozenset(
 """What writes initial values into a tensor, and returns it."""
 
 
-class _Unfilled(TorchFunctionMode):
+class _Unfilled(FunctionMode):
     """A tensor without memory keeps no initial values: none are drawn, which took longest."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func in FILLERS and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _shapes(recipe: Recipe, tree: Tree) -> Shapes | None:

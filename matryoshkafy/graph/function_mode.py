@@ -1,0 +1,28 @@
+"""FunctionMode: what torch functions are called with, while a `with` lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode that overrides `called`, which gets the function and its arguments alone."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        return self.called(func, args, kwargs or {})
+
+    def called(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Return the result of a call."""
+        return func(*args, **kwargs)
