@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+LONGEST = 300
 
-def first_line(error: object, most: int = 300) -> str:
+
+def first_line(error: object) -> str:
     """Return the first line of what an error says, for the message of another; "" if nothing."""
-    return (str(error).strip().splitlines() or [""])[0][:most]
+    return (str(error).strip().splitlines() or [""])[0][:LONGEST]
 
 
 class MatryoshkafyError(ValueError):

@@ -110,15 +110,15 @@ class Outputs(MutableMapping[int, Any]):
         for size, value in self._readouts.items():
             own = Late(partial(self._chosen, size, index))
             readouts[size] = shared.setdefault(id(value), own)
-        scores = {m: Late(partial(self._scores, m, index)) for m in self}
+        scores = {m: Late(partial(self._scores, m, index, readouts.get(m))) for m in self}
         return Outputs(scores, readouts, self._moment)
 
     def _chosen(self, size: int, index: tuple[Place, ...]) -> Readout | None:
         own = self.readout_at(size)
         return None if own is None else own.at(*index)
 
-    def _scores(self, size: int, index: tuple[Place, ...]) -> Tensor:
-        own = self._chosen(size, index)
+    def _scores(self, size: int, index: tuple[Place, ...], chosen: Late | None) -> Tensor:
+        own: Readout | None = read(chosen)
         return cast(Tensor, scores_of(self[size]))[index] if own is None else own.logits(size)
 
     def _read(self, value: object, size: int) -> Any:

@@ -80,6 +80,8 @@ def retrieve(  # noqa: PLR0913  an option is a parameter
 
 
 def _rows(path: Path, columns: list[str]) -> dict[str, list[str]]:
+    from matryoshkafy.errors import first_line
+
     try:
         import polars
     except ImportError as error:
@@ -91,7 +93,7 @@ def _rows(path: Path, columns: list[str]) -> dict[str, list[str]]:
     except (OSError, polars.exceptions.PolarsError) as error:
         raise CommandError(
             f"{path} cannot be read as a parquet table with the columns {', '.join(columns)}: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     if not len(found):
         raise CommandError(f"{path} has no rows; expected a text a row")

@@ -145,8 +145,12 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant":
         return rate
-    share = min(1.0, step / total)
-    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
+    return rate * cosine(min(1.0, step / total))
+
+
+def cosine(share: float) -> float:
+    """From 1 at the start of a training to `LAST_RATE` when all of it (share 1) is done."""
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
 def _open(

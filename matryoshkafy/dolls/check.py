@@ -88,12 +88,15 @@ def _failure(doll: Doll, level: int, flat: list[torch.Tensor], together: list[ob
 
 def _error(doll: Doll, level: int, flat: list[torch.Tensor], together: list[object]) -> float:
     plan, trace = doll.plan, trace_of(doll)
-    alone = () if together else run(outputs_graph(trace, plan, [level]), root_of(doll), flat)
+    if together:
+        own = together[level]
+    else:
+        own = run(outputs_graph(trace, plan, [level]), root_of(doll), flat)
     if level == plan.levels - 1:
         return 0.0
     graph, root = cut_out(trace, plan, state_of(doll), level)
     small = run(graph, root, prefix_inputs(doll, (plan, level), flat))
-    return relative_error(together[level] if together else alone, small)
+    return relative_error(own, small)
 
 
 def _draws(doll: Doll) -> bool:

@@ -51,8 +51,8 @@ def evaluate(
     """
     dtype = accumulation_dtype(problem.hidden.dtype)
     grads = allocate(problem, needs, dtype, sizes=len(options.widths))
-    real, kept = None, problem.target != options.ignore_index
-    if is_recorded(problem.hidden):
+    kept, recorded = problem.target != options.ignore_index, is_recorded(problem.hidden)
+    if recorded:
         # The rows that count cannot be asked for: all are computed, the others times 0.
         real, scale = torch.arange(len(kept), device=kept.device), kept * scale
         problem = replace(problem, target=problem.target * kept)
@@ -69,7 +69,8 @@ def evaluate(
         if grads.hidden is not None:
             dx = chunk.dx.mul_(chunk.column_scale).to(grads.hidden.dtype)
             grads.hidden.index_copy_(0, index, dx)
-    return losses * kept, cast_back(grads, problem, options)
+    losses = losses * kept if recorded else losses
+    return losses, cast_back(grads, problem, options)
 
 
 def is_recorded(tensor: Tensor) -> bool:
@@ -195,13 +196,19 @@ def running_logits(
         part, rows = span_of(chunk.x, 1, block), span_of(table, 1, block).t()
         if number:
             accumulate(logits, part, rows)
-        elif logits.dtype == part.dtype:
-            torch.mm(part, rows, out=logits)
         else:
-            logits.copy_(part @ rows)
-        if problem.bias is not None and not number:
-            logits.add_(span_of(problem.bias, 0, tile))
+            begin(logits, part, rows)
+            if problem.bias is not None:
+                logits.add_(span_of(problem.bias, 0, tile))
         yield logits
+
+
+def begin(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, in the dtype of a and b; out may be wider."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -323,18 +330,23 @@ def suffixes(
     above = None
     steps = zip(options.blocks, options.slopes, chunk.slots, strict=True)
     for block, weight, slot in reversed(list(steps)):
-        if isinstance(weight, Tensor) or (above is None and weight != 1):
-            slot.mul_(weight)
-            weighed = 1.0
-        else:
-            weighed = weight
-        if above is not None:
-            torch.add(above, slot, alpha=weighed, out=slot)
+        add_weighed(above, slot, weight)
         slot.scatter_add_(1, column, hit * weight)
         if options.smoothing:
             slot.sub_(weight * options.smoothing / classes)
         above = slot
         yield block, slot
+
+
+def add_weighed(above: Tensor | None, slot: Tensor, weight: float | Tensor) -> None:
+    """slot = above + weight * slot; a weight that is a tensor costs a pass of its own."""
+    if isinstance(weight, Tensor):
+        slot.mul_(weight)
+        weight = 1.0
+    if above is not None:
+        torch.add(above, slot, alpha=weight, out=slot)
+    elif weight != 1:
+        slot.mul_(weight)
 
 
 def weighted(losses: Tensor, options: LossOptions) -> Tensor:
@@ -346,7 +358,8 @@ def row_scale(target: Tensor, ignore_index: int, *, mean: bool) -> float | Tenso
     """1, or 1 / the number of real rows (nan if there are none, as torch has it)."""
     if not mean:
         return 1.0
+    real = (target != ignore_index).sum()
     if is_recorded(target):
-        return 1 / (target != ignore_index).sum()
-    real = int((target != ignore_index).sum())
-    return 1 / real if real else float("nan")
+        return 1 / real
+    count = int(real)
+    return 1 / count if count else float("nan")

@@ -90,7 +90,7 @@ class Replayed:
         if not self.records:
             return self._step(batch)
         leaves, spec = pytree.tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = _tensors(leaves)
         shapes = [(t.shape, t.dtype) for t in tensors]
         key = (spec, *shapes, *(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
         if key in self.recordings:
@@ -98,12 +98,7 @@ class Replayed:
         self.seen[key] += 1
         if self.seen[key] <= WARM or len(self.recordings) >= MOST:
             return self._aside(batch)
-        own = [t.clone() for t in tensors]
-        mine = iter(own)
-        held = pytree.tree_unflatten(
-            [next(mine) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
-        )
-        self.recordings[key] = self._recorded(held, own)
+        self.recordings[key] = self._recorded(pytree.tree_map_only(Tensor, Tensor.clone, batch))
         return self.recordings[key].replay(tensors)
 
     def _step(self, batch: Sequence[Any]) -> Tensor:
@@ -123,7 +118,7 @@ class Replayed:
         here.wait_stream(side)
         return found
 
-    def _recorded(self, batch: Sequence[Any], tensors: list[Tensor]) -> Recording:
+    def _recorded(self, batch: Sequence[Any]) -> Recording:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
@@ -134,4 +129,8 @@ class Replayed:
                 "device for a value or copy one from the host; compute the steps as usual "
                 "(records=False, Recipe(replay=False))"
             ) from error
-        return Recording(graph, tensors, found)
+        return Recording(graph, _tensors(pytree.tree_leaves(batch)), found)
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

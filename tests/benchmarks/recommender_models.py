@@ -196,6 +196,7 @@ def epoch_batches(
     starts = np.arange(0, len(rows) if alike else len(rows) - recipe.batch + 1, recipe.batch)
     for start in random.permutation(starts) if sort else starts:
         pair = recipe.batches(rows[order[start : start + recipe.batch]], random)
-        longest = int((pair[0] > 0).sum(1).max()) if sort else rows.shape[1] - 1
-        inputs, targets = (torch.from_numpy(part[:, :longest] if sort else part) for part in pair)
-        yield inputs, targets
+        if sort:
+            longest = int((pair[0] > 0).sum(1).max())
+            pair = pair[0][:, :longest], pair[1][:, :longest]
+        yield torch.from_numpy(pair[0]), torch.from_numpy(pair[1])

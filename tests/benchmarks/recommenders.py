@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.data import Dataset
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate
 from examples.fmrlrec.model import Recommender, Shape
+from examples.fmrlrec.training import cosine
 from matryoshkafy.losses.distillation import Distillation
 from matryoshkafy.training import Replayed, resume_run, save_run
 from tests.benchmarks.heuristics import dataset_of, heuristics
@@ -45,7 +45,7 @@ from tests.benchmarks.recommender_models import (
     training_rows,
 )
 
-SIZES, SCALE, LAST_RATE, CLIP = "8..64", 64.0, 0.02, 5.0
+SIZES, SCALE, CLIP = "8..64", 64.0, 5.0
 PLACES = 256  # positions that learn are padded to a multiple of it, so that few steps are recorded
 Backward = Callable[..., Tensor]
 # Table 2 of arXiv 2409.16627, ranking all items: NDCG@10, Recall@10.
@@ -155,11 +155,6 @@ def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=recipe.rate, fused=fused, capturable=cuda)
 
 
-def rate_at(share: float, rate: float) -> float:
-    """A cosine from `rate` to a fiftieth of it."""
-    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2)
-
-
 def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     """Trains to the last epoch, from where an earlier call got to; returns the history."""
     doll = doll_of(training)
@@ -173,7 +168,9 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     rows = training_rows(training.dataset, training.config.max_length)
     if not training.recipe.every_position:
         rows = listed(rows)
-    step = Replayed(backward_of(training, doll, loss), optimizer, CLIP)
+    # Whom the largest size teaches is asked of the device, so such a step is not recorded.
+    records = not training.nested.distill
+    step = Replayed(backward_of(training, doll, loss), optimizer, CLIP, records=records)
     for epoch in range(len(history), training.epochs):
         started, clock = time.process_time(), time.perf_counter()
         doll.train()
@@ -220,7 +217,7 @@ def epoch_loss(training: Training, step: Replayed, rows: np.ndarray, epoch: int)
     rate, count = recipe.rate * training.nested.factor, -(-len(rows) // recipe.batch)
     batches = epoch_batches(rows, recipe, training.seed, epoch, alike=cpu)
     for number, batch in enumerate(batches):
-        now = rate_at((epoch + number / count) / training.epochs, rate)
+        now = rate * cosine((epoch + number / count) / training.epochs)
         step.set_rates([now * group["factor"] for group in step.optimizer.param_groups])
         parts = batch if cpu or not recipe.every_position else placed(*batch)
         losses.append(step(*(part.to(training.device) for part in parts)))

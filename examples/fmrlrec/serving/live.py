@@ -52,11 +52,21 @@ class Size:
 
     def step(self, rows: list[int], items: Tensor) -> None:
         """Moves the users of these rows by an item each."""
-        _grow(self, max(rows))
+        self._grow(max(rows))
         hidden, moved = self.model.advance(items, [kept[rows] for kept in self.states], self.table)
         for kept, state in zip(self.states, moved, strict=True):
             kept[rows] = state
         self.hidden[rows, :-1] = hidden.numpy()
+
+    def _grow(self, row: int) -> None:
+        """Makes room for users who come while it runs."""
+        if row < len(self.hidden):
+            return
+        room = row + SPARE - len(self.hidden)
+        self.states = [torch.cat((s, s.new_zeros(room, *s.shape[1:]))) for s in self.states]
+        more = np.zeros((room, self.hidden.shape[1]), dtype=np.float32)
+        more[:, -1] = 1
+        self.hidden = np.concatenate([self.hidden, more])
 
 
 class Live:
@@ -201,17 +211,6 @@ def _size(model: Recommender, users: int, index: str) -> Size:
         search = KINDS[index](rows, 128)
     table = model.items().detach()
     return Size(model.eval(), table, rows, model.start(users + SPARE), hidden, search)
-
-
-def _grow(size: Size, row: int) -> None:
-    """Makes room for users who come while it runs."""
-    if row < len(size.hidden):
-        return
-    room = row + SPARE - len(size.hidden)
-    size.states = [torch.cat((kept, kept.new_zeros(room, *kept.shape[1:]))) for kept in size.states]
-    more = np.zeros((room, size.hidden.shape[1]), dtype=np.float32)
-    more[:, -1] = 1
-    size.hidden = np.concatenate([size.hidden, more])
 
 
 def _largest(scores: np.ndarray, count: int) -> list[int]:
