@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import matryoshkafy as mk
 from matryoshkafy.axes import dims
@@ -127,13 +127,11 @@ def words_of(dim: Dim, plan: mk.Plan) -> str:
     return " · ".join(out)
 
 
-def steps(doll: mk.Doll) -> Iterator[tuple[str, tuple[Dim, ...]]]:
-    """Yield (op, dims of its output) from the tokens to the end of the attention."""
+def ops(doll: mk.Doll) -> Iterator[tuple[str, fx.Node]]:
+    """Yield (op, node) from the tokens to the end of the attention, of ops with one result."""
     for node in doll._trace.graph.nodes:
-        shape = doll.plan.dims(node.name)
-        known = bool(shape)
-        if node.op == "call_function" and known:
-            yield op_key(node).rpartition("::")[2], shape
+        if node.op == "call_function" and doll.plan.dims(node.name):
+            yield op_key(node).rpartition("::")[2], node
         if node.name.startswith("add"):
             return
 
@@ -142,19 +140,128 @@ def attention() -> Drawing:
     """The axes of one attention block from input to output, as its plan has them."""
     doll = doll_of(nesting="sliced")
     body, y = "", 20.0
-    for name, shape in steps(doll):
+    for name, node in ops(doll):
         body += text(name, 0, y + 15)
-        x = 190.0
-        for dim in shape:
-            words = words_of(dim, doll.plan)
-            wide = 16.0 + 6.5 * len(words)
-            kind = "unit" if dims.is_nested(dim) else "whole"
-            body += rect(Box(x, y, wide, 22), class_=kind, fill_opacity=0.45, rx=3)
-            body += text(words, x + wide / 2, y + 15, text_anchor="middle")
-            x += wide + 6
+        body += boxes(doll.plan.dims(node.name), doll.plan, 190, y)[0]
         y += 30
     body += text("op", 0, 10, class_="soft") + text("dims of its output", 190, 10, class_="soft")
     return body, 600, y
+
+
+def boxes(shape: tuple[Dim, ...], plan: mk.Plan, x: float, y: float) -> tuple[str, float]:
+    """A box for each dim of a shape, coloured where it nests, and where they end."""
+    body = ""
+    for dim in shape:
+        words = words_of(dim, plan)
+        wide = 16.0 + 6.5 * len(words)
+        kind = "unit" if dims.is_nested(dim) else "whole"
+        body += rect(Box(x, y, wide, 22), class_=kind, fill_opacity=0.45, rx=3)
+        body += text(words, x + wide / 2, y + 15, text_anchor="middle")
+        x += wide + 6
+    return body, x
+
+
+def crossings() -> Drawing:
+    """How the axes of the attention block cross its ops: dims before and after each."""
+    doll = doll_of(nesting="sliced")
+    body, y = "", 20.0
+    for name, node in ops(doll):
+        given = (n for n in node.all_input_nodes if n.op != "get_attr")
+        shape = next((doll.plan.dims(n.name) for n in given), ())
+        if not shape:  # of several results
+            continue
+        row, x = boxes(shape, doll.plan, 0, y)
+        body += row + text(name, x + 8, y + 15, class_="soft")
+        body += boxes(doll.plan.dims(node.name), doll.plan, 330, y)[0]
+        y += 30
+    body += text("dims of the argument", 0, 10, class_="soft")
+    body += text("dims of what the op gives", 330, 10, class_="soft")
+    return body, 600, y
+
+
+def ladder() -> Drawing:
+    """How many units of each group every size has: all groups follow the ratio of the first."""
+    plan = doll_of().plan
+    body, y = "", 26.0
+    for level, (size, widths) in enumerate(zip(plan.sizes, plan.ladder, strict=True)):
+        body += text(f"size {size}", 0, y + 15)
+        for i, (group, width) in enumerate(zip(plan.groups, widths, strict=True)):
+            x = 80.0 + 175 * i
+            body += rect(Box(x, y, 120, 20), class_="whole")
+            body += segment(Box(x, y, 120 * width / group.size, 20), level, plan.levels)
+            body += text(f"{width}", x + 126, y + 15, class_="soft")
+        y += 30
+    for i, group in enumerate(plan.groups):
+        body += title(f"{group.name}, {group.size}", 80.0 + 175 * i, 14)
+    return body, 600, y
+
+
+def parameters(plan: mk.Plan, most: int) -> Drawing:
+    """The first tensors of a plan with their dims."""
+    body, y = "", 4.0
+    for name, shape in list(plan.parameters.items())[:most]:
+        body += text(name, 0, y + 15) + boxes(shape, plan, 170, y)[0]
+        y += 30
+    return body, 600, y
+
+
+def axes_of_weights() -> Drawing:
+    """What a plan says of each tensor of the attention block."""
+    return parameters(doll_of(nesting="sliced").plan, 9)
+
+
+class Catalogue(nn.Module):
+    """Items by fixed features, projected: the features stay whole, the projection nests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.randn(40, 24))
+        self.project, self.up, self.down = nn.Linear(24, 64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [batch, length] -> scores [batch, length, 40]"""
+        table = self.project(self.features)
+        x = table[ids]
+        return (x + self.down(F.relu(self.up(x)))) @ table.T
+
+
+def held() -> Drawing:
+    """Which tensors of a model with features are cut, and which stay whole."""
+    torch.manual_seed(0)
+    doll = mk.convert(Catalogue().eval(), torch.randint(40, (2, 5)), sizes=RATIOS, nesting="sliced")
+    return parameters(doll.plan, 9)
+
+
+class Branching(nn.Module):
+    """A forward that asks for the length of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(100, WIDTH), nn.Linear(WIDTH, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [batch, length] -> [batch, length, 10]"""
+        x = self.table(ids)
+        return self.head(F.relu(x) if ids.shape[1] > 8 else x)
+
+
+def taken() -> Drawing:
+    """Which lengths a trace of a branch on the length takes, and which it refuses."""
+    body, y, most = "", 24.0, 16
+    for example in (5, 12):
+        doll = mk.convert(Branching().eval(), torch.randint(100, (2, example)), sizes=RATIOS)
+        conditions = doll._trace.signature.guards.conditions
+        body += text(f"traced with length {example}", 0, y + 15)
+        for length in range(1, most + 1):
+            box = Box(140.0 + 27 * length, y, 24, 22)
+            fits = all(guard.holds([(2, length)]) for guard in conditions)
+            body += rect(box, class_="unit" if fits else "whole", fill_opacity=0.45, rx=3)
+            middle = box.x + box.width / 2
+            body += text(length, middle, y + 15, text_anchor="middle")
+        y += 32
+    body += text("lengths that a call may have: coloured ones run, the others are refused", 0, 10,
+                 class_="soft")  # fmt: skip
+    return body, 620, y
 
 
 def checkpoint() -> Drawing:
@@ -197,6 +304,11 @@ DRAWINGS: Mapping[str, tuple[Callable[[], Drawing], str]] = {
     "slice": (kept, "What slices of three sizes keep of a packed query, key and value projection"),
     "attention": (attention, "Axes of an attention block, op by op; coloured dims nest"),
     "checkpoint": (checkpoint, "Files of a checkpoint by size"),
+    "ladder": (ladder, "Units of each group at each size of a ladder"),
+    "plan": (axes_of_weights, "Tensors of an attention block with their axes; coloured ones nest"),
+    "rules": (crossings, "Axes before and after each op of an attention block"),
+    "held": (held, "Tensors of a model with item features: the features stay whole"),
+    "trace": (taken, "Lengths that a trace of a branching forward takes"),
     "losses": (losses, "Prefixes of one pass, their logits, their weighted losses"),
 }
 

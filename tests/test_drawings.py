@@ -17,7 +17,17 @@ PAGES = {
     "attention": "axes.md",
     "checkpoint": "checkpoints.md",
     "losses": "losses.md",
+    "ladder": "sizes.md",
+    "plan": "plan.md",
+    "rules": "rules.md",
+    "held": "weights.md",
+    "trace": "trace.md",
 }
+
+
+def test_every_idea_page_has_a_picture() -> None:
+    pages = {page.name for page in (ROOT / "docs" / "ideas").glob("*.md")}
+    assert pages == set(PAGES.values())
 
 
 @pytest.mark.parametrize("name", sorted(DRAWINGS["DRAWINGS"]))
