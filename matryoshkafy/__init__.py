@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
     from matryoshkafy.units.order import order as order
+    from matryoshkafy.units.refit import refit as refit
     from matryoshkafy.units.rotate import rotate as rotate
     from matryoshkafy.units.untie import untie as untie
 
@@ -52,6 +53,7 @@ _HOMES = {
     "order": "units.order",
     "Plan": "plan.plan",
     "Weight": "rules",
+    "refit": "units.refit",
     "rotate": "units.rotate",
     "rule": "rules",
     "slice": "dolls.slice",

@@ -60,14 +60,18 @@ class _Meter(fx.Interpreter):
             given = self.env[args["input"]]
             bare = F.layer_norm if centred else F.rms_norm
             normed = bare(given.float(), args["normalized_shape"], eps=args.get("eps") or 1e-6)
-            self.take(gain, dim, self._real(normed), centred)
+            self.take(gain, dim, real_rows(normed, self.mask), centred)
         return value
 
-    def _real(self, normed: Tensor) -> Tensor:
-        """Return the rows of real tokens."""
-        mask = self.mask
-        known = mask is not None and mask.dim() == 2 and mask.shape == normed.shape[:2]
-        return normed[mask.bool()] if known and mask is not None else normed.flatten(0, -2)
+
+def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return [rows, n] of a value [..., n]: those of real tokens, where a mask of zeros and ones
+    [samples, positions] fits.
+    """
+    fits = mask is not None and mask.dim() == 2 and not mask.is_floating_point()
+    if fits and mask is not None and value.dim() > 2 and mask.shape == value.shape[:2]:
+        value = value[mask.bool()]
+    return value.flatten(0, -2)
 
 
 def gains_of(node: fx.Node, plan: Plan) -> Iterator[tuple[str, Dim]]:

@@ -1,0 +1,125 @@
+"""MiniLM cut without training: by start, and what a refit of each slice adds.
+
+    python -m tests.benchmarks.untrained [--what all] [--starts ordered,turned] [--sizes 96,192]
+
+`--what stream` narrows the residual stream alone, `all` the heads and hidden layers with it.
+Starts: `as it is`, `ordered`, `turned` (`post_norm="diagonal"`), `dense` (gains as matrices, turned
+exactly). `--alone` makes a start for each size by itself. Agreement with the full model on 600
+sentences of `pydoc_data.topics`: Spearman of all pairwise cosines / share of the ten nearest
+neighbours; 400 others calibrate. One thread; only the draw of the sentences is random (seed 0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from matryoshkafy_cli.families import agreement
+from matryoshkafy_cli.text_encoders import TextEncoder
+from torch import Tensor
+
+import matryoshkafy as mk
+from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.units.dense_gains import dense_gains
+from matryoshkafy.units.norm_scales import norm_scales
+from matryoshkafy.units.report import OrderReport
+from matryoshkafy.units.rotate import RotateReport
+from tests.benchmarks.distilled import embedded, minilm
+from tests.benchmarks.pretrained import _sentences
+
+TEST, CALIBRATION, WIDTH = 600, 400, 384
+
+
+@dataclass(frozen=True)
+class Start:
+    """A doll to cut, the one whose values a slice should have, and the way from there to here."""
+
+    doll: Doll
+    full: Doll
+    report: OrderReport | RotateReport | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An encoder, the sentences, and the full model's vectors of those to agree on."""
+
+    encoder: TextEncoder
+    sentences: list[str]
+    batches: list[Mapping[str, Tensor]]
+    truth: Tensor
+
+    def agreement(self, model: object) -> str:
+        found = embedded(model, self.encoder, self.sentences)
+        return "{:.3f} / {:.3f}".format(*agreement(found, self.truth))
+
+    def doll(self, what: str, sizes: list[int], *, dense: bool) -> Doll:
+        model = copy.deepcopy(self.encoder.embedder)
+        example = self.batches[0]
+        if dense:
+            dense_gains(model)
+        whole: dict[str, list[int]] = {}
+        if what == "stream":
+            plan = mk.inspect(model, (), example, sizes=sizes, nesting="sliced")
+            rest = (g for g in plan.groups if g.size != WIDTH)
+            whole = {g.name: [g.size] * len(sizes) for g in rest}
+        ladder = {"sizes": sizes, "nesting": "sliced", "overrides": whole, "check": False}
+        return mk.convert(model, (), example, **ladder).eval()  # type: ignore[arg-type]
+
+    def start(self, name: str, what: str, sizes: list[int]) -> Start:
+        doll = self.doll(what, sizes, dense=name == "dense")
+        full = copy.deepcopy(doll)
+        if name == "ordered":
+            return Start(doll, full, mk.order(doll, self.batches, by="contribution"))
+        if name == "turned":
+            report = mk.rotate(doll, self.batches, by="contribution", post_norm="diagonal")
+            return Start(doll, full, report)
+        if name == "dense":
+            mk.rotate(doll, self.batches, by="contribution")
+        return Start(doll, doll, None)
+
+    def row(self, start: Start, size: int) -> str:
+        """Return the cells of a size: the plain slice, with factors, with vectors, refitted."""
+        cells = [self.agreement(mk.slice(start.doll, size))]
+        scales = norm_scales(start.doll, self.batches)
+        cells.append(self.agreement(scales.fold(mk.slice(start.doll, size), size)))
+        for weights in (False, True):
+            small, began = mk.slice(start.doll, size), time.process_time()
+            mk.refit(small, start.full, self.batches, start.report, weights=weights)
+            cells.append(self.agreement(small))
+        return f"{' | '.join(cells)} | {time.process_time() - began:.0f}"
+
+
+def bench() -> Bench:
+    """Return the encoder, its sentences and its vectors."""
+    encoder, drawn = minilm(None), _sentences()
+    test, rest = drawn[:TEST], drawn[TEST : TEST + CALIBRATION]
+    batches = [encoder.batch(rest[i : i + 50]) for i in range(0, CALIBRATION, 50)]
+    return Bench(encoder, test, batches, embedded(encoder.embedder, encoder, test))
+
+
+def main() -> None:
+    """Print the rows of the table as they come."""
+    parser = argparse.ArgumentParser(description="MiniLM cut without training")
+    parser.add_argument("--what", choices=("stream", "all"), default="all")
+    parser.add_argument("--starts", default="as it is,ordered,turned")
+    parser.add_argument("--sizes", default="96,192,288,384")
+    parser.add_argument("--alone", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes, own = [int(s) for s in options.sizes.split(",")], bench()
+    print("| start | size | slice | factors | vectors | weights | CPU s |")
+    print("|---|---|---|---|---|---|---|")
+    for name in options.starts.split(","):
+        ladders = [[s, WIDTH] for s in sizes] if options.alone else [sizes]
+        for ladder in ladders:
+            start = own.start(name, options.what, sorted({*ladder, WIDTH}))
+            for size in ladder[:1] if options.alone else ladder:
+                print(f"| {name} | {size} | {own.row(start, size)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
