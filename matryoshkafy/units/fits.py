@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from matryoshkafy.graph.nodes import (
     bound_args,
     gives_several,
+    is_op,
     is_tensor,
     op_key,
     reached,
@@ -162,9 +163,9 @@ def _corrected(fit: Fit, known: Mapping[str, fx.Node], places: Mapping[fx.Node, 
     """Return the fit that reaches the sum in which its product stands, where it stands alone."""
     at = fit.node
     users = list(at.users)
-    while len(users) == 1 and (op_key(users[0]) == "dropout" or op_of(users[0]).algebra == "same"):
+    while len(users) == 1 and _passes(users[0]):
         at, users = users[0], list(users[0].users)
-    if fit.norm or len(users) != 1 or op_key(users[0]) != "add":
+    if fit.norm or len(users) != 1 or op_of(users[0]).algebra != "add":
         return fit
     total = users[0]
     if origin_of(total) not in known:
@@ -175,6 +176,12 @@ def _corrected(fit: Fit, known: Mapping[str, fx.Node], places: Mapping[fx.Node, 
     if scaled or len(others) != 1 or len(shapes) != 1:
         return fit
     return replace(fit, reached=total, other=others[0])
+
+
+def _passes(node: fx.Node) -> bool:
+    """Tell whether a value comes out as it went in, in evaluation mode (dropout has `train`)."""
+    word = op_of(node).algebra
+    return word == "same" or (word == "carry" and is_op(node) and "train" in bound_args(node))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class Bench:
 
     encoder: TextEncoder
     sentences: list[str]
-    batches: list[Mapping[str, Tensor]]
+    batches: Sequence[Mapping[str, Tensor]]
     truth: Tensor
 
     def agreement(self, model: object) -> str:
