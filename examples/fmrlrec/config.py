@@ -42,10 +42,11 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     a folder or a file (see `formats`). `sizes` is a ladder as matryoshkafy reads it; its last rung
     is the width of the model. `workers` of Ray prepare and encode, 0 for this process. `weights`
     belong to the sizes by share of the width: "1/32:10,1/4:4,1:2" fits every ladder; a size learns
-    at one step of as many as `every` says, written in the same way. `warmup` counts steps,
-    `patience` epochs; `schedule` is what follows the warm-up. `precision` "auto" is bf16 on a GPU
-    and full elsewhere. `learn_scales` gives the scores of each size a scale of its own, which
-    starts at `score_scale` / size, or at 1 where that is 0. `alone` makes `run` compare, too.
+    at one step of as many as `every` says, written in the same way. `learn_scales` gives the scores
+    of each size a scale of its own, which starts at `score_scale` / size, or at 1 where that is 0.
+    `negatives` items drawn at each step stand for all others in the loss (sampled softmax); with 0
+    all are scored. `warmup` counts steps, `patience` epochs; `schedule` is what follows the
+    warm-up. `precision` "auto" is bf16 on a GPU and full elsewhere. `alone` makes `run` compare.
     """
 
     data: str = "synthetic"
@@ -76,6 +77,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     every: str = ""
     learn_scales: bool = False
     score_scale: Real = 0.0
+    negatives: Natural = 0
 
     epochs: Positive = 500
     batch: Positive = 32

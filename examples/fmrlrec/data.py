@@ -36,7 +36,7 @@ class Dataset:
     offsets: np.ndarray
     user_ids: pl.Series
     catalogue: pl.DataFrame
-    report: dict[str, object]
+    problems: dict[str, int]
 
     @property
     def users(self) -> int:
@@ -114,19 +114,21 @@ def load(folder: Path) -> Dataset:
         np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         sequences["user_id"],
         pl.read_parquet(folder / CATALOGUE),
-        json.loads((folder / REPORT).read_text(encoding="utf-8")),
+        json.loads((folder / REPORT).read_text(encoding="utf-8"))["problems"],
     )
 
 
 def statistics(data: Dataset) -> dict[str, float]:
     """The counts of the paper's Table 1: users, items, images, interactions, density in percent."""
-    images = data.catalogue["image"].is_not_null().sum()
-    density = 100 * len(data.items) / (data.users * data.item_count)
+    length = len(data.items) / data.users
     return {
-        "users": data.users, "items": data.item_count, "images": int(images),
-        "interactions": len(data.items), "mean length": round(len(data.items) / data.users, 2),
-        "density %": round(density, 3),
-    }  # fmt: skip
+        "users": data.users,
+        "items": data.item_count,
+        "images": data.catalogue["image"].count(),
+        "interactions": len(data.items),
+        "mean length": round(length, 2),
+        "density %": round(100 * length / data.item_count, 3),
+    }
 
 
 def core_filter(
@@ -154,8 +156,12 @@ def training_windows(data: Dataset, config: Config) -> np.ndarray:
     starts, ends = data.offsets[:-1], data.offsets[1:] - 2
     if config.windows == "last":
         starts = np.maximum(starts, ends - config.max_length - 1)
-    bounds = zip(starts.tolist(), ends.tolist(), strict=True)
-    windows = [window for first, last in bounds for window in _cut(first, last, config.max_length)]
+    windows = [
+        # From the latest backwards; neighbours share the item between them.
+        (max(first, end - config.max_length - 1), end)
+        for first, last in zip(starts.tolist(), ends.tolist(), strict=True)
+        for end in range(last, first + 1, -config.max_length)
+    ]
     return np.asarray(windows, dtype=np.int64).reshape(-1, 2)
 
 
@@ -228,14 +234,6 @@ def left_pad(sequences: list[np.ndarray], length: int) -> np.ndarray:
     return padded
 
 
-def _cut(first: int, last: int, length: int) -> Iterator[tuple[int, int]]:
-    """Windows from the latest backwards; neighbours share the item between them."""
-    end = last
-    while end - first >= 2:
-        yield max(first, end - length - 1), end
-        end -= length
-
-
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """Sequences in one row with one padding item between them."""
     gap = np.zeros(1, dtype=np.int32)
@@ -243,11 +241,15 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _timestamp(frame: pl.LazyFrame) -> pl.Expr:
-    if frame.collect_schema()["timestamp"] != pl.String:
-        return pl.col("timestamp").cast(pl.Int64, strict=False)
-    number = pl.col("timestamp").cast(pl.Float64, strict=False).cast(pl.Int64)
-    date = pl.col("timestamp").str.to_datetime(strict=False).dt.epoch("s")
-    return pl.coalesce(number, date)
+    """Times as numbers, null where they cannot be read."""
+    kind, time = frame.collect_schema()["timestamp"], pl.col("timestamp")
+    if kind.is_integer() or kind.is_temporal():
+        return time.cast(pl.Int64)
+    seconds = time.cast(pl.Float64, strict=False)
+    if kind == pl.String:
+        dates = time.str.to_datetime(time_zone="UTC", strict=False).dt.epoch("us") / 1e6
+        seconds = pl.coalesce(seconds, dates)
+    return pl.when(seconds.is_finite()).then(seconds)
 
 
 def _partition(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors [items, F], and what more items of the same shop are encoded with."""
+    """Vectors [items, F], what more items of the same shop are encoded with, what was missing."""
 
     vectors: np.ndarray
     fit: Fit = field(default_factory=dict)
@@ -55,23 +55,22 @@ class Encoded:
 class Kind:
     """How one modality is encoded.
 
-    `read` takes the inputs of items from a table, `encode` learns from all of the catalogue's,
-    `again` encodes those of new items with what was learnt; `bytes_of` an input is what its digest
-    is made of.
+    `read` takes the inputs of items from a table; `bytes_of` an input is what its digest is made
+    of; `encode` learns from all inputs where it is not given what was learnt before.
     """
 
     setting: str
     read: Callable[[pl.DataFrame], list[Any]]
     bytes_of: Callable[[Any], bytes]
-    encode: Callable[[list[Any], Config, Each], Encoded]
-    again: Callable[[list[Any], Config, Fit], np.ndarray]
+    encode: Callable[[list[Any], Config, Each, Fit | None], Encoded]
 
 
 def encode(catalogue: pl.DataFrame, config: Config, cache: Path, each: Each = serially) -> Features:
     """Encodes what `config.modality` needs of every item, or finds it in `cache`."""
     found = {n: encoded(n, catalogue, config, cache, each) for n in MODALITIES[config.modality]}
     problems = {name: count for e in found.values() for name, count in e.problems.items()}
-    return Features({name: standardise(e.vectors) for name, e in found.items()}, problems)
+    vectors = {name: standardise(e.vectors, e.vectors) for name, e in found.items()}
+    return Features({name: np.pad(v, ((1, 0), (0, 0))) for name, v in vectors.items()}, problems)
 
 
 def encode_new(
@@ -81,13 +80,12 @@ def encode_new(
     parts = []
     for name in MODALITIES[config.modality]:
         known, kind = encoded(name, catalogue, config, cache), KINDS[name]
-        found = kind.again(kind.read(items), config, known.fit)
+        found = kind.encode(kind.read(items), config, serially, known.fit).vectors
         if found.shape[1] != known.vectors.shape[1]:
             # Either none of these has a picture (or a text), or none of the catalogue had.
             found = np.zeros((len(found), known.vectors.shape[1]))
-        mean, scale = _moments(known.vectors)
-        parts.append((found - mean) / scale * _present(found)[:, None])
-    return np.concatenate(parts, axis=1).astype(np.float32) if parts else None
+        parts.append(standardise(found, known.vectors))
+    return np.concatenate(parts, axis=1) if parts else None
 
 
 def check(config: Config) -> None:
@@ -110,13 +108,16 @@ def encoded(
     inputs, encoder = kind.read(catalogue), getattr(config, kind.setting)
     settings = {"kind": name, "encoder": encoder, "size": config.encoder_size, "format": FORMAT}
     own = sorted(Path(encoder).rglob("*")) if Path(encoder).is_dir() else []
-    digest = _digest(
-        [json.dumps(settings).encode(), *(path.name.encode() + _content(path) for path in own)],
-        map(kind.bytes_of, inputs),
-    )
-    file = cache / f"{name}-{digest}.safetensors"
+    digest = hashlib.sha256()
+    for content in (
+        json.dumps(settings).encode(),
+        *(path.name.encode() + _content(path) for path in own),
+        *map(kind.bytes_of, inputs),
+    ):
+        digest.update(len(content).to_bytes(8, "little") + content)
+    file = cache / f"{name}-{digest.hexdigest()[:24]}.safetensors"
     if not file.exists():
-        _store(kind.encode(inputs, config, each), file)
+        _store(kind.encode(inputs, config, each, None), file)
     with safe_open(file, framework="numpy") as stored:
         arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         problems = json.loads(stored.metadata()["problems"])
@@ -131,42 +132,24 @@ def _store(found: Encoded, file: Path) -> None:
         save_file(rows, fresh, {"problems": json.dumps(found.problems)})
 
 
-def _digest(first: list[bytes], inputs: Iterable[bytes]) -> str:
-    state = hashlib.sha256()
-    for content in (*first, *inputs):
-        state.update(len(content).to_bytes(8, "little") + content)
-    return state.hexdigest()[:24]
-
-
 def _content(path: Path | None) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest() if path and path.is_file() else b""
 
 
-# Vectors of any kind.
+def standardise(vectors: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Moves and scales the rows that are not zero as those of `like` need it.
 
-
-def standardise(vectors: np.ndarray) -> np.ndarray:
-    """Centres the rows that are not zero, gives them a mean square of 1, and adds the padding row.
-
-    [items, F] -> float32 [items + 1, F].
+    Theirs then have a mean of zero and a mean square of 1. [items, F] -> float32 [items, F].
     """
-    mean, scale = _moments(vectors)
-    rows = (vectors - mean) / scale * _present(vectors)[:, None]
-    return np.pad(rows, ((1, 0), (0, 0))).astype(np.float32)
+    known = like[_present(like)]
+    mean = known.mean(0) if len(known) else np.zeros(like.shape[1])
+    scale = max(float(np.sqrt(np.square(known - mean).mean())) if len(known) else 1.0, 1e-12)
+    return ((vectors - mean) / scale * _present(vectors)[:, None]).astype(np.float32)
 
 
 def _present(vectors: np.ndarray) -> np.ndarray:
     """Which rows are not zero."""
     return np.abs(vectors).sum(1) > 0
-
-
-def _moments(vectors: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean of the rows that are not zero, and the root of their mean square around it."""
-    present = vectors[_present(vectors)]
-    if not len(present):
-        return np.zeros(vectors.shape[1], np.float32), 1.0
-    mean = present.mean(0)
-    return mean, max(float(np.sqrt(np.square(present - mean).mean())), 1e-12)
 
 
 # Texts.
@@ -181,37 +164,24 @@ def item_texts(catalogue: pl.DataFrame) -> list[str]:
     ]
 
 
-def encode_texts(texts: list[str], config: Config, each: Each) -> Encoded:
-    """Vectors of texts; items without any are counted.
+def encode_texts(texts: list[str], config: Config, each: Each, fit: Fit | None) -> Encoded:
+    """Vectors of texts; items without any are zero, however an encoder treats the empty string.
 
     A word's weight depends on all texts, so `tfidf` is one part whatever `each` is.
     """
     if config.text_encoder == "tfidf":
-        found = tfidf(texts, config)
+        fit = learn_words(texts, config) if fit is None else fit
+        vectors = word_vectors(texts, fit)
     else:
         parts = [texts[at] for at in batches(len(texts), TEXTS_AT_ONCE)]
-        found = Encoded(np.concatenate(each(sentences, parts, config)))
+        fit, vectors = {}, np.concatenate(each(sentences, parts, config))
     empty = texts.count("")
     problems = {"items without text": empty} if empty else {}
-    return replace(found, vectors=_blanked(found.vectors, texts), problems=problems)
+    return Encoded(vectors * np.array([[bool(text)] for text in texts]), fit, problems)
 
 
-def new_texts(texts: list[str], config: Config, fit: Fit) -> np.ndarray:
-    """Vectors of new items' texts."""
-    if config.text_encoder != "tfidf":
-        return _blanked(sentences(texts, config), texts)
-    if "words" not in fit:
-        return np.zeros((len(texts), 1), np.float32)
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = fit["words"].tobytes().decode().split("\n")
-    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=words)
-    counts.idf_ = fit["idf"]
-    return _blanked(counts.transform(texts) @ fit["axes"].T, texts)
-
-
-def tfidf(texts: list[str], config: Config) -> Encoded:
-    """TF-IDF over words and pairs of words, reduced by a truncated SVD."""
+def learn_words(texts: list[str], config: Config) -> Fit:
+    """Weights of words and of pairs of words (TF-IDF), and the axes that tell texts apart (SVD)."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -220,14 +190,24 @@ def tfidf(texts: list[str], config: Config) -> Encoded:
         table = counts.fit_transform(texts)
     except ValueError:
         # scikit-learn raises where no text has a word; such a catalogue has nothing to tell.
-        return Encoded(np.zeros((len(texts), 1), dtype=np.float32))
-    words = "\n".join(counts.get_feature_names_out()).encode()
-    fit = {"words": np.frombuffer(words, np.uint8), "idf": counts.idf_}
+        return {}
     size = min(config.encoder_size, min(table.shape) - 1)
-    if size < 1:
-        return Encoded(table.toarray(), {**fit, "axes": np.eye(table.shape[1])})
-    svd = TruncatedSVD(size, random_state=0)
-    return Encoded(svd.fit_transform(table), {**fit, "axes": svd.components_})
+    reduced = TruncatedSVD(size, random_state=0).fit(table).components_ if size else None
+    words = "\n".join(counts.get_feature_names_out()).encode()
+    axes = np.eye(table.shape[1]) if reduced is None else reduced
+    return {"words": np.frombuffer(words, np.uint8), "idf": counts.idf_, "axes": axes}
+
+
+def word_vectors(texts: list[str], fit: Fit) -> np.ndarray:
+    """Texts by the words that were learnt."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if not fit:
+        return np.zeros((len(texts), 1))
+    words = fit["words"].tobytes().decode().split("\n")
+    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=words)
+    counts.idf_ = fit["idf"]
+    return counts.transform(texts) @ fit["axes"].T
 
 
 def sentences(texts: list[str], config: Config) -> np.ndarray:
@@ -256,36 +236,29 @@ def minilm_path() -> str:
     return str(get_model_path())
 
 
-def _blanked(vectors: np.ndarray, texts: list[str]) -> np.ndarray:
-    """What has no text must not be told apart by how an encoder treats the empty string."""
-    return vectors * np.array([[bool(text)] for text in texts])
-
-
 # Pictures.
 
 
-def encode_images(paths: list[Path | None], config: Config, each: Each) -> Encoded:
+def encode_images(paths: list[Path | None], config: Config, each: Each, fit: Fit | None) -> Encoded:
     """Vectors of pictures, `pixels` by principal components; missing and corrupt ones are zero."""
-    vectors, problems = raw_images(paths, config, each)
-    present = _present(vectors)
+    raw, problems = raw_images(paths, config, each)
     if config.image_encoder != "pixels":
-        return Encoded(vectors, problems=problems)
-    if present.sum() < 2:
-        return Encoded(np.zeros((len(vectors), 1)), problems=problems)
+        return Encoded(raw, {}, problems)
+    fit = learn_axes(raw[_present(raw)], config) if fit is None else fit
+    if not fit:
+        return Encoded(np.zeros((len(raw), 1)), {}, problems)
+    vectors = (raw - fit["mean"]) @ fit["axes"].T * _present(raw)[:, None]
+    return Encoded(vectors, fit, problems)
+
+
+def learn_axes(raw: np.ndarray, config: Config) -> Fit:
+    """The principal components of pictures; nothing where there are not two of them."""
     from sklearn.decomposition import PCA
 
-    pca = PCA(min(config.encoder_size, present.sum(), vectors.shape[1]), random_state=0)
-    reduced = np.zeros((len(vectors), pca.n_components))
-    reduced[present] = pca.fit_transform(vectors[present])
-    return Encoded(reduced, {"axes": pca.components_, "mean": pca.mean_}, problems)
-
-
-def new_images(paths: list[Path | None], config: Config, fit: Fit) -> np.ndarray:
-    """Vectors of new items' pictures."""
-    vectors, _ = raw_images(paths, config)
-    if "axes" not in fit:
-        return vectors
-    return (vectors - fit["mean"]) @ fit["axes"].T * _present(vectors)[:, None]
+    if len(raw) < 2:
+        return {}
+    pca = PCA(min(config.encoder_size, *raw.shape), random_state=0).fit(raw)
+    return {"axes": pca.components_, "mean": pca.mean_}
 
 
 def _paths(items: pl.DataFrame) -> list[Path | None]:
@@ -293,6 +266,6 @@ def _paths(items: pl.DataFrame) -> list[Path | None]:
 
 
 KINDS = {
-    "text": Kind("text_encoder", item_texts, str.encode, encode_texts, new_texts),
-    "image": Kind("image_encoder", _paths, _content, encode_images, new_images),
+    "text": Kind("text_encoder", item_texts, str.encode, encode_texts),
+    "image": Kind("image_encoder", _paths, _content, encode_images),
 }

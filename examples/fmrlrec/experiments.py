@@ -25,8 +25,8 @@ def run_everything(run: Run) -> None:
     if run.config.modality == "both":
         modalities = ablate(run, ("both", "text", "image"))
     lines = {name: metric_line(tables) for name, tables in modalities.items()}
-    lines["popularity"] = {min(lines["both"]): found["popularity"]["all"][METRIC]}
-    plot(TITLE, METRIC, lines, run.folder / "plots/sizes")
+    lines["popularity"] = dict.fromkeys(lines["both"], found["popularity"]["all"][METRIC])
+    plot(TITLE, lines, run.folder / "plots/sizes")
     if run.config.alone:
         compare(run, material, found)
     folders = [run.folder / kind for kind in ("tables", "plots", "slices")]
@@ -34,24 +34,19 @@ def run_everything(run: Run) -> None:
 
 
 def ablate(run: Run, modalities: Iterable[str] = ()) -> dict[str, dict[str, Table]]:
-    """Table 3 of the paper: the same recipe on each modality, or on all; {modality: tables}.
-
-    Its table has a row a modality: the largest size, ranking all items.
-    """
+    """Table 3 of the paper: the same recipe on each modality, or on all; {modality: tables}."""
     found, material = {}, pipeline.prepared(run.variant(".", modality="both"))
     for modality in modalities or MODALITIES:
         print(f"modality: {modality}")
-        variant = run.variant(f"ablation/{modality}", modality=modality)
-        if modality == run.config.modality:
-            variant = run
-        doll = pipeline.learn(variant, material)
-        found[modality] = pipeline.evaluate_doll(doll, material, variant.config)
+        own = modality == run.config.modality
+        variant = run if own else run.variant(f"ablation/{modality}", modality=modality)
+        found[modality] = learnt(variant, material)
+    largest = {modality: [*tables.items()][-1] for modality, tables in found.items()}
     table = pl.DataFrame(
-        {"modality": modality, "size": [*tables][-1]}
-        | {metric: [*tables.values()][-1]["all"][metric] for metric in METRICS}
-        for modality, tables in found.items()
+        {"modality": modality, "size": size, **{m: metrics["all"][m] for m in METRICS}}
+        for modality, (size, metrics) in largest.items()
     )
-    write_table(table, "Ablation, test, ranking all items", run.folder / "tables/ablation")
+    write_table(table, f"Ablation, {TITLE.lower()}", run.folder / "tables/ablation")
     return found
 
 
@@ -69,21 +64,24 @@ def compare(
     for size in sorted({*sizes, *before} if sizes else sizes_of(run.config)):
         print(f"size {size} alone")
         variant = run.variant(f"alone/{size}", sizes=str(size), weights="", every="")
-        doll = pipeline.learn(variant, material)
-        alone |= pipeline.evaluate_doll(doll, material, variant.config)
-    title = "Nested against alone, test, ranking all items"
-    write_table(comparison(nested, alone), title, run.folder / "tables/comparison")
+        alone |= learnt(variant, material)
+    file = run.folder / "tables/comparison"
+    write_table(comparison(nested, alone), f"Nested against alone, {TITLE.lower()}", file)
     lines = {"nested, trained once": metric_line(nested), "each size alone": metric_line(alone)}
-    plot(TITLE, METRIC, lines, run.folder / "plots/comparison")
+    plot(TITLE, lines, run.folder / "plots/comparison")
+
+
+def learnt(run: Run, material: Material) -> dict[str, Table]:
+    """Test metrics of a model that is trained where it is not yet."""
+    return pipeline.evaluate_doll(pipeline.learn(run, material), material, run.config)
 
 
 def comparison(nested: dict[str, Table], alone: dict[str, Table]) -> pl.DataFrame:
     """A row a size: NDCG@10 and Recall@10 ranking all items, and nested in percent of alone."""
-    rows = [(int(size), nested[size]["all"], table["all"])
-            for size, table in alone.items()]  # fmt: skip
+    rows = [(size, nested[size]["all"], table["all"]) for size, table in alone.items()]
     return pl.DataFrame(
         {
-            "size": size,
+            "size": int(size),
             f"{METRIC} nested": mine[METRIC],
             f"{METRIC} alone": theirs[METRIC],
             "nested in % of alone": round(100 * mine[METRIC] / max(theirs[METRIC], 1e-12), 1),
@@ -94,6 +92,6 @@ def comparison(nested: dict[str, Table], alone: dict[str, Table]) -> pl.DataFram
     )
 
 
-def metric_line(found: dict[str, Table]) -> dict[float, float]:
+def metric_line(found: dict[str, Table]) -> dict[int, float]:
     """NDCG@10 by size, ranking all items; what is no size (popularity) is left out."""
-    return {float(size): t["all"][METRIC] for size, t in found.items() if size.isdigit()}
+    return {int(size): t["all"][METRIC] for size, t in found.items() if size.isdigit()}

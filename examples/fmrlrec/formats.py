@@ -21,7 +21,8 @@ from matryoshkafy.files.folders import digest_file, whole_file
 INTERACTIONS = ("user_id", "item_id", "timestamp")
 ITEMS = ("item_id", "title", "price", "brand", "categories", "image")
 TABLE_SUFFIXES = (".parquet", ".csv", ".jsonl", ".jsonl.gz")
-NAMES = ("interactions", "items")
+# Size, time and SHA-256 of files, by name.
+Digests = dict[str, list[int | str]]
 TOLD = {"both": "texts and pictures", "text": "texts", "image": "pictures", "id": "ids"}
 
 
@@ -83,13 +84,11 @@ def read(path: Path, scratch: Path) -> Source:
     if path.is_file():
         return read_sequences(path)
     if reviews := sorted(path.glob("reviews_*.json.gz")):
-        files = reviews, sorted(path.glob("meta_*.json.gz"))
-        return _read_lines(path, scratch, files, AMAZON_2014)
-    if _table(path, "interactions") is not None:
-        return read_tables(path, scratch)
+        return _read_folder(path, scratch, (reviews, [*path.glob("meta_*.json.gz")]), AMAZON_2014)
+    if tables := _tables(path, "interactions"):
+        return _read_folder(path, scratch, (tables, _tables(path, "items")), NATIVE)
     if reviews := [file for file in sorted(path.glob("*.jsonl*")) if _is_amazon_2023(file)]:
-        files = reviews, sorted(path.glob("meta_*.jsonl*"))
-        return _read_lines(path, scratch, files, AMAZON_2023)
+        return _read_folder(path, scratch, (reviews, [*path.glob("meta_*.jsonl*")]), AMAZON_2023)
     texts = sorted(path.glob("*.txt"))
     if len(texts) == 1:
         return read_sequences(texts[0])
@@ -109,16 +108,17 @@ def survey(source: Source) -> Survey:
     texts = bool({"title", "brand", "categories"} & set(names))
     pictures = "image" in names or (source.root / "images").is_dir()
     kinds = {(True, True): "both", (True, False): "text", (False, True): "image"}
-    return Survey(*map(int, counts.row(0)), kinds.get((texts, pictures), "id"))
+    users, items, interactions = counts.row(0)
+    return Survey(users, items, interactions, kinds.get((texts, pictures), "id"))
 
 
-def digests(path: Path, known: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Size, time and SHA-256 of every file of the data, by name.
+def digests(path: Path, known: Digests) -> Digests:
+    """Digests of every file of the data.
 
     `known` is an earlier answer: what has its size and time still is not read again.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    found = {}
+    found: Digests = {}
     for file in files:
         name, stamp = str(file.relative_to(path.parent)), _stamp(file)
         before = known.get(name, [])
@@ -139,36 +139,32 @@ def read_sequences(path: Path) -> Source:
     return Source(rows.explode("item_id", "timestamp"), None, path.parent)
 
 
-def read_tables(folder: Path, scratch: Path) -> Source:
-    """Opens the native tables `interactions` and, where there is one, `items` of a folder."""
-    frames, problems = [], {}
-    for name, lines, needed in zip(NAMES, NATIVE, (INTERACTIONS, ITEMS[:1]), strict=True):
-        path = _table(folder, name)
-        if path is None:
-            frames.append(None)
-            continue
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty; expected a table with {', '.join(lines.columns)}")
-        if path.name.endswith(".parquet"):
-            frame = pl.scan_parquet(path)
-        elif path.name.endswith(".csv"):
-            frame = pl.scan_csv(path, encoding="utf8-lossy", infer_schema_length=None)
-        else:
-            frame = _parsed([path], lines, scratch / name, problems)
-        _require(frame, needed, folder)
-        frames.append(frame)
-    return Source(*frames, folder, problems)
-
-
-def _read_lines(
-    folder: Path, scratch: Path, files: tuple[list[Path], ...], kinds: tuple[Lines, ...]
+def _read_folder(
+    folder: Path, scratch: Path, files: tuple[list[Path], list[Path]], kinds: tuple[Lines, Lines]
 ) -> Source:
-    problems: dict[str, int] = {}
-    frames = [
-        _parsed(found, lines, scratch / name, problems) if found else None
-        for name, found, lines in zip(NAMES, files, kinds, strict=True)
-    ]
-    return Source(*frames, folder, problems)
+    """Opens files of interactions and, where there are any, of items."""
+    (interactions, items), problems = files, {}
+    for path in (*interactions, *items):
+        if path.stat().st_size == 0:
+            columns = ", ".join(kinds[path in items].columns)
+            raise DataError(f"{path} is empty; expected a table with {columns}")
+    bought = _frame(interactions, kinds[0], scratch / "interactions", problems)
+    _require(bought, INTERACTIONS, folder)
+    if not items:
+        return Source(bought, None, folder, problems)
+    described = _frame(items, kinds[1], scratch / "items", problems)
+    _require(described, ITEMS[:1], folder)
+    return Source(bought, described, folder, problems)
+
+
+def _frame(
+    paths: list[Path], lines: Lines, scratch: Path, problems: dict[str, int]
+) -> pl.LazyFrame:
+    if paths[0].suffix == ".parquet":
+        return pl.scan_parquet(paths)
+    if paths[0].suffix == ".csv":
+        return pl.scan_csv(paths, encoding="utf8-lossy", infer_schema_length=None)
+    return _parsed(paths, lines, scratch, problems)
 
 
 def _parsed(
@@ -236,14 +232,15 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _stamp(file: Path) -> list[int]:
+def _stamp(file: Path) -> list[int | str]:
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
-def _table(folder: Path, name: str) -> Path | None:
+def _tables(folder: Path, name: str) -> list[Path]:
+    """The first of its forms that is there."""
     found = [folder / f"{name}{suffix}" for suffix in TABLE_SUFFIXES]
-    return next((path for path in found if path.exists()), None)
+    return [path for path in found if path.exists()][:1]
 
 
 def _require(frame: pl.LazyFrame, names: tuple[str, ...], folder: Path) -> None:

@@ -183,10 +183,15 @@ class Recommender(nn.Module):
             x = block(x, real)
         return self.norm_out(x)
 
+    @property
+    def stepping(self) -> list[Block]:
+        """The blocks, as what they are."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def start(self, batch: int) -> list[Tensor]:
         """Returns the states before the first step: zeros [B, N, 2] for each block."""
-        return [block.mix.nu_log.new_zeros(batch, *block.mix.nu_log.shape, 2)
-                for block in self.blocks]  # fmt: skip
+        units = [block.mix.nu_log for block in self.stepping]
+        return [unit.new_zeros(batch, len(unit), 2) for unit in units]
 
     def advance(
         self, items: Tensor, states: list[Tensor], table: Tensor
@@ -194,7 +199,7 @@ class Recommender(nn.Module):
         """items int64 [B] and the states before them -> hidden states [B, D], the next states."""
         real, moved = items != 0, []
         x = self.dropout(self.norm_in(functional.embedding(items, table)))
-        for block, state in zip(self.blocks, states, strict=True):
+        for block, state in zip(self.stepping, states, strict=True):
             x, state = block.step(x, real, state)
             moved.append(state)
         return self.norm_out(x), moved

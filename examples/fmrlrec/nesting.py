@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +19,8 @@ from examples.fmrlrec.encoders import Features
 from examples.fmrlrec.evaluation import Scorer
 from examples.fmrlrec.model import Recommender, Shape
 from examples.fmrlrec.scan import lru_scan
+from matryoshkafy.losses import nested_sampled_softmax
+from matryoshkafy.outputs import Readout
 from matryoshkafy.rules.table import Args, Walk, rule
 from matryoshkafy.sizes import parse_ladder
 from matryoshkafy.training import AllSizes
@@ -66,10 +68,15 @@ def scan_axes(walk: Walk, node: fx.Node, args: Args) -> Any:
 
 
 class StaggeredLoss(mk.MatryoshkaLoss):
-    """Equation 14: the sum of the cross entropies of all sizes; some learn at every nth step."""
+    """Equation 14: the sum of the cross entropies of all sizes; some learn at every nth step.
+
+    With `config.negatives` the scores are those of the target and of as many items drawn at random,
+    the same for all rows and processes of a step, instead of all items.
+    """
 
     def __init__(self, config: Config, sizes: Sequence[int]) -> None:
-        scales = {size: first_scale(config, size) for size in sizes}
+        # What a step of the optimizer adds to a score grows with the units that the score sums.
+        scales = {size: config.score_scale / size or 1.0 for size in sizes}
         super().__init__(
             nn.CrossEntropyLoss(ignore_index=PADDING),
             sizes,
@@ -77,16 +84,52 @@ class StaggeredLoss(mk.MatryoshkaLoss):
             learn_scales=scales if config.learn_scales else False,
         )
         self.every = dict(zip(sizes, intervals(config, sizes), strict=True))
-        self.step = 0
+        self.seed, self.negatives, self.step = config.seed, config.negatives, 0
 
     def drawn(self, weights: dict[int, float]) -> dict[int, float]:
         """The sizes that learn at this step."""
         return {m: weight for m, weight in weights.items() if self.step % self.every[m] == 0}
 
+    def criteria(
+        self, outputs: Mapping[int, object], targets: tuple[object, ...], weights: dict[int, float]
+    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, object] | None]:
+        """The weighted sum, the cross entropy of each size, and the scores where they are kept."""
+        if not self.negatives:
+            return super().criteria(outputs, targets, weights)
+        scales, losses = self.scales(), {}
+        for size, readout in self.readouts(outputs, targets, weights).items():
+            losses[size] = self.sampled(readout, size, targets[0], scales.get(size, 1.0))
+        total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum()
+        return total, {size: loss.detach() for size, loss in losses.items()}, None
+
+    def sampled(self, readout: Readout, size: int, target: Any, scale: Tensor | float) -> Tensor:
+        """The cross entropy of a size among the target and `negatives` items of this step."""
+        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        others = torch.randint(1, len(readout.table), (self.negatives,), generator=draws)
+        width, bias = readout.widths[size], readout.bias
+        assert bias is not None, "every item has a bias"
+        loss = nested_sampled_softmax(
+            readout.scaled[..., :width] * scale,
+            readout.table[:, :width],
+            target,
+            others.to(target.device),
+            [width],
+            bias=bias * scale,
+            ignore_index=PADDING,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
 
 def objective(doll: mk.Doll, config: Config) -> AllSizes:
     """What a step calls: (inputs [B, T], labels=targets [B, T]) -> the loss, {size: loss}."""
     return AllSizes(doll, StaggeredLoss(config, doll.sizes), shift_labels=False)
+
+
+def tell_step(objective: AllSizes, step: int) -> None:
+    """Which sizes learn, and from which items, depends on the step."""
+    if isinstance(objective.loss, StaggeredLoss):
+        objective.loss.step = step
 
 
 def nested_scorer(doll: mk.Doll) -> Scorer:
@@ -133,11 +176,3 @@ def intervals(config: Config, sizes: Sequence[int]) -> list[float]:
             "for example --set every=1/2:1,1:2"
         )
     return [steps // min(every) for steps in every]
-
-
-def first_scale(config: Config, size: int) -> float:
-    """The scale of the scores of a size that training starts from.
-
-    What a step of the optimizer adds to a score grows with the units that the score sums.
-    """
-    return config.score_scale / size if config.score_scale else 1.0

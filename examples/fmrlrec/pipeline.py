@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
@@ -18,7 +18,7 @@ from examples.fmrlrec.nesting import nested_scorer, objective, sizes_of
 from examples.fmrlrec.pictures import device
 from examples.fmrlrec.reporting import metric_table, write_environment, write_table
 from examples.fmrlrec.training import BEST, load_weights, train
-from examples.fmrlrec.workers import each_of
+from examples.fmrlrec.workers import each_of, first_process_first
 
 INPUTS, NESTED = "inputs.json", "nested"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
@@ -35,7 +35,7 @@ class Run:
     folder: Path
     config: Config
 
-    def variant(self, name: str, **changes: Any) -> Run:
+    def variant(self, name: str, **changes: object) -> Run:
         """The same run under other settings, in a folder of its own below this one."""
         return Run(self.folder / name, replace(self.config, changes))
 
@@ -76,55 +76,73 @@ def check(config: Config) -> None:
         raise DataError(f"no data at {config.data}; give a folder or a file, or --data synthetic")
 
 
+# Data and features.
+
+
 def prepare(run: Run) -> data.Dataset:
     """Reads, filters and orders the interactions, and tells the counts and what was wrong.
 
     Prepared data are used again while the input files are the same; where they changed, that is
     said, they are prepared again, and what was learnt from the old ones is put aside.
     """
-    folder, path = run.folder / "data", data_path(run)
-    before = _inputs(folder)
-    found = formats.digests(path, before)
+    folder = run.folder / "data"
+    changed, digests = _changed(run)
     there = data.is_prepared(folder)
-    changed = _changed(before, found) if before else []
     if there and changed:
-        print(f"note: {_named(changed)} changed since it was prepared; prepared again")
+        print(f"note: {changed} changed since it was prepared; prepared again")
         _put_aside(run)
     if changed or not there:
         (folder / data.REPORT).unlink(missing_ok=True)
-        data.prepare(formats.read(path, folder / "lines"), folder, run.config, each_of(run.config))
-    write_text(folder / INPUTS, json.dumps(found, indent=0))
-    prepared = data.load(folder)
-    counts = data.statistics(prepared)
+        source = formats.read(data_path(run), folder / "lines")
+        data.prepare(source, folder, run.config, each_of(run.config))
+    write_text(folder / INPUTS, json.dumps(digests, indent=0))
+    found = data.load(folder)
+    counts = data.statistics(found)
     table = pl.DataFrame({"what": [*counts], "count": [*map(str, counts.values())]})
     write_table(table, "Data", run.folder / "tables/data")
-    _tell_problems(prepared.report["problems"])
-    return prepared
+    _tell_problems(found.problems)
+    return found
+
+
+def materials(run: Run) -> Material:
+    """Prepared data, and texts and pictures encoded or found in the cache."""
+    with first_process_first():
+        found, cache = prepare(run), run.folder / "cache"
+        features = encoders.encode(found.catalogue, run.config, cache, each_of(run.config))
+    for name, vectors in features.vectors.items():
+        print(f"{name}: {len(vectors) - 1} items x {vectors.shape[1]}")
+    _tell_problems(features.problems)
+    return Material(found, features)
 
 
 def prepared(run: Run) -> Material:
     """Data and features as they were prepared, without a word; changed input files are said."""
-    folder = run.folder / "data"
-    found = data.load(folder)
-    before = _inputs(folder)
-    changed = _changed(before, formats.digests(data_path(run), before)) if before else []
+    found = data.load(run.folder / "data")
+    changed, _ = _changed(run)
     if changed:
-        print(f"note: {_named(changed)} changed since; `run` or `train` prepares and learns again")
+        print(f"note: {changed} changed since; `run` or `train` prepares and learns again")
     return Material(found, encoders.encode(found.catalogue, run.config, run.folder / "cache"))
 
 
-def _inputs(folder: Path) -> dict[str, list[Any]]:
-    stored = folder / INPUTS
-    return json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+def data_path(run: Run) -> Path:
+    """Where the data of a run lie; the embedded shop is made where it is not there yet."""
+    if run.config.data != "synthetic":
+        return Path(run.config.data)
+    shop = run.folder / "shop"
+    if not (shop / "interactions.csv").exists():
+        synthetic.generate(shop, synthetic.Shop(seed=run.config.seed))
+    return shop
 
 
-def _changed(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
-    """The files whose content differs, that are new, or that are gone."""
-    return [n for n in sorted({*before, *now}) if before.get(n, [""])[-1] != now.get(n, [""])[-1]]
-
-
-def _named(files: list[str]) -> str:
-    return ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+def _changed(run: Run) -> tuple[str, formats.Digests]:
+    """The files that differ from those that were prepared, are new or are gone; all digests."""
+    stored = run.folder / "data" / INPUTS
+    before = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    now = formats.digests(data_path(run), before)
+    names = {*before, *now} if before else set()
+    changed = [n for n in sorted(names) if before.get(n, [""])[-1] != now.get(n, [""])[-1]]
+    more = f" and {len(changed) - 3} more files" if len(changed) > 3 else ""
+    return ", ".join(changed[:3]) + more, now
 
 
 def _put_aside(run: Run) -> None:
@@ -139,27 +157,21 @@ def _put_aside(run: Run) -> None:
         print(f"note: what was learnt from the old data now lies in {target}")
 
 
-def encode(run: Run, prepared: data.Dataset) -> encoders.Features:
-    """Encodes texts and pictures, or finds them in the cache, and tells what was missing."""
-    cache, each = run.folder / "cache", each_of(run.config)
-    found = encoders.encode(prepared.catalogue, run.config, cache, each)
-    for name, vectors in found.vectors.items():
-        print(f"{name}: {len(vectors) - 1} items x {vectors.shape[1]}")
-    _tell_problems(found.problems)
-    return found
+def _tell_problems(problems: Mapping[str, int]) -> None:
+    """The twenty most frequent."""
+    for name, count in sorted(problems.items(), key=lambda item: -item[1])[:20]:
+        print(f"note: {name}: {count}")
 
 
-def materials(run: Run) -> Material:
-    """Prepared data and features of a run."""
-    prepared = prepare(run)
-    return Material(prepared, encode(run, prepared))
+# Training.
 
 
 def learn(run: Run, material: Material) -> mk.Doll:
     """The nested model with its best weights: trained, gone on with, or found finished."""
-    doll = new_doll(run, material)
-    train(objective(doll, run.config), material.data, run.config, run.folder / NESTED)
-    return doll.eval()
+    learning = objective(new_doll(run, material), run.config)
+    train(learning, material.data, run.config, run.folder / NESTED)
+    # Anew: several processes have sharded what they trained.
+    return trained_doll(run, material)
 
 
 def train_nested(run: Run) -> Material:
@@ -184,6 +196,9 @@ def trained_doll(run: Run, material: Material) -> mk.Doll:
     doll = new_doll(run, material)
     load_weights(doll, run.folder / NESTED / BEST)
     return doll.eval()
+
+
+# Evaluation.
 
 
 def test(material: Material, scorer: Scorer, config: Config) -> dict[str, Table]:
@@ -224,19 +239,3 @@ def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
     )
     print(f"largest difference between the doll and its sliced files: {gap:.2e}")
     return found
-
-
-def data_path(run: Run) -> Path:
-    """Where the data of a run lie; the embedded shop is made where it is not there yet."""
-    if run.config.data != "synthetic":
-        return Path(run.config.data)
-    shop = run.folder / "shop"
-    if not (shop / "interactions.csv").exists():
-        synthetic.generate(shop, synthetic.Shop(seed=run.config.seed))
-    return shop
-
-
-def _tell_problems(problems: Any) -> None:
-    """The twenty most frequent."""
-    for name, count in sorted(problems.items(), key=lambda item: -item[1])[:20]:
-        print(f"note: {name}: {count}")

@@ -1,4 +1,4 @@
-"""Tables as CSV, Markdown and text; curves as PNG and SVG; what a run was made with as JSON."""
+"""Tables as CSV, Markdown and text; curves as SVG; what a run was made with as JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from rich.table import Table as RichTable
 
 from examples.fmrlrec.config import Config, write_text
 from examples.fmrlrec.evaluation import CUTOFFS, GAINS, PROTOCOLS, Table
+from matryoshkafy.report import pictures
+from matryoshkafy.report.page.numbers import stored
+from matryoshkafy.report.pictures.svg import svg, text
 
 METRICS = [f"{name}@{cutoff}" for name in GAINS for cutoff in CUTOFFS]
 SHORT = ("NDCG@10", "Recall@10", "MRR@10", "NDCG@50", "Recall@50")
-MARKDOWN = {
-    "tbl_formatting": "MARKDOWN", "tbl_hide_dataframe_shape": True, "float_precision": 4,
-    "tbl_hide_column_data_types": True, "tbl_rows": -1, "tbl_cols": -1, "tbl_width_chars": 1000,
-}  # fmt: skip
 
 
 def metric_table(found: Mapping[str, Table]) -> pl.DataFrame:
@@ -37,8 +36,9 @@ def metric_table(found: Mapping[str, Table]) -> pl.DataFrame:
 def write_table(table: pl.DataFrame, title: str, file: Path) -> None:
     """Writes `file`.csv and `file`.md, and prints the metrics that fit a terminal."""
     write_text(file.with_suffix(".csv"), table.write_csv())
-    with pl.Config(**MARKDOWN):
-        write_text(file.with_suffix(".md"), f"# {title}\n\n{table}\n")
+    lines = [table.columns, ["---"] * table.width, *map(_shown, table.iter_rows())]
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_text(file.with_suffix(".md"), f"# {title}\n\n{rows}")
     print_table(table.select(n for n in table.columns if n not in METRICS or n in SHORT), title)
 
 
@@ -46,45 +46,32 @@ def print_table(table: pl.DataFrame, title: str) -> None:
     """Prints the table to the terminal."""
     drawn = RichTable(*table.columns, title=title, title_justify="left")
     for row in table.iter_rows():
-        drawn.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+        drawn.add_row(*_shown(row))
     Console().print(drawn)
+
+
+def _shown(row: Iterable[object]) -> list[str]:
+    return [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row]
 
 
 def print_files(paths: Iterable[Path]) -> None:
     """Prints files with their sizes."""
-    from matryoshkafy.report.page.numbers import stored
-
     for path in paths:
         if path.is_file():
             print(f"{path}  {stored(path.stat().st_size)}")
 
 
-def plot(title: str, value: str, lines: Mapping[str, Mapping[float, float]], file: Path) -> None:
-    """Draws {name: {size: value}} over sizes (logarithmic) to `file`.png and .svg.
-
-    A line of one point is a floor for all sizes.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for label, line in lines.items():
-        if len(line) > 1:
-            axes.plot(list(line), list(line.values()), "o-", label=label)
-        else:
-            axes.axhline(*line.values(), linestyle="--", label=label)
+def plot(title: str, lines: Mapping[str, Mapping[int, float]], file: Path) -> None:
+    """Draws {name: {size: value}} to `file`.svg, a line a name."""
     sizes = sorted({size for line in lines.values() for size in line})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    axes.set(title=title, xlabel="size", ylabel=value)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(file.with_suffix(suffix), dpi=150)
-    pyplot.close(figure)
+    curves = pictures.lines(lines, sizes, title).replace("<svg ", '<svg y="30" height="170" ', 1)
+    names = [
+        text(name, 12, 222 + 16 * order, style=f"fill:{pictures.colour(order)}")
+        for order, name in enumerate(lines)
+    ]
+    body = text(title, 12, 20, class_="title") + curves + "".join(names)
+    drawing = svg(body, 360, 222 + 16 * len(lines), title)
+    write_text(file.with_suffix(".svg"), pictures.standalone(drawing))
 
 
 def write_environment(config: Config, folder: Path) -> None:
@@ -95,8 +82,7 @@ def write_environment(config: Config, folder: Path) -> None:
     found = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seed": config.seed,
-        "git": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git": _revision(),
         "python": platform.python_version(),
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads(), "gpu": gpu},
         "packages": {d.name: d.version for d in distributions()},
@@ -105,10 +91,12 @@ def write_environment(config: Config, folder: Path) -> None:
     write_text(folder / "environment.json", json.dumps(found, indent=2) + "\n")
 
 
-def _git(*words: str) -> str | None:
+def _revision() -> str | None:
+    """The commit, with "-dirty" behind it where files differ; None outside of git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              timeout=10)  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip() or None

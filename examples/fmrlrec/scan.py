@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,12 @@ def lru_scan(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
     after it sees beyond: it separates sequences that share a row.
     """
     states = _working(u, transition) * real[:, :, None, None]
-    _accumulate(torch.view_as_complex(states), _as_complex(transition, states), real)
+    _carry(torch.view_as_complex(states), _as_complex(transition, states), real)
     return states.to(u.dtype)
 
 
 @lru_scan.register_fake
-def _lru_scan_shape(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
+def _(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
@@ -39,31 +41,24 @@ def lru_scan_backward(
     flowing = _working(grad, transition) * real[:, :, None, None]
     backwards = torch.view_as_complex(flowing)
     turned = _as_complex(transition, flowing).conj_physical()
-    _accumulate_reversed(backwards, turned, real)
+    _carry(backwards, turned, real, backwards=True)
     earlier = _as_complex(states, flowing)[:, :-1]
     moved = torch.view_as_real((backwards[:, 1:] * earlier.conj()).sum((0, 1)))
     return flowing.to(grad.dtype), moved.to(transition.dtype)
 
 
 @lru_scan_backward.register_fake
-def _lru_scan_backward_shape(
-    grad: Tensor, states: Tensor, transition: Tensor, real: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, states: Tensor, transition: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     contiguous = torch.contiguous_format
     return torch.empty_like(grad, memory_format=contiguous), torch.empty_like(transition)
 
 
-def _remember(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
-) -> None:
+def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(output, *inputs[1:])
 
 
-def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-) -> tuple[Tensor, Tensor, None]:
-    states, transition, real = ctx.saved_tensors  # type: ignore[attr-defined]
-    return (*lru_scan_backward(grad, states, transition, real), None)
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*lru_scan_backward(grad, *ctx.saved_tensors), None)
 
 
 lru_scan.register_autograd(_differentiate, setup_context=_remember)
@@ -86,26 +81,21 @@ def _as_complex(value: Tensor, like: Tensor) -> Tensor:
     return torch.view_as_complex(value.to(like.dtype).contiguous())
 
 
-def _accumulate(states: Tensor, transition: Tensor, real: Tensor) -> None:
+def _carry(states: Tensor, transition: Tensor, real: Tensor, *, backwards: bool = False) -> None:
+    """Adds to each state, in place, what the one before it (backwards: after it) brings to it."""
+    order = range(states.shape[1])[:: -1 if backwards else 1]
+    real = real.flip(1) if backwards else real
     if states.is_cuda:
-        states.copy_(_doubled(states, transition, real))
+        found = _doubled(states.flip(1) if backwards else states, transition, real)
+        states.copy_(found.flip(1) if backwards else found)
         return
-    cuts = _cuts(real[:, :-1], real[:, 1:])
-    for t in range(1, states.shape[1]):
-        states[:, t].addcmul_(states[:, t - 1], transition)
-        if cuts[t - 1]:
-            states[:, t].mul_(real[:, t, None])
-
-
-def _accumulate_reversed(grads: Tensor, transition: Tensor, real: Tensor) -> None:
-    if grads.is_cuda:
-        grads.copy_(_doubled(grads.flip(1), transition, real.flip(1)).flip(1))
-        return
-    cuts = _cuts(real[:, 1:], real[:, :-1])
-    for t in range(grads.shape[1] - 2, -1, -1):
-        grads[:, t].addcmul_(grads[:, t + 1], transition)
-        if cuts[t]:
-            grads[:, t].mul_(real[:, t, None])
+    # The steps at which a state that is not zero would be carried into padding.
+    cuts = (real[:, :-1] & ~real[:, 1:]).any(0).tolist()
+    for place, cut in enumerate(cuts, start=1):
+        state = states[:, order[place]]
+        state.addcmul_(states[:, order[place - 1]], transition)
+        if cut:
+            state.mul_(real[:, place, None])
 
 
 def _doubled(states: Tensor, transition: Tensor, real: Tensor) -> Tensor:
@@ -122,8 +112,3 @@ def _doubled(states: Tensor, transition: Tensor, real: Tensor) -> Tensor:
         whole = torch.cat((torch.zeros_like(whole[:, :reach]), joined), dim=1)
         transition, reach = transition * transition, 2 * reach
     return states
-
-
-def _cuts(before: Tensor, after: Tensor) -> list[bool]:
-    """The steps at which a state that is not zero would be carried into padding."""
-    return (before & ~after).any(0).tolist()

@@ -2,6 +2,8 @@
 
 Batches are a function of (seed, epoch), the learning rate of the step, and everything else that a
 run has accumulated is in a folder of `matryoshkafy.training` that replaces its predecessor whole.
+Several processes (torchrun) divide the rows of each batch, and under FSDP2 each holds a part of the
+item table, of every other parameter and of their gradients and moments.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from examples.fmrlrec.config import Config, DataError, RunError
 from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
 from examples.fmrlrec.evaluation import Table, evaluate
-from examples.fmrlrec.nesting import nested_scorer
+from examples.fmrlrec.nesting import nested_scorer, tell_step
 from matryoshkafy.files.folders import whole_file
 from matryoshkafy.report.page.numbers import timed
-from matryoshkafy.training import AllSizes, RunLog, resume_run, save_run
+from matryoshkafy.training import AllSizes, RunLog, full_state, resume_run, save_run
 
 STATE, BEST = "state", "best.safetensors"
 LAST_RATE = 0.02  # of the learning rate is left at the end of a cosine
@@ -54,11 +58,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Session:
-    """What the steps of a run share; `wrapped` is the objective as several processes call it."""
+    """What the steps of a run share."""
 
     objective: AllSizes
-    wrapped: Any
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     data: Dataset
     config: Config
@@ -67,16 +70,16 @@ class Session:
     windows: np.ndarray
 
     @property
-    def total(self) -> int:
-        """Steps of all epochs."""
-        return self.config.epochs * math.ceil(len(self.windows) / self.config.batch)
+    def parts(self) -> dict[str, object]:
+        """What has a state that a run goes on from."""
+        return {"objective": self.objective, "optimizer": self.optimizer}
 
 
 def train(objective: AllSizes, data: Dataset, config: Config, folder: Path) -> Progress:
-    """Trains until `config.epochs` or `config.patience`, and leaves the best weights in place.
+    """Trains until `config.epochs` or `config.patience`; the best weights are in `folder`.
 
-    A run that was killed goes on from its last checkpoint in `folder`: bit for bit on a CPU, if on
-    as many threads.
+    A run that was killed goes on from its last checkpoint there: bit for bit on a CPU, if on as
+    many threads.
     """
     folder.mkdir(parents=True, exist_ok=True)
     session, progress = _open(objective, data, config, folder)
@@ -85,7 +88,6 @@ def train(objective: AllSizes, data: Dataset, config: Config, folder: Path) -> P
             progress = _epoch(session, progress)
             for line in log_lines(progress):
                 log.bar.console.print(line, highlight=False, markup=False)
-    load_weights(objective.doll, folder / BEST)
     return progress
 
 
@@ -160,8 +162,11 @@ def _open(
     if not len(windows):
         raise DataError("no user has the four items that one training step needs")
     accelerator = Accelerator(mixed_precision=mixed_precision(config))
+    objective.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        fully_shard(objective, mesh=mesh)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
     position = resume_run(folder / STATE, {"objective": objective, "optimizer": optimizer})
     if position is None:
         torch.manual_seed(config.seed)
@@ -174,13 +179,12 @@ def _open(
         every=1,
         console=None if is_main else Console(quiet=True),
     )
-    shared = (wrapped, optimizer, accelerator, data, config, folder, log, windows)
-    return Session(objective, *shared), progress
+    return Session(objective, optimizer, accelerator, data, config, folder, log, windows), progress
 
 
 def _epoch(session: Session, progress: Progress) -> Progress:
     config, started = session.config, time.monotonic() - progress.seconds
-    session.wrapped.train()
+    session.objective.train()
     batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
     for batch in islice(batches, progress.batch, None):
         progress = _step(session, progress, batch)
@@ -191,21 +195,26 @@ def _epoch(session: Session, progress: Progress) -> Progress:
 
 
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
+    objective, config = session.objective, session.config
     inputs, targets, share = _share(session.accelerator, batch)
+    total_steps = config.epochs * math.ceil(len(session.windows) / config.batch)
     for group in session.optimizer.param_groups:
-        group["lr"] = group["factor"] * learning_rate(progress.step, session.total, session.config)
-    session.objective.loss.step = progress.step
-    loss, per_size = session.wrapped(inputs, labels=targets)
+        group["lr"] = group["factor"] * learning_rate(progress.step, total_steps, config)
+    tell_step(objective, progress.step)
+    with session.accelerator.autocast():
+        loss, per_size = objective(inputs, labels=targets)
     session.optimizer.zero_grad()
     # Processes average their gradients: weighted by their targets, the sum is that of one process.
-    session.accelerator.backward(loss if share == 1 else loss * share)
-    session.accelerator.clip_grad_norm_(session.wrapped.parameters(), session.config.clip)
+    (loss * share).backward()
+    nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
     session.optimizer.step()
-    total = _mean(session.accelerator, loss, share)
-    parts = {size: _mean(session.accelerator, value, share) for size, value in per_size.items()}
-    session.log.step(total, parts)
+    told = torch.stack([loss.detach(), *per_size.values()]) * share
+    total, *parts = torch.as_tensor(session.accelerator.reduce(told, "mean")).tolist()
+    session.log.step(total, dict(zip(per_size, parts, strict=True)))
     losses = dict(progress.losses)
-    for name, value in {"loss": total, **{f"loss {m}": v for m, v in parts.items()}}.items():
+    for name, value in zip(
+        ["loss", *(f"loss {m}" for m in per_size)], [total, *parts], strict=True
+    ):
         before, count = losses.get(name, (0.0, 0))
         losses[name] = before + value, count + 1
     return dataclasses.replace(
@@ -222,17 +231,8 @@ def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor, floa
     mine = slice(row, None, world) if row < len(batch.inputs) else slice(0, 1)
     arrays = batch.inputs[mine], batch.targets[mine]
     inputs, targets = (torch.from_numpy(a).to(accelerator.device) for a in arrays)
-    if world == 1:
-        return inputs, targets, 1.0
     counted = (arrays[1] != PADDING).sum() if row < len(batch.inputs) else 0
     return inputs, targets, float(counted * world / (batch.targets != PADDING).sum())
-
-
-def _mean(accelerator: Accelerator, value: Tensor, share: float) -> float:
-    """A loss over the targets of all processes."""
-    if accelerator.num_processes == 1:
-        return float(value.detach())
-    return float(accelerator.reduce(value.detach() * share, "mean"))
 
 
 def _close_epoch(session: Session, progress: Progress) -> Progress:
@@ -242,10 +242,11 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
     by_largest = session.config.select_by == "largest"
     value = values[-1] if by_largest else sum(values) / len(values)
     better = value > progress.best
-    if better and session.accelerator.is_main_process:
-        state = session.objective.doll.state_dict()
-        with whole_file(session.folder / BEST) as fresh:
-            save_file({n: v.detach().contiguous().cpu() for n, v in state.items()}, fresh)
+    if better:
+        state = full_state(session.objective.doll)
+        if session.accelerator.is_main_process:
+            with whole_file(session.folder / BEST) as fresh:
+                save_file(state, fresh)
     losses = {name: total / count for name, (total, count) in progress.losses.items()}
     row = {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses}
     progress = Progress(
@@ -260,13 +261,17 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
 
 
 def _validate(session: Session) -> dict[str, Table]:
-    session.wrapped.eval()
+    objective = session.objective.eval()
+    if isinstance(objective, FSDPModule):
+        objective.unshard()
     # In the precision of training: in float32 a validation takes as long as its epoch.
     with torch.inference_mode(), session.accelerator.autocast():
         device, scorer = str(session.accelerator.device), nested_scorer(session.objective.doll)
-        return evaluate(scorer, session.data, "validation", session.config, device=device)
+        found = evaluate(scorer, session.data, "validation", session.config, device=device)
+    if isinstance(objective, FSDPModule):
+        objective.reshard()
+    return found
 
 
 def _save(session: Session, progress: Progress) -> None:
-    parts = {"objective": session.objective, "optimizer": session.optimizer}
-    save_run(session.folder / STATE, parts, vars(progress))
+    save_run(session.folder / STATE, session.parts, vars(progress))

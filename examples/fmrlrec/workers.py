@@ -1,4 +1,4 @@
-"""How functions are applied to parts: one after the other, or on the workers of Ray.
+"""How work is divided: functions over parts, here or by Ray; and who of several processes begins.
 
 `prepare` and `encode` work on parts of users and of items, which meet only in counts per item. So
 any engine that maps will do: Ray's tasks here, over files that all workers see (`--set workers=2`).
@@ -6,7 +6,9 @@ any engine that maps will do: Ray's tasks here, over files that all workers see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from examples.fmrlrec.config import Config, ConfigError
@@ -32,7 +34,7 @@ def by_ray(workers: int | None = None) -> Each:
     def each(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -> list[Any]:
         # What all parts need is stored once, not sent with each.
         stored = [ray.put(value) for value in shared]
-        remote = ray.remote(function)
+        remote: Any = ray.remote(function)
         return ray.get([remote.remote(part, *stored) for part in parts])
 
     return each
@@ -41,3 +43,15 @@ def by_ray(workers: int | None = None) -> Each:
 def each_of(config: Config) -> Each:
     """How this configuration applies functions to parts."""
     return by_ray(config.workers) if config.workers else serially
+
+
+@contextmanager
+def first_process_first() -> Generator[None, None, None]:
+    """Under torchrun one process does the work of a block, then the others find what it left."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        yield

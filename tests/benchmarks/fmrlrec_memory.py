@@ -106,7 +106,7 @@ def report_memory(config: Config, folder: Path) -> None:
         name: dict(zip(table["largest size"], table[f"{name} %"], strict=True))
         for name in ("our blocks", "paper")
     }
-    plot("Parameters saved", "%", lines, folder / "memory")
+    plot("Parameters saved, %", lines, folder / "memory")
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def cyclic_material() -> Material:
         np.concatenate([[0], np.cumsum(lengths)]),
         pl.Series("user_id", range(USERS)),
         catalogue,
-        {"problems": {}},
+        {},
     )
     vectors = random.normal(size=(2, ITEMS + 1, 6)).astype(np.float32)
     vectors[:, 0] = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime
+from math import inf, nan
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +73,7 @@ def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
 
 def test_duplicates_and_gaps_are_counted(tmp_path: Path) -> None:
     rows = [(1, 1, 0), (1, 1, 0), (1, 2, 1), (None, 2, 3), (1, None, 4)]
-    report = prepared(rows, tmp_path, min_count=1).report  # type: ignore[arg-type]
-    assert report["problems"] == {
+    assert prepared(rows, tmp_path, min_count=1).problems == {  # type: ignore[arg-type]
         "interactions without user, item or time": 2,
         "duplicate interactions": 1,
     }
@@ -87,20 +88,37 @@ def test_items_without_metadata(policy: str, left: list[int], tmp_path: Path) ->
     assert found.catalogue["item_id"].to_list() == left
     assert found.catalogue["title"].to_list() == ["a", "b", None][: len(left)]
     verb = {"drop": "dropped", "keep": "kept, no features"}[policy]
-    assert found.report["problems"] == {
+    assert found.problems == {
         f"unknown items ({verb})": 1,
         "items described twice or without id": 1,
     }
 
 
-def test_dates_and_numbers_are_times(tmp_path: Path) -> None:
-    frame = pl.DataFrame(
-        {"user_id": [1, 1, 1], "item_id": [1, 2, 3],
-         "timestamp": ["2020-01-02 00:00:00", "2019-01-01 00:00:00", "2021-05-05 10:00:00"]}
-    )  # fmt: skip
-    source = formats.Source(frame.lazy(), None, Path("."))
+@pytest.mark.parametrize(
+    "times",
+    [
+        ["2020-01-02 00:00:00", "2019-01-01 00:00:00", "2021-05-05 10:00:00"],
+        ["2020-01-02T00:00:00.5Z", "2020-01-02T00:00:00.25Z", "2020-01-02T00:00:00.75Z"],
+        ["2020-01-02T12:00:00+02:00", "2020-01-02T12:00:00+03:00", "2020-01-02T12:00:00+01:00"],
+        [1.5, 1.25, 1.75],
+        ["1.5", "1", "2e0"],
+        [datetime(2020, 1, 2), datetime(2019, 1, 1), datetime(2021, 5, 5)],
+    ],
+    ids=str,
+)
+def test_dates_and_numbers_are_times(times: list[object], tmp_path: Path) -> None:
+    columns = {"user_id": [1, 1, 1], "item_id": [1, 2, 3], "timestamp": times}
+    source = formats.Source(pl.DataFrame(columns).lazy(), None, Path("."))
     found = data.prepare(source, tmp_path, replace(Config(), {"min_count": 1}))
     assert as_histories(found) == {1: [2, 1, 3]}
+
+
+def test_a_time_that_is_no_number_is_none(tmp_path: Path) -> None:
+    columns = {"user_id": [1] * 4, "item_id": [1, 2, 3, 4], "timestamp": [2.0, nan, inf, 1.0]}
+    source = formats.Source(pl.DataFrame(columns).lazy(), None, Path("."))
+    found = data.prepare(source, tmp_path, replace(Config(), {"min_count": 1}))
+    assert as_histories(found) == {1: [4, 1]}
+    assert found.problems == {"interactions without user, item or time": 2}
 
 
 def test_times_that_cannot_be_read_are_told(tmp_path: Path) -> None:

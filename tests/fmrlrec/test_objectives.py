@@ -62,6 +62,27 @@ def test_nested_loss_is_the_weighted_sum_over_sizes(weights: str, material, tiny
         torch.testing.assert_close(per_size[size], value.detach())
 
 
+@pytest.mark.parametrize("nesting_of", ["masked", "sliced"])
+def test_a_sampled_loss_is_that_of_the_drawn_items(nesting_of: str, material, tiny) -> None:
+    config = replace(tiny, {"nesting": nesting_of, "negatives": 9, "score_scale": 4.0})
+    nested = learning(nest(plain(material, config), config).eval(), config)
+    nesting.tell_step(nested, 5)
+    _, per_size = nested(INPUTS, labels=TARGETS)
+    draws = torch.Generator().manual_seed(config.seed * 1_000_003 + 5)
+    drawn = torch.randint(1, 41, (9,), generator=draws).tolist()
+    for size, logits in nested.doll.outputs(INPUTS).items():
+        rows = [
+            (logits[i, t] * 4 / size, int(TARGETS[i, t])) for i, t in TARGETS.nonzero().tolist()
+        ]
+        found = [
+            scores[[target, *(n for n in drawn if n != target)]].log_softmax(0)[0]
+            for scores, target in rows
+        ]
+        torch.testing.assert_close(per_size[size], -torch.stack(found).mean().detach())
+    nesting.tell_step(nested, 6)
+    assert nested(INPUTS, labels=TARGETS)[1] != per_size, "other items at another step"
+
+
 @pytest.mark.parametrize("modality", ["both", "id"])
 def test_nested_scores_are_those_of_every_output(modality: str, material, tiny) -> None:
     config = replace(tiny, {"modality": modality})

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from examples.fmrlrec import data, encoders, formats, synthetic, training
 from examples.fmrlrec.config import Config, replace
@@ -28,18 +30,27 @@ import torch
 from examples.fmrlrec.config import Config, replace
 from tests.fmrlrec import conftest, test_scale
 torch.set_num_threads(1)
-told = test_scale.losses(conftest.cyclic_material(), replace(Config(), conftest.TINY), sys.argv[1])
+material, config = conftest.cyclic_material(), replace(Config(), conftest.TINY)
+told = {n: test_scale.losses(material, config, f"{sys.argv[1]}/{n}", n) for n in test_scale.DRAWN}
 if torch.distributed.get_rank() == 0:
-    Path(sys.argv[2]).write_text(json.dumps(told))
+    Path(sys.argv[1], "told.json").write_text(json.dumps(told))
 torch.distributed.destroy_process_group()
 """
+# Scores of all items, and of the target and seven more.
+DRAWN = (0, 7)
 
 
-def losses(material: Material, config: Config, folder: str) -> list[dict[str, float]]:
-    """The losses of two epochs in float64: Adam makes much of a rounding of a small gradient."""
-    config = replace(config, {"dropout": 0.0, "epochs": 2})
+def losses(
+    material: Material, config: Config, folder: str, negatives: int, epochs: int = 2
+) -> list[dict[str, float]]:
+    """The losses in float64: Adam makes much of a rounding of a small gradient."""
+    changes = {"dropout": 0.0, "epochs": epochs, "negatives": negatives, "modality": "id"}
+    config = replace(config, changes)
     learning = objective_of(material, config, "nested").double()
     history = training.train(learning, material.data, config, Path(folder)).history
+    table = learning.doll.get_parameter("items.weight")
+    if torch.distributed.is_initialized():
+        assert isinstance(table, DTensor) and len(table.to_local()) in (20, 21), "of 41 rows"
     return [{n: v for n, v in row.items() if n.startswith("loss")} for row in history]
 
 
@@ -82,30 +93,36 @@ def test_a_plan_multiplies_what_was_measured(material: Material) -> None:
     assert "| 10 min |" in text and "| 10.0 GiB |" in text
 
 
-@pytest.mark.slow
-def test_two_processes_train_to_the_losses_of_one(
-    material: Material, tiny: Config, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that two processes trained in."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "ACCELERATE_USE_CPU": "true",
               "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
               "OMP_NUM_THREADS": "1"}  # fmt: skip
-    words = [sys.executable, "-c", WORKER, str(tmp_path / "two"), str(tmp_path / "told.json")]
+    words = [sys.executable, "-c", WORKER, str(folder)]
     children = [
         subprocess.Popen(words, cwd=ROOT, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(2)
     ]
     assert [child.wait(timeout=240) for child in children] == [0, 0]
-    found = json.loads((tmp_path / "told.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("negatives", DRAWN)
+def test_two_processes_with_half_a_table_each_train_to_the_losses_of_one(
+    negatives: int, two_processes: Path, material: Material, tiny: Config, tmp_path: Path
+) -> None:
     torch.set_num_threads(1)
-    expected = losses(material, tiny, str(tmp_path / "one"))
-    assert len(found) == len(expected) == 2 and set(found[0]) == {
-        "loss",
-        "loss 2",
-        "loss 4",
-        "loss 8",
-    }
-    for mine, theirs in zip(expected, found, strict=True):
+    found = json.loads((two_processes / "told.json").read_text())[str(negatives)]
+    expected = losses(material, tiny, str(tmp_path), negatives, epochs=3)
+    assert len(found) == 2 and set(found[0]) == {"loss", "loss 2", "loss 4", "loss 8"}
+    for mine, theirs in zip(expected[:2], found, strict=True):
         assert theirs == pytest.approx(mine, rel=1e-8)
+    best = load_file(two_processes / str(negatives) / training.BEST)
+    assert best["items.weight"].shape == (41, 8), "whole, whoever trained it"
+    resumed = losses(material, tiny, str(two_processes / str(negatives)), negatives, epochs=3)
+    assert resumed[2] == pytest.approx(expected[2], rel=1e-8), "one goes on where two left off"
