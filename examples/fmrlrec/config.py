@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -18,9 +18,10 @@ from matryoshkafy.files.folders import whole_file
 # Which features of the items each modality uses.
 MODALITIES = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
 
-Positive, Natural = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
-Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Natural: TypeAlias = Annotated[int, Field(ge=0)]
+Real: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DataError(MatryoshkafyError):
@@ -54,7 +55,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     seed: Natural = 0
 
     min_count: Positive = 5
-    max_length: int = Field(50, ge=2)
+    max_length: Annotated[int, Field(ge=2)] = 50
     unknown_items: Literal["drop", "keep"] = "drop"
     windows: Literal["all", "last"] = "last"
     partition_rows: Positive = 4_000_000
@@ -68,8 +69,8 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     trainable_features: bool = False
 
     blocks: Positive = 2
-    dropout: float = Field(0.5, ge=0, lt=1)
-    r_min: float = Field(0.0, ge=0, le=0.9)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    r_min: Annotated[float, Field(ge=0, le=0.9)] = 0.0
 
     nesting: Literal["masked", "sliced"] = "masked"
     norm: Literal["block", "prefix"] = "prefix"

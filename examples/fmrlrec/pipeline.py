@@ -15,10 +15,9 @@ from examples.fmrlrec import data, encoders, formats, nesting, synthetic
 from examples.fmrlrec.config import Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate, module_scorer, popularity_scorer
 from examples.fmrlrec.nesting import nested_scorer, objective, sizes_of
-from examples.fmrlrec.pictures import device
 from examples.fmrlrec.reporting import metric_table, write_environment, write_table
 from examples.fmrlrec.training import BEST, load_weights, train
-from examples.fmrlrec.workers import each_of, first_process_first
+from examples.fmrlrec.workers import device, each_of, first_process_first
 
 INPUTS, NESTED = "inputs.json", "nested"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")

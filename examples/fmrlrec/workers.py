@@ -55,3 +55,10 @@ def first_process_first() -> Generator[None, None, None]:
 
     with PartialState().main_process_first():
         yield
+
+
+def device() -> str:
+    """Where a process computes."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

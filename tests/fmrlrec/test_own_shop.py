@@ -90,7 +90,7 @@ def test_changed_files_are_said_and_prepared_again(
         (["--set", "weights=1,2,3"], "are no numbers by share of the width"),
         (["--set", "every=1:0.5"], "should be whole numbers of steps"),
         (["--sizes", "0.5,1.0"], "give units"),
-        (["--set", "image_encoder=ViT-B-32"], "names no weights"),
+        (["--set", "image_encoder=ViT-B-32"], "names no model"),
     ],
 )
 def test_a_wrong_setting_is_told_before_work_starts(

@@ -7,7 +7,7 @@ whatever the length of the history, and answers are those of the model over the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from torch import Tensor
 from examples.fmrlrec.config import RunError
 from examples.fmrlrec.model import Recommender
 from examples.fmrlrec.serving.compact import rows_of
+from matryoshkafy.serving.index import KINDS, Search
 
-Search = Callable[[np.ndarray, int], np.ndarray]
 CHUNK, SPARE = 2048, 1024
 
 
@@ -96,7 +96,7 @@ class Live:
         self.log: Path | None = None
         self.index = index
         self.sizes = {size: _size(model, len(self.users), index) for size, model in models.items()}
-        self._move({row: part[-length:] for row, part in enumerate(histories.values())})
+        self._move({row: part[-length:] for row, part in enumerate(self.seen)})
 
     def replay(self, log: Path) -> None:
         """Applies the events of a log, and appends the coming ones to it."""
@@ -116,7 +116,7 @@ class Live:
             rows = order[start : start + CHUNK]
             for step in range(len(parts[rows[0]])):
                 rows = [row for row in rows if len(parts[row]) > step]
-                items = torch.tensor([int(parts[row][step]) for row in rows])
+                items = torch.tensor([parts[row][step] for row in rows])
                 for size in self.sizes.values():
                     size.step(rows, items)
 
@@ -204,8 +204,6 @@ def _size(model: Recommender, users: int, index: str) -> Size:
     hidden[:, -1] = 1
     search = None
     if index != "exact":
-        from matryoshkafy.serving.index import KINDS
-
         if index not in KINDS:
             raise RunError(f"index {index!r} was asked for; expected exact, {', '.join(KINDS)}")
         search = KINDS[index](rows, 128)
