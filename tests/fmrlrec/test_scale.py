@@ -112,6 +112,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negatives", DRAWN)
 def test_two_processes_with_half_a_table_each_train_to_the_losses_of_one(
     negatives: int, two_processes: Path, material: Material, tiny: Config, tmp_path: Path
