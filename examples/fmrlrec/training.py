@@ -1,4 +1,4 @@
-"""The training loop: accelerate, TensorBoard, resumed at any step to the same bits.
+"""The training loop: FSDP2, TensorBoard, resumed at any step to the same bits.
 
 Batches are a function of (seed, epoch), the learning rate of the step, and everything else that a
 run has accumulated is in a folder of `matryoshkafy.training` that replaces its predecessor whole.
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from examples.fmrlrec.config import Config, DataError, RunError
 from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
 from examples.fmrlrec.evaluation import Table, evaluate
 from examples.fmrlrec.nesting import nested_scorer, tell_step
+from examples.fmrlrec.workers import Processes, device, processes
 from matryoshkafy.files.folders import whole_file
 from matryoshkafy.report.page.numbers import timed
 from matryoshkafy.training import AllSizes, RunLog, full_state, resume_run, save_run
@@ -62,7 +63,7 @@ class Session:
 
     objective: AllSizes
     optimizer: torch.optim.Optimizer
-    accelerator: Accelerator
+    own: Processes
     data: Dataset
     config: Config
     folder: Path
@@ -129,10 +130,10 @@ def parameter_groups(objective: nn.Module, decay: float) -> list[dict[str, Any]]
     ]
 
 
-def mixed_precision(config: Config) -> str:
-    """What accelerate calls the precision of a run."""
-    half = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
-    return "bf16" if half else "no"
+def autocast(config: Config) -> torch.autocast:
+    """The precision of a run."""
+    half = config.precision == "bf16" or (config.precision == "auto" and device() == "cuda")
+    return torch.autocast(device(), torch.bfloat16, enabled=half)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -161,25 +162,22 @@ def _open(
     windows = training_windows(data, config)
     if not len(windows):
         raise DataError("no user has the four items that one training step needs")
-    accelerator = Accelerator(mixed_precision=mixed_precision(config))
-    objective.to(accelerator.device)
-    if accelerator.num_processes > 1:
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        fully_shard(objective, mesh=mesh)
+    own, objective = processes(), objective.to(device())
+    if own.count > 1:
+        fully_shard(objective, mesh=init_device_mesh(device(), (own.count,)))
     optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
     position = resume_run(folder / STATE, {"objective": objective, "optimizer": optimizer})
     if position is None:
         torch.manual_seed(config.seed)
     progress = Progress(**(position or {}))
-    is_main = accelerator.is_main_process
     log = RunLog(
         config.epochs * math.ceil(len(windows) / config.batch),
-        folder=folder / "tensorboard" if is_main else None,
+        folder=folder / "tensorboard" if own.rank == 0 else None,
         start=progress.step,
         every=1,
-        console=None if is_main else Console(quiet=True),
+        console=Console(quiet=True) if own.rank else None,
     )
-    return Session(objective, optimizer, accelerator, data, config, folder, log, windows), progress
+    return Session(objective, optimizer, own, data, config, folder, log, windows), progress
 
 
 def _epoch(session: Session, progress: Progress) -> Progress:
@@ -196,20 +194,22 @@ def _epoch(session: Session, progress: Progress) -> Progress:
 
 def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     objective, config = session.objective, session.config
-    inputs, targets, share = _share(session.accelerator, batch)
+    inputs, targets, share = _share(session.own, batch)
     total_steps = config.epochs * math.ceil(len(session.windows) / config.batch)
     for group in session.optimizer.param_groups:
         group["lr"] = group["factor"] * learning_rate(progress.step, total_steps, config)
     tell_step(objective, progress.step)
-    with session.accelerator.autocast():
+    with autocast(config):
         loss, per_size = objective(inputs, labels=targets)
     session.optimizer.zero_grad()
     # Processes average their gradients: weighted by their targets, the sum is that of one process.
     (loss * share).backward()
     nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
     session.optimizer.step()
-    told = torch.stack([loss.detach(), *per_size.values()]) * share
-    total, *parts = torch.as_tensor(session.accelerator.reduce(told, "mean")).tolist()
+    told = torch.stack([loss.detach(), *per_size.values()]) * share / session.own.count
+    if session.own.count > 1:
+        dist.all_reduce(told)
+    total, *parts = told.tolist()
     session.log.step(total, dict(zip(per_size, parts, strict=True)))
     losses = dict(progress.losses)
     for name, value in zip(
@@ -222,17 +222,17 @@ def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
     )
 
 
-def _share(accelerator: Accelerator, batch: Steps) -> tuple[Tensor, Tensor, float]:
+def _share(own: Processes, batch: Steps) -> tuple[Tensor, Tensor, float]:
     """The rows of a batch that belong to this process, and what its mean loss counts for.
 
     The mean over all targets is the mean over the processes of share times their own means.
     """
-    world, row = accelerator.num_processes, accelerator.process_index
-    mine = slice(row, None, world) if row < len(batch.inputs) else slice(0, 1)
+    idle = own.rank >= len(batch.inputs)
+    mine = slice(0, 1) if idle else slice(own.rank, None, own.count)
     arrays = batch.inputs[mine], batch.targets[mine]
-    inputs, targets = (torch.from_numpy(a).to(accelerator.device) for a in arrays)
-    counted = (arrays[1] != PADDING).sum() if row < len(batch.inputs) else 0
-    return inputs, targets, float(counted * world / (batch.targets != PADDING).sum())
+    inputs, targets = (torch.from_numpy(array).to(device()) for array in arrays)
+    counted = 0 if idle else (arrays[1] != PADDING).sum()
+    return inputs, targets, float(counted * own.count / (batch.targets != PADDING).sum())
 
 
 def _close_epoch(session: Session, progress: Progress) -> Progress:
@@ -244,7 +244,7 @@ def _close_epoch(session: Session, progress: Progress) -> Progress:
     better = value > progress.best
     if better:
         state = full_state(session.objective.doll)
-        if session.accelerator.is_main_process:
+        if session.own.rank == 0:
             with whole_file(session.folder / BEST) as fresh:
                 save_file(state, fresh)
     losses = {name: total / count for name, (total, count) in progress.losses.items()}
@@ -265,9 +265,9 @@ def _validate(session: Session) -> dict[str, Table]:
     if isinstance(objective, FSDPModule):
         objective.unshard()
     # In the precision of training: in float32 a validation takes as long as its epoch.
-    with torch.inference_mode(), session.accelerator.autocast():
-        device, scorer = str(session.accelerator.device), nested_scorer(session.objective.doll)
-        found = evaluate(scorer, session.data, "validation", session.config, device=device)
+    with torch.inference_mode(), autocast(session.config):
+        scorer = nested_scorer(session.objective.doll)
+        found = evaluate(scorer, session.data, "validation", session.config, device=device())
     if isinstance(objective, FSDPModule):
         objective.reshard()
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from examples.fmrlrec.config import Config, ConfigError
@@ -45,20 +46,43 @@ def each_of(config: Config) -> Each:
     return by_ray(config.workers) if config.workers else serially
 
 
-@contextmanager
-def first_process_first() -> Generator[None, None, None]:
-    """Under torchrun one process does the work of a block, then the others find what it left."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    from accelerate import PartialState
-
-    with PartialState().main_process_first():
-        yield
-
-
 def device() -> str:
     """Where a process computes."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this one is; `wait` returns when all have come to it."""
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], object] = bool
+
+
+def processes() -> Processes:
+    """This process among those of torchrun; the first call waits for the others."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Processes()
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        if device() == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device() == "cuda" else "gloo")
+    return Processes(dist.get_rank(), count, dist.barrier)
+
+
+@contextmanager
+def first_process_first() -> Generator[None, None, None]:
+    """One process does the work of a block, then the others find what it left."""
+    own = processes()
+    if own.rank > 0:
+        own.wait()
+    yield
+    if own.rank == 0:
+        own.wait()

@@ -36,6 +36,8 @@ if torch.distributed.get_rank() == 0:
     Path(sys.argv[1], "told.json").write_text(json.dumps(told))
 torch.distributed.destroy_process_group()
 """
+HERE = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1"}
+LAUNCHER = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
 # Scores of all items, and of the target and seven more.
 DRAWN = (0, 7)
 
@@ -100,9 +102,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "ACCELERATE_USE_CPU": "true",
-              "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1"}  # fmt: skip
+    shared = {**HERE, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     words = [sys.executable, "-c", WORKER, str(folder)]
     children = [
         subprocess.Popen(words, cwd=ROOT, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
@@ -127,3 +127,23 @@ def test_two_processes_with_half_a_table_each_train_to_the_losses_of_one(
     assert best["items.weight"].shape == (41, 8), "whole, whoever trained it"
     resumed = losses(material, tiny, str(two_processes / str(negatives)), negatives, epochs=3)
     assert resumed[2] == pytest.approx(expected[2], rel=1e-8), "one goes on where two left off"
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_processes_as_on_one(tmp_path: Path) -> None:
+    """From nothing: they prepare in turn, train together, and one of them tells."""
+    shop = synthetic.generate(tmp_path / "shop", synthetic.Shop(items=50, users=80))
+    changes = ("epochs=2", "dropout=0", "encoder_size=4", "negatives=20")
+    settings = [word for change in changes for word in ("--set", change)]
+    told = []
+    for name, launcher in (("one", ()), ("two", (*LAUNCHER, "--"))):
+        words = ["train", "--data", str(shop), "--run", str(tmp_path / name), "--sizes", "4..8"]
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, "examples.fmrlrec", *words, *settings],
+            cwd=ROOT, env=HERE, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = [line for line in done.stdout.splitlines() if line[:4].strip().isdigit()]
+        told.append([float(row[17:23]) for row in rows])
+        assert len([*(tmp_path / name / "nested" / "tensorboard").iterdir()]) == 1
+    assert len(told[0]) == 2 and told[1] == pytest.approx(told[0], rel=1e-3)

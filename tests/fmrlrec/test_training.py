@@ -16,6 +16,7 @@ from examples.fmrlrec import training
 from examples.fmrlrec.config import Config, DataError, RunError, replace
 from examples.fmrlrec.nesting import build, nest, objective
 from examples.fmrlrec.pipeline import Material
+from examples.fmrlrec.workers import device
 from matryoshkafy.training import NonFiniteLoss
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +46,12 @@ test_training.run(conftest.cyclic_material(), config, Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("auto", "bf16" if torch.cuda.is_available() else "no"),
-                                ("full", "no"), ("bf16", "bf16")],
-)  # fmt: skip
-def test_precision_is_told_to_accelerate(precision: str, expected: str) -> None:
-    assert training.mixed_precision(replace(Config(), {"precision": precision})) == expected
+    ("precision", "half"), [("auto", torch.cuda.is_available()), ("full", False), ("bf16", True)]
+)
+def test_a_run_computes_in_its_precision(precision: str, half: bool) -> None:
+    with training.autocast(replace(Config(), {"precision": precision})):
+        found = torch.ones(2, 2, device=device()) @ torch.ones(2, 2, device=device())
+    assert found.dtype == (torch.bfloat16 if half else torch.float32)
 
 
 def objective_of(material: Material, config: Config, kind: str = "one"):
