@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import polars as pl
 import typer
 from rich.console import Console
 
@@ -143,12 +144,9 @@ def compare(
     size: Annotated[list[int] | None, typer.Option(help="Which to train alone; all.")] = None,
 ) -> None:
     """Train every size alone with the same recipe; print and plot nested against alone."""
-    from examples.fmrlrec import experiments, pipeline
+    from examples.fmrlrec import experiments
 
-    opened, material = _reopen(run)
-    doll = pipeline.trained_doll(opened, material)
-    nested = pipeline.evaluate_doll(doll, material, opened.config)
-    experiments.compare(opened, material, nested, size or ())
+    experiments.compare(*_reopen(run), size or ())
 
 
 @app.command()
@@ -219,8 +217,10 @@ def main() -> None:
     try:
         with redirect_stdout(sys.stdout if first else None):
             app()
-    except (MatryoshkafyError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    except (MatryoshkafyError, OSError, pl.exceptions.PolarsError) as error:
+        table = isinstance(error, pl.exceptions.PolarsError)
+        told = f"a table cannot be read: {error}" if table else error
+        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
         sys.exit(2)
 
 

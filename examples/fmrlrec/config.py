@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Field, ValidationError
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.folders import whole_file
+
+if TYPE_CHECKING:
+    from examples.fmrlrec.formats import Survey
 
 # Which features of the items each modality uses.
 MODALITIES = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
@@ -125,7 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def own(survey: Any, *, gpu: bool, minilm: bool) -> dict[str, Any]:
+def own(survey: Survey, *, gpu: bool, minilm: bool) -> dict[str, Any]:
     """Settings for a shop of one's own, by its size and by what is known of its items.
 
     A small shop keeps every user and item: the 5-core of a few hundred users may be empty.

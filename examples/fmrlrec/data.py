@@ -305,10 +305,20 @@ def _known_items(
     unknown = catalogue["known"].null_count()
     if config.unknown_items == "drop":
         catalogue = catalogue.drop_nulls("known")
+    if catalogue.is_empty():
+        raise DataError(
+            f"no item of the interactions is described: ids are like {_ids(seen.lazy())} there, "
+            f"like {_ids(source.items)} in the table of items; write them alike, or give --set "
+            "unknown_items=keep"
+        )
     names = {"drop": "unknown items (dropped)", "keep": "unknown items (kept, no features)"}
     counts = {names[config.unknown_items]: unknown,
               "items described twice or without id": items.height - described.height}  # fmt: skip
     return catalogue.drop("known"), {name: n for name, n in counts.items() if n}
+
+
+def _ids(items: pl.LazyFrame) -> list[object]:
+    return items.select("item_id").head(3).collect()["item_id"].to_list()
 
 
 def _count_items(part: Path, items: pl.DataFrame, count: int) -> pl.DataFrame:

@@ -7,6 +7,7 @@ target's score are ranked by expectation: the target is equally likely at each o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from examples.fmrlrec.config import Config, RunError
 from examples.fmrlrec.data import HELD_OUT, Batch, Dataset, evaluation_batches
 from matryoshkafy.serving.ranks import GAINS as GAINS
-from matryoshkafy.serving.ranks import Banned, Ranks, gains, rank, without
+from matryoshkafy.serving.ranks import Banned, gains, rank, without
 
 CUTOFFS = (5, 10, 20, 50)
 PROTOCOLS = ("all", "unseen")
@@ -32,19 +33,26 @@ def evaluate(
 
     `scorer` takes sequences [B, T] and yields (size, scores [B, items + 1]) for each size.
     """
-    sums: dict[str, dict[str, list[dict[str, float]]]] = {}
+    count = int((np.diff(data.offsets) >= 3).sum())
+    found: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     for batch in evaluation_batches(data, split, config):
         sequences = torch.from_numpy(batch.inputs).to(device)
         banned = banned_items(data, batch, split, device)
         target = torch.from_numpy(batch.targets).to(device)
         for size, scores in scorer(sequences):
-            _check_finite(scores, size)
-            for protocol, ranks in _protocols(scores, target, banned).items():
-                sums.setdefault(size, {}).setdefault(protocol, []).append(gains(ranks, CUTOFFS))
-    count = int((np.diff(data.offsets) >= 3).sum())
+            # A sum is finite only where its terms are, and costs a fortieth of looking at each.
+            if not torch.isfinite(scores[:, 1:].sum(1)).all():
+                raise RunError(f"size {size} gives scores that are not finite; lower --set lr=...")
+            counted = rank(scores, target)
+            for protocol, items in banned.items():
+                ranks = without(counted, scores, target, items)
+                found[size][protocol].append(gains(ranks, CUTOFFS))
     return {
-        size: {protocol: _mean(parts, count) for protocol, parts in table.items()}
-        for size, table in sums.items()
+        size: {
+            protocol: {n: sum(part[n] for part in parts) / count for n in parts[0]}
+            for protocol, parts in tables.items()
+        }
+        for size, tables in found.items()
     }
 
 
@@ -71,18 +79,3 @@ def popularity_scorer(counts: np.ndarray) -> Scorer:
     return lambda sequences: iter(
         [("popularity", row.to(sequences.device).expand(len(sequences), -1))]
     )
-
-
-def _protocols(scores: Tensor, target: Tensor, banned: dict[str, Banned]) -> dict[str, Ranks]:
-    counted = rank(scores, target)
-    return {name: without(counted, scores, target, items) for name, items in banned.items()}
-
-
-def _check_finite(scores: Tensor, size: str) -> None:
-    # A sum is finite only where its terms are, and costs a fortieth of looking at each of them.
-    if not torch.isfinite(scores[:, 1:].sum(1)).all():
-        raise RunError(f"size {size} gives scores that are not finite; lower --set lr=...")
-
-
-def _mean(parts: list[dict[str, float]], count: int) -> dict[str, float]:
-    return {name: sum(part[name] for part in parts) / count for name in parts[0]}

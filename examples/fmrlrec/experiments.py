@@ -21,14 +21,14 @@ def run_everything(run: Run) -> None:
     """Prepares, encodes, trains, slices, evaluates, ablates and, if `alone` is set, compares."""
     material = pipeline.train_nested(run)
     found = pipeline.evaluate_all(run, material)
-    modalities = {"both": found}
+    modalities = {run.config.modality: found}
     if run.config.modality == "both":
         modalities = ablate(run, ("both", "text", "image"))
     lines = {name: metric_line(tables) for name, tables in modalities.items()}
-    lines["popularity"] = dict.fromkeys(lines["both"], found["popularity"]["all"][METRIC])
+    lines["popularity"] = dict.fromkeys(metric_line(found), found["popularity"]["all"][METRIC])
     plot(TITLE, lines, run.folder / "plots/sizes")
     if run.config.alone:
-        compare(run, material, found)
+        compare(run, material)
     folders = [run.folder / kind for kind in ("tables", "plots", "slices")]
     print_files(path for folder in folders for path in sorted(folder.rglob("*")))
 
@@ -40,7 +40,8 @@ def ablate(run: Run, modalities: Iterable[str] = ()) -> dict[str, dict[str, Tabl
         print(f"modality: {modality}")
         own = modality == run.config.modality
         variant = run if own else run.variant(f"ablation/{modality}", modality=modality)
-        found[modality] = learnt(variant, material)
+        doll = pipeline.learn(variant, material)
+        found[modality] = pipeline.evaluate_doll(variant, material, doll)
     largest = {modality: [*tables.items()][-1] for modality, tables in found.items()}
     table = pl.DataFrame(
         {"modality": modality, "size": size, **{m: metrics["all"][m] for m in METRICS}}
@@ -50,30 +51,24 @@ def ablate(run: Run, modalities: Iterable[str] = ()) -> dict[str, dict[str, Tabl
     return found
 
 
-def compare(
-    run: Run, material: Material, nested: dict[str, Table], sizes: Iterable[int] = ()
-) -> None:
+def compare(run: Run, material: Material, sizes: Iterable[int] = ()) -> None:
     """Trains each of `sizes` alone, or all; writes the table and plot of nested against alone.
 
     A model alone is one whose ladder has one rung.
     """
     if unknown := sorted({*sizes} - {*sizes_of(run.config)}):
         raise RunError(f"sizes {unknown} are not those of the run: {sizes_of(run.config)}")
+    nested = pipeline.evaluate_doll(run, material, pipeline.trained_doll(run, material))
     before = {int(folder.name) for folder in (run.folder / "alone").glob("[0-9]*")}
     alone: dict[str, Table] = {}
     for size in sorted({*sizes, *before} if sizes else sizes_of(run.config)):
         print(f"size {size} alone")
         variant = run.variant(f"alone/{size}", sizes=str(size), weights="", every="")
-        alone |= learnt(variant, material)
+        alone |= pipeline.evaluate_doll(variant, material, pipeline.learn(variant, material))
     file = run.folder / "tables/comparison"
     write_table(comparison(nested, alone), f"Nested against alone, {TITLE.lower()}", file)
     lines = {"nested, trained once": metric_line(nested), "each size alone": metric_line(alone)}
     plot(TITLE, lines, run.folder / "plots/comparison")
-
-
-def learnt(run: Run, material: Material) -> dict[str, Table]:
-    """Test metrics of a model that is trained where it is not yet."""
-    return pipeline.evaluate_doll(pipeline.learn(run, material), material, run.config)
 
 
 def comparison(nested: dict[str, Table], alone: dict[str, Table]) -> pl.DataFrame:

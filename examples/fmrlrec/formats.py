@@ -115,12 +115,14 @@ def survey(source: Source) -> Survey:
     return Survey(users, items, interactions, kinds.get((texts, pictures), "id"))
 
 
-def digests(path: Path, known: Digests) -> Digests:
-    """Digests of every file of the data.
+def digests(path: Path, known: Digests, run: Path) -> Digests:
+    """Digests of every file of the data, but of those of a run in the folder of its data.
 
     `known` is an earlier answer: what has its size and time still is not read again.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if run.resolve().is_relative_to(path.resolve()):
+        files = [file for file in files if not file.resolve().is_relative_to(run.resolve())]
     found: Digests = {}
     for file in files:
         name, stamp = str(file.relative_to(path.parent)), _stamp(file)

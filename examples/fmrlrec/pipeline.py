@@ -137,7 +137,7 @@ def _changed(run: Run) -> tuple[str, formats.Digests]:
     """The files that differ from those that were prepared, are new or are gone; all digests."""
     stored = run.folder / "data" / INPUTS
     before = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
-    now = formats.digests(data_path(run), before)
+    now = formats.digests(data_path(run), before, run.folder)
     names = {*before, *now} if before else set()
     changed = [n for n in sorted(names) if before.get(n, [""])[-1] != now.get(n, [""])[-1]]
     more = f" and {len(changed) - 3} more files" if len(changed) > 3 else ""
@@ -200,15 +200,15 @@ def trained_doll(run: Run, material: Material) -> mk.Doll:
 # Evaluation.
 
 
-def test(material: Material, scorer: Scorer, config: Config) -> dict[str, Table]:
+def test(run: Run, material: Material, scorer: Scorer) -> dict[str, Table]:
     """Metrics of the sizes that a scorer knows, on the test set."""
     with torch.inference_mode():
-        return evaluate(scorer, material.data, "test", config, device=device())
+        return evaluate(scorer, material.data, "test", run.config, device=device())
 
 
-def evaluate_doll(doll: mk.Doll, material: Material, config: Config) -> dict[str, Table]:
+def evaluate_doll(run: Run, material: Material, doll: mk.Doll) -> dict[str, Table]:
     """Test metrics of every size, in one pass."""
-    return test(material, nested_scorer(doll.to(device()).eval()), config)
+    return test(run, material, nested_scorer(doll.to(device()).eval()))
 
 
 def evaluate_slices(run: Run, material: Material) -> dict[str, Table]:
@@ -216,7 +216,7 @@ def evaluate_slices(run: Run, material: Material) -> dict[str, Table]:
     found: dict[str, Table] = {}
     for size in sizes_of(run.config):
         model = mk.load(run.folder / "slices" / str(size)).to(device()).eval()
-        found |= test(material, module_scorer(model, str(size)), run.config)
+        found |= test(run, material, module_scorer(model, str(size)))
     return found
 
 
@@ -225,8 +225,8 @@ def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
 
     Returns the doll's metrics, and those of popularity, which is the floor.
     """
-    floor = test(material, popularity_scorer(data.popularity(material.data)), run.config)
-    found = floor | evaluate_doll(trained_doll(run, material), material, run.config)
+    found = test(run, material, popularity_scorer(data.popularity(material.data)))
+    found |= evaluate_doll(run, material, trained_doll(run, material))
     write_table(metric_table(found), "Test, every size", run.folder / "tables/nested")
     sliced = evaluate_slices(run, material)
     write_table(metric_table(sliced), "Test, sliced files", run.folder / "tables/slices")

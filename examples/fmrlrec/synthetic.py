@@ -36,15 +36,13 @@ class Shop:
     seed: int = 0
 
 
-def generate(folder: Path, shop: Shop | None = None) -> Path:
+def generate(folder: Path, shop: Shop) -> Path:
     """Writes interactions.csv, items.csv and images/ of a shop to `folder` and returns it."""
-    shop = shop or Shop()
     random = np.random.default_rng(shop.seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     items = _items(shop.items, random)
-    table = _described(items, random)
-    table.write_csv(folder / "items.csv")
-    for look, image in zip(items["look"], table["image"], strict=True):
+    items.drop("theme", "look", "appeal").write_csv(folder / "items.csv")
+    for look, image in items.select("look", "image").iter_rows():
         draw(look, random).save(folder / image, quality=85)
     _interactions(items, shop, random).write_csv(folder / "interactions.csv")
     return folder
@@ -60,30 +58,25 @@ def draw(look: int, random: np.random.Generator) -> Image.Image:
 
 
 def _items(count: int, random: np.random.Generator) -> pl.DataFrame:
-    """Theme (text), look (picture) and appeal of each item."""
+    """Theme (text), look (picture) and appeal of each item, and how the shop describes it."""
+    themes = random.integers(0, len(NOUNS), count)
+    looks = random.integers(0, len(COLOURS) * len(CORNERS), count)
+    appeal = random.pareto(2.0, count) + 0.3
+    nouns = [NOUNS[theme] for theme in themes]
+    adjectives = [ADJECTIVES[n].title() for n in random.integers(0, len(ADJECTIVES), count)]
+    models = random.integers(100, 1000, count).tolist()
+    names = zip(adjectives, nouns, models, strict=True)
     return pl.DataFrame(
         {
-            "theme": random.integers(0, len(NOUNS), count),
-            "look": random.integers(0, len(COLOURS) * len(CORNERS), count),
-            "appeal": random.pareto(2.0, count) + 0.3,
-        }
-    )
-
-
-def _described(items: pl.DataFrame, random: np.random.Generator) -> pl.DataFrame:
-    nouns = [NOUNS[theme] for theme in items["theme"]]
-    adjectives = [ADJECTIVES[n] for n in random.integers(0, len(ADJECTIVES), len(items))]
-    models = random.integers(100, 1000, len(items)).tolist()
-    numbers = range(1, len(items) + 1)
-    rows = list(zip(adjectives, nouns, models, strict=True))
-    return pl.DataFrame(
-        {
-            "item_id": numbers,
-            "title": [f"{adjective.title()} {noun} {model}" for adjective, noun, model in rows],
-            "price": np.round(random.lognormal(3.0, 0.7, len(items)), 2),
-            "brand": [f"House of {noun.title()}s {model % 3}" for _, noun, model in rows],
+            "item_id": range(1, count + 1),
+            "title": [" ".join(map(str, name)) for name in names],
+            "price": np.round(random.lognormal(3.0, 0.7, count), 2),
+            "brand": [f"House of {n.title()}s {m % 3}" for n, m in zip(nouns, models, strict=True)],
             "categories": [f"Goods|{noun}" for noun in nouns],
-            "image": [f"images/{number}.jpg" for number in numbers],
+            "image": [f"images/{number}.jpg" for number in range(1, count + 1)],
+            "theme": themes,
+            "look": looks,
+            "appeal": appeal,
         }
     )
 

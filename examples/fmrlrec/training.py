@@ -70,11 +70,6 @@ class Session:
     log: RunLog
     windows: np.ndarray
 
-    @property
-    def parts(self) -> dict[str, object]:
-        """What has a state that a run goes on from."""
-        return {"objective": self.objective, "optimizer": self.optimizer}
-
 
 def train(objective: AllSizes, data: Dataset, config: Config, folder: Path) -> Progress:
     """Trains until `config.epochs` or `config.patience`; the best weights are in `folder`.
@@ -274,4 +269,5 @@ def _validate(session: Session) -> dict[str, Table]:
 
 
 def _save(session: Session, progress: Progress) -> None:
-    save_run(session.folder / STATE, session.parts, vars(progress))
+    parts = {"objective": session.objective, "optimizer": session.optimizer}
+    save_run(session.folder / STATE, parts, vars(progress))

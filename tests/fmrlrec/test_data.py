@@ -121,6 +121,14 @@ def test_a_time_that_is_no_number_is_none(tmp_path: Path) -> None:
     assert found.problems == {"interactions without user, item or time": 2}
 
 
+def test_items_that_are_called_otherwise_are_told(tmp_path: Path) -> None:
+    items = pl.DataFrame({"item_id": ["a", "b"], "title": ["one", "two"]})
+    with pytest.raises(
+        DataError, match=r"ids are like \[1\] there, like \['a', 'b'\] in the table"
+    ):
+        data.prepare(source_of([(1, 1, 0)], items), tmp_path, replace(Config(), {"min_count": 1}))
+
+
 def test_times_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     frame = pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "timestamp": ["now", "then"]})
     with pytest.raises(DataError, match="none of the 2 interactions .* dates such as 2024-01-31"):

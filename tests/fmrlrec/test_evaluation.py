@@ -12,6 +12,7 @@ import torch
 
 from examples.fmrlrec import data, evaluation
 from examples.fmrlrec.config import Config, RunError, replace
+from matryoshkafy.serving.ranks import Ranks
 
 
 def naive(order: list[int], target: int, cutoff: int) -> dict[str, float]:
@@ -68,7 +69,7 @@ def test_metrics_match_the_oracle(split: str, dataset: data.Dataset) -> None:
 @pytest.mark.parametrize("level", [0, 1, 4])
 @pytest.mark.parametrize("above", [0, 3, 4, 9, 49])
 def test_ties_take_the_mean_over_all_places(above: int, level: int) -> None:
-    ranks = evaluation.Ranks(torch.tensor([above]), torch.tensor([level]))
+    ranks = Ranks(torch.tensor([above]), torch.tensor([level]))
     orders = [[*range(1, above + place), 0] for place in range(1, level + 2)]
     expected = [naive_all(order, 0) for order in orders]
     for name, value in evaluation.gains(ranks, evaluation.CUTOFFS).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -81,6 +83,24 @@ def test_changed_files_are_said_and_prepared_again(
     assert len(after.items) < len(before.items)
     assert (trained / "before-1" / "nested" / "best.safetensors").exists()
     assert not (trained / "nested").exists(), "weights of other items must not be found"
+
+
+def test_a_run_in_the_folder_of_its_data_is_none_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "seq.txt").write_text("".join(f"{u} 1 2 3 4 5\n" for u in range(9)), "utf-8")
+    words = ["prepare", "--data", str(tmp_path), "--run", str(tmp_path / "runs" / "own")]
+    assert "users" in called(*words)
+    assert "changed" not in called(*words)
+
+
+def test_a_table_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    rows = "user_id,item_id,timestamp\na,x,1\na,y,2,3,4\n"
+    (tmp_path / "interactions.csv").write_text(rows)
+    words = ["prepare", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.fmrlrec", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "error: a table cannot be read: found more" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
