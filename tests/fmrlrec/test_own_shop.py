@@ -85,11 +85,14 @@ def test_changed_files_are_said_and_prepared_again(
     assert not (trained / "nested").exists(), "weights of other items must not be found"
 
 
-def test_a_run_in_the_folder_of_its_data_is_none_of_the_data(tmp_path: Path) -> None:
+def test_a_run_over_ids_in_the_folder_of_its_data(tmp_path: Path) -> None:
+    """What a run writes there is none of the data, and its curve is called by what it is over."""
     (tmp_path / "seq.txt").write_text("".join(f"{u} 1 2 3 4 5\n" for u in range(9)), "utf-8")
-    words = ["prepare", "--data", str(tmp_path), "--run", str(tmp_path / "runs" / "own")]
-    assert "users" in called(*words)
-    assert "changed" not in called(*words)
+    words = ["--data", str(tmp_path), "--run", str(tmp_path / "runs" / "own"), "--sizes", "3,5"]
+    assert "items with ids" in called("run", *words, *FEW)
+    drawing = (tmp_path / "runs" / "own" / "plots" / "sizes.svg").read_text()
+    assert ">id</text>" in drawing and ">both</text>" not in drawing
+    assert "changed" not in called("prepare", *words)
 
 
 def test_a_table_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
