@@ -4,7 +4,8 @@
 
 `--what stream` narrows the residual stream alone, `all` the heads and hidden layers with it.
 Starts: `as it is`, `ordered`, `turned` (`post_norm="diagonal"`), `dense` (gains as matrices, turned
-exactly). `--alone` makes a start for each size by itself. Agreement with the full model on 600
+exactly). `--alone` makes a start for each size by itself. Cuts: the plain slice, with a factor per
+norm, gains and biases refitted, all weights refitted. Agreement with the full model on 600
 sentences of `pydoc_data.topics`: Spearman of all pairwise cosines / share of the ten nearest
 neighbours; 400 others calibrate. One thread; only the draw of the sentences is random (seed 0).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from tests.benchmarks.distilled import embedded, minilm
 from tests.benchmarks.pretrained import _sentences
 
 TEST, CALIBRATION, WIDTH = 600, 400, 384
+CUTS = ("slice", "factors", "vectors", "weights")
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,18 @@ class Bench:
             mk.rotate(doll, self.batches, by="contribution")
         return Start(doll, doll, None)
 
-    def row(self, start: Start, size: int) -> str:
-        """Return the cells of a size: the plain slice, with factors, with vectors, refitted."""
-        cells = [self.agreement(mk.slice(start.doll, size))]
-        scales = norm_scales(start.doll, self.batches)
-        cells.append(self.agreement(scales.fold(mk.slice(start.doll, size), size)))
-        for weights in (False, True):
-            small, began = mk.slice(start.doll, size), time.process_time()
+    def cells(self, start: Start, size: int, kinds: list[str]) -> str:
+        """Return a cell for each way to cut a size."""
+        return " | ".join(self.agreement(self.cut(start, size, kind)) for kind in kinds)
+
+    def cut(self, start: Start, size: int, kind: str) -> torch.nn.Module:
+        small = mk.slice(start.doll, size)
+        if kind == "factors":
+            norm_scales(start.doll, self.batches).fold(small, size)
+        elif kind in ("vectors", "weights"):
+            weights = kind == "weights"
             mk.refit(small, start.full, self.batches, start.report, weights=weights)
-            cells.append(self.agreement(small))
-        return f"{' | '.join(cells)} | {time.process_time() - began:.0f}"
+        return small
 
 
 def bench() -> Bench:
@@ -108,17 +113,19 @@ def main() -> None:
     parser.add_argument("--starts", default="as it is,ordered,turned")
     parser.add_argument("--sizes", default="96,192,288,384")
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--cuts", default=",".join(CUTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sizes, own = [int(s) for s in options.sizes.split(",")], bench()
-    print("| start | size | slice | factors | vectors | weights | CPU s |")
-    print("|---|---|---|---|---|---|---|")
+    sizes, kinds, own = list(map(int, options.sizes.split(","))), options.cuts.split(","), bench()
+    print(f"| start | size | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 2)}")
     for name in options.starts.split(","):
         ladders = [[s, WIDTH] for s in sizes] if options.alone else [sizes]
         for ladder in ladders:
+            began = time.process_time()
             start = own.start(name, options.what, sorted({*ladder, WIDTH}))
+            print(f"{name}: {time.process_time() - began:.0f} CPU seconds", file=sys.stderr)
             for size in ladder[:1] if options.alone else ladder:
-                print(f"| {name} | {size} | {own.row(start, size)} |", flush=True)
+                print(f"| {name} | {size} | {own.cells(start, size, kinds)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
@@ -281,3 +282,37 @@ def test_an_input_whose_axis_nests_is_cut() -> None:
         small.state_dict()["0.weight"].double(), weight, rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(small.state_dict()["0.bias"].double(), bias, rtol=1e-3, atol=1e-4)
+
+
+SLOW = ("bert", "gpt2", "llama_gqa", "whisper", "swin", "mamba", "sasrec")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_a_library_model_is_fitted(name: str) -> None:
+    """The full size keeps its function; the half comes nearer to it on what it was fitted to."""
+    pytest.importorskip("transformers")
+    from tests.zoo.registry import entries
+
+    (entry,) = entries([name])
+    model, args, kwargs = entry.build()
+    doll = mk.convert(model, args, kwargs, sizes=[0.5, 1.0], nesting="sliced", check=False).eval()
+    batch = (tuple(args), dict(kwargs))
+    full = outputs(doll, batch)
+    whole, half = mk.slice(doll, 1.0), mk.slice(doll, 0.5)
+    refit(whole, doll, [batch])
+    assert relative_error(outputs(whole, batch), full) <= 1e-3
+    before = missed(outputs(half, batch), full)
+    report = refit(half, doll, [batch])
+    assert report.rows and missed(outputs(half, batch), full) < before
+
+
+def outputs(model: nn.Module, batch: tuple[tuple[object, ...], dict[str, object]]) -> Tensor:
+    with torch.no_grad():
+        found = tree_leaves(model(*batch[0], **batch[1]))
+    return next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def missed(found: Tensor, full: Tensor) -> float:
+    full = full[tuple(map(slice, found.shape))]
+    return float((found - full).square().sum() / full.square().sum())
