@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import matryoshkafy
 from matryoshkafy.deploy.profile import device_of, size_of
@@ -55,8 +56,8 @@ class Subject(Protocol):
         """
         ...
 
-    def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
-        """Write a size as a folder of the model's own class, and return it."""
+    def write(self, doll: Doll, small: GraphModule, folder: Path) -> nn.Module:
+        """Write a slice of the doll as a folder of the model's own class, and return it."""
         ...
 
 
@@ -65,7 +66,8 @@ class Task:
     """What a family is made of: its sizes, how long it is distilled, where it goes.
 
     `untie`: a head that is its table gets a weight of its own first. `device`: where it is
-    distilled, which is where the time goes.
+    distilled, which is where the time goes. `refit`: each size below the largest gets weights of
+    its own, fitted to the full model.
     """
 
     sizes: str
@@ -74,6 +76,14 @@ class Task:
     seed: int = 0
     untie: bool = False
     device: str = "cpu"
+    refit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.refit and self.steps:
+            raise CommandError(
+                f"--refit was given with --steps {self.steps}; expected --steps 0, for what is "
+                "fitted would replace what was distilled. Leave one of them out."
+            )
 
     @property
     def turned(self) -> bool:
@@ -157,14 +167,18 @@ def started(doll: Doll, subject: Subject, task: Task) -> None:
     if place.is_dir():
         _take(doll, matryoshkafy.load(place), place)
         return
-    rows = subject.train[:CALIBRATION]
-    batches = [subject.batch(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
     post_norm = "diagonal" if task.turned else "permute"
     report = matryoshkafy.rotate(
-        doll, batches, by="contribution", unread="leave", post_norm=post_norm
+        doll, calibration(subject), by="contribution", unread="leave", post_norm=post_norm
     )
     (task.output / "order.txt").write_text(f"{report}\n", encoding="utf-8")
     matryoshkafy.save(doll, place)
+
+
+def calibration(subject: Subject) -> list[Any]:
+    """Return the batches that units are measured on."""
+    rows = subject.train[:CALIBRATION]
+    return [subject.batch(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
 
 
 def _take(doll: Doll, saved: nn.Module, place: Path) -> None:
@@ -205,7 +219,10 @@ def measured(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> li
     rows = []
     for size in doll.sizes:
         folder = task.output / f"size-{size}"
-        small = subject.write(doll, size, folder)
+        cut = matryoshkafy.slice(doll, size)
+        if task.refit and size < doll.sizes[-1]:
+            matryoshkafy.refit(cut, doll, calibration(subject))
+        small = subject.write(doll, cut, folder)
         start = time.perf_counter()
         quality, _ = subject.quality(small, truth)
         rate = len(subject.held) / (time.perf_counter() - start)

@@ -59,6 +59,14 @@ def family(  # noqa: PLR0913  an option is a parameter
             "can be rotated; every size grows by the table.",
         ),
     ] = False,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            help="With --steps 0: give each size weights of its own, fitted layer by layer to the "
+            "full model's values.",
+        ),
+    ] = False,
     weights: Weights = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and of the training.")] = 0,
     device: Annotated[
@@ -82,9 +90,9 @@ def family(  # noqa: PLR0913  an option is a parameter
         subject = _subject(model, data, (column or [], task), (length, seed), weights)
         from matryoshkafy_cli.families import Task, chosen_device, make, shown
 
-        place = chosen_device(device)
+        plan = Task(sizes, steps, output, seed, untie, chosen_device(device), refit)
         output.mkdir(parents=True, exist_ok=True)
-    rows = make(subject, Task(sizes, steps, output, seed, untie, place), screen.step)
+    rows = make(subject, plan, screen.step)
     screen.result({"sizes": [row.as_json() for row in rows]}, lambda: shown(rows, output))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import matryoshkafy
 from matryoshkafy.dolls.doll import Doll
@@ -84,11 +85,11 @@ class Pictures:
         task = {"same folder": nearest_alike(found, labels)} if len(set(labels)) > 1 else {}
         return {"spearman": spearman, "neighbours": neighbours, **task}, found
 
-    def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
+    def write(self, doll: Doll, small: GraphModule, folder: Path) -> nn.Module:
         """Write the folder of a size in the model's own class."""
         from matryoshkafy.natives.loading import load_native
 
-        small = matryoshkafy.slice(doll, size)
+        del doll
         matryoshkafy.save(small, folder, to=self.library, like=self.model, force=True)
         return load_native(folder).eval()
 

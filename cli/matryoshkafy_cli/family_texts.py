@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import matryoshkafy
 from matryoshkafy.dolls.doll import Doll
+from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.training import Term
 from matryoshkafy_cli.families import agreement, split, vectors
@@ -65,10 +67,10 @@ class Texts:
             task = {"mrr@10": reciprocal_rank(*sides)}
         return {"spearman": spearman, "neighbours": neighbours, **task}, found
 
-    def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
+    def write(self, doll: Doll, small: GraphModule, folder: Path) -> nn.Module:
         """Write the folder of a size in the encoder's own class; return it with its pooling.
 
-        The class is checked against the doll at this size, pooling and all.
+        The class is checked against the slice, pooling and all.
         """
         own, example = self.encoder.embedder, self.encoder.batch(EXAMPLE)
         # Group by group: the sizes alone do not tell widths that were chosen.
@@ -80,17 +82,23 @@ class Texts:
         inner = matryoshkafy.convert(
             own.model, (), example, sizes=list(doll.sizes), nesting="sliced", overrides=widths
         ).eval()
-        model = matryoshkafy.native(matryoshkafy.slice(inner, size), like=self.encoder.builder)
-        small = Embedder(model, own.pooling, normalised=own.normalised).eval()
+        size = parts_of(small)[1].sizes[-1]
+        cut = matryoshkafy.slice(inner, size)
+        weights = {f"model.{name}": tensor for name, tensor in state_of(cut).items()}
         with torch.no_grad():
-            error = relative_error(small(**example), doll.outputs(**example)[size])
+            for name, tensor in state_of(small).items():
+                weights[name].copy_(tensor)
+        model = matryoshkafy.native(cut, like=self.encoder.builder)
+        made = Embedder(model, own.pooling, normalised=own.normalised).eval()
+        with torch.no_grad():
+            error = relative_error(made(**example), small(**example))
         if not error <= 1e-4:
             raise CommandError(
-                f"the class at size {size} computes other vectors than the doll (by {error:.1e}); "
+                f"the class at size {size} computes other vectors than its slice (by {error:.1e}); "
                 "nothing was written for it. Save the doll and slice it instead."
             )
         self.encoder.save(model, folder)
-        return small
+        return made
 
 
 def reciprocal_rank(queries: Tensor, documents: Tensor) -> float:

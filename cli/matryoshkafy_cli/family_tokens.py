@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import matryoshkafy
 from matryoshkafy.dolls.doll import Doll
@@ -59,11 +60,11 @@ class Tokens:
         same = 1.0 if truth is None else float((likeliest == truth).double().mean())
         return {"perplexity": math.exp(lost / ids[:, 1:].numel()), "same token": same}, likeliest
 
-    def write(self, doll: Doll, size: int, folder: Path) -> nn.Module:
+    def write(self, doll: Doll, small: GraphModule, folder: Path) -> nn.Module:
         """Write the folder of a size in the model's own class, the tokenizer beside it."""
         from matryoshkafy.natives.loading import load_native
 
-        small = matryoshkafy.slice(doll, size)
+        del doll
         matryoshkafy.save(small, folder, to="hf", like=self.folder, force=True)
         return load_native(folder)
 

@@ -155,7 +155,9 @@ def distilled(texts: Texts, cache: Path, start: Path | None, steps: int) -> Path
     mk.save(query.doll, place / "doll", force=True)
     folder = place / "small"
     if not (folder / "config.json").is_file():
-        Family(query.encoder, ["a text"], ["another"]).write(query.doll, SMALL, folder)
+        Family(query.encoder, ["a text"], ["another"]).write(
+            query.doll, mk.slice(query.doll, SMALL), folder
+        )
     projection = query.projection.numpy()
     save_router(place / "router", query=folder, document=minilm_folder(), projection=projection)
     return place

@@ -112,11 +112,13 @@ def main() -> None:
     parser.add_argument("--what", choices=("stream", "all"), default="all")
     parser.add_argument("--starts", default="as it is,ordered,turned")
     parser.add_argument("--sizes", default="96,192,288,384")
+    parser.add_argument("--measured", default="", help="sizes of the ladder to measure; all")
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--cuts", default=",".join(CUTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes, kinds, own = list(map(int, options.sizes.split(","))), options.cuts.split(","), bench()
+    wanted = list(map(int, options.measured.split(","))) if options.measured else sizes
     print(f"| start | size | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 2)}")
     for name in options.starts.split(","):
         ladders = [[s, WIDTH] for s in sizes] if options.alone else [sizes]
@@ -124,7 +126,7 @@ def main() -> None:
             began = time.process_time()
             start = own.start(name, options.what, sorted({*ladder, WIDTH}))
             print(f"{name}: {time.process_time() - began:.0f} CPU seconds", file=sys.stderr)
-            for size in ladder[:1] if options.alone else ladder:
+            for size in ladder[:1] if options.alone else wanted:
                 print(f"| {name} | {size} | {own.cells(start, size, kinds)} |", flush=True)
 
 

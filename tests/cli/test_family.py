@@ -90,6 +90,24 @@ def test_a_family_is_made_and_a_rerun_takes_up_what_is_there(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_sizes_are_refitted_on_request(encoder: Path, texts: Path, tmp_path: Path) -> None:
+    words = ["family", encoder, "--sizes", "16,32", "--data", texts, "--json"]
+    found = {}
+    for how in ([], ["--refit"]):
+        made = run(*words, "-o", tmp_path / f"out{len(how)}", "--steps", 0, *how)
+        assert made.exit_code == 0, made.output
+        found[len(how)] = json.loads(made.stdout)["sizes"]
+    assert found[1][0]["spearman"] > found[0][0]["spearman"] + 0.05
+    assert found[1][0]["parameters"] == found[0][0]["parameters"]
+    assert found[1][1]["spearman"] > 0.99  # the largest stays the full model
+    small = transformers.AutoModel.from_pretrained(tmp_path / "out1" / "size-16")
+    assert small.config.hidden_size == 16
+    refused = run(*words, "-o", tmp_path / "none", "--steps", 3, "--refit")
+    assert refused.exit_code == 2 and "expected --steps 0" in refused.output
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_long_distillation_starts_from_a_turned_stream(
     encoder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +187,7 @@ def test_a_size_with_widths_of_its_own_is_written_with_them(encoder: Path, tmp_p
     doll = mk.convert(
         own.embedder, (), example, sizes=[16, 32], nesting="sliced", overrides=hidden
     ).eval()
-    Texts(own, ["w1"], ["w2"]).write(doll, 16, tmp_path / "small")
+    Texts(own, ["w1"], ["w2"]).write(doll, mk.slice(doll, 16), tmp_path / "small")
     small = load_encoder(tmp_path / "small", 16)
     config = small.embedder.model.config
     assert (config.hidden_size, config.intermediate_size) == (16, 8)
