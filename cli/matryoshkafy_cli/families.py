@@ -66,8 +66,8 @@ class Task:
     """What a family is made of: its sizes, how long it is distilled, where it goes.
 
     `untie`: a head that is its table gets a weight of its own first. `device`: where it is
-    distilled, which is where the time goes. `refit`: each size below the largest gets weights of
-    its own, fitted to the full model.
+    distilled, which is where the time goes. Without steps each size below the largest gets weights
+    of its own, fitted to the full model.
     """
 
     sizes: str
@@ -76,14 +76,6 @@ class Task:
     seed: int = 0
     untie: bool = False
     device: str = "cpu"
-    refit: bool = False
-
-    def __post_init__(self) -> None:
-        if self.refit and self.steps:
-            raise CommandError(
-                f"--refit was given with --steps {self.steps}; expected --steps 0, for what is "
-                "fitted would replace what was distilled. Leave one of them out."
-            )
 
     @property
     def turned(self) -> bool:
@@ -220,7 +212,7 @@ def measured(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> li
     for size in doll.sizes:
         folder = task.output / f"size-{size}"
         cut = matryoshkafy.slice(doll, size)
-        if task.refit and size < doll.sizes[-1]:
+        if not task.steps and size < doll.sizes[-1]:
             matryoshkafy.refit(cut, doll, calibration(subject))
         small = subject.write(doll, cut, folder)
         start = time.perf_counter()

@@ -46,7 +46,7 @@ def family(  # noqa: PLR0913  an option is a parameter
         ),
     ] = None,
     steps: Annotated[
-        int, typer.Option("--steps", help="Steps of distillation; 0: ordered slices alone.")
+        int, typer.Option("--steps", help="Steps of distillation; 0: ordered and refitted slices.")
     ] = 300,
     length: Annotated[
         int, typer.Option("--length", min=2, help="Tokens of a text that are read.")
@@ -57,14 +57,6 @@ def family(  # noqa: PLR0913  an option is a parameter
             "--untie",
             help="Give a head that is the table of tokens a weight of its own, so that the stream "
             "can be rotated; every size grows by the table.",
-        ),
-    ] = False,
-    refit: Annotated[
-        bool,
-        typer.Option(
-            "--refit",
-            help="With --steps 0: give each size weights of its own, fitted layer by layer to the "
-            "full model's values.",
         ),
     ] = False,
     weights: Weights = None,
@@ -83,16 +75,17 @@ def family(  # noqa: PLR0913  an option is a parameter
     """Make a family of sizes out of a pretrained model: ordered, distilled, written.
 
     The units are rotated or ordered by importance, every size learns from the full model, and each
-    size is written as a folder of the model's own class. A killed run goes on where it was.
+    size is written as a folder of the model's own class. A killed run goes on where it was. Without
+    steps, every size gets weights of its own that are fitted to the full model layer by layer.
     """
     screen = Screen(quiet, json)
     with screen.step(f"reading {data}"):
         subject = _subject(model, data, (column or [], task), (length, seed), weights)
         from matryoshkafy_cli.families import Task, chosen_device, make, shown
 
-        plan = Task(sizes, steps, output, seed, untie, chosen_device(device), refit)
+        place = chosen_device(device)
         output.mkdir(parents=True, exist_ok=True)
-    rows = make(subject, plan, screen.step)
+    rows = make(subject, Task(sizes, steps, output, seed, untie, place), screen.step)
     screen.result({"sizes": [row.as_json() for row in rows]}, lambda: shown(rows, output))
 
 

@@ -55,8 +55,8 @@ FLAGS = {
     "export": "--batch --debug --force --import --json --length --output --quiet --size --to -o -q",
     "retrieve": "--budget --debug --encoder --json --k --query --quiet --report --stages --text "
     "--tune --vectors -q",
-    "family": "--column --data --debug --device --json --length --output --quiet --refit --seed "
-    "--sizes --steps --task --untie --weights -o -q",
+    "family": "--column --data --debug --device --json --length --output --quiet --seed --sizes "
+    "--steps --task --untie --weights -o -q",
     "cascade": "--budget --costs --debug --floor --json --quiet --report --shared --test -q",
 }
 
