@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import fx, nn
 
 from matryoshkafy.axes.dims import is_nested
 from matryoshkafy.dolls.calls import Call
+from matryoshkafy.dolls.cuts import CutState
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.measure import (
     TOLERANCE,
@@ -21,11 +25,11 @@ from matryoshkafy.dolls.measure import (
     tolerance_of,
     values_of,
 )
-from matryoshkafy.dolls.slice import cut_out, state_of
+from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
 from matryoshkafy.graph.nodes import op_key
 from matryoshkafy.graph.quiet import silent
-from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
+from matryoshkafy.rewrite.graphs import Graphs, full_graph
 from matryoshkafy.rules import op_of
 
 Failed = (RuntimeError, IndexError, TypeError, AttributeError, ValueError)
@@ -36,7 +40,26 @@ REMEDY = (
 )
 
 
-def refuse_broken(doll: Doll, call: Call) -> None:
+@dataclass(frozen=True)
+class Example:
+    """A doll, the flat tensors of its example, and the graphs of its sizes."""
+
+    doll: Doll
+    flat: Sequence[torch.Tensor]
+    graphs: Graphs
+
+    def own(self, *levels: int) -> Any:
+        """Return what the doll computes at levels, one flat list after the other."""
+        return run(self.graphs.outputs(levels), root_of(self.doll), self.flat)
+
+    def cut(self, level: int) -> tuple[fx.Graph, nn.Module, list[torch.Tensor]]:
+        """Return the graph of a slice, the state that it reads, and its inputs."""
+        doll, graph = self.doll, self.graphs.sub(level)
+        state = CutState(trace_of(doll), doll.plan, state_of(doll), level, graph)
+        return graph, state, prefix_inputs(doll, (doll.plan, level), self.flat)
+
+
+def refuse_broken(doll: Doll, call: Call, graphs: Graphs) -> None:
     """Compute every size of a doll on the example, beside its slice.
 
     Raises:
@@ -47,56 +70,52 @@ def refuse_broken(doll: Doll, call: Call) -> None:
     state = (*trace_of(doll).state().values(), *flat)
     if any(t.is_meta for t in state):
         return
+    example = Example(doll, flat, graphs)
     with silent(), evaluated(doll):
-        together, why = _together(doll, flat)
+        together, why = _together(example)
         for level in reversed(range(doll.plan.levels)):
-            failure = _failure(doll, level, flat, together)
+            failure = _failure(example, level, together)
             if failure:
                 raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {REMEDY}")
         if why:
             raise PlanError(f"the pass over all sizes fails on the example: {why}. {REMEDY}")
 
 
-def _together(doll: Doll, flat: list[torch.Tensor]) -> tuple[list[object], str]:
+def _together(example: Example) -> tuple[list[object], str]:
     """Return the flat outputs of every size of a masked doll from its one pass, or why it fails.
 
     Nothing in sliced nesting: there each size is a pass of its own.
     """
-    if not doll.plan.masked:
+    plan = example.doll.plan
+    if not plan.masked:
         return [], ""
-    levels = list(range(doll.plan.levels))
     try:
-        out = run(outputs_graph(trace_of(doll), doll.plan, levels), root_of(doll), flat)
+        out = example.own(*range(plan.levels))
     except Failed as error:
-        return [], _told(doll, error)
-    count = len(out) // len(levels)
-    return [out[i * count : (i + 1) * count] for i in levels], ""
+        return [], _told(example.doll, error)
+    count = len(out) // plan.levels
+    return [out[i * count : (i + 1) * count] for i in range(plan.levels)], ""
 
 
-def _failure(doll: Doll, level: int, flat: list[torch.Tensor], together: list[object]) -> str:
+def _failure(example: Example, level: int, together: list[object]) -> str:
     """Return what is wrong with a size on the example, "" if nothing is."""
+    doll = example.doll
     try:
-        error = _error(doll, level, flat, together)
+        error = _error(example, level, together)
     except MatryoshkafyError as error:
         return f"cannot be computed on the example: {error}"
     except Failed as error:
         return f"cannot be computed on the example: {_told(doll, error)}"
-    if error <= tolerance_of(doll) or _draws(doll) or _is_rounding(doll, level, flat):
+    if error <= tolerance_of(doll) or _draws(doll) or _is_rounding(example, level):
         return ""
-    return f"is not what its slice computes on the example: {_where(doll, level, flat, error)}"
+    return f"is not what its slice computes on the example: {_where(example, level, error)}"
 
 
-def _error(doll: Doll, level: int, flat: list[torch.Tensor], together: list[object]) -> float:
-    plan, trace = doll.plan, trace_of(doll)
-    if together:
-        own = together[level]
-    else:
-        own = run(outputs_graph(trace, plan, [level]), root_of(doll), flat)
-    if level == plan.levels - 1:
+def _error(example: Example, level: int, together: list[object]) -> float:
+    own = together[level] if together else example.own(level)
+    if level == example.doll.plan.levels - 1:
         return 0.0
-    graph, root = cut_out(trace, plan, state_of(doll), level)
-    small = run(graph, root, prefix_inputs(doll, (plan, level), flat))
-    return relative_error(own, small)
+    return relative_error(own, run(*example.cut(level)))
 
 
 def _draws(doll: Doll) -> bool:
@@ -109,11 +128,11 @@ def _draws(doll: Doll) -> bool:
     )
 
 
-def _is_rounding(doll: Doll, level: int, flat: list[torch.Tensor]) -> bool:
+def _is_rounding(example: Example, level: int) -> bool:
     """In float64 two ways of computing one thing agree, whatever they round to in float32."""
     try:
-        wide, inputs = doubled(doll, flat)
-        return _error(wide, level, inputs, []) <= TOLERANCE[torch.float64]
+        wide = Example(*doubled(example.doll, example.flat), example.graphs)
+        return _error(wide, level, []) <= TOLERANCE[torch.float64]
     except Failed:
         return False
 
@@ -124,20 +143,19 @@ def _told(doll: Doll, error: Exception) -> str:
     return f"{first_line(error)}{_line(doll, found.group(1)) if found else ''}"
 
 
-def _where(doll: Doll, level: int, flat: list[torch.Tensor], error: float) -> str:
+def _where(example: Example, level: int, error: float) -> str:
     """Name the first value of the trunk that differs, or the output."""
-    first = next(_differing(doll, level, flat), "")
+    doll, first = example.doll, next(_differing(example, level), "")
     what = f"the value {first!r}{_line(doll, first)}" if first else "the output"
     return f"{what} is off by {error:.1e} (at most {tolerance_of(doll):g} expected)"
 
 
-def _differing(doll: Doll, level: int, flat: list[torch.Tensor]) -> Iterator[str]:
-    plan = doll.plan
+def _differing(example: Example, level: int) -> Iterator[str]:
+    doll, plan = example.doll, example.doll.plan
     if not plan.masked:
         return
-    graph, small = cut_out(trace_of(doll), plan, state_of(doll), level)
-    full = values_of(full_graph(trace_of(doll), plan), root_of(doll), flat)
-    mine = values_of(graph, small, prefix_inputs(doll, (plan, level), flat))
+    full = values_of(full_graph(trace_of(doll), plan), root_of(doll), example.flat)
+    mine = values_of(*example.cut(level))
     for name, a, b in prefixes(plan, level, full, mine):
         if relative_error(a, b) > tolerance_of(doll):
             yield name

@@ -20,7 +20,7 @@ from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import verify
 from matryoshkafy.errors import PlanError, TraceError, first_line
 from matryoshkafy.graph.capture import SPECIALISED
-from matryoshkafy.graph.quiet import silent
+from matryoshkafy.graph.quiet import silent, uncollected
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request, output_plan
 from matryoshkafy.plan.plan import Options, Plan
@@ -28,6 +28,7 @@ from matryoshkafy.plan.policies import input_names
 from matryoshkafy.plan.solve import solve
 from matryoshkafy.plan.stored import decided
 from matryoshkafy.plan.walk import propagate
+from matryoshkafy.rewrite.graphs import Graphs
 from matryoshkafy.sizes import Rungs
 
 CHOICES = {
@@ -213,14 +214,16 @@ def convert(  # noqa: PLR0913  the public signature
     if plan is not None:
         wishes.refuse_beside_a_plan()
     asked = wishes.asked_of(model)
-    found = _traced(call, check=check)
-    plan = asked.plan(found) if plan is None else _fit(plan, found)
-    doll = Doll(found, plan, plain_attributes(model))
-    if check:
-        check_sizes(found, plan)
-        _refuse_specialised(doll, call)
-        refuse_broken(doll, call)
-    say_how_far_off(doll, call)
+    with uncollected():
+        found = _traced(call, check=check)
+        plan = asked.plan(found) if plan is None else _fit(plan, found)
+        doll = Doll(found, plan, plain_attributes(model))
+        if check:
+            graphs = Graphs(found, plan)
+            check_sizes(graphs)
+            _refuse_specialised(doll, call)
+            refuse_broken(doll, call, graphs)
+        say_how_far_off(doll, call)
     return doll
 
 

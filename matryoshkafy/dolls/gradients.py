@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.errors import first_line
-from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare
+from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare, untouched
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
@@ -40,6 +40,7 @@ from matryoshkafy.graph.training_mode import (
 # Relative to the largest gradient of all: some gradients are zero but for rounding (the bias of
 # keys in attention).
 FLOOR = 1e-3
+REGISTER_HOOK = cast("object", Tensor.register_hook)  # pyright: ignore[reportUnknownMemberType]
 Step = torch.autograd.graph.Node
 
 
@@ -187,12 +188,12 @@ def trained(
     if expected is None:
         return follow_training(trace, model, *trace.signature.call(flat)), None
     trace = follow(trace, watch)
-    if evaluated is not None and evaluated.found is not None and _has_one_mode(trace.graph):
+    if evaluated is not None and evaluated.found is not None and has_one_mode(trace.graph):
         return trace, Pair(expected, evaluated.found)
     return trace, _beside(expected, trace, flat, training=True)
 
 
-def _has_one_mode(graph: fx.Graph) -> bool:
+def has_one_mode(graph: fx.Graph) -> bool:
     """Tell whether `self.training` is read by dropout alone."""
     dropped = {*DROPOUTS.values(), SDPA.__name__}
     readers = [n for flag in graph.find_nodes(op="get_attr", target="training") for n in flag.users]
@@ -277,17 +278,11 @@ def _other_state(found: Behaviour, expected: Behaviour) -> str:
     for name, mine in found.state.items():
         theirs = expected.state.get(name)
         counts = name.endswith("num_batches_tracked")
-        if theirs is None or counts or _untouched(mine, theirs) or torch.equal(mine, theirs):
+        if theirs is None or counts or untouched(mine, theirs) or torch.equal(mine, theirs):
             continue
         if tensor_error(mine, theirs) > FLOOR:
             return f"the forward writes into {name!r}, which the graph leaves as it is"
     return ""
-
-
-def _untouched(mine: Tensor, theirs: Tensor) -> bool:
-    """Two copies of a tensor that still share its memory: nothing was written to either."""
-    shares = cast("Callable[[Tensor], bool]", torch._C._is_cow_tensor)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType]
-    return shares(mine) and shares(theirs)
 
 
 def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> str:
@@ -320,13 +315,14 @@ class _NoDropout(FunctionMode):
     hook on a value is noted.
     """
 
+    WATCHED = frozenset((REGISTER_HOOK, SDPA, F.multi_head_attention_forward, *DROPOUTS))
     hooked = dropped = False
 
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         kwargs = dict(kwargs)
-        self.hooked |= func is getattr(Tensor, "register_hook", None)
+        self.hooked |= func is REGISTER_HOOK
         if func in DROPOUTS:
             given = named_arguments(func, args, kwargs)
             self.dropped |= bool(given["training"] and given["p"])

@@ -22,7 +22,7 @@ from matryoshkafy.graph.copies import seed_torch
 from matryoshkafy.graph.guards import Guards
 from matryoshkafy.graph.trials import classes, other_sizes, resized
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.rewrite.graphs import outputs_graph
+from matryoshkafy.rewrite.graphs import Graphs, outputs_graph
 
 # Sums of gradients run over every position of a batch, so they round more than an output does.
 GRADIENT_ROUNDING = 10.0
@@ -210,7 +210,7 @@ def _unguarded(guards: Guards, flat: list[torch.Tensor]) -> str:
 def _obeyed(doll: Doll) -> Law:
     name = "the plan is obeyed"
     try:
-        check_sizes(trace_of(doll), doll.plan)
+        check_sizes(Graphs(trace_of(doll), doll.plan))
     except PlanError as error:
         return Law(10, name, False, detail=first_line(error))
     return Law(10, name, True)

@@ -10,12 +10,15 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.axes import dims
+from matryoshkafy.axes.dims import relative
+from matryoshkafy.dolls.cuts import CutState, take
 from matryoshkafy.dolls.doll import Doll, trace_of
-from matryoshkafy.dolls.slice import relative, state_of, take
 from matryoshkafy.dolls.slice import slice as slice_at
+from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.graph.copies import forked, seed_torch
 from matryoshkafy.graph.nodes import reached, sources_of
 from matryoshkafy.plan.plan import Plan
@@ -49,7 +52,7 @@ def doubled(doll: Doll, flat: Sequence[torch.Tensor]) -> tuple[Doll, list[torch.
 
 
 def prefix_inputs(
-    doll: Doll, place: tuple[Plan, int], flat: list[torch.Tensor]
+    doll: Doll, place: tuple[Plan, int], flat: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """A sub-model takes the prefix of an input whose axis was freed."""
     plan, level = place
@@ -87,7 +90,18 @@ class Written:
         return self._slices[level]
 
 
-class Recorder(fx.Interpreter):
+class Reader(fx.Interpreter):
+    """Runs a graph over the state of a module, or over what is cut of a state when it is read."""
+
+    def get_attr(self, target: Target, args: object, kwargs: object) -> Any:
+        """Return a tensor of the state."""
+        root = self.module
+        return (
+            root.read(str(target)) if isinstance(root, CutState) else self.fetch_attr(str(target))
+        )
+
+
+class Recorder(Reader):
     """Runs a graph and keeps what each of the user's nodes computed."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
@@ -102,7 +116,7 @@ class Recorder(fx.Interpreter):
         return value
 
 
-def values_of(graph: fx.Graph, root: nn.Module, flat: list[torch.Tensor]) -> dict[str, Any]:
+def values_of(graph: fx.Graph, root: nn.Module, flat: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Return what every one of the user's nodes computed, and the flat "output"."""
     recorder = Recorder(graph, root)
     seed_torch(0)  # a forward that draws random numbers draws the same ones at every size
@@ -110,10 +124,10 @@ def values_of(graph: fx.Graph, root: nn.Module, flat: list[torch.Tensor]) -> dic
     return recorder.kept | {"output": out}
 
 
-def run(graph: fx.Graph, root: nn.Module, flat: list[torch.Tensor]) -> Any:
+def run(graph: fx.Graph, root: nn.Module, flat: Sequence[torch.Tensor]) -> Any:
     """Return the flat outputs of a graph over the state of a module."""
     seed_torch(0)
-    return fx.Interpreter(root, graph=graph).run(*flat, enable_io_processing=False)
+    return Reader(root, graph=graph).run(*flat, enable_io_processing=False)
 
 
 def gradients_of(out: object, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from matryoshkafy.graph.nodes import Info, TensorInfo, info_of, op_key, schema_o
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.stored import statistics
-from matryoshkafy.rewrite.graphs import outputs_graph, sub_graph
+from matryoshkafy.rewrite.graphs import Graphs
 
 REMEDY = (
     "Say in its row which argument is a size (mk.rule(..., sizes=...)) and which dims pass; or "
@@ -31,21 +31,22 @@ REMEDY = (
 )
 
 
-def check_sizes(trace: Trace, plan: Plan) -> None:
+def check_sizes(graphs: Graphs) -> None:
     """Run every graph of a plan without memory and compare each node's size with the plan's.
 
     Raises:
         PlanError: a node has another size than the plan says, or cannot be computed at a size;
             it names the op, the user's line, what was found and expected, and what to do.
     """
-    checker = _Checker(trace, plan)
+    plan = graphs.plan
+    checker = _Checker(graphs.trace, plan)
     top = plan.levels - 1
-    levels = list(range(plan.levels)) if plan.masked else [top]
-    checker.check(outputs_graph(trace, plan, levels), checker.whole, top)
+    levels = tuple(range(plan.levels)) if plan.masked else (top,)
+    checker.check(graphs.outputs(levels), checker.whole, top)
     # In sliced nesting the doll's own pass of a size has the nodes of its sub-model.
     for level in range(top):
         cut = {name: _sizes(kept.dims, plan.ladder[level]) for name, kept in plan.stored.items()}
-        checker.check(sub_graph(trace, plan, level), cut, level, standalone=True)
+        checker.check(graphs.sub(level), cut, level, standalone=True)
 
 
 @dataclass(frozen=True)

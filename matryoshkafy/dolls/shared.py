@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx, nn
 
-from matryoshkafy.dolls.slice import Cut, assemble, cuts_of, kinds_of, parts_of, state_of
+from matryoshkafy.dolls.cuts import Cut, cuts_of, kinds_of
+from matryoshkafy.dolls.slice import assemble, parts_of, state_of
 from matryoshkafy.dolls.slice import slice as cut_model
 
 

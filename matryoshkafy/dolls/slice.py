@@ -5,50 +5,26 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import cast
 
 import torch
 from torch import fx, nn
 
-from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Segments, Widths
-from matryoshkafy.axes.dims import relative as relative
 from matryoshkafy.dolls.caveats import Recorded, refuse_training, why_untrained
+from matryoshkafy.dolls.cuts import Kind, cut, kinds_of
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.nodes import bound_args, reached, sources_of
 from matryoshkafy.graph.trace import Trace, attach, tensors_of
-from matryoshkafy.plan.held import is_reparametrised
-from matryoshkafy.plan.plan import Plan, Stored
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.plan.stored import statistics
-from matryoshkafy.rewrite.codegen import runnable
 from matryoshkafy.rewrite.graphs import sub_graph
 from matryoshkafy.rewrite.linears import as_modules, foreign
 
 # What a tensor's name gets in front where a GraphModule has an attribute of that name.
 ESCAPE = "user_"
-
-
-@dataclass(frozen=True)
-class MaskRuns:
-    """The levels along the output and the input dim of a masked weight, run-length coded."""
-
-    out: int
-    into: int
-    out_runs: tuple[int, ...]
-    in_runs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What a sub-model keeps of one tensor: per dim the kept segments (None: all of it)."""
-
-    name: str
-    segments: tuple[Segments | None, ...]
-    mask: MaskRuns | None = None
 
 
 def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the field's word for it
@@ -66,48 +42,8 @@ def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the f
     """
     trace, plan = parts_of(model)
     level = plan.level(size)
-    tensors, kinds = _cut(trace, plan, state_of(model), level)
+    tensors, kinds = cut(trace, plan, state_of(model), level)
     return assemble(trace, plan.up_to(level), tensors, kinds)
-
-
-def cut_out(
-    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
-) -> tuple[fx.Graph, nn.Module]:
-    """Return the graph of a sub-model, and the root that it reads."""
-    tensors, kinds = _cut(trace, plan, state, level)
-    return _parts(trace, plan.up_to(level), tensors, kinds)
-
-
-def _cut(
-    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
-) -> tuple[dict[str, torch.Tensor], dict[str, Kind]]:
-    full = {name: torch.detach(t) for name, t in full_statistics(trace, plan).items()}
-    state = {**state, **full}
-    tensors = _cut_state(state, cuts_of(plan, level))
-    if level < plan.levels - 1:
-        tensors |= reparametrised(trace, plan, state, level)
-    return tensors, kinds_of(state)
-
-
-def reparametrised(
-    trace: Trace, plan: Plan, state: Mapping[str, torch.Tensor], level: int
-) -> dict[str, torch.Tensor]:
-    """Return v and g of weight-normalised weights so that g v / |v| is the cut of the full
-    weight.
-    """
-    out: dict[str, torch.Tensor] = {}
-    already = plan.ladder[-1] != tuple(g.size for g in plan.groups)
-    for node in trace.graph.nodes:
-        if node.name in plan.full and is_reparametrised(node):
-            names = [str(n.target) for n in node.all_input_nodes[:2]]
-            v, g = (state[n].detach() for n in names)
-            dim = int(bound_args(node).get("dim", 0))
-            weight = v if already else torch.ops.aten._weight_norm(v, g, dim)
-            shape = plan.dims(node.name)
-            pairs = [relative(d, plan.ladder[-1], plan.ladder[level]) for d in shape]
-            out[names[0]] = take(weight, tuple(pairs))
-            out[names[1]] = torch.norm_except_dim(out[names[0]], 2, dim)
-    return out
 
 
 def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
@@ -154,112 +90,6 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _own_name(name: str) -> str:
     return name.removeprefix(ESCAPE) if _is_taken(name) else name
-
-
-def full_statistics(trace: Trace, plan: Plan) -> dict[str, torch.Tensor]:
-    """Return the parameter-only statistics that a sub-model keeps as they are at full width."""
-    sources = statistics(plan)
-    if not sources:
-        return {}
-    state = trace.state()
-    kept = {name: state[name] for name in sources if name in state}
-    missing = [name for name in sources if name not in kept]
-    nodes = {n.name: n for n in trace.graph.nodes}
-    values = _evaluate(trace, [nodes[sources[name]] for name in missing])
-    return kept | dict(zip(missing, values, strict=True))
-
-
-def _evaluate(trace: Trace, nodes: list[fx.Node]) -> list[torch.Tensor]:
-    if not nodes:
-        return []
-    graph = fx.Graph()
-    memo: dict[fx.Node, fx.Node] = {}
-    needed = reached(nodes, sources_of)
-    for node in (n for n in trace.graph.nodes if n in needed):
-        memo[node] = graph.node_copy(node, lambda n: memo[n])
-    graph.output([memo[n] for n in nodes])
-    with torch.no_grad():
-        return runnable(trace.root, graph)()
-
-
-def cuts_of(plan: Plan, level: int) -> list[Cut]:
-    """Return what the sub-model of a level keeps of every tensor that its graph reads."""
-    have, want = plan.ladder[-1], plan.ladder[level]
-    return [
-        Cut(
-            name,
-            tuple(relative(d, have, want) for d in kept.dims),
-            _mask_runs(kept, plan.ladder[: level + 1]),
-        )
-        for name, kept in plan.stored.items()
-        if not plan.is_gone(kept.dims, level)
-    ]
-
-
-def _mask_runs(kept: Stored, ladder: tuple[Widths, ...]) -> MaskRuns | None:
-    if kept.mask is None:
-        return None
-    out, into = kept.mask.out, kept.mask.into
-    return MaskRuns(
-        out, into, dims.runs(kept.dims[out], ladder), dims.runs(kept.dims[into], ladder)
-    )
-
-
-def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.Tensor:
-    """Return the kept part of a tensor as memory of its own."""
-    tensor = tensor.detach()
-    for dim, kept in enumerate(segments):
-        if kept is not None and len(kept) == 1:
-            tensor = tensor.narrow(dim, kept[0][0], kept[0][1] - kept[0][0])
-        elif kept is not None:
-            index = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in kept])
-            tensor = tensor.index_select(dim, index)
-    return (
-        tensor.clone(memory_format=torch.contiguous_format)
-        if tensor.layout == torch.strided
-        else tensor
-    )
-
-
-def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, torch.Tensor]:
-    """Return the cut tensors; names tied in the doll stay tied."""
-    made: dict[tuple[int, tuple[Segments | None, ...]], torch.Tensor] = {}
-    out: dict[str, torch.Tensor] = {}
-    for cut in cuts:
-        key = (id(state[cut.name]), cut.segments)
-        if key not in made:
-            made[key] = masked(take(state[cut.name], cut.segments), cut.mask)
-        out[cut.name] = made[key]
-    return out
-
-
-def masked(tensor: torch.Tensor, mask: MaskRuns | None) -> torch.Tensor:
-    """Write the structural zeros into a cut weight, in place: block by block, without a mask."""
-    if mask is None:
-        return tensor
-    start = 0
-    for length, level in zip(mask.out_runs[::2], mask.out_runs[1::2], strict=True):
-        rows = tensor.narrow(mask.out, start, length)
-        at = 0
-        for width, other in zip(mask.in_runs[::2], mask.in_runs[1::2], strict=True):
-            if other > level:
-                rows.narrow(mask.into, at, width).zero_()
-            at += width
-        start += length
-    return tensor
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a tensor stands in the user's model."""
-
-    parameter: bool
-    requires_grad: bool
-
-
-def kinds_of(state: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
-    """Return how each tensor stands in the model."""
-    return {n: Kind(isinstance(t, nn.Parameter), t.requires_grad) for n, t in state.items()}
 
 
 def _mention(graph: fx.Graph, names: list[str]) -> None:

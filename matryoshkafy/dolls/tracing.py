@@ -12,6 +12,7 @@ from torch import fx, nn
 from matryoshkafy.dolls.gradients import (
     Pair,
     compared,
+    has_one_mode,
     trained,
     without_gradients,
     without_training,
@@ -19,11 +20,18 @@ from matryoshkafy.dolls.gradients import (
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import SPECIALISED
-from matryoshkafy.graph.copies import chance_kept, copied_inputs, reseed_others, seed_torch, spare
+from matryoshkafy.graph.copies import (
+    chance_kept,
+    copied_inputs,
+    reseed_others,
+    seed_torch,
+    spare,
+    untouched,
+)
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
-from matryoshkafy.graph.trials import settled
+from matryoshkafy.graph.trials import from_one, settled, trials_of
 
 # Graph and model run the same ops in the same order: what differs is a rounding here and there.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -54,6 +62,9 @@ def traced(
 
 
 def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace:
+    quickly = _quickly(found, model, flat) if has_one_mode(found.graph) else ""
+    if isinstance(quickly, Trace):
+        return quickly
     evaluated = compared(found, model, flat, training=False)
     _refuse(Beside(found, model), flat, evaluated)
     _refuse_first_call(found, model, flat, evaluated)
@@ -64,8 +75,30 @@ def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Tr
         return without_gradients(found, why)
     if any("training mode" in note for note in found.notes):
         return found
-    why = _difference(beside, flat, training, training=True)
+    why = _difference(beside, flat, training, training=True) or quickly
     return without_training(found, why) if why else found
+
+
+def _quickly(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace | str:
+    """Return a checked trace of one mode for half the work; where there is more to see, what is
+    other in training mode at other sizes ("": nothing).
+
+    Such a graph is compared with the model, outputs and gradients, on all of the example in
+    evaluation mode, and at other sizes in small calls: in training mode, and at 1.
+    """
+    beside, trials = Beside(found, model), trials_of(found.signature.guards, flat)
+    if trials is None:
+        return ""
+    evaluated = compared(found, model, trials.near, training=False)
+    if evaluated is None or evaluated.difference(beside.tolerance):
+        return ""
+    followed, pair = trained(found, model, trials.more, None)
+    why = _difference(beside, trials.more, pair, training=True)
+    if pair is None or why or not beside.agree(trials.ones):
+        return why
+    _refuse_first_call(found, model, trials.near, evaluated)
+    guards = from_one(found.signature.guards)
+    return replace(followed, signature=replace(found.signature, guards=guards))
 
 
 def _difference(
@@ -103,7 +136,8 @@ def _refuse_first_call(
     """Refuse the path of a call that makes a model ready: its next call takes another."""
     after = evaluated.expected.state if evaluated is not None else {}
     own = tensors_of(model)
-    written = [name for name, t in after.items() if name in own and not torch.equal(t, own[name])]
+    touched = [n for n, t in after.items() if n in own and not untouched(t, own[n])]
+    written = [n for n in touched if not torch.equal(after[n], own[n])]
     if not written:
         return
     args, kwargs = copied_inputs(*found.signature.call(flat))

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from torch import Tensor, fx, nn
 
+from matryoshkafy.dolls.cuts import cuts_of, reparametrised
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.dolls.slice import assemble, cuts_of, parts_of, reparametrised, state_of
+from matryoshkafy.dolls.slice import assemble, parts_of, state_of
 from matryoshkafy.files.dense import Dense, dense_files
 from matryoshkafy.files.description import (
     Description,

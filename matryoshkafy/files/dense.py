@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from matryoshkafy.dolls.slice import Cut, masked
+from matryoshkafy.dolls.cuts import Cut, masked
 from matryoshkafy.files.held import Held
 from matryoshkafy.files.records import (
     Record,

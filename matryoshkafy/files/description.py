@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from matryoshkafy.dolls.cuts import full_statistics
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.dolls.slice import assemble, full_statistics, state_of
+from matryoshkafy.dolls.slice import assemble, state_of
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.fitting import check_call, check_reads
 from matryoshkafy.files.folders import MANIFEST

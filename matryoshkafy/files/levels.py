@@ -23,7 +23,7 @@ from torch import Tensor
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments
-from matryoshkafy.dolls.slice import Cut, masked
+from matryoshkafy.dolls.cuts import Cut, masked
 from matryoshkafy.files.header import CODES, DTYPES, PAIRS, Entry
 from matryoshkafy.files.held import Held
 from matryoshkafy.files.json_text import is_list, shown

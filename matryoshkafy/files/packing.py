@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, fx, nn
 
-from matryoshkafy.dolls.slice import parts_of, state_of, take
+from matryoshkafy.dolls.cuts import take
+from matryoshkafy.dolls.slice import parts_of, state_of
 from matryoshkafy.files.checkpoint import (
     Checkpoint,
     open_checkpoint,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshkafy.dolls.slice import Kind
+from matryoshkafy.dolls.cuts import Kind
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.graph_json import is_path
 from matryoshkafy.files.header import Entry

@@ -24,7 +24,7 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.graph.quiet import silent, uncollected
 from matryoshkafy.graph.storage import mark_storage
-from matryoshkafy.graph.transforms import Traced, Transformed
+from matryoshkafy.graph.transforms import GradientsRead, Traced, Transformed
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,9 @@ def _attempt(
     shapes = _dynamic_shapes(model, call, dims) if dims else None
     asked = _asked(call, dims)
     try:
+        with _prepared(model, above=True, gradients=False) as twin:
+            return _exported(_export(twin, call, shapes), asked, notes)
+    except GradientsRead:
         with _prepared(model, above=True) as twin:
             return _exported(_export(twin, call, shapes), asked, notes)
     except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
@@ -274,9 +277,11 @@ def _lifted(
 
 
 @contextlib.contextmanager
-def _prepared(model: nn.Module, *, above: bool = False) -> Generator[nn.Module, None, None]:
+def _prepared(
+    model: nn.Module, *, above: bool = False, gradients: bool = True
+) -> Generator[nn.Module, None, None]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
-    product; see `Traced` for `above`.
+    product; see `Traced` for `above` and `gradients`.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -287,12 +292,27 @@ def _prepared(model: nn.Module, *, above: bool = False) -> Generator[nn.Module, 
                 config._experts_implementation = "batched_mm"
             twin.eval()
             # Under the caller's no_grad, the model's own would leave no trace.
-            with torch.enable_grad(), Traced(above=above):
+            bare = contextlib.nullcontext() if gradients else _without_gradients(twin)
+            with torch.enable_grad(), bare, Traced(above=above, gradients=gradients):
                 yield twin
         finally:
             for config, before in experts:
                 config._experts_implementation = before
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextlib.contextmanager
+def _without_gradients(twin: nn.Module) -> Generator[None]:
+    """Take the gradients off a spare: its trace has the same ops, and takes a tenth less time."""
+    # What cannot be copied is shared with the user's model, so all is put back.
+    parameters = [p for p in twin.parameters() if p.requires_grad and p.is_leaf]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def _expert_configs(model: nn.Module) -> Iterator[tuple[Any, str]]:

@@ -86,6 +86,12 @@ def copied_tensor(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_(value.requires_grad)
 
 
+def untouched(mine: Tensor, theirs: Tensor) -> bool:
+    """Two copies of a tensor that still share its memory: nothing was written to either."""
+    shares = cast("Callable[[Tensor], bool]", torch._C._is_cow_tensor)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    return shares(mine) and shares(theirs)
+
+
 def _copied(model: nn.Module) -> nn.Module:
     twins = _twins(model) | _empty_tables(model)
     try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 from torch.overrides import TorchFunctionMode
 
 
 class FunctionMode(TorchFunctionMode):
-    """A mode that overrides `called`, which gets the function and its arguments alone."""
+    """A mode that overrides `called`, which gets the function and its arguments alone.
+
+    `WATCHED` are the functions that it is called for; thousands of others pass.
+    """
+
+    WATCHED: ClassVar[Collection[object]] = frozenset()
 
     def __torch_function__(
         self,
@@ -19,7 +24,9 @@ class FunctionMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         del types
-        return self.called(func, args, kwargs or {})
+        if func in self.WATCHED:
+            return self.called(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

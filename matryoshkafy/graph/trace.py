@@ -10,7 +10,6 @@ line).
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -170,9 +169,8 @@ class _Copier:
             self.env[node] = value
 
     def state(self, node: fx.Node, target: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.env[node] = self._described(self.graph.get_attr(target), node)
+        # get_attr() warns of a name that no module holds yet, and takes its time to look.
+        self.env[node] = self._described(self.graph.create_node("get_attr", target), node)
 
     def body(self, source: fx.Graph) -> Argument:
         for node in source.nodes:

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -72,6 +73,8 @@ class Watch(FunctionMode):
     chances: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     flags: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
 
+    WATCHED = frozenset((SDPA, F.multi_head_attention_forward, F.batch_norm, *DROPOUTS, *RANDOM))
+
     def __post_init__(self) -> None:
         super().__init__()
 
@@ -91,7 +94,7 @@ class Watch(FunctionMode):
             given = named_arguments(func, args, kwargs)
             if given["running_mean"] is not None:
                 self.flags.setdefault("batch_norm", []).append(bool(given["training"]))
-        elif func in RANDOM:
+        else:
             self._chance(RANDOM[func])
         return func(*args, **kwargs)
 
@@ -110,9 +113,12 @@ def named_arguments(
     func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
     """Return the arguments of a call by name, defaults included."""
-    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound = _signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+_signature = cache(inspect.signature)
 
 
 def _user_line() -> str:

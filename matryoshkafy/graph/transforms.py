@@ -6,45 +6,82 @@ of the example would become constants of the graph. Below autograd every op of b
 
 # torch has no public name for what tells whether a transform is at work.
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from matryoshkafy.graph.function_mode import FunctionMode
+from matryoshkafy.graph.nodes import TORCH_FOLDER
 
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-DERIVATIVES: tuple[object, ...] = (  # pyright: ignore[reportUnknownVariableType]
-    torch.autograd.grad,
-    torch.autograd.backward,
-    torch.Tensor.backward,
+DERIVATIVES: frozenset[object] = frozenset(
+    (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 )
+# What tells a forward whether a value has a gradient; torch's own code asks, too.
+READS: frozenset[object] = frozenset(
+    (
+        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+        torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.requires_grad_,
+    )
+)
+HOOKS: frozenset[object] = frozenset((torch.Tensor.register_hook, torch.Tensor.retain_grad))
 
 
 class Transformed(Exception):  # noqa: N818  a message to the tracer, which the user never meets
     """The forward differentiates or maps itself."""
 
 
+class GradientsRead(Exception):  # noqa: N818  a message to the tracer, which the user never meets
+    """The forward asks whether a value has a gradient."""
+
+
 class Traced(FunctionMode):
     """What a forward calls while it is traced: x.data is x.detach(), which a trace sees.
 
-    With `above`, the trace stands above autograd, and a derivative or a map ends it.
+    With `above`, the trace stands above autograd, and a derivative or a map ends it. Without
+    `gradients` no parameter has one, and a forward that would notice ends it.
     """
 
-    def __init__(self, *, above: bool) -> None:
+    WATCHED = {GET_DATA} | DERIVATIVES | READS | HOOKS
+
+    def __init__(self, *, above: bool, gradients: bool = True) -> None:
         super().__init__()
-        self.above = above
+        self.above, self.gradients = above, gradients
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if self.above and _within_transform():
+            raise Transformed("the forward maps itself")
+        return super().__torch_function__(func, types, args, kwargs)
 
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func == GET_DATA:
             return args[0].detach()
-        if self.above and (func in DERIVATIVES or _within_transform()):
-            raise Transformed("the forward differentiates or maps itself")
+        if self.above and func in DERIVATIVES:
+            raise Transformed("the forward differentiates itself")
+        if not self.gradients and (func in HOOKS or (func in READS and _is_users(3))):
+            raise GradientsRead("the forward asks for a gradient")
         return func(*args, **kwargs)
+
+
+def _is_users(above: int) -> bool:
+    """Tell whether the code so many frames above the caller is none of torch's."""
+    return not sys._getframe(above + 1).f_code.co_filename.startswith(TORCH_FOLDER)
 
 
 def _within_transform() -> bool:

@@ -8,7 +8,7 @@ the example with rows repeated or left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,48 @@ from matryoshkafy.graph.guards import Apply, Expr, Guard, Guards, Size, value_of
 Sizes = Mapping[Size, int]
 # True: graph and model agree. False: they differ. None: the model itself fails at such sizes.
 Verdict = Callable[[Sequence[torch.Tensor]], bool | None]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """An example at three choices of its free sizes, which show each of them larger and at 1.
+
+    `near` is the example with every second size (a length) one more, so all of its values are
+    there; `more` has the others one more (a batch) and those small; `ones` has 1 of each.
+    """
+
+    near: list[torch.Tensor]
+    more: list[torch.Tensor]
+    ones: list[torch.Tensor]
+
+
+def trials_of(guards: Guards, flat: Sequence[torch.Tensor]) -> Trials | None:
+    """Return the trials of an example; None where no size is free, or where the guards do not let
+    them change so.
+    """
+    shapes = [tuple(t.shape) for t in flat]
+    batches, lengths = (groups := classes(guards))[::2], groups[1::2]
+    grown = {g: next(other_sizes(guards, shapes, g), None) for g in groups}
+    near = _jointly(guards, shapes, [grown[g] for g in lengths]) if lengths else {}
+    small = (_small(guards, shapes, g) for g in lengths)
+    more = _jointly(guards, shapes, [*(grown[g] for g in batches), *small])
+    ones = _jointly(guards, shapes, [_changed(guards, shapes, g, 1) for g in groups])
+    if near is None or more is None or ones is None:
+        return None
+    return Trials(*(resized(flat, sizes) for sizes in (near, more, ones)))
+
+
+def _small(guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size]) -> Sizes | None:
+    """Return a small size of a class that is neither 1 nor the example's."""
+    now = shapes[group[0].leaf][group[0].dim]
+    tried = (_changed(guards, shapes, group, n) for n in (3, 2) if n < now)
+    found = next((sizes for sizes in tried if sizes is not None), None)
+    return found if found is not None else next(other_sizes(guards, shapes, group), None)
+
+
+def from_one(guards: Guards) -> Guards:
+    """Return the guards of a graph that is the model at every size from 1."""
+    return _from(guards, [(group[0], 1) for group in classes(guards)])
 
 
 def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Guards:
@@ -50,6 +92,10 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
         (g[0], 1 if jointly or verdict(one) else min(2, shapes[g[0].leaf][g[0].dim]))
         for g, one in zip(groups, ones, strict=True)
     ]
+    return _from(guards, least)
+
+
+def _from(guards: Guards, least: Sequence[tuple[Size, int]]) -> Guards:
     lower = (Guard(Apply("ge", (size, low))) for size, low in least)
     return replace(guards, conditions=(*guards.conditions, *lower))
 

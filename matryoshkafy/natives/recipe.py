@@ -114,10 +114,12 @@ FILLERS: frozenset[object] = frozenset(
 class _Unfilled(FunctionMode):
     """A tensor without memory keeps no initial values: none are drawn, which took longest."""
 
+    WATCHED = FILLERS
+
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        if func in FILLERS and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             return args[0]
         return func(*args, **kwargs)
 

@@ -212,8 +212,9 @@ def _tables(trace: Trace) -> set[str]:
 def _named(order: Sequence[Axis], parameters: ByName, tables: Collection[str]) -> Iterator[Group]:
     """Yield the groups, each under a name of its own: plans are read and changed by names."""
     taken: set[str] = set()
+    by_axis = _members(parameters)
     for axis in order:
-        members = _members(parameters, axis)
+        members = tuple(by_axis.get(axis, ()))
         # A part that several axes share was born in no parameter: its first one stands for it.
         places = (axis.name, *members) if ":" in axis.name else members
         wanted = [_group_name(place, tables) for place in places]
@@ -236,13 +237,14 @@ def _group_name(place: str, tables: Collection[str]) -> str:
     return f"{name}.{position}{piece}" if position else name + piece
 
 
-def _members(parameters: ByName, axis: Axis) -> tuple[str, ...]:
-    return tuple(
-        f"{name}:{i}"
-        for name, terms in parameters.items()
-        for i, term in enumerate(terms)
-        if any(leaf is axis for leaf in axes.leaves(term))
-    )
+def _members(parameters: ByName) -> dict[Axis, list[str]]:
+    """Return the dims of parameters in which each axis stands."""
+    found: dict[Axis, list[str]] = {}
+    for name, terms in parameters.items():
+        for i, term in enumerate(terms):
+            for axis in dict.fromkeys(axes.leaves(term)):
+                found.setdefault(axis, []).append(f"{name}:{i}")
+    return found
 
 
 def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -14,6 +14,31 @@ from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.actions import ACTIONS
 from matryoshkafy.rewrite.codegen import CallCodeGen
 from matryoshkafy.rewrite.writer import Rewriter
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a plan, each written once for all who look at them: writing one takes as long
+    as running it at a small size.
+    """
+
+    trace: Trace
+    plan: Plan
+    _written: dict[tuple[int, ...] | int, fx.Graph] = field(
+        default_factory=dict[tuple[int, ...] | int, fx.Graph], compare=False, repr=False
+    )
+
+    def outputs(self, levels: tuple[int, ...]) -> fx.Graph:
+        """Return the graph of the outputs of several levels, one flat list after the other."""
+        if levels not in self._written:
+            self._written[levels] = outputs_graph(self.trace, self.plan, list(levels))
+        return self._written[levels]
+
+    def sub(self, level: int) -> fx.Graph:
+        """Return the standalone graph of a level."""
+        if level not in self._written:
+            self._written[level] = sub_graph(self.trace, self.plan.up_to(level), level)
+        return self._written[level]
 
 
 def sub_graph(trace: Trace, plan: Plan, level: int) -> fx.Graph:

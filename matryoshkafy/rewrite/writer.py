@@ -6,7 +6,6 @@ at a lower level it is a sub-model; the tail is written once per level over pref
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,7 +87,9 @@ class Rewriter:
 
     def _finished(self, flat: list[Any]) -> fx.Graph:
         self.graph.output(flat)
-        self.graph.eliminate_dead_code()
+        ends = ("placeholder", "output")
+        if any(not n.users and n.op not in ends for n in self.graph.nodes):
+            self.graph.eliminate_dead_code()
         self.graph.lint()
         return self.graph
 
@@ -169,9 +170,9 @@ class Rewriter:
 
     def _cut_from_full(self, node: fx.Node, level: Level) -> bool:
         # Of g v / |v| a sub-model holds v and g, cut, and computes its weight as the user's class.
-        if self.standalone and is_reparametrised(node):
+        if node.name not in self.plan.full or level is None:
             return False
-        return node.name in self.plan.full and level is not None
+        return not (self.standalone and is_reparametrised(node))
 
     def _write(self, node: fx.Node, level: Level) -> Any:
         if node.op == "get_attr":
@@ -180,7 +181,9 @@ class Rewriter:
             return self._input(node, level)
         if level is not None and self._cut_from_full(node, level):
             if self.standalone:
-                return self._put(node, level, self.graph.get_attr(baked_name(node.name)))
+                return self._put(
+                    node, level, self.graph.create_node("get_attr", baked_name(node.name))
+                )
             return self._cut_value(node, None, level)
         if level is not None and level != self.top and self._trunk(node):
             return self._cut_value(node, self.top, level)
@@ -244,11 +247,8 @@ class Rewriter:
         return self.cut(known, self.plan.parameters.get(str(node.target), ()), widths)
 
     def _attribute(self, node: fx.Node) -> fx.Node:
-        # torch warns of a name that no module holds yet; the module is made from the graph later.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            new = self.graph.get_attr(str(node.target))
-        return self._put(node, None, new)
+        # get_attr() warns of a name that no module holds yet; the module is made from the graph.
+        return self._put(node, None, self.graph.create_node("get_attr", str(node.target)))
 
     # Nodes.
 

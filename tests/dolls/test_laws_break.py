@@ -296,16 +296,14 @@ def test_convert_refuses_a_doll_whose_sizes_fail_together(
 def test_convert_refuses_what_breaks_a_law_by_size_and_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from matryoshkafy.dolls import check
+    from matryoshkafy.dolls.cuts import CutState
 
-    cut = check.cut_out
+    read = CutState.read
 
-    def wrong(*given: Any) -> tuple[fx.Graph, nn.Module]:
-        graph, small = cut(*given)
-        small.get_parameter("up.bias").data.add_(1.0)
-        return graph, small
+    def wrong(state: CutState, name: str) -> Any:
+        return read(state, name) + 1.0 if name == "up.bias" else read(state, name)
 
-    monkeypatch.setattr(check, "cut_out", wrong)
+    monkeypatch.setattr(CutState, "read", wrong)
     with pytest.raises(
         PlanError, match=r"size 4 is not what its slice computes.*linear at .*keep="
     ):

@@ -13,6 +13,7 @@ import matryoshkafy as mk
 from matryoshkafy.axes.dims import Nested
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.errors import PlanError
+from matryoshkafy.rewrite.graphs import Graphs
 from matryoshkafy.rules import Walk
 from tests.rules.kept import rules_kept
 from tests.small_models import MODELS, build
@@ -74,7 +75,7 @@ def test_every_node_is_compared(name: str, nesting: str) -> None:
     for wrong in (nested[0], nested[len(nested) // 2], nested[-1]):
         shape = tuple((3, *dim) if _nests((dim,)) else dim for dim in plan.dims(wrong))
         with pytest.raises(PlanError, match="the plan says"):
-            check_sizes(trace, replace(plan, nodes={**plan.nodes, wrong: (shape,)}))
+            check_sizes(Graphs(trace, replace(plan, nodes={**plan.nodes, wrong: (shape,)})))
 
 
 def _nests(shape: object) -> bool:
@@ -89,8 +90,9 @@ def test_what_fails_at_a_size_is_said_by_node() -> None:
     name = next(iter(doll.plan.stored))
     kept = doll.plan.stored[name]
     wrong = replace(kept, dims=tuple((16,) for _ in kept.dims))
+    plan = replace(doll.plan, stored={**doll.plan.stored, name: wrong})
     with pytest.raises(PlanError, match="at size"):
-        check_sizes(doll._trace, replace(doll.plan, stored={**doll.plan.stored, name: wrong}))
+        check_sizes(Graphs(doll._trace, plan))
 
 
 class Noisy(nn.Module):
