@@ -16,6 +16,7 @@ from matryoshkafy.dolls.cuts import CutState
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.measure import (
     TOLERANCE,
+    Seen,
     doubled,
     evaluated,
     prefix_inputs,
@@ -25,10 +26,12 @@ from matryoshkafy.dolls.measure import (
     tolerance_of,
     values_of,
 )
+from matryoshkafy.dolls.obeys import Checker, check_sizes
 from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
-from matryoshkafy.graph.nodes import op_key
+from matryoshkafy.graph.nodes import op_key, tensor_info
 from matryoshkafy.graph.quiet import silent
+from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rewrite.graphs import Graphs, full_graph
 from matryoshkafy.rules import op_of
 
@@ -42,15 +45,18 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Example:
-    """A doll, the flat tensors of its example, and the graphs of its sizes."""
+    """A doll, the flat tensors of its example, and the graphs of its sizes; `seen` looks at the
+    size of every value.
+    """
 
     doll: Doll
     flat: Sequence[torch.Tensor]
     graphs: Graphs
+    seen: Seen | None = None
 
     def own(self, *levels: int) -> Any:
         """Return what the doll computes at levels, one flat list after the other."""
-        return run(self.graphs.outputs(levels), root_of(self.doll), self.flat)
+        return run(self.graphs.outputs(levels), root_of(self.doll), self.flat, self.seen)
 
     def cut(self, level: int) -> tuple[fx.Graph, nn.Module, list[torch.Tensor]]:
         """Return the graph of a slice, the state that it reads, and its inputs."""
@@ -63,14 +69,19 @@ def refuse_broken(doll: Doll, call: Call, graphs: Graphs) -> None:
     """Compute every size of a doll on the example, beside its slice.
 
     Raises:
-        PlanError: a size cannot be computed, or is not what its slice computes; it names the size,
-            the first value that differs, the user's line, and what to do.
+        PlanError: a size cannot be computed, is not what its slice computes, or has a value of
+            another size than the plan says; it names the size, the first value that differs, the
+            user's line, and what to do.
     """
     flat = trace_of(doll).signature.flatten(call.args, dict(call.kwargs))
     state = (*trace_of(doll).state().values(), *flat)
-    if any(t.is_meta for t in state):
+    nothing = any(t.is_meta for t in state)
+    seen = Checker(graphs.trace, graphs.plan).seen if _as_traced(graphs.trace, flat) else None
+    if nothing or seen is None:
+        check_sizes(graphs)
+    if nothing:
         return
-    example = Example(doll, flat, graphs)
+    example = Example(doll, flat, graphs, seen)
     with silent(), evaluated(doll):
         together, why = _together(example)
         for level in reversed(range(doll.plan.levels)):
@@ -102,10 +113,10 @@ def _failure(example: Example, level: int, together: list[object]) -> str:
     doll = example.doll
     try:
         error = _error(example, level, together)
-    except MatryoshkafyError as error:
-        return f"cannot be computed on the example: {error}"
-    except Failed as error:
-        return f"cannot be computed on the example: {_told(doll, error)}"
+    except (MatryoshkafyError, *Failed) as error:
+        check_sizes(example.graphs)  # says it better, where an op has another size than planned
+        said = error if isinstance(error, MatryoshkafyError) else _told(doll, error)
+        return f"cannot be computed on the example: {said}"
     if error <= tolerance_of(doll) or _draws(doll) or _is_rounding(example, level):
         return ""
     return f"is not what its slice computes on the example: {_where(example, level, error)}"
@@ -115,7 +126,13 @@ def _error(example: Example, level: int, together: list[object]) -> float:
     own = together[level] if together else example.own(level)
     if level == example.doll.plan.levels - 1:
         return 0.0
-    return relative_error(own, run(*example.cut(level)))
+    return relative_error(own, run(*example.cut(level), example.seen))
+
+
+def _as_traced(trace: Trace, flat: Sequence[torch.Tensor]) -> bool:
+    """Tell whether the example has the sizes that its trace was made with."""
+    holes = trace.graph.find_nodes(op="placeholder")
+    return all(tensor_info(n).shape == tuple(t.shape) for n, t in zip(holes, flat, strict=True))
 
 
 def _draws(doll: Doll) -> bool:

@@ -220,8 +220,7 @@ def convert(  # noqa: PLR0913  the public signature
         doll = Doll(found, plan, plain_attributes(model))
         if check:
             graphs = Graphs(found, plan)
-            check_sizes(graphs)
-            _refuse_specialised(doll, call)
+            _refuse_specialised(doll, call, graphs)
             refuse_broken(doll, call, graphs)
         say_how_far_off(doll, call)
     return doll
@@ -248,9 +247,11 @@ def _traced(call: Call, *, check: bool) -> Trace:
         return with_defaults(found, call.model, call.kwargs)
 
 
-def _refuse_specialised(doll: Doll, call: Call) -> None:
+def _refuse_specialised(doll: Doll, call: Call, graphs: Graphs) -> None:
     """One path of a branching forward must keep the laws on its example."""
     note = next((n for n in trace_of(doll).notes if n.startswith(SPECIALISED)), None)
+    if note:
+        check_sizes(graphs)
     failure = _failure(doll, call) if note else None
     unsaid(doll)
     if note and failure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from matryoshkafy.dolls.cuts import CutState, take
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.slice import slice as slice_at
 from matryoshkafy.dolls.slice import state_of
+from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.copies import forked, seed_torch
 from matryoshkafy.graph.nodes import reached, sources_of
 from matryoshkafy.plan.plan import Plan
@@ -90,8 +91,27 @@ class Written:
         return self._slices[level]
 
 
+Seen = Callable[[fx.Node, object], str]
+
+
 class Reader(fx.Interpreter):
-    """Runs a graph over the state of a module, or over what is cut of a state when it is read."""
+    """Runs a graph over the state of a module, or over what is cut of a state when it is read.
+
+    `seen` looks at every value; the first that it has something to say of is in `said`.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, seen: Seen | None = None, *, keeps: bool = False
+    ) -> None:
+        super().__init__(root, graph=graph, garbage_collect_values=not keeps)
+        self.seen, self.said = seen, ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a node."""
+        value = super().run_node(n)
+        if self.seen is not None and not self.said:
+            self.said = self.seen(n, value)
+        return value
 
     def get_attr(self, target: Target, args: object, kwargs: object) -> Any:
         """Return a tensor of the state."""
@@ -105,7 +125,7 @@ class Recorder(Reader):
     """Runs a graph and keeps what each of the user's nodes computed."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        super().__init__(root, graph=graph, garbage_collect_values=False)
+        super().__init__(graph, root, keeps=True)
         self.kept: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -124,10 +144,20 @@ def values_of(graph: fx.Graph, root: nn.Module, flat: Sequence[torch.Tensor]) ->
     return recorder.kept | {"output": out}
 
 
-def run(graph: fx.Graph, root: nn.Module, flat: Sequence[torch.Tensor]) -> Any:
-    """Return the flat outputs of a graph over the state of a module."""
+def run(
+    graph: fx.Graph, root: nn.Module, flat: Sequence[torch.Tensor], seen: Seen | None = None
+) -> Any:
+    """Return the flat outputs of a graph over the state of a module.
+
+    Raises:
+        PlanError: `seen` said something of a value.
+    """
     seed_torch(0)
-    return Reader(root, graph=graph).run(*flat, enable_io_processing=False)
+    reader = Reader(graph, root, seen)
+    out = reader.run(*flat, enable_io_processing=False)
+    if reader.said:
+        raise PlanError(reader.said)
+    return out
 
 
 def gradients_of(out: object, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def check_sizes(graphs: Graphs) -> None:
             it names the op, the user's line, what was found and expected, and what to do.
     """
     plan = graphs.plan
-    checker = _Checker(graphs.trace, plan)
+    checker = Checker(graphs.trace, plan)
     top = plan.levels - 1
     levels = tuple(range(plan.levels)) if plan.masked else (top,)
     checker.check(graphs.outputs(levels), checker.whole, top)
@@ -57,7 +57,9 @@ class _Place:
     level: int
 
 
-class _Checker:
+class Checker:
+    """Compares the sizes of what a plan's graphs compute with the plan's."""
+
     def __init__(self, trace: Trace, plan: Plan) -> None:
         self.trace, self.plan = trace, plan
         self.state = trace.state()
@@ -117,6 +119,16 @@ class _Checker:
             return
         if place is not None and own:
             self._compare(place, values[node])
+
+    def seen(self, node: fx.Node, value: object) -> str:
+        """Return what is wrong with the size of a node of a graph that runs on the example."""
+        place = self._place(node) if "origin" in node.meta else None
+        try:
+            if place is not None:
+                self._compare(place, value)
+        except PlanError as error:
+            return str(error)
+        return ""
 
     def _once(self, key: Hashable, compute: Callable[[], object]) -> object:
         """Return what an op gives for arguments of such shapes."""

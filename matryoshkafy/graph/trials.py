@@ -39,7 +39,9 @@ def trials_of(guards: Guards, flat: Sequence[torch.Tensor]) -> Trials | None:
     shapes = [tuple(t.shape) for t in flat]
     batches, lengths = (groups := classes(guards))[::2], groups[1::2]
     grown = {g: next(other_sizes(guards, shapes, g), None) for g in groups}
-    near = _jointly(guards, shapes, [grown[g] for g in lengths]) if lengths else {}
+    near: Sizes | None = {}
+    if lengths:
+        near = _jointly(guards, shapes, [grown[g] for g in lengths])
     small = (_small(guards, shapes, g) for g in lengths)
     more = _jointly(guards, shapes, [*(grown[g] for g in batches), *small])
     ones = _jointly(guards, shapes, [_changed(guards, shapes, g, 1) for g in groups])
@@ -51,9 +53,8 @@ def trials_of(guards: Guards, flat: Sequence[torch.Tensor]) -> Trials | None:
 def _small(guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size]) -> Sizes | None:
     """Return a small size of a class that is neither 1 nor the example's."""
     now = shapes[group[0].leaf][group[0].dim]
-    tried = (_changed(guards, shapes, group, n) for n in (3, 2) if n < now)
-    found = next((sizes for sizes in tried if sizes is not None), None)
-    return found if found is not None else next(other_sizes(guards, shapes, group), None)
+    tried = (_changed(guards, shapes, group, n) for n in (2, 3) if n != now)
+    return next((sizes for sizes in tried if sizes is not None), None)
 
 
 def from_one(guards: Guards) -> Guards:

@@ -283,10 +283,10 @@ def test_convert_refuses_a_doll_whose_sizes_fail_together(
 
     compute = check.run
 
-    def failing(graph: fx.Graph, root: nn.Module, flat: list[Any]) -> Any:
+    def failing(graph: fx.Graph, *given: Any) -> Any:
         if len(graph.output_node().args[0]) > 1:
             raise RuntimeError("no two sizes at once")
-        return compute(graph, root, flat)
+        return compute(graph, *given)
 
     monkeypatch.setattr(check, "run", failing)
     with pytest.raises(PlanError, match="the pass over all sizes fails .*no two sizes at once"):

@@ -62,7 +62,7 @@ def test_three_choices_show_every_size_larger_and_at_one() -> None:
     trials = trials_of(found.signature.guards, [ids()])
     assert trials is not None
     shapes = [tuple(t[0].shape) for t in (trials.near, trials.more, trials.ones)]
-    assert shapes == [(2, 7), (3, 3), (1, 1)]
+    assert shapes == [(2, 7), (3, 2), (1, 1)]
     # All of the example, and its first token once more.
     assert torch.equal(trials.near[0], torch.cat([ids(), ids()[:, :1]], 1))
 
@@ -74,7 +74,7 @@ def test_no_free_size_has_no_trials() -> None:
 
 def test_a_model_of_one_mode_is_called_three_times(seen: Seen) -> None:
     found = traced(Tagger(), (ids(),), {})
-    assert seen == [(False, (2, 7)), (True, (3, 3)), (False, (1, 1))]
+    assert seen == [(False, (2, 7)), (True, (3, 2)), (False, (1, 1))]
     assert [c.condition.op for c in found.signature.guards.conditions].count("ge") >= 2
 
 
