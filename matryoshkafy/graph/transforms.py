@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,14 +75,17 @@ class Traced(FunctionMode):
             return args[0].detach()
         if self.above and func in DERIVATIVES:
             raise Transformed("the forward differentiates itself")
-        if not self.gradients and (func in HOOKS or (func in READS and _is_users(3))):
+        if not self.gradients and (func in HOOKS or (func in READS and _by_user())):
             raise GradientsRead("the forward asks for a gradient")
         return func(*args, **kwargs)
 
 
-def _is_users(above: int) -> bool:
-    """Tell whether the code so many frames above the caller is none of torch's."""
-    return not sys._getframe(above + 1).f_code.co_filename.startswith(TORCH_FOLDER)
+def _by_user() -> bool:
+    """Tell whether the call at hand is written in code that is none of torch's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back  # a mode, ours or torch's own
+    return frame is not None and not frame.f_code.co_filename.startswith(TORCH_FOLDER)
 
 
 def _within_transform() -> bool:

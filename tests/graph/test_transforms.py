@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,8 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.caveats import RecordedPathWarning
+from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.graph.trace import trace
 
 pytestmark = pytest.mark.filterwarnings(
     f"ignore::{RecordedPathWarning.__module__}.RecordedPathWarning"
@@ -93,3 +96,63 @@ def test_an_ensemble_that_is_mapped_nests() -> None:
     x = torch.randn(4, 5)
     torch.testing.assert_close(doll(x), model(x))
     assert mk.slice(doll, 8).state_dict()["stacked.0"].shape == (3, 8, 5)
+
+
+class Asking(nn.Module):
+    """Asks whether a value of its own has a gradient, in one of the ways there are."""
+
+    def __init__(self, asks: Callable[[Tensor], bool], *, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8).double(), nn.Linear(8, 3).double()
+        self.asks = asks
+        self.first.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 6] -> [N, 3]"""
+        h = self.first(x)
+        return self.last(h * 2 if self.asks(h) else h.tanh())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda h: h.requires_grad,
+        lambda h: h.grad_fn is not None,
+        lambda h: not h.is_leaf,
+    ],
+    ids=["requires_grad", "grad_fn", "is_leaf"],
+)
+def test_a_forward_that_asks_for_gradients_is_traced_as_it_is_called(
+    asks: Callable[[Tensor], bool], frozen: bool
+) -> None:
+    """The trace is made without gradients unless somebody asks."""
+    model, x = Asking(asks, frozen=frozen), torch.randn(4, 6, dtype=torch.float64)
+    found = trace(model, (x,))
+    computed = torch.fx.Interpreter(found.root, graph=found.graph).run(x)[0]
+    assert torch.equal(computed, model(x))
+    assert [p.requires_grad for p in model.parameters()] == [not frozen] * 2 + [True] * 2
+
+
+class Sealed(nn.Linear):
+    """A linear that cannot be copied, so that a spare shares it."""
+
+    def __deepcopy__(self, memo: object) -> Sealed:
+        raise TypeError("one of a kind")
+
+
+def test_a_part_that_a_spare_shares_keeps_its_gradients() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.last = [Sealed(6, 8)], nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.parts[0](x))
+
+    model = Holder()
+    with contextlib.suppress(MatryoshkafyError):
+        trace(model, (torch.randn(4, 6),))
+    shared = model.parts[0]
+    assert shared.weight.requires_grad and shared.bias.requires_grad
