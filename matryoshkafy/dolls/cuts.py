@@ -167,11 +167,11 @@ class CutState(nn.Module):
 
     def read(self, name: str) -> object:
         """Return what the graph reads under a name: a tensor, or whether this is training mode."""
+        if name == "training":
+            return self.training
         if name in self._made:
             return self._made[name]
-        cut = self._cuts.get(name)
-        if cut is None:
-            return self.training
+        cut = self._cuts[name]
         if cut.mask is None and name in self._in_place:
             return _kept(self._state[name], cut.segments)
         return _cut_tensor(self._state, cut)
