@@ -1,9 +1,9 @@
 """Texts and pictures as vectors, computed once and kept as safetensors under a digest.
 
 Texts by `tfidf`, pictures by `pixels`, both offline; either by any model that sentence-transformers
-loads, given by name or folder; `minilm` is one for texts that a package brings. What an encoder
-learnt from the catalogue is kept, so that items that come later get the vectors that they would
-have had.
+loads, given by name or folder; pictures by one of open_clip, too; `minilm` is one for texts that a
+package brings. What an encoder learnt from the catalogue is kept, so that items that come later
+get the vectors that they would have had.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from examples.fmrlrec.config import MODALITIES, Config, ConfigError
-from examples.fmrlrec.pictures import open_picture, pixels
+from examples.fmrlrec.pictures import clip_encoder, clip_name, open_picture, pixels
 from examples.fmrlrec.workers import Each, device, serially
 from matryoshkafy.files.folders import whole_file
 
@@ -100,10 +100,12 @@ def check(config: Config) -> None:
     used, pictures = MODALITIES[config.modality], config.image_encoder
     if "text" in used and config.text_encoder == "minilm":
         minilm_path()
-    if "image" in used and pictures != "pixels" and "/" not in pictures:
+    known = pictures == "pixels" or "/" in pictures or clip_name(pictures)
+    if "image" in used and not known:
         raise ConfigError(
-            f"image_encoder={pictures!r} names no model; write pixels, OWNER/NAME of one that "
-            "sentence-transformers loads (google/siglip-base-patch16-224), or a folder with a /"
+            f"image_encoder={pictures!r} names no model; write pixels, MODEL:TAG of open_clip "
+            "(ViT-B-16-SigLIP:webli), OWNER/NAME of one that sentence-transformers loads "
+            "(google/siglip-base-patch16-224), or a folder with a /"
         )
 
 
@@ -274,8 +276,11 @@ KINDS = {
 
 
 def by_model(inputs: list[Any], name: str, config: Config) -> np.ndarray:
-    """Normalised vectors of texts or pictures by a model of sentence-transformers."""
+    """Normalised vectors of texts or pictures by a model of sentence-transformers or open_clip."""
     batch, shown = config.encoder_batch, len(inputs) > config.encoder_batch
+    if clip := clip_name(name):
+        parts = [inputs[at : at + batch] for at in range(0, len(inputs), batch)]
+        return np.concatenate(list(map(clip_encoder(clip), parts)))
     found = _model(name).encode(
         inputs, batch_size=batch, normalize_embeddings=True, show_progress_bar=shown
     )

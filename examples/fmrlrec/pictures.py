@@ -1,12 +1,18 @@
-"""Pictures: opened whole or not at all, and what `pixels` says of one."""
+"""Pictures: opened whole or not at all, and what `pixels` or a model of open_clip says of them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+
+from examples.fmrlrec.workers import device
 
 SIDE = 64
 
@@ -20,6 +26,31 @@ def open_picture(path: Path | None) -> Image.Image | str:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return f"corrupt picture {path.name}"
+
+
+def clip_name(name: str) -> str:
+    """An image encoder as open_clip takes it: "MODEL:TAG", "hf-hub:..." or a folder; else ""."""
+    if (Path(name) / "open_clip_config.json").is_file():
+        return f"local-dir:{name}"
+    return name if ":" in name else ""
+
+
+@lru_cache(maxsize=1)
+def clip_encoder(name: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
+    """The image tower of an open_clip model, by what `clip_name` gave: images -> unit vectors."""
+    import open_clip
+
+    schema = name.startswith(("local-dir:", "hf-hub:"))
+    model, _, tag = (name, "", None) if schema else name.partition(":")
+    made: Any = open_clip.create_model_from_pretrained(model, tag, device=device())
+    tower, transform = made[0].eval(), made[1]
+
+    @torch.inference_mode()
+    def vectors(images: Sequence[Image.Image]) -> np.ndarray:
+        batch = torch.stack([transform(image) for image in images]).to(device())
+        return tower.encode_image(batch, normalize=True).float().cpu().numpy()
+
+    return vectors
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from examples.fmrlrec import encoders, synthetic
+from examples.fmrlrec import encoders, pictures, synthetic
 from examples.fmrlrec.config import Config, ConfigError, replace
 
 WORDS = ["red", "blue", "lamp", "tent", "small", "large", "house", "of"]
@@ -158,6 +159,42 @@ def test_any_image_model_folder(catalogue: pl.DataFrame, tmp_path: Path) -> None
     assert found.vectors.shape == (12, 8) and found.problems == {"items without picture": 1}
     lengths = np.linalg.norm(found.vectors, axis=1)
     np.testing.assert_allclose(lengths, [n != 2 for n in range(12)], rtol=1e-4)
+
+
+def tiny_clip(folder: Path) -> Path:
+    import open_clip
+    from safetensors.torch import save_model
+
+    shape = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 4, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1},
+    }
+    model = open_clip.CLIP(**{**shape, "quick_gelu": False})
+    folder.mkdir()
+    norm = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": shape, "preprocess_cfg": norm})
+    )
+    save_model(model, str(folder / "open_clip_model.safetensors"))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_open_clip_folder(catalogue: pl.DataFrame, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    folder = tiny_clip(tmp_path / "clip")
+    config = replace(Config(), {"image_encoder": str(folder), "encoder_batch": 5})
+    encoders.check(config)
+    found = encoders.encoded("image", catalogue.head(12), config, tmp_path / "cache")
+    assert found.vectors.shape == (12, 8) and found.problems == {}
+    np.testing.assert_allclose(np.linalg.norm(found.vectors, axis=1), 1, rtol=1e-4)
+
+
+def test_what_open_clip_is_asked_for() -> None:
+    assert pictures.clip_name("ViT-B-16-SigLIP:webli") == "ViT-B-16-SigLIP:webli"
+    assert pictures.clip_name("hf-hub:timm/ViT-B-16") == "hf-hub:timm/ViT-B-16"
+    assert pictures.clip_name("google/siglip-base-patch16-224") == ""
 
 
 def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
