@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs
+from matryoshkafy.dolls.cuts import take
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.measure import relative_error
-from matryoshkafy.dolls.slice import parts_of, take
+from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import sub_graph
 from matryoshkafy.units.bases import turned
