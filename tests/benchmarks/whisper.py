@@ -1,12 +1,12 @@
 """whisper-tiny.en narrowed without training: the law at full size, word error rates by start.
 
-    python -m tests.benchmarks.whisper FOLDER [--sentences 200] [--starts order,rotate]
+    python -m tests.benchmarks.whisper FOLDER [--sentences 200] [--starts order,rotate] [--refit 64]
 
 FOLDER is a transformers folder of whisper-tiny.en. Sentences come from Python's own
 `pydoc_data.topics`; espeak-ng (Debian) speaks them. The stream of the decoder may turn once its
 head is untied from its table, the encoder's, which a convolution and GELU write, is permuted.
-Sizes 192, 320, 384 are whole heads.
-One thread; seed 0.
+Sizes 192, 320, 384 are whole heads. With --refit the smaller ones get weights of their own, fitted
+on that many other sentences. One thread; seed 0.
 """
 
 from __future__ import annotations
@@ -109,11 +109,13 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--starts", default="order,rotate")
     parser.add_argument("--sizes", default="384,320,192")
+    parser.add_argument("--refit", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    heard = hear(options.folder, options.sentences + CALIBRATION)
+    kept = max(CALIBRATION, options.refit)
+    heard = hear(options.folder, options.sentences + kept)
     model, tokenizer, texts, sound = heard.model, heard.tokenizer, heard.texts, heard.sound
-    calibration = heard.batches(CALIBRATION)
+    calibration, fitting = heard.batches(CALIBRATION), heard.batches(options.refit)
     with torch.no_grad():
         reference = model(**calibration[0]).logits
     for start in options.starts.split(","):
@@ -130,15 +132,18 @@ def main() -> None:
             law = relative_error(doll(**calibration[0]).logits, reference)
         print(f"{start}: full model moved by {law:.1e}; {time.process_time() - began:.0f} CPU s")
         for size in map(int, options.sizes.split(",")):
-            small: Any = mk.native(mk.slice(doll, size), like=own)
+            cut = mk.slice(doll, size)
+            if fitting and size < SIZES[-1]:
+                print(str(mk.refit(cut, doll, fitting)).splitlines()[0], flush=True)
+            small: Any = mk.native(cut, like=own)
             wrong = total = 0
             with torch.inference_mode():
-                for features, text in zip(sound[CALIBRATION:], texts[CALIBRATION:], strict=True):
+                for features, text in zip(sound[kept:], texts[kept:], strict=True):
                     want = words(text)
                     ids = small.generate(features, max_new_tokens=3 * len(want) + 8)
                     said = words(tokenizer.decode(ids[0], skip_special_tokens=True))
                     wrong, total = wrong + errors(said, want), total + len(want)
-            count = len(texts) - CALIBRATION
+            count = len(texts) - kept
             print(f"| {start} | {size} | {100 * wrong / total:.1f} | {count} |", flush=True)
 
 
