@@ -293,8 +293,10 @@ def _prepared(
             twin.eval()
             # Under the caller's no_grad, the model's own would leave no trace.
             bare = contextlib.nullcontext() if gradients else _without_gradients(twin)
-            with torch.enable_grad(), bare, Traced(above=above, gradients=gradients):
+            with torch.enable_grad(), bare, Traced(above=above, gradients=gradients) as mode:
                 yield twin
+            if mode.ended is not None:
+                raise mode.ended
         finally:
             for config, before in experts:
                 config._experts_implementation = before

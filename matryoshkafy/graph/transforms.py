@@ -48,7 +48,8 @@ class Traced(FunctionMode):
     """What a forward calls while it is traced: x.data is x.detach(), which a trace sees.
 
     With `above`, the trace stands above autograd, and a derivative or a map ends it. Without
-    `gradients` no parameter has one, and a forward that would notice ends it.
+    `gradients` no parameter has one, and a forward that would notice ends it. What ended it is
+    `ended`, in case that the forward catches it.
     """
 
     WATCHED = {GET_DATA} | DERIVATIVES | READS | HOOKS
@@ -56,6 +57,7 @@ class Traced(FunctionMode):
     def __init__(self, *, above: bool, gradients: bool = True) -> None:
         super().__init__()
         self.above, self.gradients = above, gradients
+        self.ended: Exception | None = None
 
     def __torch_function__(
         self,
@@ -65,7 +67,7 @@ class Traced(FunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if self.above and _within_transform():
-            raise Transformed("the forward maps itself")
+            raise self._end(Transformed("the forward maps itself"))
         return super().__torch_function__(func, types, args, kwargs)
 
     def called(
@@ -74,10 +76,14 @@ class Traced(FunctionMode):
         if func == GET_DATA:
             return args[0].detach()
         if self.above and func in DERIVATIVES:
-            raise Transformed("the forward differentiates itself")
+            raise self._end(Transformed("the forward differentiates itself"))
         if not self.gradients and (func in HOOKS or (func in READS and _by_user())):
-            raise GradientsRead("the forward asks for a gradient")
+            raise self._end(GradientsRead("the forward asks for a gradient"))
         return func(*args, **kwargs)
+
+    def _end(self, error: Exception) -> Exception:
+        self.ended = error
+        return error
 
 
 def _by_user() -> bool:

@@ -135,6 +135,39 @@ def test_a_forward_that_asks_for_gradients_is_traced_as_it_is_called(
     assert [p.requires_grad for p in model.parameters()] == [not frozen] * 2 + [True] * 2
 
 
+def caught(asks: Callable[[Tensor], bool]) -> Callable[[Tensor], bool]:
+    """A forward that takes any failure for a no."""
+
+    def safely(h: Tensor) -> bool:
+        try:
+            return asks(h)
+        except Exception:  # noqa: BLE001  as careless code does
+            return False
+
+    return safely
+
+
+def test_a_forward_that_catches_everything_is_traced_as_it_is_called() -> None:
+    model = Asking(caught(lambda h: h.requires_grad), frozen=False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    found = trace(model, (x,))
+    assert torch.equal(torch.fx.Interpreter(found.root, graph=found.graph).run(x)[0], model(x))
+
+
+def test_a_derivative_whose_failure_is_caught_is_recorded() -> None:
+    def careful(model: Energy, x: Tensor) -> Tensor:
+        try:
+            return by_autograd(model, x)
+        except Exception:  # noqa: BLE001  as careless code does
+            return torch.zeros_like(x)
+
+    model, x = Energy(8, careful).double(), torch.randn(3, 6, dtype=torch.float64)
+    found = trace(model, (x,))
+    other = torch.randn(3, 6, dtype=torch.float64)
+    computed = torch.fx.Interpreter(found.root, graph=found.graph).run(other)[0]
+    torch.testing.assert_close(computed, model(other).detach(), rtol=1e-12, atol=1e-12)
+
+
 class Sealed(nn.Linear):
     """A linear that cannot be copied, so that a spare shares it."""
 
