@@ -28,11 +28,15 @@ from matryoshkafy.graph.copies import (
     spare,
     untouched,
 )
-from matryoshkafy.graph.quiet import modes_kept, silent
+from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
 from matryoshkafy.graph.trials import from_one, settled, trials_of
 
+FAST_PATH = (
+    "without gradients torch's encoder layers take a fast path that writes zeros where a padding "
+    "mask hides; the doll computes as with torch.backends.mha.set_fastpath_enabled(False)"
+)
 # Graph and model run the same ops in the same order: what differs is a rounding here and there.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 
@@ -65,6 +69,39 @@ def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Tr
     quickly = _quickly(found, model, flat) if has_one_mode(found.graph) else ""
     if isinstance(quickly, Trace):
         return quickly
+    if note := _fast_path(Beside(found, model), flat):
+        with plain_attention():
+            found = _looked_at(found, model, flat, quickly)
+        return replace(found, notes=(*found.notes, note))
+    return _looked_at(found, model, flat, quickly)
+
+
+def _fast_path(beside: Beside, flat: Sequence[torch.Tensor]) -> str:
+    """Say where a model takes another path without gradients, which torch's encoder layers do;
+    refuse any other that does.
+    """
+    if beside.agree(flat) is not False:
+        return ""
+    with plain_attention():
+        if beside.agree(flat) is not False:
+            return FAST_PATH
+    evaluated = compared(beside.trace, beside.model, flat, training=False)
+    if evaluated is None or evaluated.found is None or evaluated.difference(beside.tolerance):
+        return ""  # it differs with gradients, too
+    raise TraceError(
+        "under torch.no_grad() the forward computes something else on the example than with "
+        f"gradients (relative error {beside.error(flat):.1e}), and a trace holds one of the two. "
+        "Expected a forward that computes the same: take out what asks for requires_grad, grad_fn "
+        "or torch.is_grad_enabled()."
+    )
+
+
+def _looked_at(
+    found: Trace, model: nn.Module, flat: Sequence[torch.Tensor], elsewhere: str
+) -> Trace:
+    """Compare graph and model on the example and at other sizes, mode by mode; `elsewhere` is what
+    is other in training mode at other sizes.
+    """
     evaluated = compared(found, model, flat, training=False)
     _refuse(Beside(found, model), flat, evaluated)
     _refuse_first_call(found, model, flat, evaluated)
@@ -75,28 +112,26 @@ def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Tr
         return without_gradients(found, why)
     if any("training mode" in note for note in found.notes):
         return found
-    why = _difference(beside, flat, training, training=True) or quickly
+    why = _difference(beside, flat, training, training=True) or elsewhere
     return without_training(found, why) if why else found
 
 
 def _quickly(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace | str:
-    """Return a checked trace of one mode for half the work; where there is more to see, what is
+    """Return a checked trace of one mode after three forwards; where there is more to see, what is
     other in training mode at other sizes ("": nothing).
 
-    Such a graph is compared with the model, outputs and gradients, on all of the example in
-    evaluation mode, and at other sizes in small calls: in training mode, and at 1.
+    Such a graph is compared with the model on the example as it is used, in evaluation mode and
+    without gradients; in training mode with gradients at other sizes; and at size 1.
     """
     beside, trials = Beside(found, model), trials_of(found.signature.guards, flat)
-    if trials is None:
+    if trials is None or not beside.agree(flat):
         return ""
-    evaluated = compared(found, model, trials.near, training=False)
-    if evaluated is None or evaluated.difference(beside.tolerance):
-        return ""
-    followed, pair = trained(found, model, trials.more, None)
-    why = _difference(beside, trials.more, pair, training=True)
-    if pair is None or why or not beside.agree(trials.ones):
+    other, one = trials
+    followed, pair = trained(found, model, other, None)
+    why = _difference(beside, other, pair, training=True)
+    if pair is None or why or not beside.agree(one):
         return why
-    _refuse_first_call(found, model, trials.near, evaluated)
+    _refuse_first_call(found, model, other, pair)
     guards = from_one(found.signature.guards)
     return replace(followed, signature=replace(found.signature, guards=guards))
 

@@ -22,7 +22,7 @@ from matryoshkafy.graph.nodes import (
     TRACING_FOLDER,
     outputs_of,
 )
-from matryoshkafy.graph.quiet import silent, uncollected
+from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
 from matryoshkafy.graph.storage import mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Traced, Transformed
 
@@ -283,9 +283,7 @@ def _prepared(
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
     product; see `Traced` for `above` and `gradients`.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with spare(model) as twin:
+    with plain_attention(), spare(model) as twin:
         experts = list(_expert_configs(twin))
         try:
             for config, _ in experts:
@@ -300,7 +298,6 @@ def _prepared(
         finally:
             for config, before in experts:
                 config._experts_implementation = before
-            torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 @contextlib.contextmanager

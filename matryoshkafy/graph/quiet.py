@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Generator
 
+import torch
 from torch import nn
 
 # torch.export keeps its state in globals: one trace at a time.
@@ -24,6 +25,19 @@ def modes_kept(*models: nn.Module) -> Generator[None, None, None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def plain_attention() -> Generator[None]:
+    """Without the fast path of torch's encoder layers, which runs under `no_grad` alone, is one op
+    to a trace, and writes zeros where a padding mask hides.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ the example with rows repeated or left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -19,42 +19,21 @@ Sizes = Mapping[Size, int]
 Verdict = Callable[[Sequence[torch.Tensor]], bool | None]
 
 
-@dataclass(frozen=True)
-class Trials:
-    """An example at three choices of its free sizes, which show each of them larger and at 1.
-
-    `near` is the example with every second size (a length) one more, so all of its values are
-    there; `more` has the others one more (a batch) and those small; `ones` has 1 of each.
-    """
-
-    near: list[torch.Tensor]
-    more: list[torch.Tensor]
-    ones: list[torch.Tensor]
-
-
-def trials_of(guards: Guards, flat: Sequence[torch.Tensor]) -> Trials | None:
-    """Return the trials of an example; None where no size is free, or where the guards do not let
-    them change so.
+def trials_of(
+    guards: Guards, flat: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Return the example with every free size another (one more, where the guards allow it), and
+    with 1 of each; None where no size is free, or where they cannot all change at once.
     """
     shapes = [tuple(t.shape) for t in flat]
-    batches, lengths = (groups := classes(guards))[::2], groups[1::2]
-    grown = {g: next(other_sizes(guards, shapes, g), None) for g in groups}
-    near: Sizes | None = {}
-    if lengths:
-        near = _jointly(guards, shapes, [grown[g] for g in lengths])
-    small = (_small(guards, shapes, g) for g in lengths)
-    more = _jointly(guards, shapes, [*(grown[g] for g in batches), *small])
-    ones = _jointly(guards, shapes, [_changed(guards, shapes, g, 1) for g in groups])
-    if near is None or more is None or ones is None:
-        return None
-    return Trials(*(resized(flat, sizes) for sizes in (near, more, ones)))
+    other = _jointly(guards, shapes, _others(guards, shapes))
+    ones = [_changed(guards, shapes, g, 1) for g in classes(guards)]
+    one = _jointly(guards, shapes, ones)
+    return None if other is None or one is None else (resized(flat, other), resized(flat, one))
 
 
-def _small(guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size]) -> Sizes | None:
-    """Return a small size of a class that is neither 1 nor the example's."""
-    now = shapes[group[0].leaf][group[0].dim]
-    tried = (_changed(guards, shapes, group, n) for n in (2, 3) if n != now)
-    return next((sizes for sizes in tried if sizes is not None), None)
+def _others(guards: Guards, shapes: Sequence[Sequence[int]]) -> list[Sizes | None]:
+    return [next(other_sizes(guards, shapes, g), None) for g in classes(guards)]
 
 
 def from_one(guards: Guards) -> Guards:
@@ -76,7 +55,7 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
         return None if sizes is None else agree(resized(flat, sizes))
 
     groups = classes(guards)
-    others = [next(other_sizes(guards, shapes, g), None) for g in groups]
+    others = _others(guards, shapes)
     # One trial of all sizes at once mostly settles it; each size by itself only where that fails.
     jointly = verdict(_jointly(guards, shapes, others)) is True
     fixed: dict[Size, int] = {}

@@ -57,14 +57,14 @@ def seen() -> Iterator[Seen]:
     handle.remove()
 
 
-def test_three_choices_show_every_size_larger_and_at_one() -> None:
+def test_every_size_is_larger_and_at_one() -> None:
     found = trace(Tagger(), (ids(),))
     trials = trials_of(found.signature.guards, [ids()])
     assert trials is not None
-    shapes = [tuple(t[0].shape) for t in (trials.near, trials.more, trials.ones)]
-    assert shapes == [(2, 7), (3, 2), (1, 1)]
-    # All of the example, and its first token once more.
-    assert torch.equal(trials.near[0], torch.cat([ids(), ids()[:, :1]], 1))
+    (other,), (one,) = trials
+    # The example's rows and tokens, and the first of each once more.
+    assert torch.equal(other, ids()[[0, 1, 0]][:, [0, 1, 2, 3, 4, 5, 0]])
+    assert torch.equal(one, ids()[:1, :1])
 
 
 def test_no_free_size_has_no_trials() -> None:
@@ -74,7 +74,7 @@ def test_no_free_size_has_no_trials() -> None:
 
 def test_a_model_of_one_mode_is_called_three_times(seen: Seen) -> None:
     found = traced(Tagger(), (ids(),), {})
-    assert seen == [(False, (2, 7)), (True, (3, 2)), (False, (1, 1))]
+    assert seen == [(False, (2, 6)), (True, (3, 7)), (False, (1, 1))]
     assert [c.condition.op for c in found.signature.guards.conditions].count("ge") >= 2
 
 
@@ -98,6 +98,7 @@ ODD: dict[str, Callable[[Tagger, Tensor], bool]] = {
     "one token": lambda _, ids: ids.shape[1] == 1,
     "the last token": lambda _, ids: bool((ids == 10).any()),
     "two tokens in evaluation": lambda self, ids: not self.training and ids.shape[1] > 1,
+    "without gradients": lambda self, ids: not torch.is_grad_enabled(),
 }
 
 
@@ -114,10 +115,41 @@ def test_what_no_trace_sees_is_fixed_or_refused(name: str) -> None:
         if all(guard.holds(shapes) for guard in found.signature.guards.conditions):
             # What the guards let through is what the model computes.
             computed = torch.fx.Interpreter(found.root, graph=found.graph).run(given)
-            assert torch.allclose(computed[0], model(given), atol=1e-12), (batch, length)
+            with torch.no_grad():
+                expected = model(given)
+            assert torch.allclose(computed[0], expected, atol=1e-12), (batch, length)
 
 
 @pytest.mark.parametrize("least", [0, 1, 2])
 def test_another_path_in_training_mode_is_said(least: int) -> None:
     found = traced(Tagger(lambda self, ids: self.training and ids.shape[0] > least), (ids(),), {})
     assert any(note.startswith(NO_TRAINING) for note in found.notes)
+
+
+class Padded(nn.Module):
+    """torch's own encoder, whose fast path writes zeros where the mask hides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.table, self.layers = nn.Embedding(11, 8), nn.TransformerEncoder(layer, 1)
+
+    def forward(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """ids, hidden [B, L] -> [B, L, 8]"""
+        return self.layers(self.table(ids), src_key_padding_mask=hidden)
+
+
+def test_the_fast_path_of_an_encoder_is_said() -> None:
+    hidden = torch.zeros(2, 6, dtype=torch.bool)
+    hidden[1, 4:] = True
+    model = Padded().eval()
+    found = traced(model, (ids(), hidden), {})
+    assert any("fast path" in note for note in found.notes)
+    other = torch.zeros(3, 5, dtype=torch.bool)
+    other[2, 3:] = True
+    computed = torch.fx.Interpreter(found.root, graph=found.graph).run(ids(3, 5), other)[0]
+    with torch.no_grad():
+        expected = model(ids(3, 5), other)
+    assert torch.allclose(computed[~other], expected[~other], atol=1e-5)
+    assert not expected[other].any() and computed[other].any()
