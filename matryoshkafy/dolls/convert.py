@@ -219,9 +219,8 @@ def convert(  # noqa: PLR0913  the public signature
         plan = asked.plan(found) if plan is None else _fit(plan, found)
         doll = Doll(found, plan, plain_attributes(model))
         if check:
-            graphs = Graphs(found, plan)
-            _refuse_specialised(doll, call, graphs)
-            refuse_broken(doll, call, graphs)
+            _refuse_specialised(doll, call)
+            refuse_broken(doll, call, Graphs(found, plan))
         say_how_far_off(doll, call)
     return doll
 
@@ -247,11 +246,11 @@ def _traced(call: Call, *, check: bool) -> Trace:
         return with_defaults(found, call.model, call.kwargs)
 
 
-def _refuse_specialised(doll: Doll, call: Call, graphs: Graphs) -> None:
+def _refuse_specialised(doll: Doll, call: Call) -> None:
     """One path of a branching forward must keep the laws on its example."""
     note = next((n for n in trace_of(doll).notes if n.startswith(SPECIALISED)), None)
     if note:
-        check_sizes(graphs)
+        check_sizes(Graphs(trace_of(doll), doll.plan))
     failure = _failure(doll, call) if note else None
     unsaid(doll)
     if note and failure:
