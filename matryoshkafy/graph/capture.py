@@ -24,7 +24,7 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
 from matryoshkafy.graph.storage import mark_storage
-from matryoshkafy.graph.transforms import GradientsRead, Traced, Transformed
+from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _prepared(
     model: nn.Module, *, above: bool = False, gradients: bool = True
 ) -> Generator[nn.Module, None, None]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
-    product; see `Traced` for `above` and `gradients`.
+    product; see `watched` for `above` and `gradients`.
     """
     with plain_attention(), spare(model) as twin:
         experts = list(_expert_configs(twin))
@@ -291,10 +291,8 @@ def _prepared(
             twin.eval()
             # Under the caller's no_grad, the model's own would leave no trace.
             bare = contextlib.nullcontext() if gradients else _without_gradients(twin)
-            with torch.enable_grad(), bare, Traced(above=above, gradients=gradients) as mode:
+            with torch.enable_grad(), bare, watched(twin, above=above, gradients=gradients):
                 yield twin
-            if mode.ended is not None:
-                raise mode.ended
         finally:
             for config, before in experts:
                 config._experts_implementation = before

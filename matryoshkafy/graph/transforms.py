@@ -9,12 +9,15 @@ of the example would become constants of the graph. Below autograd every op of b
 # pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import TORCH_FOLDER
@@ -44,17 +47,54 @@ class GradientsRead(Exception):  # noqa: N818  a message to the tracer, which th
     """The forward asks whether a value has a gradient."""
 
 
-class Traced(FunctionMode):
-    """What a forward calls while it is traced: x.data is x.detach(), which a trace sees.
+@contextlib.contextmanager
+def watched(model: nn.Module, *, above: bool, gradients: bool = True) -> Generator[None]:
+    """Watch what a model calls while it is traced: x.data is x.detach(), which a trace sees.
 
     With `above`, the trace stands above autograd, and a derivative or a map ends it. Without
     `gradients` no parameter has one, and a forward that would notice ends it. What ended it is
-    `ended`, in case that the forward catches it.
+    raised, also where the forward caught it.
     """
+    mode = _Traced(above=above, gradients=gradients)
+    with _around_forward(model, mode):
+        yield
+    if mode.ended is not None:
+        raise mode.ended
+
+
+@contextlib.contextmanager
+def _around_forward(model: nn.Module, mode: _Traced) -> Generator[None]:
+    """Put a mode around a model's forward: tracing itself calls torch's functions four times as
+    often as the forward does. Hooks of the model itself lie outside, so there it is around all.
+    """
+    if model._forward_hooks or model._forward_pre_hooks:
+        with mode:
+            yield
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def inner(*args: object, **kwargs: object) -> object:
+        with mode:
+            return forward(*args, **kwargs)
+
+    own = vars(model).get("forward")
+    model.forward = inner
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+class _Traced(FunctionMode):
+    """What a forward calls while it is traced; see `watched`."""
 
     WATCHED = {GET_DATA} | DERIVATIVES | READS | HOOKS
 
-    def __init__(self, *, above: bool, gradients: bool = True) -> None:
+    def __init__(self, *, above: bool, gradients: bool) -> None:
         super().__init__()
         self.above, self.gradients = above, gradients
         self.ended: Exception | None = None
@@ -66,7 +106,7 @@ class Traced(FunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if self.above and _within_transform():
+        if self.above and _within_transform() and not _ends_transform(func):
             raise self._end(Transformed("the forward maps itself"))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -92,6 +132,11 @@ def _by_user() -> bool:
     while frame is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back  # a mode, ours or torch's own
     return frame is not None and not frame.f_code.co_filename.startswith(TORCH_FOLDER)
+
+
+def _ends_transform(func: Callable[..., Any]) -> bool:
+    """Tell whether a transform leaves with this call, which it must, whatever ended it."""
+    return getattr(func, "__name__", "").endswith(("_nesting", "_dual_level"))
 
 
 def _within_transform() -> bool:

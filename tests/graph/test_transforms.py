@@ -189,3 +189,25 @@ def test_a_part_that_a_spare_shares_keeps_its_gradients() -> None:
         trace(model, (torch.randn(4, 6),))
     shared = model.parts[0]
     assert shared.weight.requires_grad and shared.bias.requires_grad
+
+
+def a_derivative(x: Tensor, out: Tensor) -> Tensor:
+    """The derivative of a sum with gradients of its own."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return out + torch.autograd.grad((x**3).sum(), x)[0]
+
+
+def a_read(x: Tensor, out: Tensor) -> Tensor:
+    """Another path where the output has a gradient."""
+    return out * 3 if out.requires_grad else out
+
+
+@pytest.mark.parametrize("answer", [a_derivative, a_read])
+def test_a_hook_of_the_model_itself_is_watched(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model, x = nn.Linear(6, 6).double(), torch.randn(4, 6, dtype=torch.float64)
+    model.register_forward_hook(lambda module, args, out: answer(args[0], out))
+    found = trace(model, (x,))
+    other = torch.randn(4, 6, dtype=torch.float64)
+    computed = torch.fx.Interpreter(found.root, graph=found.graph).run(other)[0]
+    torch.testing.assert_close(computed, model(other).detach(), rtol=1e-12, atol=1e-12)
