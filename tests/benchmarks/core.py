@@ -4,7 +4,8 @@
 
 Converting runs in turn with torch.export of the same model, A B A B ...: once with the batch and
 the length dynamic, as converting asks for them, and once with fixed shapes. The figure is the
-median of the ratios of neighbours, with the quartiles. Propagation and solving are seconds on a
+median of the ratios of neighbours, with the quartiles, by wall clock: with as many threads as torch
+takes by itself, and with one. Propagation and solving are seconds on a
 model of the meta device. Slicing counts the bytes that torch's CPU allocator holds at most above
 the doll.
 """
@@ -72,18 +73,20 @@ def spread(values: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def convert_rows(count: int) -> None:
+def convert_rows(count: int, threads: int) -> None:
     """Converting BERT-base against torch.export."""
+    torch.set_num_threads(threads)
     model, ids = bert()
     ours = partial(mk.convert, model, (ids,), sizes=BERT_SIZES)
-    for dynamic, reach in ((True, "1.50"), (False, "")):
+    for dynamic, reach in ((True, "1.80"), (False, "")):
         theirs = partial(export, model, ids, dynamic)
         ours(), theirs()
         times = [(seconds(ours), seconds(theirs)) for _ in range(count)]
         mine, other = (statistics.median(side) for side in zip(*times, strict=True))
         against = f"torch.export, {'dynamic' if dynamic else 'fixed'} batch and length"
         ratio = spread([a / b for a, b in times])
-        row("convert BERT-base", against, ratio, reach, f"{mine:.2f} / {other:.2f} s")
+        name = f"convert BERT-base, {threads} thread{'s' if threads > 1 else ''}"
+        row(name, against, ratio, reach, f"{mine:.2f} / {other:.2f} s")
 
 
 def solving_rows(count: int) -> None:
@@ -132,12 +135,12 @@ def main() -> None:
     parser.add_argument("--alternations", type=int, default=11)
     count = parser.parse_args().alternations
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{machine('wall')}\n")
+    print(f"{machine('wall', 'threads as named')}\n")
     row("what", "against", "figure", "reach", "ours / theirs")
     row(*["---"] * 5)
-    convert_rows(count)
+    for threads in dict.fromkeys((torch.get_num_threads(), 1)):
+        convert_rows(count, threads)
     solving_rows(count)
     slicing_rows()
 

@@ -347,7 +347,7 @@ def show(results: list[Result], title: str, *, markdown: bool) -> None:
     Console(width=120).print(table)
 
 
-def machine(clock: str) -> str:
+def machine(clock: str, threads: str = "1 thread") -> str:
     """Processor, torch and how busy the machine is."""
     try:
         with open("/proc/cpuinfo") as lines:
@@ -356,7 +356,7 @@ def machine(clock: str) -> str:
         name = platform.processor() or platform.machine()
     load = os.getloadavg()[0]
     return (
-        f"{name.strip()}, {os.cpu_count()} cores, 1 thread, torch {torch.__version__}, "
+        f"{name.strip()}, {os.cpu_count()} cores, {threads}, torch {torch.__version__}, "
         f"{clock} clock, load {load:.1f}"
     )
 
