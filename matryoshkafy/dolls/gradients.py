@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Target
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.later_calls import made
 from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.errors import first_line
 from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare, untouched
@@ -49,7 +50,8 @@ class Behaviour:
     """What a model or graph gave: outputs, what may have a gradient, what it holds afterwards.
 
     `smooth` are the outputs that autograd follows; `hooked` whether a hook was set on the way,
-    `dropped` whether dropout would have dropped something.
+    `dropped` whether dropout would have dropped something, `kept` the plain attributes that the
+    call made or changed.
     """
 
     outputs: tuple[Tensor, ...]
@@ -58,6 +60,7 @@ class Behaviour:
     state: dict[str, Tensor]
     hooked: bool = False
     dropped: bool = False
+    kept: tuple[str, ...] = ()
 
     @cached_property  # a backward frees what it needs, and one answer may stand for both modes
     def gradients(self) -> dict[str, Tensor]:
@@ -211,7 +214,7 @@ def without_gradients(trace: Trace, why: str) -> Trace:
 
 def without_training(trace: Trace, why: str) -> Trace:
     """Return the trace of a graph that is its model in evaluation mode alone."""
-    note = f"{NO_TRAINING}{why}, as of a branch on self.training; train() is refused"
+    note = f"{NO_TRAINING}{why}; train() is refused"
     return replace(trace, notes=(*trace.notes, note))
 
 
@@ -237,7 +240,8 @@ def _of_model(
             with watch or contextlib.nullcontext():
                 result = twin(*args, **kwargs)
             answer = _answer(result, twin, leaves)
-            return replace(answer, hooked=plain.hooked, dropped=plain.dropped)
+            kept = tuple(made(model, twin))
+            return replace(answer, hooked=plain.hooked, dropped=plain.dropped, kept=kept)
     except Exception:  # noqa: BLE001  the user's forward may raise anything
         return None
 

@@ -17,19 +17,18 @@ from matryoshkafy.dolls.gradients import (
     without_gradients,
     without_training,
 )
+from matryoshkafy.dolls.later_calls import memory, refuse_memory, refuse_other_path
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.copies import (
     chance_kept,
     copied_inputs,
     reseed_others,
     seed_torch,
     spare,
-    untouched,
 )
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
-from matryoshkafy.graph.trace import Trace, tensors_of, trace
+from matryoshkafy.graph.trace import Trace, trace
 from matryoshkafy.graph.training_mode import follow_training
 from matryoshkafy.graph.trials import from_one, settled, trials_of
 
@@ -104,7 +103,9 @@ def _looked_at(
     """
     evaluated = compared(found, model, flat, training=False)
     _refuse(Beside(found, model), flat, evaluated)
-    _refuse_first_call(found, model, flat, evaluated)
+    if evaluated is not None:
+        refuse_other_path(found, model, flat, evaluated.expected.state)
+    refuse_memory(found, model, flat)
     found, training = trained(found, model, flat, evaluated)
     beside = Beside(found, model)
     found = _settled(found, flat, beside)
@@ -112,7 +113,9 @@ def _looked_at(
         return without_gradients(found, why)
     if any("training mode" in note for note in found.notes):
         return found
-    why = _difference(beside, flat, training, training=True) or elsewhere
+    if why := _difference(beside, flat, training, training=True) or elsewhere:
+        return without_training(found, f"{why}, as of a branch on self.training")
+    why = _memory(found, model, flat, training)
     return without_training(found, why) if why else found
 
 
@@ -124,16 +127,27 @@ def _quickly(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Tr
     without gradients; in training mode with gradients at other sizes; and at size 1.
     """
     beside, trials = Beside(found, model), trials_of(found.signature.guards, flat)
-    if trials is None or not beside.agree(flat):
+    if trials is None:
         return ""
     other, one = trials
+    with spare(model) as twin:  # one for both calls: what the first leaves to the second shows
+        if not beside.agree(flat, twin) or not beside.agree(one, twin):
+            return ""
     followed, pair = trained(found, model, other, None)
     why = _difference(beside, other, pair, training=True)
-    if pair is None or why or not beside.agree(one):
+    if pair is None or why or _memory(found, model, other, pair):
         return why
-    _refuse_first_call(found, model, other, pair)
+    refuse_other_path(found, model, other, pair.expected.state)
     guards = from_one(found.signature.guards)
     return replace(followed, signature=replace(found.signature, guards=guards))
+
+
+def _memory(
+    found: Trace, model: nn.Module, flat: Sequence[torch.Tensor], training: Pair | None
+) -> str:
+    if training is None or not training.expected.kept:
+        return ""
+    return memory(found, model, flat, training=True)
 
 
 def _difference(
@@ -165,32 +179,6 @@ def _refuse(beside: Beside, flat: Sequence[torch.Tensor], evaluated: Pair | None
         )
 
 
-def _refuse_first_call(
-    found: Trace, model: nn.Module, flat: Sequence[torch.Tensor], evaluated: Pair | None
-) -> None:
-    """Refuse the path of a call that makes a model ready: its next call takes another."""
-    after = evaluated.expected.state if evaluated is not None else {}
-    own = tensors_of(model)
-    touched = [n for n, t in after.items() if n in own and not untouched(t, own[n])]
-    written = [n for n in touched if not torch.equal(after[n], own[n])]
-    if not written:
-        return
-    args, kwargs = copied_inputs(*found.signature.call(flat))
-    with spare(model) as twin:
-        with torch.no_grad(), modes_kept(twin):
-            twin.eval()(*args, **kwargs)
-        again = trace(twin, *found.signature.call(flat))
-    if [n.target for n in again.graph.nodes] == [n.target for n in found.graph.nodes]:
-        return
-    branch = next((n for n in found.notes if n.startswith(SPECIALISED)), "").partition(";")[0]
-    where = f" ({branch.removeprefix(SPECIALISED)})" if branch else ""
-    raise TraceError(
-        f"the forward writes into {written[0]!r}, and its next call takes another path than its "
-        f"first, which was traced{where}. Expected a model that is ready: call it once "
-        "(model(*inputs)), then convert it."
-    )
-
-
 @dataclass(frozen=True)
 class Beside:
     """A traced graph beside its model, in evaluation mode."""
@@ -210,15 +198,18 @@ class Beside:
         """
         return self._against(self._of_model(flat), flat)
 
-    def agree(self, flat: Sequence[torch.Tensor]) -> bool | None:
-        """Tell whether graph and model agree; None where the model itself fails."""
+    def agree(self, flat: Sequence[torch.Tensor], twin: nn.Module | None = None) -> bool | None:
+        """Tell whether graph and model agree; None where the model itself fails.
+
+        The model is a spare of its own, or the one that is given: then rounding is no excuse.
+        """
         try:
-            expected = self._of_model(flat)
+            expected = self._of_model(flat, twin)
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
         try:
             near = self._against(expected, flat) <= self.tolerance
-            return near or self.is_rounding(flat)
+            return near or (twin is None and self.is_rounding(flat))
         except (RuntimeError, ValueError, IndexError):
             return False
 
@@ -236,9 +227,9 @@ class Beside:
         with self.doubled(flat) as (wide, inputs):
             return wide.agree(inputs) is True
 
-    def _of_model(self, flat: Sequence[torch.Tensor]) -> object:
+    def _of_model(self, flat: Sequence[torch.Tensor], twin: nn.Module | None = None) -> object:
         args, kwargs = copied_inputs(*self.trace.signature.call(flat))
-        with torch.no_grad(), spare(self.model) as twin:
+        with torch.no_grad(), contextlib.nullcontext(twin) if twin else spare(self.model) as twin:
             seed_torch(0)
             reseed_others(0)  # what they drew while it was traced is a constant of the graph
             return twin.eval()(*args, **kwargs)

@@ -1,0 +1,163 @@
+"""Later calls of a model: a graph is the first call, which may leave something to the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from matryoshkafy.dolls.measure import relative_error
+from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.capture import SPECIALISED
+from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare, untouched
+from matryoshkafy.graph.quiet import modes_kept
+from matryoshkafy.graph.trace import Trace, tensors_of, trace
+
+State = Mapping[str, Tensor]
+# One code on the same inputs: kernels may add up in another order, no more.
+ALIKE = 1e-6
+
+
+def refuse_other_path(found: Trace, model: nn.Module, flat: Sequence[Tensor], after: State) -> None:
+    """Refuse the path of a call that makes a model ready: its next call takes another.
+
+    Args:
+        found: the trace of the first call.
+        model: the user's.
+        flat: the flat tensors of a call.
+        after: the tensors of a spare after its first call.
+    """
+    own = tensors_of(model)
+    touched = [n for n, t in after.items() if n in own and not untouched(t, own[n])]
+    written = [n for n in touched if not torch.equal(after[n], own[n])]
+    if not written:
+        return
+    with spare(model) as twin:
+        call(twin, found, flat)
+        again = trace(twin, *found.signature.call(flat))
+    if [n.target for n in again.graph.nodes] == [n.target for n in found.graph.nodes]:
+        return
+    branch = next((n for n in found.notes if n.startswith(SPECIALISED)), "").partition(";")[0]
+    where = f" ({branch.removeprefix(SPECIALISED)})" if branch else ""
+    raise TraceError(
+        f"the forward writes into {written[0]!r}, and its next call takes another path than its "
+        f"first, which was traced{where}. Expected a model that is ready: call it once "
+        "(model(*inputs)), then convert it."
+    )
+
+
+def refuse_memory(found: Trace, model: nn.Module, flat: Sequence[Tensor]) -> None:
+    """Refuse a forward whose next call in evaluation mode is another; see `memory`."""
+    if why := memory(found, model, flat, training=False):
+        raise TraceError(
+            f"{why}; a trace is one call. Where the first call makes the model ready, call it once "
+            "(model(*inputs)), then convert it; what should change from call to call belongs in a "
+            "buffer (register_buffer), or among inputs and outputs."
+        )
+
+
+def memory(found: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: bool) -> str:
+    """Say what a forward keeps of a call elsewhere than in a parameter or buffer, and computes
+    something else with in its next call; "" where it does not.
+
+    Args:
+        found: the trace of the first call.
+        model: the user's.
+        flat: the flat tensors of the example.
+        training: the mode.
+    """
+    own = tensors_of(model)
+    for other in _others(flat):
+        with spare(model) as twin:
+            if call(twin, found, flat, training=training) is None:
+                return ""
+            after = {n: t for n, t in tensors_of(twin).items() if n in own}
+            written = {n: t.detach().clone() for n, t in after.items() if not untouched(t, own[n])}
+            kept = ", ".join(map(repr, made(model, twin)))
+            second = call(twin, found, other, training=training)
+        first = _fresh(found, model, written, other, training)
+        if not (_is_finite(second) and _is_finite(first)):
+            continue
+        error = relative_error(second, first)
+        if error <= ALIKE:
+            return ""
+        # What two first calls do not agree on is chance.
+        chance = relative_error(_fresh(found, model, written, other, training), first)
+        if error <= 10 * chance:
+            return ""
+        where = f" (in {kept})" if kept else ""
+        return (
+            f"the forward keeps something of a call{where}, and its next call computes something "
+            f"else with it (relative error {error:.1e})"
+        )
+    return ""
+
+
+def call(
+    twin: nn.Module, found: Trace, flat: Sequence[Tensor], *, training: bool = False
+) -> object:
+    """Call a spare with random numbers of its own; None where it fails."""
+    args, kwargs = copied_inputs(*found.signature.call(flat))
+    with torch.no_grad(), modes_kept(twin):
+        if not training:
+            twin.eval()
+        elif not twin.training:
+            twin.train()
+        seed_torch(0)
+        reseed_others(0)
+        try:
+            return twin(*args, **kwargs)
+        except Exception:  # noqa: BLE001  the user's forward may raise anything
+            return None
+
+
+def _fresh(
+    found: Trace, model: nn.Module, written: State, flat: Sequence[Tensor], training: bool
+) -> object:
+    """Return what a spare computes in its first call, given what another's call wrote."""
+    with spare(model) as twin:
+        for name, tensor in tensors_of(twin).items():
+            if name in written and written[name].shape == tensor.shape:
+                tensor.data.copy_(written[name])
+        return call(twin, found, flat, training=training)
+
+
+def _others(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield other values of the same sizes: the first row or column everywhere, larger floats."""
+    for dim in (0, 1):
+        first = [
+            t.narrow(dim, 0, 1).expand_as(t) if t.dim() > dim and t.numel() else t for t in flat
+        ]
+        other = [t * 1.5 if t.is_floating_point() else t for t in first]
+        if any(not torch.equal(a, b) for a, b in zip(flat, other, strict=True)):
+            yield other
+
+
+def _is_finite(answer: object) -> bool:
+    leaves = [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
+    return bool(leaves) and all(bool(v.isfinite().all()) for v in leaves)
+
+
+def made(before: nn.Module, after: nn.Module) -> Iterator[str]:
+    """Yield the names of plain attributes of a spare that its call made or changed, where that is
+    a tensor.
+    """
+    old = dict(_modules(before))
+    for path, module in _modules(after):
+        held = vars(old[path]) if path in old else {}
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not _is_as_before(value, held.get(name)):
+                yield f"{path}.{name}".lstrip(".")
+
+
+def _modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+
+
+def _is_as_before(value: Tensor, before: object) -> bool:
+    if not isinstance(before, Tensor) or before.shape != value.shape:
+        return False
+    return untouched(value, before) or torch.equal(value, before)
