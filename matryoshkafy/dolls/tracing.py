@@ -65,10 +65,14 @@ def traced(
 
 
 def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace:
-    quickly = _quickly(found, model, flat) if has_one_mode(found.graph) else ""
+    beside, quickly = Beside(found, model), ""
+    with spare(model) as twin:  # its next call, too: what the first leaves to it shows
+        alike = beside.agree(flat, twin)
+        if alike and has_one_mode(found.graph):
+            quickly = _quickly(beside, flat, twin)
     if isinstance(quickly, Trace):
         return quickly
-    if note := _fast_path(Beside(found, model), flat):
+    if note := "" if alike else _fast_path(beside, flat):
         with plain_attention():
             found = _looked_at(found, model, flat, quickly)
         return replace(found, notes=(*found.notes, note))
@@ -119,20 +123,21 @@ def _looked_at(
     return without_training(found, why) if why else found
 
 
-def _quickly(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace | str:
-    """Return a checked trace of one mode after three forwards; where there is more to see, what is
-    other in training mode at other sizes ("": nothing).
+def _quickly(beside: Beside, flat: Sequence[torch.Tensor], twin: nn.Module) -> Trace | str:
+    """Return a checked trace of one mode after two more forwards; where there is more to see, what
+    is other in training mode at other sizes ("": nothing).
 
-    Such a graph is compared with the model on the example as it is used, in evaluation mode and
-    without gradients; in training mode with gradients at other sizes; and at size 1.
+    Such a graph was compared with the model on the example as it is used, in evaluation mode and
+    without gradients. It is compared at size 1, in the next call of the `twin` that computed the
+    example, and in training mode with gradients at other sizes.
     """
-    beside, trials = Beside(found, model), trials_of(found.signature.guards, flat)
+    found, model = beside.trace, beside.model
+    trials = trials_of(found.signature.guards, flat)
     if trials is None:
         return ""
     other, one = trials
-    with spare(model) as twin:  # one for both calls: what the first leaves to the second shows
-        if not beside.agree(flat, twin) or not beside.agree(one, twin):
-            return ""
+    if not beside.agree(one, twin):
+        return ""
     followed, pair = trained(found, model, other, None)
     why = _difference(beside, other, pair, training=True)
     if pair is None or why or _memory(found, model, other, pair):
