@@ -1,21 +1,26 @@
-"""whisper-tiny.en narrowed without training: the law at full size, word error rates by start.
+"""whisper-tiny.en narrowed: the law at full size, word error rates by start.
 
-    python -m tests.benchmarks.whisper FOLDER [--sentences 200] [--starts order,rotate] [--refit 64]
+    python -m tests.benchmarks.whisper FOLDER [--sentences 200] [--starts order,rotate]
+                                              [--refit 64 | --distil 120 --run FOLDER]
 
 FOLDER is a transformers folder of whisper-tiny.en. Sentences come from Python's own
 `pydoc_data.topics`; espeak-ng (Debian) speaks them. The stream of the decoder may turn once its
 head is untied from its table, the encoder's, which a convolution and GELU write, is permuted.
 Sizes 192, 320, 384 are whole heads. With --refit the smaller ones get weights of their own, fitted
-on that many other sentences. One thread; seed 0.
+on that many sentences of the standard library's docstrings. With --distil all sizes learn for that
+many steps what the model says of the next token of such sentences; a run goes on where it was
+saved. One thread; seed 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import io
 import re
 import subprocess
+import sysconfig
 import time
 import wave
 from dataclasses import dataclass
@@ -24,14 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.verify import relative_error
+from matryoshkafy.training import Recipe, Term, distil
 from tests.benchmarks.pretrained import _sentences
 
 SIZES, RATE, CALIBRATION = [192, 320, 384], 16000, 16
 START = [50257, 50362]  # <|startoftranscript|>, <|notimestamps|>
+END = 50256  # <|endoftext|>
+ROWS = 6  # of a step: two for each size
 STARTS = ("as it is", "order", "rotate")
 
 
@@ -78,28 +88,73 @@ class Heard:
     texts: list[str]
     sound: list[Tensor]
 
-    def batches(self, count: int) -> list[dict[str, Tensor]]:
-        """Return the inputs of the first sentences, with their tokens as the decoder's."""
+    def batches(self) -> list[dict[str, Tensor]]:
+        """Return the inputs of the sentences, with their tokens as the decoder's."""
         made: list[dict[str, Tensor]] = []
-        for features, text in zip(self.sound[:count], self.texts[:count], strict=True):
+        for features, text in zip(self.sound, self.texts, strict=True):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             tokens = torch.tensor([START + ids])
             made.append({"input_features": features, "decoder_input_ids": tokens})
         return made
 
 
-def hear(folder: Path, count: int) -> Heard:
-    """Load the model, and speak `count` sentences to it."""
-    import transformers
+def collated(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return rows as one batch; what is shorter ends with the end of text."""
+    tokens = [row["decoder_input_ids"][0] for row in rows]
+    return {
+        "input_features": torch.cat([row["input_features"] for row in rows]),
+        "decoder_input_ids": pad_sequence(tokens, batch_first=True, padding_value=END),
+    }
 
-    transformers.logging.set_verbosity_error()
-    model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+
+def said(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits where a token was given [tokens, vocabulary]."""
+    return output.logits[batch["decoder_input_ids"] != END]
+
+
+def distilled(doll: mk.Doll, teacher: Any, rows: list[dict[str, Tensor]], options: Any) -> None:
+    """Teach all sizes what the model says of the next token."""
+    recipe = Recipe(
+        steps=options.distil, batch=ROWS, rate=1e-4, terms=(Term(kind="kl", of=said),), save=20
+    )
+    print(distil(doll, teacher, rows, recipe, collate=collated, folder=options.run), flush=True)
+
+
+def docstrings() -> list[str]:
+    """Return the sentences of the standard library's docstrings that can be spoken, shuffled."""
+    found: dict[str, None] = {}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted((*library.glob("*.py"), *library.glob("*/*.py"))):
+        if {"site-packages", "test", "idlelib"} & set(path.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(errors="ignore"))):
+            holds = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            text = " ".join((ast.get_docstring(node) or "").split()) if holds else ""
+            found |= dict.fromkeys(filter(plain, re.split(r"(?<=[.])\s+", text)))
+    others = sorted(found.keys() - set(_sentences()))
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
+    return [others[i] for i in order.tolist()]
+
+
+def heard(folder: Path, model: Any, texts: list[str]) -> Heard:
+    """Speak sentences to a model."""
     extract: Any = transformers.WhisperFeatureExtractor.from_pretrained(folder)
-    texts = [s for s in _sentences() if plain(s)][:count]
     sound = [
         extract(spoken(t), sampling_rate=RATE, return_tensors="pt").input_features for t in texts
     ]
     return Heard(model, transformers.AutoTokenizer.from_pretrained(folder), texts, sound)
+
+
+def error_rate(model: Any, test: Heard) -> float:
+    """Return the word error rate of a model's own text [percent]."""
+    wrong = total = 0
+    with torch.inference_mode():
+        for features, text in zip(test.sound, test.texts, strict=True):
+            want = words(text)
+            ids = model.generate(features, max_new_tokens=3 * len(want) + 8)
+            got = words(test.tokenizer.decode(ids[0], skip_special_tokens=True))
+            wrong, total = wrong + errors(got, want), total + len(want)
+    return 100 * wrong / total
 
 
 def main() -> None:
@@ -110,12 +165,18 @@ def main() -> None:
     parser.add_argument("--starts", default="order,rotate")
     parser.add_argument("--sizes", default="384,320,192")
     parser.add_argument("--refit", type=int, default=0)
+    parser.add_argument("--distil", type=int, default=0)
+    parser.add_argument("--run", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = max(CALIBRATION, options.refit)
-    heard = hear(options.folder, options.sentences + kept)
-    model, tokenizer, texts, sound = heard.model, heard.tokenizer, heard.texts, heard.sound
-    calibration, fitting = heard.batches(CALIBRATION), heard.batches(options.refit)
+    transformers.logging.set_verbosity_error()
+    folder = options.folder
+    model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    topics = [s for s in _sentences() if plain(s)]
+    calibration = heard(folder, model, topics[:CALIBRATION]).batches()
+    test = heard(folder, model, topics[CALIBRATION:][: options.sentences])
+    count = max(options.refit, ROWS * options.distil)
+    lessons = heard(folder, model, docstrings()[:count]).batches()
     with torch.no_grad():
         reference = model(**calibration[0]).logits
     for start in options.starts.split(","):
@@ -128,23 +189,18 @@ def main() -> None:
             mk.order(doll, calibration, unread="leave")
         elif start == "rotate":
             print(mk.rotate(doll, calibration, unread="leave"))
+        if options.distil:
+            distilled(doll, model, lessons, options)
         with torch.no_grad():
             law = relative_error(doll(**calibration[0]).logits, reference)
         print(f"{start}: full model moved by {law:.1e}; {time.process_time() - began:.0f} CPU s")
         for size in map(int, options.sizes.split(",")):
             cut = mk.slice(doll, size)
-            if fitting and size < SIZES[-1]:
-                print(str(mk.refit(cut, doll, fitting)).splitlines()[0], flush=True)
-            small: Any = mk.native(cut, like=own)
-            wrong = total = 0
-            with torch.inference_mode():
-                for features, text in zip(sound[kept:], texts[kept:], strict=True):
-                    want = words(text)
-                    ids = small.generate(features, max_new_tokens=3 * len(want) + 8)
-                    said = words(tokenizer.decode(ids[0], skip_special_tokens=True))
-                    wrong, total = wrong + errors(said, want), total + len(want)
-            count = len(texts) - kept
-            print(f"| {start} | {size} | {100 * wrong / total:.1f} | {count} |", flush=True)
+            if options.refit and size < SIZES[-1]:
+                report = mk.refit(cut, doll, lessons[: options.refit])
+                print(str(report).splitlines()[0], flush=True)
+            rate = error_rate(mk.native(cut, like=own), test)
+            print(f"| {start} | {size} | {rate:.1f} | {len(test.texts)} |", flush=True)
 
 
 if __name__ == "__main__":
