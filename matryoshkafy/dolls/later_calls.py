@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -38,7 +39,8 @@ def refuse_other_path(found: Trace, model: nn.Module, flat: Sequence[Tensor], af
     with spare(model) as twin:
         call(twin, found, flat)
         again = trace(twin, *found.signature.call(flat))
-    if [n.target for n in again.graph.nodes] == [n.target for n in found.graph.nodes]:
+    same = [n.target for n in again.graph.nodes] == [n.target for n in found.graph.nodes]
+    if same or not _counts(found, model, flat):
         return
     branch = next((n for n in found.notes if n.startswith(SPECIALISED)), "").partition(";")[0]
     where = f" ({branch.removeprefix(SPECIALISED)})" if branch else ""
@@ -69,31 +71,61 @@ def memory(found: Trace, model: nn.Module, flat: Sequence[Tensor], *, training: 
         flat: the flat tensors of the example.
         training: the mode.
     """
-    own = tensors_of(model)
     for other in _others(flat):
-        with spare(model) as twin:
-            if call(twin, found, flat, training=training) is None:
-                return ""
-            after = {n: t for n, t in tensors_of(twin).items() if n in own}
-            written = {n: t.detach().clone() for n, t in after.items() if not untouched(t, own[n])}
-            kept = ", ".join(map(repr, made(model, twin)))
-            second = call(twin, found, other, training=training)
-        first = _fresh(found, model, written, other, training)
-        if not (_is_finite(second) and _is_finite(first)):
+        later = _later(found, model, (flat, other), training)
+        if later is None:
+            return ""
+        first = _fresh(found, model, later.written, other, training)
+        if not (_is_finite(later.answer) and _is_finite(first)):
             continue
-        error = relative_error(second, first)
+        error = relative_error(later.answer, first)
         if error <= ALIKE:
             return ""
         # What two first calls do not agree on is chance.
-        chance = relative_error(_fresh(found, model, written, other, training), first)
+        chance = relative_error(_fresh(found, model, later.written, other, training), first)
         if error <= 10 * chance:
             return ""
-        where = f" (in {kept})" if kept else ""
+        where = f" (in {', '.join(map(repr, later.made))})" if later.made else ""
         return (
             f"the forward keeps something of a call{where}, and its next call computes something "
             f"else with it (relative error {error:.1e})"
         )
     return ""
+
+
+def _counts(found: Trace, model: nn.Module, flat: Sequence[Tensor]) -> bool:
+    """Tell whether a second call computes something else than a first: a table that the first call
+    fills with the same numbers whatever it is given makes no difference.
+    """
+    for other in _others(flat):
+        later = _later(found, model, (flat, other), training=False)
+        first = _fresh(found, model, {}, other, training=False)
+        if later is not None and _is_finite(later.answer) and _is_finite(first):
+            return relative_error(later.answer, first) > ALIKE
+    return True
+
+
+@dataclass(frozen=True)
+class _Later:
+    """What a second call computed, what the first wrote, and the attributes that it made."""
+
+    answer: object
+    written: State
+    made: tuple[str, ...]
+
+
+def _later(
+    found: Trace, model: nn.Module, calls: tuple[Sequence[Tensor], Sequence[Tensor]], training: bool
+) -> _Later | None:
+    """Call one spare twice; None where the first call fails."""
+    own, (first, second) = tensors_of(model), calls
+    with spare(model) as twin:
+        if call(twin, found, first, training=training) is None:
+            return None
+        after = {n: t for n, t in tensors_of(twin).items() if n in own}
+        written = {n: t.detach().clone() for n, t in after.items() if not untouched(t, own[n])}
+        kept = tuple(made(model, twin))
+        return _Later(call(twin, found, second, training=training), written, kept)
 
 
 def call(

@@ -97,6 +97,38 @@ class Positions(Base):
         return self.answer(self.hidden(x) + self.kept)
 
 
+class Table(Base):
+    """The same table in a buffer, which the first call fills; the next ones take another path."""
+
+    filled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filled", torch.zeros(16, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.filled.copy_(torch.arange(16, dtype=torch.float64) / 16)
+            self.kept = True
+        return self.answer(self.hidden(x) + self.filled)
+
+
+class Clusters(Base):
+    """A buffer that the first call fills with what it computed, and the next ones read."""
+
+    filled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filled", torch.zeros(16, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        if not self.filled.any():
+            self.filled.copy_(h.mean(0).detach())
+        return self.answer(h - self.filled)
+
+
 class Buffer(Base):
     """A running mean where a state belongs, which the plan's notes name."""
 
@@ -154,7 +186,12 @@ def test_called_once_it_is_ready() -> None:
     torch.testing.assert_close(doll(other), model(other), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [Shown, Positions, Buffer])
+def test_a_first_call_of_its_own_is_refused() -> None:
+    with pytest.raises(TraceError, match="its next call takes another path"):
+        converted(Clusters().eval())
+
+
+@pytest.mark.parametrize("kind", [Shown, Positions, Table, Buffer])
 def test_what_no_later_call_depends_on_may_be_kept(kind: type[Base]) -> None:
     model = kind().eval()
     doll = converted(model)
