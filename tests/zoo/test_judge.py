@@ -55,6 +55,25 @@ def test_a_right_doll_passes_every_check(nesting: str, checks: dict[str, Any]) -
     assert verdict.share < 0.5
 
 
+def test_what_float32_magnifies_is_judged_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: dict[str, Entry] = {}
+
+    @entry("magnified", "judge", table=table, rebuilds=False)
+    def make(s: Scale) -> Any:
+        return nn.Sequential(nn.Linear(4, s(16)), nn.Linear(s(16), 3)), (torch.rand(3, 4),), {}
+
+    def seen(case: Case) -> None:
+        wide = next(case.model.parameters()).dtype == torch.float64
+        if not wide or always:
+            raise Wrong("the answers differ")
+
+    for always, status in ((False, "right"), (True, "wrong")):
+        monkeypatch.setitem(SLICED, "identity", seen)
+        verdict = judge(table["magnified"], "sliced", ("identity",))
+        assert verdict.status == status
+        assert ("the answers differ" in verdict.checks.get("float32", "")) is not always
+
+
 def test_a_save_that_writes_into_the_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     save = mk.save
 
