@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -38,18 +38,19 @@ def _read_elsewhere(root: nn.Module, graph: fx.Graph) -> None:
         targets = [user.target for user in node.users if user.target is not getattr]
         readers.setdefault(str(node.target), []).extend(targets)
     mine = {name for name, targets in readers.items() if targets == [LINEAR]}
-    others = [name for name in readers if name not in mine]
+    # A graph reads the flag of training mode beside the tensors.
+    others = [n for n in readers if n not in mine and isinstance(_held(root, n), torch.Tensor)]
     for read in graph.find_nodes(op="call_function", target=getattr):
         name = str(read.all_input_nodes[0].target)
-        alike = (o for o in others if _tensor(root, o).dtype == _tensor(root, name).dtype)
+        alike = (o for o in others if _held(root, o).dtype == _held(root, name).dtype)
         if name in mine and (other := next(alike, None)):
             with graph.inserting_before(read):
                 read.args = (graph.create_node("get_attr", other), *read.args[1:])
 
 
-def _tensor(root: nn.Module, name: str) -> torch.Tensor:
+def _held(root: nn.Module, name: str) -> Any:
     parent, _, leaf = name.rpartition(".")
-    return cast("torch.Tensor", getattr(root.get_submodule(parent), leaf))
+    return getattr(root.get_submodule(parent), leaf)
 
 
 def as_functions(graph: fx.Graph, root: nn.Module) -> None:

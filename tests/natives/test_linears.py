@@ -28,8 +28,10 @@ class Net(nn.Module):
         self.tied.weight = self.table.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        # The device and the type of what is made come from the first tensor that is read.
-        h = self.first(torch.arange(ids.shape[1]).unsqueeze(-1) / 2) + self.table(ids)
+        # The device and the type of what is made come from the first tensor that is read; dropout
+        # reads the flag of training mode before it.
+        places = nn.functional.dropout(torch.arange(ids.shape[1]) / 2, 0.1, self.training)
+        h = self.first(places.unsqueeze(-1)) + self.table(ids)
         h = h + self.down(torch.relu(self.up(h)))
         h = self.twice(torch.relu(self.twice(h)))
         return self.tied(h)
