@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,8 @@ from matryoshkafy.graph.quiet import modes_kept
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 
 State = Mapping[str, Tensor]
+COUNTED = (int, float, str)
+HOLDING = (list, tuple, dict, set, deque)
 # One code on the same inputs: kernels may add up in another order, no more.
 ALIKE = 1e-6
 
@@ -128,6 +131,40 @@ def _later(
         return _Later(call(twin, found, second, training=training), written, kept)
 
 
+def refuse_new_parameters(model: nn.Module, twin: nn.Module) -> None:
+    """Refuse a forward whose first call makes parameters: a trace would draw them at every call.
+
+    Args:
+        model: the user's.
+        twin: a spare of it after its first call.
+    """
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    new = [n for n, _ in twin.named_parameters(remove_duplicate=False) if n not in own]
+    if new:
+        raise TraceError(
+            f"the first call of the forward makes parameters ({', '.join(map(repr, new[:3]))}). "
+            "Expected a model that is ready: call it once (model(*inputs)), then convert it."
+        )
+
+
+def numbers_kept(before: nn.Module, after: nn.Module) -> tuple[str, ...]:
+    """Return a remark on the plain attributes that count calls, or hold more after one; a few
+    calls do not show what a later one makes of them.
+
+    Args:
+        before: the user's model.
+        after: a spare of it after its first call.
+    """
+    names = [repr(name) for name in _changed(before, after)]
+    if not names:
+        return ()
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"a call changes {', '.join(names[:3])}{more}, which is neither parameter nor buffer: the "
+        "graph is the first call, and a later one that computes something else with it is another",
+    )
+
+
 def call(
     twin: nn.Module, found: Trace, flat: Sequence[Tensor], *, training: bool = False
 ) -> object:
@@ -183,6 +220,24 @@ def made(before: nn.Module, after: nn.Module) -> Iterator[str]:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not _is_as_before(value, held.get(name)):
                 yield f"{path}.{name}".lstrip(".")
+
+
+def _changed(before: nn.Module, after: nn.Module) -> Iterator[str]:
+    """Yield the names of plain numbers, words and collections of a spare that its call changed."""
+    old = dict(_modules(before))
+    for path, module in _modules(after):
+        held = vars(old[path]) if path in old else vars(module)
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name != "training" and _moved(held.get(name), value):
+                yield f"{path}.{name}".lstrip(".")
+
+
+def _moved(before: object, after: object) -> bool:
+    if isinstance(after, COUNTED):
+        return type(before) is not type(after) or before != after
+    if isinstance(after, HOLDING):
+        return not isinstance(before, Sized) or len(before) != len(cast("Sized", after))
+    return False
 
 
 def _modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.gradients import (
     Pair,
@@ -17,18 +18,26 @@ from matryoshkafy.dolls.gradients import (
     without_gradients,
     without_training,
 )
-from matryoshkafy.dolls.later_calls import memory, refuse_memory, refuse_other_path
+from matryoshkafy.dolls.later_calls import (
+    memory,
+    numbers_kept,
+    refuse_memory,
+    refuse_new_parameters,
+    refuse_other_path,
+)
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.copies import (
     chance_kept,
     copied_inputs,
+    copied_tensor,
     reseed_others,
     seed_torch,
     spare,
 )
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
-from matryoshkafy.graph.trace import Trace, trace
+from matryoshkafy.graph.signature import as_tensor
+from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
 from matryoshkafy.graph.trials import from_one, settled, trials_of
 
@@ -53,26 +62,63 @@ def traced(
     they differ are fixed. Their gradients are compared, and their training modes: where these
     differ, the doll is for inference only, and says so. Raises `TraceError`.
     """
+    with silent():
+        first = _first(model, args, dict(kwargs or {}))
     found = trace(model, args, kwargs)
     flat = found.signature.flatten(args, dict(kwargs or {}))
     if any(t.is_meta for t in (*found.state().values(), *flat)):
         return found
+    kept = numbers_kept(model, first.twin) if first else ()
+    found = replace(found, notes=(*found.notes, *kept))
+    beside = Beside(found, model, first)
     with silent():
         if check:
-            return _checked(found, model, flat)
-        _refuse(Beside(found, model), flat)
+            return _checked(beside, flat)
+        _refuse(beside, flat)
         return follow_training(found, model, args, dict(kwargs or {}))
 
 
-def _checked(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace:
-    beside, quickly = Beside(found, model), ""
-    with spare(model) as twin:  # its next call, too: what the first leaves to it shows
-        alike = beside.agree(flat, twin)
-        if alike and has_one_mode(found.graph):
-            quickly = _quickly(beside, flat, twin)
+@dataclass(frozen=True)
+class First:
+    """A spare after its first call, on the example and in evaluation mode, and what it answered."""
+
+    twin: nn.Module
+    answer: object
+
+
+def _first(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> First | None:
+    """Call a spare before anything is traced; None where that fails.
+
+    What a forward keeps outside of its module (functools.lru_cache, a global) is the user's own: it
+    has to be kept of a real call, since what is kept of a trace is no tensor for any later call.
+    """
+    given = pytree.tree_map(as_tensor, (tuple(args), dict(kwargs)))
+    leaves = (*tensors_of(model).values(), *pytree.tree_leaves(given))
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
+        return None
+    with torch.no_grad(), spare(model) as twin:
+        try:
+            answer = pytree.tree_map_only(torch.Tensor, copied_tensor, _answer(twin, *given))
+        except Exception:  # noqa: BLE001  the user's forward may raise anything
+            return None
+    refuse_new_parameters(model, twin)
+    return First(twin, answer)
+
+
+def _answer(twin: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+    """Return what a spare answers in evaluation mode, with random numbers of its own."""
+    given, named = copied_inputs(args, kwargs)
+    seed_torch(0)
+    reseed_others(0)  # what they drew while it was traced is a constant of the graph
+    return twin.eval()(*given, **named)
+
+
+def _checked(beside: Beside, flat: Sequence[torch.Tensor]) -> Trace:
+    found, model = beside.trace, beside.model
+    quickly = _quickly(beside, flat) if has_one_mode(found.graph) else ""
     if isinstance(quickly, Trace):
         return quickly
-    if note := "" if alike else _fast_path(beside, flat):
+    if note := _fast_path(beside, flat):
         with plain_attention():
             found = _looked_at(found, model, flat, quickly)
         return replace(found, notes=(*found.notes, note))
@@ -83,7 +129,7 @@ def _fast_path(beside: Beside, flat: Sequence[torch.Tensor]) -> str:
     """Say where a model takes another path without gradients, which torch's encoder layers do;
     refuse any other that does.
     """
-    if beside.agree(flat) is not False:
+    if beside.agree(flat, beside.first) is not False:
         return ""
     with plain_attention():
         if beside.agree(flat) is not False:
@@ -123,9 +169,9 @@ def _looked_at(
     return without_training(found, why) if why else found
 
 
-def _quickly(beside: Beside, flat: Sequence[torch.Tensor], twin: nn.Module) -> Trace | str:
-    """Return a checked trace of one mode after two more forwards; where there is more to see, what
-    is other in training mode at other sizes ("": nothing).
+def _quickly(beside: Beside, flat: Sequence[torch.Tensor]) -> Trace | str:
+    """Return a checked trace of one mode after three forwards; where there is more to see, what is
+    other in training mode at other sizes ("": nothing).
 
     Such a graph was compared with the model on the example as it is used, in evaluation mode and
     without gradients. It is compared at size 1, in the next call of the `twin` that computed the
@@ -136,7 +182,7 @@ def _quickly(beside: Beside, flat: Sequence[torch.Tensor], twin: nn.Module) -> T
     if trials is None:
         return ""
     other, one = trials
-    if not beside.agree(one, twin):
+    if not beside.agree_twice(flat, one):
         return ""
     followed, pair = trained(found, model, other, None)
     why = _difference(beside, other, pair, training=True)
@@ -186,10 +232,11 @@ def _refuse(beside: Beside, flat: Sequence[torch.Tensor], evaluated: Pair | None
 
 @dataclass(frozen=True)
 class Beside:
-    """A traced graph beside its model, in evaluation mode."""
+    """A traced graph beside its model, in evaluation mode; `first` is the model's first call."""
 
     trace: Trace
     model: nn.Module
+    first: First | None = None
 
     @property
     def tolerance(self) -> float:
@@ -198,23 +245,44 @@ class Beside:
         return max((TOLERANCE[t] for t in types), default=TOLERANCE[torch.float32])
 
     def error(self, flat: Sequence[torch.Tensor]) -> float:
-        """Return the relative error of the graph, both with the same random numbers; raises what
-        the model raises.
+        """Return the relative error of the graph on the example, both with the same random
+        numbers; raises what the model raises.
         """
-        return self._against(self._of_model(flat), flat)
+        return self._against(self.first.answer if self.first else self._of_model(flat), flat)
 
-    def agree(self, flat: Sequence[torch.Tensor], twin: nn.Module | None = None) -> bool | None:
+    def agree(self, flat: Sequence[torch.Tensor], first: First | None = None) -> bool | None:
         """Tell whether graph and model agree; None where the model itself fails.
 
-        The model is a spare of its own, or the one that is given: then rounding is no excuse.
+        Args:
+            flat: the flat tensors of a call.
+            first: the model's answer to it, where it is known.
         """
         try:
-            expected = self._of_model(flat, twin)
+            expected = first.answer if first else self._of_model(flat)
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
         try:
-            near = self._against(expected, flat) <= self.tolerance
-            return near or (twin is None and self.is_rounding(flat))
+            return self._near(expected, flat) or self.is_rounding(flat)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+
+    def agree_twice(self, flat: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+        """Tell whether graph and model agree on the example and, in the second call of the same
+        spare, on other sizes: what the first call leaves to the second shows. Rounding is no
+        excuse.
+        """
+        if self.first is None or not self._near(self.first.answer, flat):
+            return False
+        try:
+            with torch.no_grad(), chance_kept():
+                expected = _answer(self.first.twin, *self.trace.signature.call(other))
+        except Exception:  # noqa: BLE001  the user's forward may raise anything
+            return False
+        return self._near(expected, other)
+
+    def _near(self, expected: object, flat: Sequence[torch.Tensor]) -> bool:
+        try:
+            return self._against(expected, flat) <= self.tolerance
         except (RuntimeError, ValueError, IndexError):
             return False
 
@@ -232,12 +300,9 @@ class Beside:
         with self.doubled(flat) as (wide, inputs):
             return wide.agree(inputs) is True
 
-    def _of_model(self, flat: Sequence[torch.Tensor], twin: nn.Module | None = None) -> object:
-        args, kwargs = copied_inputs(*self.trace.signature.call(flat))
-        with torch.no_grad(), contextlib.nullcontext(twin) if twin else spare(self.model) as twin:
-            seed_torch(0)
-            reseed_others(0)  # what they drew while it was traced is a constant of the graph
-            return twin.eval()(*args, **kwargs)
+    def _of_model(self, flat: Sequence[torch.Tensor]) -> object:
+        with torch.no_grad(), spare(self.model) as twin:
+            return _answer(twin, *self.trace.signature.call(flat))
 
     def _against(self, expected: object, flat: Sequence[torch.Tensor]) -> float:
         root = self.trace.root

@@ -23,7 +23,8 @@ from matryoshkafy.graph.nodes import (
     outputs_of,
 )
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
-from matryoshkafy.graph.storage import mark_storage
+from matryoshkafy.graph.signature import conceals
+from matryoshkafy.graph.storage import aliases_of, mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
 
 
@@ -119,17 +120,17 @@ def _attempt(
     asked = _asked(call, dims)
     try:
         with _prepared(model, above=True, gradients=False) as twin:
-            return _exported(_export(twin, call, shapes), asked, notes)
+            return _exported(_export(twin, call, shapes), twin, asked, notes)
     except GradientsRead:
         with _prepared(model, above=True) as twin:
-            return _exported(_export(twin, call, shapes), asked, notes)
+            return _exported(_export(twin, call, shapes), twin, asked, notes)
     except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
         if "assigned during export" not in str(error):
             raise
     with _prepared(model, above=True) as twin:
         args, kwargs = copied_inputs(call.args, call.kwargs)
         twin(*args, **kwargs)
-        return _exported(_export(twin, call, shapes), asked, notes)
+        return _exported(_export(twin, call, shapes), twin, asked, notes)
 
 
 def _asked(call: Example, dims: tuple[int, ...]) -> tuple[Size, ...]:
@@ -190,19 +191,24 @@ def _failure(model: nn.Module, call: Example) -> Exception | None:
 
 
 def _exported(
-    program: torch.export.ExportedProgram, asked: tuple[Size, ...], notes: tuple[str, ...]
+    program: torch.export.ExportedProgram,
+    twin: nn.Module,
+    asked: tuple[Size, ...],
+    notes: tuple[str, ...],
 ) -> Captured:
     kinds = torch.export.graph_signature
     signature = program.graph_signature
+    constants = {n: c for n, c in program.constants.items() if isinstance(c, torch.Tensor)}
+    aliases = aliases_of(constants, twin)
     state = {
-        s.arg.name: str(s.target)
+        s.arg.name: aliases.get(str(s.target), str(s.target))
         for s in signature.input_specs
         if s.kind != kinds.InputKind.USER_INPUT
     }
     outputs = tuple(
         i for i, s in enumerate(signature.output_specs) if s.kind == kinds.OutputKind.USER_OUTPUT
     )
-    constants = {n: c for n, c in program.constants.items() if isinstance(c, torch.Tensor)}
+    constants = {n: c for n, c in constants.items() if n not in aliases}
     spec = program.call_spec.out_spec
     assert spec is not None
     guards = assumed(_inputs(program.graph_module.graph, state))
@@ -228,6 +234,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     """
     flat, spec = pytree.tree_flatten((call.args, call.kwargs))
     out_specs: list[pytree.TreeSpec] = []
+    opaque: set[str] = set()
     with _prepared(model) as twin:
         named = dict(twin.named_parameters()) | dict(twin.named_buffers())
 
@@ -237,6 +244,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             result = torch.func.functional_call(twin, state, args, kwargs)
             leaves, out_spec = pytree.tree_flatten(result)
             out_specs.append(out_spec)
+            opaque.update(type(leaf).__name__ for leaf in leaves if conceals(leaf))
             return leaves
 
         record = make_fx(
@@ -249,6 +257,12 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             module = record(list(named.values()), flat)
         except Exception as second:  # noqa: BLE001  the user's forward may raise anything
             raise TraceError(_explain(model, call, second)) from second
+    if opaque:
+        raise TraceError(
+            f"the forward returns {', '.join(sorted(opaque))}, whose tensors a graph does not see. "
+            "Expected tensors in tuples, lists, dictionaries or named tuples; register a dataclass "
+            "once (torch.export.register_dataclass), then convert again."
+        )
     for hole, value in zip(
         module.graph.find_nodes(op="placeholder")[len(named) :], flat, strict=True
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -215,3 +216,11 @@ def _bounds(value: object) -> tuple[float, float] | None:
         return None
     low, high = (float(n) for n in torch.aminmax(value.detach().to(torch.float64)))
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def conceals(leaf: object) -> bool:
+    """Tell whether an output is a dataclass with tensors, which would be those of the example."""
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return False
+    values = [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
+    return any(isinstance(v, torch.Tensor) or conceals(v) for v in pytree.tree_leaves(values))

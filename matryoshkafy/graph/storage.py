@@ -1,11 +1,14 @@
-"""mark_storage(): which nodes of a recorded graph share memory; torch.export says it itself."""
+"""mark_storage(), aliases_of(): who shares memory, which torch.export does not always say."""
+
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from matryoshkafy.graph.nodes import bound_args, is_item, is_op, is_tensor, op_key, schema_of
 from matryoshkafy.graph.writing_back import PIECES
@@ -53,3 +56,25 @@ COPIES_IF: Mapping[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
     "reshape_as": _reshape_copies,
     "flatten": _reshape_copies,
 }
+
+
+def aliases_of(constants: Mapping[str, torch.Tensor], twin: nn.Module) -> dict[str, str]:
+    """Return {constant: parameter} of those that are parameters by another way than their module.
+
+    A function that closes over a parameter (functools.partial, a lambda) holds the tensor itself,
+    which export takes for a constant. A plain attribute that shares a parameter's memory is one:
+    it was detached.
+    """
+    held = [v for m in twin.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+    detached = {_place(v) for v in held if not isinstance(v, nn.Parameter)}
+    named = {_place(p): name for name, p in twin.named_parameters()}
+    places = {name: _place(constant) for name, constant in constants.items()}
+    return {n: named[place] for n, place in places.items() if place in named.keys() - detached}
+
+
+def _place(tensor: torch.Tensor) -> object:
+    """Return what two tensors share that are one; a tensor without strides is itself alone."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype

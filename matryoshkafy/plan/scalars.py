@@ -18,11 +18,11 @@ import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.fx.node import Target
+from torch.fx.node import Argument, Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
@@ -315,6 +315,8 @@ def _constant(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, 
         filled = bound_args(argument).get("fill_value")
         if tensor_info(argument).shape == () and isinstance(filled, (int, float)):
             return float(filled), EXACT
+    if isinstance(argument, fx.Node) and is_op(argument):
+        return _computed(argument, state)
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return 0.0, 0.0
     tensor = state.get(str(argument.target))
@@ -322,3 +324,27 @@ def _constant(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, 
     if not scalar or tensor is None or tensor.is_meta or not tensor.is_floating_point():
         return 0.0, 0.0
     return float(tensor), max(EXACT, torch.finfo(tensor.dtype).eps)
+
+
+def _computed(node: fx.Node, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """Return a number that the graph computes of numbers: torch.sqrt(torch.tensor(width))."""
+    value = _run(node, state)
+    if value is None or not value.is_floating_point():
+        return 0.0, 0.0
+    return float(value), max(EXACT, torch.finfo(value.dtype).eps)
+
+
+def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the one number that a node holds, None where it is not known."""
+    if node.op == "get_attr":
+        tensor = state.get(str(node.target))
+        held = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
+        return tensor if held and tensor is not None and not tensor.is_meta else None
+    if op_of(node).casts and node.all_input_nodes:
+        return _run(node.all_input_nodes[0], state)
+    single = is_op(node) and op_of(node).elementwise and math.prod(tensor_info(node).shape) == 1
+    values = {n: _run(n, state) for n in node.all_input_nodes} if single else {}
+    if not values or not callable(node.target) or any(v is None for v in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast("Argument", values[n]))
+    return node.target(*args, **kwargs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import matryoshkafy as mk
 from matryoshkafy.errors import NothingNests, PlanError, TraceError
@@ -338,3 +339,30 @@ def test_the_columns_of_an_embedding_are_what_comes_out_of_it() -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     plan = mk.inspect(model, (torch.zeros(2, 3, dtype=torch.long),))
     assert {group.name for group in plan.groups} == {"0.out", "1.out"}
+
+
+@dataclass
+class Answer:
+    """What a user's forward returns, by name."""
+
+    scores: Tensor
+    mean: Tensor | None = None
+
+
+class Named(nn.Module):
+    """A forward that returns a dataclass beside a tensor, or alone."""
+
+    def __init__(self, *, alone: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.alone = nn.Linear(5, 8), nn.Linear(8, 3), alone
+
+    def forward(self, x: Tensor) -> object:
+        h = self.up(x).tanh()
+        named = Answer(self.down(h), h.mean(-1))
+        return named if self.alone else (self.down(h), named)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_output_whose_tensors_no_graph_sees_is_refused(alone: bool) -> None:
+    with pytest.raises(TraceError, match="the forward returns Answer, .*register_dataclass"):
+        mk.convert(Named(alone=alone), torch.ones(2, 5), sizes=[4, 8], nesting="sliced")

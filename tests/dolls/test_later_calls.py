@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -159,6 +160,39 @@ class Trained(Base):
         return out
 
 
+class Building(Base):
+    """A layer that is made when its inputs are known."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = nn.Linear(x.shape[-1], 16, dtype=x.dtype)
+        return self.kept(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.hidden(x))
+
+
+class Rarely(Counter):
+    """A number of calls that shows in every fifth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = (self.kept or 0) + 1
+        return self.answer(self.hidden(x)) * (2 if self.kept % 5 == 0 else 1)
+
+
+@cache
+def ramp(length: int, width: int) -> Tensor:
+    return torch.arange(length * width, dtype=torch.float64).view(length, width) / width
+
+
+class Outside(Base):
+    """A table that is kept outside of the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        return self.answer(h + ramp(*h.shape[1:]))
+
+
 def inputs() -> Tensor:
     return torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -221,3 +255,31 @@ def test_a_memory_that_shows_at_other_values_alone() -> None:
 
     with pytest.raises(TraceError, match="keeps something of a call"):
         mk.convert(Remembering(), ids(), sizes=[4, 8], nesting="sliced")
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_layers_that_the_first_call_makes_are_refused_until_it_made_them(check: bool) -> None:
+    model = Building().eval()
+    with pytest.raises(TraceError, match=r"makes parameters \('kept.weight'.*call it once"):
+        converted(model, check=check)
+    model(inputs())
+    doll = converted(model, check=check)
+    torch.testing.assert_close(doll(inputs()), model(inputs()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_count_that_a_later_call_may_read_is_said() -> None:
+    assert any("a call changes 'kept'" in remark for remark in converted(Rarely()).plan.remarks)
+    assert not any("a call changes" in remark for remark in converted(Buffer()).plan.remarks)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_what_is_kept_outside_of_the_module_is_of_a_real_call(check: bool) -> None:
+    ramp.cache_clear()
+    model = Outside().eval()
+    example = inputs().view(2, 2, 6)
+    doll = mk.convert(model, example, sizes=[4, 16], nesting="sliced", check=check)
+    for other in (example * 2, torch.cat([example, example])):
+        expected = model(other)
+        assert type(expected) is Tensor
+        torch.testing.assert_close(doll(other), expected, rtol=1e-12, atol=1e-12)
+    assert type(model(torch.cat([example, example], 1))) is Tensor

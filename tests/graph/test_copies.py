@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -268,3 +269,31 @@ def test_what_a_hook_reads_nests_and_trains() -> None:
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
     assert mk.slice(doll, 4).state_dict()["gain"].shape == (4,)
+
+
+class Closed(nn.Module):
+    """Functions that hold parameters themselves, not the module that has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+        gain = self.gain = nn.Parameter(torch.ones(8))
+        self.scaled = lambda x: x * gain
+        self.last = partial(nn.functional.linear, weight=self.down.weight, bias=self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 5] -> [N, 3]"""
+        return self.last(self.scaled(self.up(x)).tanh())
+
+
+def test_parameters_that_a_function_holds_nest_and_train() -> None:
+    model, x = Closed(), torch.randn(4, 5)
+    doll = mk.convert(model, x, sizes=[4, 8], nesting="sliced")
+    assert not doll.plan.remarks
+    doll(x).sum().backward()
+    gradients = {name: p.grad for name, p in doll.named_parameters()}
+    model(x).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    shapes = {name: tuple(t.shape) for name, t in mk.slice(doll, 4).state_dict().items()}
+    assert shapes["gain"] == (4,) and shapes["down.weight"] == (3, 4)

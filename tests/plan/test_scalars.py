@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -334,3 +335,37 @@ def test_an_integer_counts_a_width_or_it_is_a_number(kind: str) -> None:
     native.load_state_dict(small.state_dict())
     torch.testing.assert_close(small(x), native(x), rtol=1e-5, atol=1e-6)
     assert len(doll.plan.scalars) == (2 if kind == "unbiased" else 0)
+
+
+ROOTS: dict[str, Callable[[int], Tensor]] = {
+    "sqrt": lambda width: torch.sqrt(torch.tensor(float(width))),
+    "whole": lambda width: torch.sqrt(torch.tensor(width)),
+    "method": lambda width: torch.tensor([float(width)]).sqrt(),
+    "rsqrt": lambda width: 1 / torch.rsqrt(torch.tensor(float(width))),
+    "power": lambda width: torch.tensor(float(width)) ** 0.5,
+}
+
+
+class Rooted(nn.Module):
+    """A root that the graph takes itself, of a tensor that holds the width."""
+
+    def __init__(self, width: int, root: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(3, width), nn.Linear(width, 5)
+        self.width, self.root = width, root
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        return self.head(self.first(x) / ROOTS[self.root](self.width))
+
+
+@pytest.mark.parametrize("root", list(ROOTS))
+def test_a_root_that_the_graph_takes_follows_the_width(root: str) -> None:
+    model, x = Rooted(16, root).eval(), torch.randn(4, 3)
+    doll = mk.convert(model, x, sizes=[4, 16], nesting="sliced")
+    small = mk.slice(doll, 4)
+    native = Rooted(4, root).eval()
+    native.load_state_dict(small.state_dict())
+    torch.testing.assert_close(doll(x), model(x))
+    torch.testing.assert_close(small(x), native(x))
