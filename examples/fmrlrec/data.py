@@ -301,9 +301,9 @@ def _known_items(
     if catalogue.is_empty():
         theirs = source.items.select("item_id").head(3).collect()["item_id"].to_list()
         raise DataError(
-            f"no item of the interactions is described: ids are like {seen['item_id'][:3].to_list()} "
-            f"there, like {theirs} in the table of items; write them alike, or give --set "
-            "unknown_items=keep"
+            "no item of the interactions is described: ids are like "
+            f"{seen['item_id'][:3].to_list()} there, like {theirs} in the table of items; write "
+            "them alike, or give --set unknown_items=keep"
         )
     done = {"drop": "dropped", "keep": "kept, no features"}[config.unknown_items]
     return catalogue.drop("known"), {

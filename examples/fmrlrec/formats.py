@@ -102,7 +102,8 @@ def survey(source: Source) -> Survey:
     texts = bool({"title", "brand", "categories"} & set(names))
     pictures = "image" in names or (source.root / "images").is_dir()
     modality = {(1, 1): "both", (1, 0): "text", (0, 1): "image", (0, 0): "id"}[texts, pictures]
-    return Survey(*counts.row(0), modality)
+    users, items, interactions = counts.row(0)
+    return Survey(users, items, interactions, modality)
 
 
 def digests(path: Path, known: Digests, run: Path) -> Digests:
