@@ -247,7 +247,7 @@ def encode_images(paths: list[str | None], config: Config, each: Each, fit: Fit 
 
         size = min(config.encoder_size, present.sum(), raw.shape[1])
         pca = PCA(size, random_state=0).fit(raw[present]) if present.sum() > 1 else None
-        fit = {} if pca is None else {"axes": pca.components_, "mean": pca.mean_}
+        fit = {} if pca is None else dict(axes=np.array(pca.components_), mean=np.array(pca.mean_))
     axes = (raw - fit["mean"]) @ fit["axes"].T * present[:, None] if fit else raw[:, :1] * 0
     return Encoded(axes, fit, problems)
 
