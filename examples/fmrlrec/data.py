@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -53,21 +54,16 @@ class Dataset:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Inputs [R, T] and the next item at each position [R, T]; 0 pads and separates sequences."""
+class Batch(NamedTuple):
+    """Left-padded sequences [B, T], in which 0 pads and separates, and what came next.
+
+    To learn from, `targets` are the next item at each position [B, T]; to be ranked, the one after
+    the last [B], of `users` [B].
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded histories [B, T], the item that came next [B], and whose they are [B]."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    users: np.ndarray
+    users: np.ndarray = np.empty(0)
 
 
 def prepare(source: Source, folder: Path, config: Config, each: Each = serially) -> Dataset:
@@ -92,7 +88,8 @@ def prepare(source: Source, folder: Path, config: Config, each: Each = serially)
         )
     sequences.write_parquet(folder / SEQUENCES)
     kept.with_columns(image_path(source.root)).write_parquet(folder / CATALOGUE)
-    report = {"problems": {**source.problems, **problems, **unknown}}
+    counts = {**source.problems, **problems, **unknown}
+    report = {"problems": {name: n for name, n in counts.items() if n}}
     write_text(folder / REPORT, json.dumps(report, indent=2))
     shutil.rmtree(folder / "parts")
     return load(folder)
@@ -167,7 +164,7 @@ def training_windows(data: Dataset, config: Config) -> np.ndarray:
 
 def training_batches(
     data: Dataset, windows: np.ndarray, config: Config, *, epoch: int
-) -> Iterator[Steps]:
+) -> Iterator[Batch]:
     """Batches of `config.batch` random windows of one epoch, a function of seed and epoch alone.
 
     Short windows share a row, with padding between them, so that hardly a position is idle.
@@ -193,12 +190,17 @@ def pack(windows: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
     return rows
 
 
-def steps(items: np.ndarray, rows: list[list[tuple[int, int]]]) -> Steps:
-    """Inputs and targets of rows of windows into `items`, as `pack` gives them."""
-    inputs = [_joined([items[start : end - 1] for start, end in row]) for row in rows]
-    targets = [_joined([items[start + 1 : end] for start, end in row]) for row in rows]
-    length = max(len(row) for row in inputs)
-    return Steps(left_pad(inputs, length), left_pad(targets, length))
+def steps(items: np.ndarray, rows: list[list[tuple[int, int]]]) -> Batch:
+    """Inputs and targets of rows of windows into `items`, as `pack` gives them.
+
+    Windows of a row stand with one padding item between them.
+    """
+    gap, joined = np.zeros(1, dtype=np.int32), []
+    for ahead in (0, 1):
+        parts = [[items[a + ahead : b - 1 + ahead] for a, b in row] for row in rows]
+        joined.append([np.concatenate([x for p in row for x in (gap, p)][1:]) for row in parts])
+    length = max(map(len, joined[0]))
+    return Batch(*(left_pad(sequences, length) for sequences in joined))
 
 
 def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Batch]:
@@ -219,10 +221,8 @@ def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Ba
 
 def popularity(data: Dataset) -> np.ndarray:
     """How often each item 0..n occurs in the training part of the sequences."""
-    held_out = np.concatenate([data.offsets[1:] - 1, data.offsets[1:] - 2])
-    training = np.ones(len(data.items), dtype=bool)
-    training[held_out[held_out >= 0]] = False
-    return np.bincount(data.items[training], minlength=data.item_count + 1)
+    training = np.concatenate([data.sequence(user)[:-2] for user in range(data.users)])
+    return np.bincount(training, minlength=data.item_count + 1)
 
 
 def left_pad(sequences: list[np.ndarray], length: int) -> np.ndarray:
@@ -232,12 +232,6 @@ def left_pad(sequences: list[np.ndarray], length: int) -> np.ndarray:
         tail = sequence[-length:]
         row[length - len(tail) :] = tail
     return padded
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Sequences in one row with one padding item between them."""
-    gap = np.zeros(1, dtype=np.int32)
-    return np.concatenate([piece for part in parts for piece in (part, gap)][:-1])
 
 
 def _timestamp(frame: pl.LazyFrame) -> pl.Expr:
@@ -272,9 +266,8 @@ def _partition(
             f"none of the {total:,} interactions in {source.root} has a user, an item and a time "
             "that can be read; times are numbers, or dates such as 2024-01-31 or 2024-01-31 18:30"
         )
-    found = {"interactions without user, item or time": total - whole,
-             "duplicate interactions": whole - kept}  # fmt: skip
-    return parts, {name: n for name, n in found.items() if n}
+    return parts, {"interactions without user, item or time": total - whole,
+                   "duplicate interactions": whole - kept}  # fmt: skip
 
 
 def _write_part(part: tuple[int, Path], frame: pl.LazyFrame, count: int) -> tuple[int, int]:
@@ -306,19 +299,17 @@ def _known_items(
     if config.unknown_items == "drop":
         catalogue = catalogue.drop_nulls("known")
     if catalogue.is_empty():
+        theirs = source.items.select("item_id").head(3).collect()["item_id"].to_list()
         raise DataError(
-            f"no item of the interactions is described: ids are like {_ids(seen.lazy())} there, "
-            f"like {_ids(source.items)} in the table of items; write them alike, or give --set "
-            "unknown_items=keep"
+            "no item of the interactions is described: ids are like "
+            f"{seen['item_id'][:3].to_list()} there, like {theirs} in the table of items; write "
+            "them alike, or give --set unknown_items=keep"
         )
-    names = {"drop": "unknown items (dropped)", "keep": "unknown items (kept, no features)"}
-    counts = {names[config.unknown_items]: unknown,
-              "items described twice or without id": items.height - described.height}  # fmt: skip
-    return catalogue.drop("known"), {name: n for name, n in counts.items() if n}
-
-
-def _ids(items: pl.LazyFrame) -> list[object]:
-    return items.select("item_id").head(3).collect()["item_id"].to_list()
+    done = {"drop": "dropped", "keep": "kept, no features"}[config.unknown_items]
+    return catalogue.drop("known"), {
+        f"unknown items ({done})": unknown,
+        "items described twice or without id": items.height - described.height,
+    }
 
 
 def _count_items(part: Path, items: pl.DataFrame, count: int) -> pl.DataFrame:

@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
+from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from examples.fmrlrec.config import MODALITIES, Config, ConfigError
-from examples.fmrlrec.pictures import clip_encoder, clip_name, open_picture, pixels
 from examples.fmrlrec.workers import Each, device, serially
 from matryoshkafy.files.folders import whole_file
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-# Texts and pictures of one part, which a worker takes.
-FORMAT, TEXTS, PICTURES = 3, 50_000, 256
+# Texts and pictures of one part, which a worker takes; the side of a picture in `pixels`.
+FORMAT, TEXTS, PICTURES, SIDE = 3, 50_000, 256, 64
 # What an encoder learnt from the catalogue, by name: arrays, and texts as one array of bytes.
 Fit = dict[str, np.ndarray]
 
@@ -129,23 +128,21 @@ def encoded(
         digest.update(len(content).to_bytes(8, "little") + content)
     file = cache / f"{name}-{digest.hexdigest()[:24]}.safetensors"
     if not file.exists():
-        _store(kind.encode(inputs, config, each, None), file)
+        found = kind.encode(inputs, config, each, None)
+        arrays = {"vectors": found.vectors.astype(np.float32), **found.fit}
+        rows = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        cache.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as fresh:
+            save_file(rows, fresh, {"problems": json.dumps(found.problems)})
     with safe_open(file, framework="numpy") as stored:
         arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         problems = json.loads(stored.metadata()["problems"])
     return Encoded(arrays.pop("vectors"), arrays, problems)
 
 
-def _store(found: Encoded, file: Path) -> None:
-    arrays = {"vectors": found.vectors.astype(np.float32), **found.fit}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as fresh:
-        rows = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(rows, fresh, {"problems": json.dumps(found.problems)})
-
-
-def _content(path: Path | None) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest() if path and path.is_file() else b""
+def _content(path: str | Path | None) -> bytes:
+    file = Path(path or "")
+    return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
 
 
 def standardise(vectors: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -187,8 +184,7 @@ def encode_texts(texts: list[str], config: Config, each: Each, fit: Fit | None) 
     else:
         parts = [texts[at : at + TEXTS] for at in range(0, len(texts), TEXTS)]
         fit, vectors = {}, np.concatenate(each(by_model, parts, config.text_encoder, config))
-    empty = texts.count("")
-    problems = {"items without text": empty} if empty else {}
+    problems = Counter("items without text" for text in texts if not text)
     return Encoded(vectors * np.array([[bool(text)] for text in texts]), fit, problems)
 
 
@@ -225,23 +221,38 @@ def word_vectors(texts: list[str], fit: Fit) -> np.ndarray:
 # Pictures.
 
 
-def encode_images(paths: list[Path | None], config: Config, each: Each, fit: Fit | None) -> Encoded:
+def open_picture(path: str | Path | None) -> Image.Image | str:
+    """A whole picture, or why there is none: a corrupt one shows here, not in the middle of use."""
+    if path is None or not os.path.exists(path):  # noqa: PTH110  Path.exists raises for long names
+        return "items without picture"
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return f"corrupt picture {Path(path).name}"
+
+
+def encode_images(paths: list[str | None], config: Config, each: Each, fit: Fit | None) -> Encoded:
     """Vectors of pictures, `pixels` by principal components; missing and corrupt ones are zero."""
     parts = [paths[at : at + PICTURES] for at in range(0, len(paths), PICTURES)]
     found = [row for part in each(_pictures, parts, config) for row in part]
-    problems = dict(Counter(row for row in found if isinstance(row, str)))
+    problems = Counter(row for row in found if isinstance(row, str))
     width = next((len(row) for row in found if not isinstance(row, str)), 1)
     raw = np.array([np.zeros(width) if isinstance(row, str) else row for row in found])
     present = _present(raw)
     if config.image_encoder != "pixels":
         return Encoded(raw, {}, problems)
-    fit = learn_axes(raw[present], config) if fit is None else fit
-    if not fit:
-        return Encoded(np.zeros((len(raw), 1)), {}, problems)
-    return Encoded((raw - fit["mean"]) @ fit["axes"].T * present[:, None], fit, problems)
+    if fit is None:
+        from sklearn.decomposition import PCA
+
+        size = min(config.encoder_size, present.sum(), raw.shape[1])
+        pca = PCA(size, random_state=0).fit(raw[present]) if present.sum() > 1 else None
+        fit = {} if pca is None else dict(axes=np.array(pca.components_), mean=np.array(pca.mean_))
+    axes = (raw - fit["mean"]) @ fit["axes"].T * present[:, None] if fit else raw[:, :1] * 0
+    return Encoded(axes, fit, problems)
 
 
-def _pictures(paths: list[Path | None], config: Config) -> list[np.ndarray | str]:
+def _pictures(paths: list[str | None], config: Config) -> list[np.ndarray | str]:
     """The vector of each picture, or why there is none."""
     opened = [open_picture(path) for path in paths]
     good = [image for image in opened if not isinstance(image, str)]
@@ -252,23 +263,22 @@ def _pictures(paths: list[Path | None], config: Config) -> list[np.ndarray | str
     return [image if isinstance(image, str) else next(vectors) for image in opened]
 
 
-def learn_axes(raw: np.ndarray, config: Config) -> Fit:
-    """The principal components of pictures; nothing where there are not two of them."""
-    from sklearn.decomposition import PCA
+def pixels(image: Image.Image) -> np.ndarray:
+    """Histograms of oriented gradients, and of colours in each quarter, of equal weight."""
+    from skimage.feature import hog
 
-    if len(raw) < 2:
-        return {}
-    pca = PCA(min(config.encoder_size, *raw.shape), random_state=0).fit(raw)
-    return {"axes": np.asarray(pca.components_), "mean": np.asarray(pca.mean_)}
-
-
-def _paths(items: pl.DataFrame) -> list[Path | None]:
-    return [Path(path) if path else None for path in items["image"]]
+    small = np.asarray(image.resize((SIDE, SIDE)), dtype=np.float32) / 255
+    edges = hog(small.mean(2), orientations=9, pixels_per_cell=(8, 8), cells_per_block=(2, 2))
+    halves = slice(None, SIDE // 2), slice(SIDE // 2, None)
+    quarters = [small[rows, columns].reshape(-1, 3) for rows in halves for columns in halves]
+    colours = [np.histogramdd(quarter, bins=4, range=[(0, 1)] * 3)[0] for quarter in quarters]
+    parts = edges, np.sqrt(np.ravel(colours))
+    return np.concatenate([part / max(np.linalg.norm(part), 1e-12) for part in parts])
 
 
 KINDS = {
     "text": Kind("text_encoder", item_texts, str.encode, encode_texts),
-    "image": Kind("image_encoder", _paths, _content, encode_images),
+    "image": Kind("image_encoder", lambda items: items["image"].to_list(), _content, encode_images),
 }
 
 
@@ -287,8 +297,33 @@ def by_model(inputs: list[Any], name: str, config: Config) -> np.ndarray:
     return np.asarray(found, dtype=np.float32)
 
 
+def clip_name(name: str) -> str:
+    """An image encoder as open_clip takes it: "MODEL:TAG", "hf-hub:..." or a folder; else ""."""
+    if (Path(name) / "open_clip_config.json").is_file():
+        return f"local-dir:{name}"
+    return name if ":" in name else ""
+
+
+@lru_cache(maxsize=1)
+def clip_encoder(name: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
+    """The image tower of an open_clip model, by what `clip_name` gave: images -> unit vectors."""
+    import open_clip
+
+    schema = name.startswith(("local-dir:", "hf-hub:"))
+    model, _, tag = (name, "", None) if schema else name.partition(":")
+    made: Any = open_clip.create_model_from_pretrained(model, tag, device=device())
+    tower, transform = made[0].eval(), made[1]
+
+    @torch.inference_mode()
+    def vectors(images: Sequence[Image.Image]) -> np.ndarray:
+        batch = torch.stack([transform(image) for image in images]).to(device())
+        return tower.encode_image(batch, normalize=True).float().cpu().numpy()
+
+    return vectors
+
+
 @lru_cache(maxsize=2)
-def _model(name: str) -> SentenceTransformer:
+def _model(name: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(minilm_path() if name == "minilm" else name, device=device())

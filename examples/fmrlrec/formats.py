@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -50,30 +50,21 @@ class Survey:
         return f"{counts}; items with {TOLD[self.modality]}"
 
 
-@dataclass(frozen=True)
-class Lines:
-    """How one kind of JSON-like line becomes a row: the parser, and the key of each column."""
+class Lines(NamedTuple):
+    """How JSON-like lines become rows: the parser, other keys of columns, the columns of items."""
 
     parse: Callable[[str], Any]
-    columns: dict[str, str]
+    keys: dict[str, str]
+    items: tuple[str, ...]
 
 
-# The lines of interactions, and those of items.
-NATIVE = (
-    Lines(json.loads, {name: name for name in INTERACTIONS}),
-    Lines(json.loads, {name: name for name in ITEMS}),
+NATIVE = Lines(json.loads, {}, ITEMS)
+AMAZON_2014 = Lines(
+    ast.literal_eval,
+    {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime"},
+    ITEMS[:-1],
 )
-AMAZON_2014 = (
-    Lines(
-        ast.literal_eval,
-        {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime"},
-    ),
-    Lines(ast.literal_eval, {"item_id": "asin", **{name: name for name in ITEMS[1:-1]}}),
-)
-AMAZON_2023 = (
-    Lines(json.loads, {**NATIVE[0].columns, "item_id": "parent_asin"}),
-    Lines(json.loads, {**AMAZON_2014[1].columns, "item_id": "parent_asin", "brand": "store"}),
-)
+AMAZON_2023 = Lines(json.loads, {"item_id": "parent_asin", "brand": "store"}, ITEMS[:-1])
 
 
 def read(path: Path, scratch: Path) -> Source:
@@ -110,9 +101,9 @@ def survey(source: Source) -> Survey:
     names = [] if source.items is None else source.items.collect_schema().names()
     texts = bool({"title", "brand", "categories"} & set(names))
     pictures = "image" in names or (source.root / "images").is_dir()
-    kinds = {(True, True): "both", (True, False): "text", (False, True): "image"}
+    modality = {(1, 1): "both", (1, 0): "text", (0, 1): "image", (0, 0): "id"}[texts, pictures]
     users, items, interactions = counts.row(0)
-    return Survey(users, items, interactions, kinds.get((texts, pictures), "id"))
+    return Survey(users, items, interactions, modality)
 
 
 def digests(path: Path, known: Digests, run: Path) -> Digests:
@@ -145,59 +136,67 @@ def read_sequences(path: Path) -> Source:
 
 
 def _read_folder(
-    folder: Path, scratch: Path, files: tuple[list[Path], list[Path]], kinds: tuple[Lines, Lines]
+    folder: Path, scratch: Path, files: tuple[list[Path], list[Path]], lines: Lines
 ) -> Source:
     """Opens files of interactions and, where there are any, of items."""
-    (interactions, items), problems = files, {}
-    for path in (*interactions, *items):
-        if path.stat().st_size == 0:
-            columns = ", ".join(kinds[path in items].columns)
-            raise DataError(f"{path} is empty; expected a table with {columns}")
-    bought = _frame(interactions, kinds[0], scratch / "interactions", problems)
-    _require(bought, INTERACTIONS, folder)
-    if not items:
-        return Source(bought, None, folder, problems)
-    described = _frame(items, kinds[1], scratch / "items", problems)
-    _require(described, ITEMS[:1], folder)
-    return Source(bought, described, folder, problems)
+    problems: dict[str, int] = {}
+    bought = _table(files[0], INTERACTIONS, lines, scratch / "interactions", problems)
+    items = _table(files[1], lines.items, lines, scratch / "items", problems) if files[1] else None
+    for frame, needed in ((bought, INTERACTIONS), (items, ITEMS[:1])):
+        there = needed if frame is None else frame.collect_schema().names()
+        if missing := sorted(set(needed) - set(there)):
+            raise DataError(
+                f"the table in {folder} lacks {', '.join(missing)}; it has {', '.join(there)}. "
+                "Rename its columns"
+            )
+    return Source(bought, items, folder, problems)
 
 
-def _frame(
-    paths: list[Path], lines: Lines, scratch: Path, problems: dict[str, int]
+def _table(
+    paths: list[Path],
+    names: tuple[str, ...],
+    lines: Lines,
+    scratch: Path,
+    problems: dict[str, int],
 ) -> pl.LazyFrame:
+    """The rows of files; of lines by way of parquet, what cannot be read is added to `problems`.
+
+    A file of lines is converted once for its size and time: counting and preparing share it.
+    """
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty; expected a table with {', '.join(names)}")
     if paths[0].suffix == ".parquet":
         return pl.scan_parquet(paths)
     if paths[0].suffix == ".csv":
         return pl.scan_csv(paths, encoding="utf8-lossy", infer_schema_length=None)
-    return _parsed(paths, lines, scratch, problems)
-
-
-def _parsed(
-    paths: list[Path], lines: Lines, scratch: Path, problems: dict[str, int]
-) -> pl.LazyFrame:
-    """The rows of files of lines by way of parquet; what cannot be read is added to `problems`.
-
-    A file is converted once for its size and time: counting and preparing share it.
-    """
     scratch.mkdir(parents=True, exist_ok=True)
     targets = [scratch / f"{p.name}-{'-'.join(map(str, _stamp(p)))}.parquet" for p in paths]
     for stale in {*scratch.iterdir()} - {*targets}:
         stale.unlink()
     for path, target in zip(paths, targets, strict=True):
         if not target.exists():
-            _convert(path, lines, target)
+            _convert(path, names, lines, target)
     rows = pl.scan_parquet(targets)
     if bad := rows.filter(~pl.col("readable")).select(pl.len()).collect().item():
         problems[f"unreadable lines of {scratch.name}"] = bad
     return rows.filter("readable").drop("readable")
 
 
-def _convert(path: Path, lines: Lines, target: Path) -> None:
-    schema = {**dict.fromkeys(lines.columns, pl.String), "readable": pl.Boolean}
+def _convert(path: Path, names: tuple[str, ...], lines: Lines, target: Path) -> None:
+    keys = [lines.keys.get(name, name) for name in names]
+    schema = {**dict.fromkeys(names, pl.String), "readable": pl.Boolean}
+
+    def row(line: str) -> list[str | bool | None]:
+        try:
+            parsed = lines.parse(line)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            parsed = None
+        known = parsed if isinstance(parsed, dict) else {}
+        return [*(_text(known.get(key)) for key in keys), isinstance(parsed, dict)]
 
     def rows(texts: pl.Series) -> pl.Series:
-        found = pl.DataFrame([_row(text, lines) for text in texts], schema, orient="row")
-        return found.to_struct("line")
+        return pl.DataFrame(list(map(row, texts)), schema, orient="row").to_struct("line")
 
     parsed = pl.col("line").map_batches(rows, pl.Struct(schema), is_elementwise=True)
     try:
@@ -218,17 +217,6 @@ def _lines(path: Path) -> pl.LazyFrame:
     return stripped.filter(pl.col("line") != "")
 
 
-def _row(line: str, lines: Lines) -> tuple[str | bool | None, ...]:
-    """The texts of a line's columns, and whether it is what its kind parses."""
-    try:
-        parsed = lines.parse(line)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        return *(None for _ in lines.columns), False
-    return *(_text(parsed.get(key)) for key in lines.columns.values()), True
-
-
 def _text(value: Any) -> str | None:
     """A list, or a list of lists, is one text with bars."""
     if isinstance(value, list | tuple):
@@ -246,16 +234,6 @@ def _tables(folder: Path, name: str) -> list[Path]:
     """The first of its forms that is there."""
     found = [folder / f"{name}{suffix}" for suffix in TABLE_SUFFIXES]
     return [path for path in found if path.exists()][:1]
-
-
-def _require(frame: pl.LazyFrame, names: tuple[str, ...], folder: Path) -> None:
-    there = frame.collect_schema().names()
-    missing = sorted(set(names) - set(there))
-    if missing:
-        raise DataError(
-            f"the table in {folder} lacks {', '.join(missing)}; it has {', '.join(there)}. "
-            "Rename its columns"
-        )
 
 
 def _is_amazon_2023(path: Path) -> bool:

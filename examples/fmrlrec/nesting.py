@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,14 +18,10 @@ from examples.fmrlrec.data import PADDING
 from examples.fmrlrec.encoders import Features
 from examples.fmrlrec.evaluation import Scorer
 from examples.fmrlrec.model import Recommender, Shape
-from examples.fmrlrec.scan import lru_scan
 from matryoshkafy.losses import nested_sampled_softmax
-from matryoshkafy.outputs import Readout
 from matryoshkafy.rules.table import Args, Walk, rule
 from matryoshkafy.sizes import parse_ladder
 from matryoshkafy.training import AllSizes
-
-assert lru_scan  # registers the operator
 
 
 def sizes_of(config: Config) -> tuple[int, ...]:
@@ -96,29 +92,24 @@ class StaggeredLoss(mk.MatryoshkaLoss):
         """The weighted sum, the cross entropy of each size, and the scores where they are kept."""
         if not self.negatives:
             return super().criteria(outputs, targets, weights)
-        scales, losses = self.scales(), {}
+        target, scales, losses = cast("Tensor", targets[0]), self.scales(), {}
         for size, readout in self.readouts(outputs, targets, weights).items():
-            losses[size] = self.sampled(readout, size, targets[0], scales.get(size, 1.0))
+            # Drawn by the step: the same for every size and process.
+            draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+            others = torch.randint(1, len(readout.table), (self.negatives,), generator=draws)
+            width, scale = readout.widths[size], scales.get(size, 1.0)
+            assert readout.bias is not None, "every item has a bias"
+            losses[size] = nested_sampled_softmax(
+                readout.scaled[..., :width] * scale,
+                readout.table[:, :width],
+                target,
+                others.to(target.device),
+                [width],
+                bias=readout.bias * scale,
+                ignore_index=PADDING,
+            )
         total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum()
         return total, {size: loss.detach() for size, loss in losses.items()}, None
-
-    def sampled(self, readout: Readout, size: int, target: Any, scale: Tensor | float) -> Tensor:
-        """The cross entropy of a size among the target and `negatives` items of this step."""
-        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        others = torch.randint(1, len(readout.table), (self.negatives,), generator=draws)
-        width, bias = readout.widths[size], readout.bias
-        assert bias is not None, "every item has a bias"
-        loss = nested_sampled_softmax(
-            readout.scaled[..., :width] * scale,
-            readout.table[:, :width],
-            target,
-            others.to(target.device),
-            [width],
-            bias=bias * scale,
-            ignore_index=PADDING,
-        )
-        assert isinstance(loss, Tensor)
-        return loss
 
 
 def objective(doll: mk.Doll, config: Config) -> AllSizes:
@@ -134,23 +125,18 @@ def tell_step(objective: AllSizes, step: int) -> None:
 
 def nested_scorer(doll: mk.Doll) -> Scorer:
     """Scores of every size of a doll from one trunk pass, at the last position alone."""
-
-    def scores(sequences: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for size, found in doll.outputs(sequences).scores_at(slice(None), -1):
-            yield str(size), found
-
-    return scores
+    return lambda sequences: (
+        (str(size), scores) for size, scores in doll.outputs(sequences).scores_at(slice(None), -1)
+    )
 
 
-def per_size(config: Config, setting: str, sizes: Sequence[int]) -> list[float] | None:
-    """The numbers of "weights" or "every" for each of `sizes`; None where the setting is empty.
+def per_size(config: Config, setting: str, sizes: Sequence[int]) -> list[float]:
+    """The numbers of "weights" or "every" for each of `sizes`; 1 where the setting is empty.
 
     Written by share of the width, "1/32:10,1:2": a size takes the first share that it does not
     exceed, or the last one.
     """
-    text = getattr(config, setting)
-    if not text:
-        return None
+    text = getattr(config, setting) or "1:1"
     try:
         rows = [(Fraction(share), float(value)) for share, value in
                 (word.split(":") for word in text.split(","))]  # fmt: skip
@@ -169,7 +155,7 @@ def intervals(config: Config, sizes: Sequence[int]) -> list[float]:
 
     A ladder may hold only the shares that wait; then the size that waits least does not.
     """
-    every = per_size(config, "every", sizes) or [1.0] * len(sizes)
+    every = per_size(config, "every", sizes)
     if any(steps < 1 or steps % 1 for steps in every):
         raise ConfigError(
             f"every={config.every!r} should be whole numbers of steps by share of the width; give "

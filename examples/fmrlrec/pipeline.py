@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +11,16 @@ import polars as pl
 import torch
 
 import matryoshkafy as mk
-from examples.fmrlrec import data, encoders, formats, nesting, synthetic
-from examples.fmrlrec.config import Config, DataError, RunError, replace, write_text
+from examples.fmrlrec import data, encoders, formats, nesting, reporting, synthetic
+from examples.fmrlrec.config import MODALITIES, Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate, module_scorer, popularity_scorer
-from examples.fmrlrec.nesting import nested_scorer, objective, sizes_of
-from examples.fmrlrec.reporting import metric_table, write_environment, write_table
 from examples.fmrlrec.training import BEST, load_weights, train
 from examples.fmrlrec.workers import device, each_of, first_process_first
 
 INPUTS, NESTED = "inputs.json", "nested"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
+METRIC, TITLE = "NDCG@10", "Test, ranking all items"
+METRICS = ("NDCG@5", "Recall@5", "NDCG@10", "Recall@10")
 # What may differ between two calls on one run folder: it changes no result that is there already.
 ADJUSTABLE = (
     "epochs", "patience", "checkpoint_steps", "eval_batch", "encoder_batch", "workers", "alone",
@@ -50,7 +50,7 @@ class Material:
 def open_run(folder: Path, config: Config) -> Run:
     """Opens a run folder; raises `RunError` where it holds a run of another configuration.
 
-    What can be told of a wrong setting is told here, before any work starts.
+    What can be told of a wrong setting is told here, before any data are read.
     """
     stored = folder / "config.json"
     if stored.exists():
@@ -60,19 +60,13 @@ def open_run(folder: Path, config: Config) -> Run:
         if changed:
             told = ", ".join(f"{n}={after[n]!r} (there: {before[n]!r})" for n in changed)
             raise RunError(f"{folder} holds a run with other settings: {told}; use another --run")
-    check(config)
-    write_environment(config, folder)
-    return Run(folder, config)
-
-
-def check(config: Config) -> None:
-    """Raises `ConfigError` or `DataError` for what cannot work, without reading any data."""
-    sizes = sizes_of(config)
-    nesting.per_size(config, "weights", sizes)
-    nesting.intervals(config, sizes)
+    nesting.per_size(config, "weights", nesting.sizes_of(config))
+    nesting.intervals(config, nesting.sizes_of(config))
     encoders.check(config)
     if config.data != "synthetic" and not Path(config.data).exists():
         raise DataError(f"no data at {config.data}; give a folder or a file, or --data synthetic")
+    reporting.write_environment(config, folder)
+    return Run(folder, config)
 
 
 # Data and features.
@@ -98,7 +92,7 @@ def prepare(run: Run) -> data.Dataset:
     found = data.load(folder)
     counts = data.statistics(found)
     table = pl.DataFrame({"what": [*counts], "count": [*map(str, counts.values())]})
-    write_table(table, "Data", run.folder / "tables/data")
+    reporting.write_table(table, "Data", run.folder / "tables/data")
     _tell_problems(found.problems)
     return found
 
@@ -167,7 +161,7 @@ def _tell_problems(problems: Mapping[str, int]) -> None:
 
 def learn(run: Run, material: Material) -> mk.Doll:
     """The nested model with its best weights: trained, gone on with, or found finished."""
-    learning = objective(new_doll(run, material), run.config)
+    learning = nesting.objective(new_doll(run, material), run.config)
     train(learning, material.data, run.config, run.folder / NESTED)
     # Anew: several processes have sharded what they trained.
     return trained_doll(run, material)
@@ -185,7 +179,7 @@ def train_nested(run: Run) -> Material:
 
 def new_doll(run: Run, material: Material) -> mk.Doll:
     """The untrained nested model of a run."""
-    width = sizes_of(run.config)[-1]
+    width = nesting.sizes_of(run.config)[-1]
     model = nesting.build(run.config, material.data.item_count, material.features, width)
     return nesting.nest(model, run.config)
 
@@ -208,28 +202,23 @@ def test(run: Run, material: Material, scorer: Scorer) -> dict[str, Table]:
 
 def evaluate_doll(run: Run, material: Material, doll: mk.Doll) -> dict[str, Table]:
     """Test metrics of every size, in one pass."""
-    return test(run, material, nested_scorer(doll.to(device()).eval()))
-
-
-def evaluate_slices(run: Run, material: Material) -> dict[str, Table]:
-    """Test metrics of each sub-model, loaded from its own file: these are what ships."""
-    found: dict[str, Table] = {}
-    for size in sizes_of(run.config):
-        model = mk.load(run.folder / "slices" / str(size)).to(device()).eval()
-        found |= test(run, material, module_scorer(model, str(size)))
-    return found
+    return test(run, material, nesting.nested_scorer(doll.to(device()).eval()))
 
 
 def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
-    """Evaluates doll and slices, writes both tables, tells how far they differ.
+    """Evaluates the doll and the sliced files, which are what ships; tells how far they differ.
 
     Returns the doll's metrics, and those of popularity, which is the floor.
     """
+    tables = run.folder / "tables"
     found = test(run, material, popularity_scorer(data.popularity(material.data)))
     found |= evaluate_doll(run, material, trained_doll(run, material))
-    write_table(metric_table(found), "Test, every size", run.folder / "tables/nested")
-    sliced = evaluate_slices(run, material)
-    write_table(metric_table(sliced), "Test, sliced files", run.folder / "tables/slices")
+    reporting.write_table(reporting.metric_table(found), "Test, every size", tables / "nested")
+    sliced: dict[str, Table] = {}
+    for size in nesting.sizes_of(run.config):
+        model = mk.load(run.folder / "slices" / str(size)).to(device()).eval()
+        sliced |= test(run, material, module_scorer(model, str(size)))
+    reporting.write_table(reporting.metric_table(sliced), "Test, sliced files", tables / "slices")
     gap = max(
         abs(found[size][protocol][metric] - value)
         for size, table in sliced.items()
@@ -238,3 +227,81 @@ def evaluate_all(run: Run, material: Material) -> dict[str, Table]:
     )
     print(f"largest difference between the doll and its sliced files: {gap:.2e}")
     return found
+
+
+# All of it, and the comparisons of the paper: modalities, and every size trained alone.
+
+
+def run_everything(run: Run) -> None:
+    """Prepares, encodes, trains, slices, evaluates, ablates and, if `alone` is set, compares."""
+    material = train_nested(run)
+    found = evaluate_all(run, material)
+    modalities = {run.config.modality: found}
+    if run.config.modality == "both":
+        modalities = ablate(run, ("both", "text", "image"))
+    lines = {name: metric_line(tables) for name, tables in modalities.items()}
+    lines["popularity"] = dict.fromkeys(metric_line(found), found["popularity"]["all"][METRIC])
+    reporting.plot(TITLE, lines, run.folder / "plots/sizes")
+    if run.config.alone:
+        compare(run, material)
+    folders = [run.folder / kind for kind in ("tables", "plots", "slices")]
+    reporting.print_files(path for folder in folders for path in sorted(folder.rglob("*")))
+
+
+def ablate(run: Run, modalities: Iterable[str] = ()) -> dict[str, dict[str, Table]]:
+    """Table 3 of the paper: the same recipe on each modality, or on all; {modality: tables}."""
+    found, material = {}, prepared(run.variant(".", modality="both"))
+    for modality in modalities or MODALITIES:
+        print(f"modality: {modality}")
+        own = modality == run.config.modality
+        variant = run if own else run.variant(f"ablation/{modality}", modality=modality)
+        doll = learn(variant, material)
+        found[modality] = evaluate_doll(variant, material, doll)
+    table = pl.DataFrame(
+        {"modality": modality, "size": size, **{m: tables[size]["all"][m] for m in METRICS}}
+        for modality, tables in found.items()
+        for size in [*tables][-1:]
+    )
+    reporting.write_table(table, f"Ablation, {TITLE.lower()}", run.folder / "tables/ablation")
+    return found
+
+
+def compare(run: Run, material: Material, sizes: Iterable[int] = ()) -> None:
+    """Trains each of `sizes` alone, or all; writes the table and plot of nested against alone.
+
+    A model alone is one whose ladder has one rung.
+    """
+    if unknown := sorted({*sizes} - {*nesting.sizes_of(run.config)}):
+        raise RunError(f"sizes {unknown} are not those of the run: {nesting.sizes_of(run.config)}")
+    nested = evaluate_doll(run, material, trained_doll(run, material))
+    before = {int(folder.name) for folder in (run.folder / "alone").glob("[0-9]*")}
+    alone: dict[str, Table] = {}
+    for size in sorted({*sizes, *before} if sizes else nesting.sizes_of(run.config)):
+        print(f"size {size} alone")
+        variant = run.variant(f"alone/{size}", sizes=str(size), weights="", every="")
+        alone |= evaluate_doll(variant, material, learn(variant, material))
+    file = run.folder / "tables/comparison"
+    reporting.write_table(comparison(nested, alone), f"Nested against alone, {TITLE.lower()}", file)
+    lines = {"nested, trained once": metric_line(nested), "each size alone": metric_line(alone)}
+    reporting.plot(TITLE, lines, run.folder / "plots/comparison")
+
+
+def comparison(nested: dict[str, Table], alone: dict[str, Table]) -> pl.DataFrame:
+    """A row a size: NDCG@10 and Recall@10 ranking all items, and nested in percent of alone."""
+    rows = [(size, nested[size]["all"], table["all"]) for size, table in alone.items()]
+    return pl.DataFrame(
+        {
+            "size": int(size),
+            f"{METRIC} nested": mine[METRIC],
+            f"{METRIC} alone": theirs[METRIC],
+            "nested in % of alone": round(100 * mine[METRIC] / max(theirs[METRIC], 1e-12), 1),
+            "Recall@10 nested": mine["Recall@10"],
+            "Recall@10 alone": theirs["Recall@10"],
+        }
+        for size, mine, theirs in rows
+    )
+
+
+def metric_line(found: dict[str, Table]) -> dict[int, float]:
+    """NDCG@10 by size, ranking all items; what is no size (popularity) is left out."""
+    return {int(size): t["all"][METRIC] for size, t in found.items() if size.isdigit()}

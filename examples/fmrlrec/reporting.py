@@ -11,6 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import polars as pl
+import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -76,8 +77,6 @@ def plot(title: str, lines: Mapping[str, Mapping[int, float]], file: Path) -> No
 
 def write_environment(config: Config, folder: Path) -> None:
     """Writes `config.json`, and to `environment.json` versions, seed, machine and git revision."""
-    import torch
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -82,30 +82,18 @@ def _items(count: int, random: np.random.Generator) -> pl.DataFrame:
 
 
 def _interactions(items: pl.DataFrame, shop: Shop, random: np.random.Generator) -> pl.DataFrame:
-    following = random.permutation(len(NOUNS))
-    rows = []
+    """What each user has in turn: mostly of the next theme and the same look, and new."""
+    theme, look, appeal = (items[name].to_numpy() for name in ("theme", "look", "appeal"))
+    following, rows = random.permutation(len(NOUNS)), []
     for user in range(1, shop.users + 1):
         length = 5 + random.poisson(shop.mean_length - 5)
-        walk = _walk(items, shop, following, length, random)
+        walk = [int(random.choice(len(appeal), p=appeal / appeal.sum()))]
+        while len(walk) < length:
+            last = walk[-1]
+            shelf = np.flatnonzero((theme == following[theme[last]]) & (look == look[last]))
+            fresh = np.setdiff1d(shelf, walk)
+            faithful = len(fresh) and random.random() < shop.faithful
+            among = fresh if faithful else np.arange(len(appeal))
+            walk.append(int(random.choice(among, p=appeal[among] / appeal[among].sum())))
         rows += [(user, item + 1, time) for time, item in enumerate(walk)]
     return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
-
-
-def _walk(
-    items: pl.DataFrame,
-    shop: Shop,
-    following: np.ndarray,
-    length: int,
-    random: np.random.Generator,
-) -> list[int]:
-    """Items that one user has: mostly of the next theme and the same look, and new."""
-    theme, look, appeal = (items[name].to_numpy() for name in ("theme", "look", "appeal"))
-    walk = [int(random.choice(len(appeal), p=appeal / appeal.sum()))]
-    while len(walk) < length:
-        last = walk[-1]
-        shelf = np.flatnonzero((theme == following[theme[last]]) & (look == look[last]))
-        fresh = np.setdiff1d(shelf, walk)
-        faithful = len(fresh) and random.random() < shop.faithful
-        among = fresh if faithful else np.arange(len(appeal))
-        walk.append(int(random.choice(among, p=appeal[among] / appeal[among].sum())))
-    return walk

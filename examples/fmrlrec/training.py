@@ -8,15 +8,13 @@ item table, of every other parameter and of their gradients and moments.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -26,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from examples.fmrlrec.config import Config, DataError, RunError
-from examples.fmrlrec.data import PADDING, Dataset, Steps, training_batches, training_windows
+from examples.fmrlrec.data import PADDING, Batch, Dataset, training_batches, training_windows
 from examples.fmrlrec.evaluation import Table, evaluate
 from examples.fmrlrec.nesting import nested_scorer, tell_step
 from examples.fmrlrec.workers import Processes, device, processes
@@ -40,7 +38,7 @@ SCALES_FACTOR = 10  # scales of scores travel further than weights
 COLUMNS = 8  # sizes that fit a line of 80 characters
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """Where a run stands: the next batch, the losses of this epoch, the best one, the history.
 
@@ -50,25 +48,11 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    losses: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    losses: dict[str, tuple[float, int]] = field(default_factory=dict)
     seconds: float = 0.0
     best: float = -1.0
     best_epoch: int = -1
     history: tuple[dict[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Session:
-    """What the steps of a run share."""
-
-    objective: AllSizes
-    optimizer: torch.optim.Optimizer
-    own: Processes
-    data: Dataset
-    config: Config
-    folder: Path
-    log: RunLog
-    windows: np.ndarray
 
 
 def train(objective: AllSizes, data: Dataset, config: Config, folder: Path) -> Progress:
@@ -78,10 +62,11 @@ def train(objective: AllSizes, data: Dataset, config: Config, folder: Path) -> P
     many threads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    session, progress = _open(objective, data, config, folder)
+    session = Session(objective, data, config, folder)
+    progress = session.progress
     with session.log as log:
         while not finished(progress, config):
-            progress = _epoch(session, progress)
+            session.epoch()
             for line in log_lines(progress):
                 log.bar.console.print(line, highlight=False, markup=False)
     return progress
@@ -151,123 +136,115 @@ def cosine(share: float) -> float:
     return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _open(
-    objective: AllSizes, data: Dataset, config: Config, folder: Path
-) -> tuple[Session, Progress]:
-    windows = training_windows(data, config)
-    if not len(windows):
-        raise DataError("no user has the four items that one training step needs")
-    own, objective = processes(), objective.to(device())
-    if own.count > 1:
-        fully_shard(objective, mesh=init_device_mesh(device(), (own.count,)))
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
-    position = resume_run(folder / STATE, {"objective": objective, "optimizer": optimizer})
-    if position is None:
-        torch.manual_seed(config.seed)
-    progress = Progress(**(position or {}))
-    log = RunLog(
-        config.epochs * math.ceil(len(windows) / config.batch),
-        folder=folder / "tensorboard" if own.rank == 0 else None,
-        start=progress.step,
-        every=1,
-        console=Console(quiet=True) if own.rank else None,
-    )
-    return Session(objective, optimizer, own, data, config, folder, log, windows), progress
+class Session:
+    """A run that goes on from where its folder stands."""
+
+    def __init__(self, objective: AllSizes, data: Dataset, config: Config, folder: Path) -> None:
+        self.data, self.config, self.folder = data, config, folder
+        self.windows = training_windows(data, config)
+        if not len(self.windows):
+            raise DataError("no user has the four items that one training step needs")
+        self.own, self.objective = processes(), objective.to(device())
+        if self.own.count > 1:
+            fully_shard(objective, mesh=init_device_mesh(device(), (self.own.count,)))
+        groups = parameter_groups(objective, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        self.parts = {"objective": objective, "optimizer": self.optimizer}
+        position = resume_run(folder / STATE, self.parts)
+        if position is None:
+            torch.manual_seed(config.seed)
+        self.progress = Progress(**(position or {}))
+        self.steps = config.epochs * math.ceil(len(self.windows) / config.batch)
+        self.log = RunLog(
+            self.steps,
+            folder=folder / "tensorboard" if self.own.rank == 0 else None,
+            start=self.progress.step,
+            every=1,
+            console=Console(quiet=True) if self.own.rank else None,
+        )
+
+    def epoch(self) -> None:
+        """Learns from what is left of an epoch, and closes it."""
+        progress, config = self.progress, self.config
+        started = time.monotonic() - progress.seconds
+        self.objective.train()
+        batches = training_batches(self.data, self.windows, config, epoch=progress.epoch)
+        for batch in islice(batches, progress.batch, None):
+            self._step(batch)
+            progress.seconds = time.monotonic() - started
+            if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
+                self._save()
+        self._close_epoch()
+
+    def _step(self, batch: Batch) -> None:
+        objective, progress = self.objective, self.progress
+        inputs, targets, share = _share(self.own, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["factor"] * learning_rate(progress.step, self.steps, self.config)
+        tell_step(objective, progress.step)
+        with autocast(self.config):
+            loss, per_size = objective(inputs, labels=targets)
+        self.optimizer.zero_grad()
+        # Processes average their gradients: weighted by their targets, the sum is one process's.
+        (loss * share).backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), self.config.clip)
+        self.optimizer.step()
+        told = torch.stack([loss.detach(), *per_size.values()]) * share / self.own.count
+        if self.own.count > 1:
+            dist.all_reduce(told)
+        total, *parts = told.tolist()
+        self.log.step(total, dict(zip(per_size, parts, strict=True)))
+        names = ["loss", *(f"loss {size}" for size in per_size)]
+        for name, value in zip(names, [total, *parts], strict=True):
+            before, count = progress.losses.get(name, (0.0, 0))
+            progress.losses[name] = before + value, count + 1
+        progress.batch, progress.step = progress.batch + 1, progress.step + 1
+
+    def _close_epoch(self) -> None:
+        progress = self.progress
+        found = {size: table["all"]["NDCG@10"] for size, table in self._validate().items()}
+        self.log.record("NDCG@10", {int(size): v for size, v in found.items()}, progress.step)
+        values = [*found.values()]
+        by_largest = self.config.select_by == "largest"
+        value = values[-1] if by_largest else sum(values) / len(values)
+        if value > progress.best:
+            progress.best, progress.best_epoch = value, progress.epoch
+            state = full_state(self.objective.doll)
+            if self.own.rank == 0:
+                with whole_file(self.folder / BEST) as fresh:
+                    save_file(state, fresh)
+        losses = {name: total / count for name, (total, count) in progress.losses.items()}
+        row = {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses}
+        row |= {f"NDCG@10 {size}": v for size, v in found.items()}
+        progress.history = (*progress.history, row)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.losses, progress.seconds = {}, 0.0
+        self._save()
+
+    def _validate(self) -> dict[str, Table]:
+        objective = self.objective.eval()
+        if isinstance(objective, FSDPModule):
+            objective.unshard()
+        # In the precision of training: in float32 a validation takes as long as its epoch.
+        with torch.inference_mode(), autocast(self.config):
+            scorer = nested_scorer(objective.doll)
+            found = evaluate(scorer, self.data, "validation", self.config, device=device())
+        if isinstance(objective, FSDPModule):
+            objective.reshard()
+        return found
+
+    def _save(self) -> None:
+        save_run(self.folder / STATE, self.parts, vars(self.progress))
 
 
-def _epoch(session: Session, progress: Progress) -> Progress:
-    config, started = session.config, time.monotonic() - progress.seconds
-    session.objective.train()
-    batches = training_batches(session.data, session.windows, config, epoch=progress.epoch)
-    for batch in islice(batches, progress.batch, None):
-        progress = _step(session, progress, batch)
-        if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
-            _save(session, dataclasses.replace(progress, seconds=time.monotonic() - started))
-    progress = dataclasses.replace(progress, seconds=time.monotonic() - started)
-    return _close_epoch(session, progress)
-
-
-def _step(session: Session, progress: Progress, batch: Steps) -> Progress:
-    objective, config = session.objective, session.config
-    inputs, targets, share = _share(session.own, batch)
-    total_steps = config.epochs * math.ceil(len(session.windows) / config.batch)
-    for group in session.optimizer.param_groups:
-        group["lr"] = group["factor"] * learning_rate(progress.step, total_steps, config)
-    tell_step(objective, progress.step)
-    with autocast(config):
-        loss, per_size = objective(inputs, labels=targets)
-    session.optimizer.zero_grad()
-    # Processes average their gradients: weighted by their targets, the sum is that of one process.
-    (loss * share).backward()
-    nn.utils.clip_grad_norm_(objective.parameters(), config.clip)
-    session.optimizer.step()
-    told = torch.stack([loss.detach(), *per_size.values()]) * share / session.own.count
-    if session.own.count > 1:
-        dist.all_reduce(told)
-    total, *parts = told.tolist()
-    session.log.step(total, dict(zip(per_size, parts, strict=True)))
-    losses = dict(progress.losses)
-    for name, value in zip(
-        ["loss", *(f"loss {m}" for m in per_size)], [total, *parts], strict=True
-    ):
-        before, count = losses.get(name, (0.0, 0))
-        losses[name] = before + value, count + 1
-    return dataclasses.replace(
-        progress, batch=progress.batch + 1, step=progress.step + 1, losses=losses
-    )
-
-
-def _share(own: Processes, batch: Steps) -> tuple[Tensor, Tensor, float]:
+def _share(own: Processes, batch: Batch) -> tuple[Tensor, Tensor, float]:
     """The rows of a batch that belong to this process, and what its mean loss counts for.
 
     The mean over all targets is the mean over the processes of share times their own means.
     """
     idle = own.rank >= len(batch.inputs)
     mine = slice(0, 1) if idle else slice(own.rank, None, own.count)
-    arrays = batch.inputs[mine], batch.targets[mine]
-    inputs, targets = (torch.from_numpy(array).to(device()) for array in arrays)
-    counted = 0 if idle else (arrays[1] != PADDING).sum()
-    return inputs, targets, float(counted * own.count / (batch.targets != PADDING).sum())
-
-
-def _close_epoch(session: Session, progress: Progress) -> Progress:
-    found = {size: table["all"]["NDCG@10"] for size, table in _validate(session).items()}
-    session.log.record("NDCG@10", {int(size): v for size, v in found.items()}, progress.step)
-    values = [*found.values()]
-    by_largest = session.config.select_by == "largest"
-    value = values[-1] if by_largest else sum(values) / len(values)
-    better = value > progress.best
-    if better:
-        state = full_state(session.objective.doll)
-        if session.own.rank == 0:
-            with whole_file(session.folder / BEST) as fresh:
-                save_file(state, fresh)
-    losses = {name: total / count for name, (total, count) in progress.losses.items()}
-    row = {"epoch": progress.epoch + 1, "seconds": round(progress.seconds, 2), **losses}
-    progress = Progress(
-        epoch=progress.epoch + 1,
-        step=progress.step,
-        best=max(value, progress.best),
-        best_epoch=progress.epoch if better else progress.best_epoch,
-        history=(*progress.history, row | {f"NDCG@10 {size}": v for size, v in found.items()}),
-    )
-    _save(session, progress)
-    return progress
-
-
-def _validate(session: Session) -> dict[str, Table]:
-    objective = session.objective.eval()
-    if isinstance(objective, FSDPModule):
-        objective.unshard()
-    # In the precision of training: in float32 a validation takes as long as its epoch.
-    with torch.inference_mode(), autocast(session.config):
-        scorer = nested_scorer(session.objective.doll)
-        found = evaluate(scorer, session.data, "validation", session.config, device=device())
-    if isinstance(objective, FSDPModule):
-        objective.reshard()
-    return found
-
-
-def _save(session: Session, progress: Progress) -> None:
-    parts = {"objective": session.objective, "optimizer": session.optimizer}
-    save_run(session.folder / STATE, parts, vars(progress))
+    inputs, targets = batch.inputs[mine], batch.targets[mine]
+    counted = 0 if idle else (targets != PADDING).sum()
+    share = float(counted * own.count / (batch.targets != PADDING).sum())
+    return torch.from_numpy(inputs).to(device()), torch.from_numpy(targets).to(device()), share

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from examples.fmrlrec import encoders, pictures, synthetic
+from examples.fmrlrec import encoders, synthetic
 from examples.fmrlrec.config import Config, ConfigError, replace
 
 WORDS = ["red", "blue", "lamp", "tent", "small", "large", "house", "of"]
@@ -192,9 +192,9 @@ def test_any_open_clip_folder(catalogue: pl.DataFrame, tmp_path: Path) -> None:
 
 
 def test_what_open_clip_is_asked_for() -> None:
-    assert pictures.clip_name("ViT-B-16-SigLIP:webli") == "ViT-B-16-SigLIP:webli"
-    assert pictures.clip_name("hf-hub:timm/ViT-B-16") == "hf-hub:timm/ViT-B-16"
-    assert pictures.clip_name("google/siglip-base-patch16-224") == ""
+    assert encoders.clip_name("ViT-B-16-SigLIP:webli") == "ViT-B-16-SigLIP:webli"
+    assert encoders.clip_name("hf-hub:timm/ViT-B-16") == "hf-hub:timm/ViT-B-16"
+    assert encoders.clip_name("google/siglip-base-patch16-224") == ""
 
 
 def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from examples.fmrlrec import pipeline, synthetic
 from examples.fmrlrec.__main__ import app, configure
 from examples.fmrlrec.config import Config, DataError, RunError, preset, replace
 from examples.fmrlrec.data import left_pad
-from examples.fmrlrec.experiments import comparison
+from examples.fmrlrec.pipeline import comparison
 from examples.fmrlrec.reporting import write_table
 from examples.fmrlrec.serving import recommending
 

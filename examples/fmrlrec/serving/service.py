@@ -23,8 +23,8 @@ from starlette.exceptions import HTTPException
 
 from examples.fmrlrec import pipeline
 from examples.fmrlrec.config import DataError
+from examples.fmrlrec.encoders import open_picture
 from examples.fmrlrec.nesting import sizes_of
-from examples.fmrlrec.pictures import open_picture
 from examples.fmrlrec.pipeline import Material, Run
 from examples.fmrlrec.serving.compact import compact, project, titles_of
 from examples.fmrlrec.serving.live import Live, Unknown, logged
