@@ -59,6 +59,7 @@ def _input_to_json(item: Input) -> dict[str, object]:
         "leaves": [values.write(leaf) for leaf in item.leaves],
         "is_tensor": list(item.is_tensor),
         "bounds": bounds,
+        "optional": item.optional,
     }
 
 
@@ -71,8 +72,12 @@ def _input_from_json(saved: object) -> Input:
     flags, leaves, bounds = (_listed(saved.get(key), spec.num_leaves, values) for key in keys)
     if not all(type(flag) is bool for flag in flags):
         raise JsonError(f"{values.place} has the flags {shown(flags)}, expected true or false.")
-    read = tuple(values.read(leaf) for leaf in leaves)
-    return Input(saved["name"], spec, read, tuple(flags), tuple(_bounds(b, values) for b in bounds))
+    # Files that were written before it was asked say nothing of it.
+    optional = saved.get("optional", True)
+    if type(optional) is not bool:
+        raise JsonError(f"{values.place} is optional: {shown(optional)}, expected true or false.")
+    read, ranges = map(values.read, leaves), (_bounds(b, values) for b in bounds)
+    return Input(saved["name"], spec, tuple(read), tuple(flags), tuple(ranges), optional)
 
 
 def _listed(saved: object, count: int, values: Values) -> list[Any]:

@@ -58,6 +58,8 @@ class Input:
     """One argument of the user's forward: its structure, and per leaf a placeholder or a constant.
 
     `bounds` are the least and largest value of each example tensor (None: unknown, or no tensor).
+    A constant is `optional` where a call without it means the traced value: the forward's own
+    default is not another one.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Input:
     leaves: tuple[object, ...]
     is_tensor: tuple[bool, ...]
     bounds: tuple[tuple[float, float] | None, ...] = ()
+    optional: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,12 @@ def _leaves_of(item: Input, given: Mapping[str, object]) -> list[Any]:
     if item.name not in given:
         if any(item.is_tensor):
             raise TraceError(f"argument {item.name!r} is missing: the model was traced with it")
+        if not item.optional:
+            traced = pytree.tree_unflatten(item.leaves, item.spec)
+            raise TraceError(
+                f"argument {item.name!r} is missing: the model was traced with {traced!r}, and its "
+                "own default is another; give that value, or convert again without it"
+            )
         return []
     leaves, spec = pytree.tree_flatten(given[item.name])
     if spec != item.spec:
@@ -202,11 +211,15 @@ def tensor_names(inputs: Mapping[str, object]) -> Iterator[tuple[str, torch.Tens
                 yield name + pytree.keystr(path), leaf
 
 
-def read_input(name: str, value: object) -> Input:
+def read_input(model: nn.Module, name: str, value: object) -> Input:
+    parameter = inspect.signature(model.forward).parameters.get(name)
+    default = None if parameter is None else parameter.default
+    none = default is None or default is inspect.Parameter.empty
+    optional = none or _same(default, value)
     leaves, spec = pytree.tree_flatten(value)
     is_tensor = tuple(isinstance(v, torch.Tensor) for v in leaves)
     constants = tuple(None if t else v for v, t in zip(leaves, is_tensor, strict=True))
-    return Input(name, spec, constants, is_tensor, tuple(map(_bounds, leaves)))
+    return Input(name, spec, constants, is_tensor, tuple(map(_bounds, leaves)), optional)
 
 
 def _bounds(value: object) -> tuple[float, float] | None:

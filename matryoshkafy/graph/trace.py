@@ -256,7 +256,7 @@ def _signature(
 ) -> Signature:
     names = named_args(model, args)
     given = names | kwargs
-    inputs = tuple(read_input(name, value) for name, value in given.items())
+    inputs = tuple(read_input(model, name, value) for name, value in given.items())
     tensors = list(tensor_names(given))
     guards = Guards(
         names=tuple(name for name, _ in tensors),

@@ -366,3 +366,35 @@ class Named(nn.Module):
 def test_an_output_whose_tensors_no_graph_sees_is_refused(alone: bool) -> None:
     with pytest.raises(TraceError, match="the forward returns Answer, .*register_dataclass"):
         mk.convert(Named(alone=alone), torch.ones(2, 5), sizes=[4, 8], nesting="sliced")
+
+
+class Optional(nn.Module):
+    """Constants with defaults of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0, deep: bool | None = None) -> Tensor:
+        h = self.inner(x) * scale
+        return self.outer(h.tanh() if deep else h)
+
+
+def test_a_constant_whose_default_is_another_may_not_be_left_out(tmp_path: Any) -> None:
+    model, x = Optional().eval(), torch.randn(5, 4)
+    doll = mk.convert(model, x, {"scale": 2.0, "deep": True}, sizes=[4, 8], nesting="sliced")
+    loaded = mk.load(mk.save(doll, tmp_path / "doll"))
+    for made in (doll, mk.slice(doll, 4), loaded):
+        with pytest.raises(TraceError, match="'scale' is missing: .* traced with 2.0"):
+            made(x)
+    # The forward's own default of `deep` is None: no value that somebody chose.
+    expected = model(x, scale=2.0, deep=True)
+    for made in (doll, loaded):
+        torch.testing.assert_close(made(x, scale=2.0), expected)
+
+
+def test_a_constant_whose_default_was_traced_may_be_left_out() -> None:
+    model, x = Optional().eval(), torch.randn(5, 4)
+    doll = mk.convert(model, x, {"scale": 1.0}, sizes=[4, 8], nesting="sliced")
+    torch.testing.assert_close(doll(x), model(x))
