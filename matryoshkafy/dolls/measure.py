@@ -211,7 +211,7 @@ def cut_tensors(
     doll: Doll, plan: Plan, level: int
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield every float tensor that a size cuts: its name, itself, and which entries are kept."""
-    state, fed = state_of(doll), _feeding(doll, plan)
+    state, fed = state_of(doll), feeding(doll, plan)
     widths = (plan.ladder[-1], plan.ladder[level])
     done = set[int]()
     for name, shape in plan.parameters.items():
@@ -250,8 +250,8 @@ def _noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return noise.abs() + scale / 2 if bool((tensor >= 0).all()) else noise
 
 
-def _feeding(doll: Doll, plan: Plan) -> set[str]:
-    """Parameters whose full-width statistics are part of every size (weight normalisation)."""
+def feeding(doll: Doll, plan: Plan) -> set[str]:
+    """Return the parameters of which every size reads a statistic (weight normalisation)."""
     taken = (n for n in trace_of(doll).graph.nodes if n.name in plan.full)
     return {str(n.target) for n in reached(taken, sources_of) if n.op == "get_attr"}
 

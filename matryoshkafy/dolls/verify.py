@@ -19,6 +19,7 @@ from matryoshkafy.dolls.measure import (
     disturb,
     doubled,
     evaluated,
+    feeding,
     prefix_inputs,
     prefixes,
     relative_error,
@@ -70,6 +71,8 @@ class Report:
         others: the laws that are no matter of a single size.
         exact: the same report in float64, made where an error in the model's own type is above the
             tolerance: what agrees there is the same arithmetic, and the difference is rounding.
+        whole: parameters that are part of every size whole: a statistic of them is held at full
+            width (weight normalisation), so law 5 does not speak of them.
     """
 
     tolerance: float
@@ -77,6 +80,7 @@ class Report:
     sizes: tuple[SizeReport, ...]
     others: tuple[Law, ...] = ()
     exact: Report | None = None
+    whole: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -94,12 +98,13 @@ class Report:
         still = beyond <= allowed and learnt <= GRADIENT_ROUNDING * allowed
         resliced = all(s.resliced for s in self.sizes)
         note = " (float64)" if self.exact else ""
+        whole = f"; whole in every size: {', '.join(self.whole)}" if self.whole else ""
         own = (
             Law(2, "a size is a prefix", prefix_error <= allowed, prefix_error,
                 f"{prefix_error:.1e}{note}"),
             Law(3, "a slice of a slice", resliced),
             Law(5, "nothing beyond a prefix counts", still, max(beyond, learnt),
-                f"values {beyond:.1e}, gradients {learnt:.1e}{note}"),
+                f"values {beyond:.1e}, gradients {learnt:.1e}{note}{whole}"),
         )  # fmt: skip
         return tuple(sorted((*own, *self.others), key=lambda law: law.number))
 
@@ -120,14 +125,16 @@ class Report:
                 head,
                 *rows,
                 *(str(law) for law in self.laws if law.holds is False),
-                *self._rounding(),
+                *self._remarks(),
                 f"{verdict} (tolerance {self.tolerance:g}, tail {self.tail_share:.0%} of nodes)",
             ]
         )
 
-    def _rounding(self) -> Iterator[str]:
+    def _remarks(self) -> Iterator[str]:
         if self.exact and self.exact.passed:
             yield "errors above the tolerance are rounding: in float64 every size agrees"
+        if self.whole:
+            yield f"whole in every size, for a statistic at full width: {', '.join(self.whole)}"
 
 
 def verify(
@@ -189,7 +196,8 @@ def _report(written: Written, flat: list[torch.Tensor]) -> Report:
     for level in reversed(range(plan.levels)):
         disturb(noisy, plan, level, generator)
         measured.append(_size_report(_Models(written, noisy), level, flat, full))
-    return Report(tolerance_of(doll), share, tuple(measured[::-1]))
+    whole = tuple(sorted(feeding(doll, plan)))
+    return Report(tolerance_of(doll), share, tuple(measured[::-1]), whole=whole)
 
 
 @dataclass(frozen=True)

@@ -398,3 +398,26 @@ def test_a_constant_whose_default_was_traced_may_be_left_out() -> None:
     model, x = Optional().eval(), torch.randn(5, 4)
     doll = mk.convert(model, x, {"scale": 1.0}, sizes=[4, 8], nesting="sliced")
     torch.testing.assert_close(doll(x), model(x))
+
+
+class Standardised(nn.Module):
+    """The rows of a weight over their own lengths, which every size shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = nn.functional.normalize(self.inner.weight, dim=1)
+        return self.outer(nn.functional.linear(self.first(x), weight).tanh())
+
+
+def test_verify_names_what_every_size_reads_whole() -> None:
+    x = torch.randn(5, 4)
+    report = mk.verify(mk.convert(Standardised(), x, sizes=[4, 8], nesting="masked"), x)
+    assert report.whole == ("inner.weight",)
+    assert "inner.weight" in str(report)
+    assert "inner.weight" in next(law.detail for law in report.laws if law.number == 5)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    assert mk.verify(mk.convert(plain, x, sizes=[4, 8], nesting="masked"), x).whole == ()
