@@ -168,19 +168,26 @@ def numbers_kept(before: nn.Module, after: nn.Module) -> tuple[str, ...]:
 def call(
     twin: nn.Module, found: Trace, flat: Sequence[Tensor], *, training: bool = False
 ) -> object:
-    """Call a spare with random numbers of its own; None where it fails."""
-    args, kwargs = copied_inputs(*found.signature.call(flat))
+    """Call a spare without gradients, and leave its modes; None where it fails."""
     with torch.no_grad(), modes_kept(twin):
-        if not training:
-            twin.eval()
-        elif not twin.training:
-            twin.train()
-        seed_torch(0)
-        reseed_others(0)
         try:
-            return twin(*args, **kwargs)
+            return answer(twin, *found.signature.call(flat), training=training)
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
+
+
+def answer(
+    twin: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], *, training: bool = False
+) -> object:
+    """Return what a spare answers in a mode, with inputs and random numbers of its own."""
+    given, named = copied_inputs(args, kwargs)
+    if not training:
+        twin.eval()
+    elif not twin.training:
+        twin.train()
+    seed_torch(0)
+    reseed_others(0)  # what they drew while it was traced is a constant of the graph
+    return twin(*given, **named)
 
 
 def _fresh(

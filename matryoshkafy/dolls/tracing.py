@@ -19,6 +19,7 @@ from matryoshkafy.dolls.gradients import (
     without_training,
 )
 from matryoshkafy.dolls.later_calls import (
+    answer,
     memory,
     numbers_kept,
     refuse_memory,
@@ -29,9 +30,7 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.copies import (
     chance_kept,
-    copied_inputs,
     copied_tensor,
-    reseed_others,
     seed_torch,
     spare,
 )
@@ -98,19 +97,11 @@ def _first(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object
         return None
     with torch.no_grad(), spare(model) as twin:
         try:
-            answer = pytree.tree_map_only(torch.Tensor, copied_tensor, _answer(twin, *given))
+            said = pytree.tree_map_only(torch.Tensor, copied_tensor, answer(twin, *given))
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
     refuse_new_parameters(model, twin)
-    return First(twin, answer)
-
-
-def _answer(twin: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-    """Return what a spare answers in evaluation mode, with random numbers of its own."""
-    given, named = copied_inputs(args, kwargs)
-    seed_torch(0)
-    reseed_others(0)  # what they drew while it was traced is a constant of the graph
-    return twin.eval()(*given, **named)
+    return First(twin, said)
 
 
 def _checked(beside: Beside, flat: Sequence[torch.Tensor]) -> Trace:
@@ -275,7 +266,7 @@ class Beside:
             return False
         try:
             with torch.no_grad(), chance_kept():
-                expected = _answer(self.first.twin, *self.trace.signature.call(other))
+                expected = answer(self.first.twin, *self.trace.signature.call(other))
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return False
         return self._near(expected, other)
@@ -302,7 +293,7 @@ class Beside:
 
     def _of_model(self, flat: Sequence[torch.Tensor]) -> object:
         with torch.no_grad(), spare(self.model) as twin:
-            return _answer(twin, *self.trace.signature.call(flat))
+            return answer(twin, *self.trace.signature.call(flat))
 
     def _against(self, expected: object, flat: Sequence[torch.Tensor]) -> float:
         root = self.trace.root

@@ -98,14 +98,18 @@ class Positions(Base):
         return self.answer(self.hidden(x) + self.kept)
 
 
-class Table(Base):
-    """The same table in a buffer, which the first call fills; the next ones take another path."""
+class Filled(Base):
+    """A buffer that the first call fills."""
 
     filled: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("filled", torch.zeros(16, dtype=torch.float64))
+
+
+class Table(Filled):
+    """The same table in a buffer, which the first call fills; the next ones take another path."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.kept:
@@ -114,14 +118,8 @@ class Table(Base):
         return self.answer(self.hidden(x) + self.filled)
 
 
-class Clusters(Base):
+class Clusters(Filled):
     """A buffer that the first call fills with what it computed, and the next ones read."""
-
-    filled: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("filled", torch.zeros(16, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.hidden(x)
