@@ -30,11 +30,14 @@ class MaskRuns:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a sub-model keeps of one tensor: per dim the kept segments (None: all of it)."""
+    """What a sub-model keeps of one tensor: per dim the kept segments (None: all of it); `number`
+    is what a constant of a width is there.
+    """
 
     name: str
     segments: tuple[Segments | None, ...]
     mask: MaskRuns | None = None
+    number: float | None = None
 
 
 def cuts_of(plan: Plan, level: int) -> list[Cut]:
@@ -45,6 +48,7 @@ def cuts_of(plan: Plan, level: int) -> list[Cut]:
             name,
             tuple(relative(d, have, want) for d in kept.dims),
             _mask_runs(kept, plan.ladder[: level + 1]),
+            None if kept.scalar is None else kept.scalar.at(want[kept.scalar.group]),
         )
         for name, kept in plan.stored.items()
         if not plan.is_gone(kept.dims, level)
@@ -91,7 +95,7 @@ def _cut_state(state: Mapping[str, torch.Tensor], cuts: list[Cut]) -> dict[str, 
 
 
 def _cut_tensor(state: Mapping[str, torch.Tensor], cut: Cut) -> torch.Tensor:
-    return masked(take(state[cut.name], cut.segments), cut.mask)
+    return completed(take(state[cut.name], cut.segments), cut)
 
 
 def take(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.Tensor:
@@ -115,10 +119,17 @@ def _kept(tensor: torch.Tensor, segments: tuple[Segments | None, ...]) -> torch.
     return tensor
 
 
-def masked(tensor: torch.Tensor, mask: MaskRuns | None) -> torch.Tensor:
-    """Write the structural zeros into a cut weight, in place: block by block, without a mask."""
-    if mask is None:
-        return tensor
+def completed(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Write into a cut tensor, in place, what it has of its size: structural zeros, a constant."""
+    if cut.number is not None:
+        tensor.fill_(cut.number if tensor.is_floating_point() else round(cut.number))
+    if cut.mask is not None:
+        _write_zeros(tensor, cut.mask)
+    return tensor
+
+
+def _write_zeros(tensor: torch.Tensor, mask: MaskRuns) -> None:
+    """Block by block, without a mask."""
     start = 0
     for length, level in zip(mask.out_runs[::2], mask.out_runs[1::2], strict=True):
         rows = tensor.narrow(mask.out, start, length)
@@ -128,7 +139,6 @@ def masked(tensor: torch.Tensor, mask: MaskRuns | None) -> torch.Tensor:
                 rows.narrow(mask.into, at, width).zero_()
             at += width
         start += length
-    return tensor
 
 
 # Ops that read a weight as well where it lies, with gaps between its rows.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from matryoshkafy.dolls.cuts import Cut, masked
+from matryoshkafy.dolls.cuts import Cut, completed
 from matryoshkafy.files.held import Held
 from matryoshkafy.files.records import (
     Record,
@@ -54,7 +54,7 @@ class Dense(OpenFiles):
         if record.sparse:
             return read_whole(record, self._files[record.file])
         tensor = self._files[record.file].read_slice(cut.name, cut.segments)
-        return masked(tensor, cut.mask) if zeros else tensor
+        return completed(tensor, cut) if zeros else tensor
 
 
 def dense_files(state: Mapping[str, Tensor], records: Sequence[Record]) -> dict[str, Any]:

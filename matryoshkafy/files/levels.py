@@ -23,7 +23,7 @@ from torch import Tensor
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments
-from matryoshkafy.dolls.cuts import Cut, masked
+from matryoshkafy.dolls.cuts import Cut, completed
 from matryoshkafy.files.header import CODES, DTYPES, PAIRS, Entry
 from matryoshkafy.files.held import Held
 from matryoshkafy.files.json_text import is_list, shown
@@ -250,7 +250,7 @@ class Levels(OpenFiles):
     def cut(self, cut: Cut, *, zeros: bool) -> Tensor:
         """Return what the last of the levels keeps of a tensor."""
         tensor = self._made(cut.name).detach()
-        return masked(tensor, cut.mask) if zeros else tensor
+        return completed(tensor, cut) if zeros else tensor
 
     def _made(self, name: str) -> Tensor:
         record = self._records[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from matryoshkafy.axes import dims as axes
@@ -131,24 +131,29 @@ class Stored:
     """What a sub-model keeps under one name.
 
     `dims` are those of the tensor; `mask` says where its zeros are written out; `source` names the
-    node whose value it is, taken at full width before it is cut ("": the model's own tensor).
+    node whose value it is, taken at full width before it is cut ("": the model's own tensor);
+    `scalar` is the formula of a buffer of one number that was derived from a width.
     """
 
     dims: tuple[Dim, ...]
     mask: Mask | None = None
     source: str = ""
+    scalar: Scalar | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON values."""
         mask = {} if self.mask is None else {"mask": [self.mask.out, self.mask.into]}
         source = {"source": self.source} if self.source else {}
-        return {"dims": [axes.to_json(d) for d in self.dims], **mask, **source}
+        scalar = {} if self.scalar is None else {"scalar": asdict(self.scalar)}
+        return {"dims": [axes.to_json(d) for d in self.dims], **mask, **source, **scalar}
 
     @staticmethod
     def from_json(saved: Mapping[str, Any]) -> Stored:
         """Read what `to_json` wrote; anything else raises."""
         mask = Mask(*saved["mask"]) if "mask" in saved else None
-        return Stored(tuple(map(axes.from_json, saved["dims"])), mask, saved.get("source", ""))
+        scalar = Scalar(**saved["scalar"]) if "scalar" in saved else None
+        shape = tuple(map(axes.from_json, saved["dims"]))
+        return Stored(shape, mask, saved.get("source", ""), scalar)
 
 
 @dataclass(frozen=True)

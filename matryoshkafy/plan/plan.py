@@ -334,6 +334,8 @@ def _check_stored(plan: Plan, groups: int) -> None:
             raise PlanError(f"what is stored as {name!r} names a group that is missing")
         if kept.mask is not None and not _fits(kept.mask, len(kept.dims)):
             raise PlanError(f"{name!r} is masked over dims that it has not; the file is damaged")
+        if kept.scalar is not None and not (0 <= kept.scalar.group < groups and len(kept.dims) < 2):
+            raise PlanError(f"{name!r} is no number that follows a width; the file is damaged")
 
 
 def _fits(mask: Mask, rank: int) -> bool:

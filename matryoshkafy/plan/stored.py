@@ -6,17 +6,22 @@ stages read these and derive nothing again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import output_node, reached
+from matryoshkafy.graph.nodes import is_op, output_node, reached, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import is_reparametrised
-from matryoshkafy.plan.plan import Mask, Masks, Plan, Stored
+from matryoshkafy.plan.plan import Mask, Masks, Plan, Scalar, Stored
 from matryoshkafy.rules.weights import weight_places
+
+# How far off the type of a buffer may have made its number.
+CLOSE = 1e-6
 
 
 def decided(trace: Trace, plan: Plan) -> Plan:
@@ -51,9 +56,11 @@ def _stored(trace: Trace, plan: Plan) -> Iterator[tuple[str, Stored]]:
     state, masks = trace.state(), _stored_masks(trace, plan)
     objects = {id(state[str(n.target)]) for n in read if str(n.target) in state}
     names = {str(n.target) for n in read}
+    numbers = _numbers(trace, plan)
     for name, shape in plan.parameters.items():
         if name in names or (name in state and id(state[name]) in objects):
-            yield name, Stored(shape, masks.get(name))
+            number = numbers.get(id(state[name])) if name in state else None
+            yield name, Stored(shape, masks.get(name), scalar=number)
     for node in read:
         if node.op == "call_function":
             yield baked_name(node.name), Stored(plan.dims(node.name), source=node.name)
@@ -99,6 +106,50 @@ def _second_names(trace: Trace) -> set[str]:
         if node.op == "get_attr" and str(node.target) in state:
             owners.setdefault(id(state[str(node.target)]), set()).add(str(node.target))
     return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
+def _numbers(trace: Trace, plan: Plan) -> dict[int, Scalar]:
+    """Return {id: formula} of the buffers that hold a number which only constants of a width read.
+
+    The graphs of sub-models hold the constants themselves; in the buffer it is for whoever loads a
+    sub-model's tensors into the user's class.
+    """
+    of_node = {s.node: s for s in plan.scalars if s.form == "power"}
+    read: dict[int, list[Scalar | None]] = {}
+    tensors = dict[int, torch.Tensor]()
+    state = trace.state() if of_node else {}
+    for node in trace.graph.find_nodes(op="get_attr"):
+        tensor = state.get(str(node.target))
+        if tensor is not None and tensor.numel() == 1 and not tensor.requires_grad:
+            tensors[id(tensor)] = tensor
+            read.setdefault(id(tensor), []).extend(map(of_node.get, _readers(node)))
+    found = ((key, _formula(tensors[key], scalars)) for key, scalars in read.items())
+    return {key: formula for key, formula in found if formula is not None}
+
+
+def _readers(node: fx.Node) -> Iterator[str]:
+    """Yield what reads a number, or a number that is computed of it."""
+    for user in node.users:
+        if is_op(user) and math.prod(tensor_info(user).shape) == 1:
+            yield from _readers(user)
+        else:
+            yield user.name
+
+
+def _formula(tensor: torch.Tensor, scalars: Sequence[Scalar | None]) -> Scalar | None:
+    """Return the formula of a number, whose powers the constants are; None where they are not."""
+    known = [s for s in scalars if s is not None]
+    if not known or len(known) < len(scalars) or tensor.is_meta:
+        return None
+    value = float(tensor)
+    close = max(CLOSE, torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0)
+    found = {
+        replace(s, node="", argument="", value=value, power=s.power * q, source="")
+        for s in known
+        for q in (1, 2, -1, -2)
+        if math.isclose(value, s.value**q, rel_tol=close)
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def statistics(plan: Plan) -> Mapping[str, str]:
