@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import re
@@ -112,11 +113,16 @@ def op_key(op: object) -> str:
     if isinstance(op, str):
         return op.removeprefix("aten::")
     if isinstance(op, OpOverload):
-        return op.name().partition(".")[0].removeprefix("aten::")
+        return _overload_key(cast("OpOverload[..., object]", op))
     if isinstance(op, OpOverloadPacket):
         return f"{op}".replace(".", "::", 1).removeprefix("aten::")
     module, name = getattr(op, "__module__", None) or "python", getattr(op, "__name__", str(op))
     return f"{str(module).removeprefix('_')}::{name}"
+
+
+@functools.cache
+def _overload_key(op: OpOverload[..., object]) -> str:
+    return op.name().partition(".")[0].removeprefix("aten::")
 
 
 def is_item(node: fx.Node) -> bool:
