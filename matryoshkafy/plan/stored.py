@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.nodes import is_op, output_node, reached, tensor_info
+from matryoshkafy.graph.nodes import TensorInfo, info_of, output_node, reached
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Mask, Masks, Plan, Scalar, Stored
@@ -130,7 +130,8 @@ def _numbers(trace: Trace, plan: Plan) -> dict[int, Scalar]:
 def _readers(node: fx.Node) -> Iterator[str]:
     """Yield what reads a number, or a number that is computed of it."""
     for user in node.users:
-        if is_op(user) and math.prod(tensor_info(user).shape) == 1:
+        info = info_of(user)
+        if isinstance(info, TensorInfo) and math.prod(info.shape) == 1:
             yield from _readers(user)
         else:
             yield user.name

@@ -74,7 +74,9 @@ def split(walk: Walk, node: fx.Node, args: Args) -> Result:
 
 def cut(walk: Walk, term: Term, lengths: list[int]) -> list[Term]:
     """Return consecutive pieces of a term, or fixed ones where it does not come apart."""
-    pieces = axes.cut(term, lengths) if all(lengths) else None
+    # Lengths that only a call knows (the rows of each expert) do not add up to the whole.
+    known = all(lengths) and sum(lengths) == axes.size(term)
+    pieces = axes.cut(term, lengths) if known else None
     if pieces is None:
         walk.fix(term, "indexed")
         pieces = [walk.fresh(n, "indexed") for n in lengths]

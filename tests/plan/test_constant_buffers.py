@@ -121,3 +121,19 @@ def test_a_plan_s_constant_of_no_group_is_refused() -> None:
     broken = replace(plan, stored={**plan.stored, "constant": wrong})
     with pytest.raises(PlanError, match="no number that follows a width"):
         plan_from_dict(plan_to_dict(broken))
+
+
+class Broadcast(Held):
+    """The constant goes through an op that gives several tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, 3] -> [N, 5]"""
+        one, other = torch.broadcast_tensors(self.constant + 0, self.constant * 2)
+        return self.head(self.first(x) * self.constant * one / other)
+
+
+def test_a_constant_that_an_op_of_several_outputs_reads_stays() -> None:
+    x = torch.randn(4, 3)
+    model = Broadcast(16, "root").eval()
+    doll = mk.convert(model, x, sizes=[4, 16], nesting="sliced")
+    assert mk.slice(doll, 4).state_dict()["constant"] == 4

@@ -133,3 +133,17 @@ def test_pieces_of_lengths_that_only_a_call_knows_keep_their_width() -> None:
     plan = mk.inspect(Net(Mixture, WIDTH).eval(), (torch.randn(2, 7, 3),), nesting="sliced")
     experts = [g for g in plan.groups if "block.experts:1" in g.parameters]
     assert [g.size for g in experts] == [WIDTH], plan.unknown
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_pieces_of_lengths_that_only_a_call_knows_convert(nesting: str) -> None:
+    torch.manual_seed(0)
+    model, x = Net(Mixture, WIDTH).eval().double(), torch.randn(2, 7, 3, dtype=torch.float64)
+    doll = mk.convert(model, (x,), sizes=[0.5, 1.0], nesting=nesting)
+    small = mk.slice(doll, 0.5)
+    native = Net(Mixture, SMALL).eval().double()
+    native.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), doll.outputs(x)[doll.sizes[0]], rtol=1e-9, atol=1e-11)
+        if nesting == "sliced":
+            torch.testing.assert_close(small(x), native(x), rtol=1e-9, atol=1e-11)
