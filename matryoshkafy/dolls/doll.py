@@ -197,7 +197,7 @@ class Doll(nn.Module):
         args, kwargs = call
         hidden, table, bias, *tensors = function(self.__dict__["_root"], *args, **kwargs)
         table = table.t() if found.turned else table
-        scale, of_bias = found.scales(tensors)
+        scale, of_bias = found.scales(tensors, self._plan, level)
         bias = bias if bias is None else bias.reshape(-1) * of_bias
         known = {s: table.shape[1] if n is None else n for s, n in widths.items()}
         return Readout(hidden, table, bias, known, scale)

@@ -25,7 +25,14 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.later_calls import made
 from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.errors import first_line
-from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare, untouched
+from matryoshkafy.graph.copies import (
+    chance_kept,
+    copied_inputs,
+    reseed_others,
+    seed_torch,
+    spare,
+    untouched,
+)
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import op_key, output_node, set_info, tensor_info
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING, Trace
@@ -41,6 +48,8 @@ from matryoshkafy.graph.training_mode import (
 # Relative to the largest gradient of all: some gradients are zero but for rounding (the bias of
 # keys in attention).
 FLOOR = 1e-3
+# What torch.utils.checkpoint calls its autograd Function with use_reentrant=True.
+REENTRANT = "CheckpointFunction"
 REGISTER_HOOK = cast("object", Tensor.register_hook)  # pyright: ignore[reportUnknownMemberType]
 Step = torch.autograd.graph.Node
 
@@ -73,10 +82,11 @@ class Behaviour:
             torch.randn(v.shape, generator=draw, dtype=torch.float64).to(v) for v in self.smooth
         ]
         leaves = list(self.wanted.values())
-        found = cast(
-            "tuple[Tensor | None, ...]",
-            torch.autograd.grad(self.smooth, leaves, directions, allow_unused=True),
-        )
+        with chance_kept():  # a reversible layer computes its forward again, with its own seed
+            found = cast(
+                "tuple[Tensor | None, ...]",
+                torch.autograd.grad(self.smooth, leaves, directions, allow_unused=True),
+            )
         return {n: g for n, g in zip(self.wanted, found, strict=True) if g is not None}
 
     def functions(self) -> list[str]:
@@ -293,9 +303,11 @@ def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> 
     own = expected.functions()
     if not own and not expected.hooked and found.structure() == expected.structure():
         return ""  # the same ops of torch's in the same places: nothing is left to compute
+    if REENTRANT in own:
+        return "the gradients of a reentrant checkpoint cannot be traced (use_reentrant=False can)"
     try:
         theirs = expected.gradients
-    except RuntimeError:
+    except Exception:  # noqa: BLE001  the user's backward may raise anything
         return ""  # the model itself cannot be trained
     mine = found.gradients
     # Errors count against the largest gradient of all: that of a bias before a norm is rounding.

@@ -202,14 +202,23 @@ def _fresh(
 
 
 def _others(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield other values of the same sizes: the first row or column everywhere, larger floats."""
+    """Yield other values of the same sizes: the first row or column everywhere, larger floats.
+
+    A sparse tensor stays as it is: its places are a graph.
+    """
     for dim in (0, 1):
-        first = [
-            t.narrow(dim, 0, 1).expand_as(t) if t.dim() > dim and t.numel() else t for t in flat
-        ]
-        other = [t * 1.5 if t.is_floating_point() else t for t in first]
-        if any(not torch.equal(a, b) for a, b in zip(flat, other, strict=True)):
+        other = [_other(t, dim) for t in flat]
+        pairs = zip(flat, other, strict=True)
+        if any(a is not b and not torch.equal(a, b) for a, b in pairs):
             yield other
+
+
+def _other(value: Tensor, dim: int) -> Tensor:
+    if value.layout != torch.strided:
+        return value
+    spread = value.dim() > dim and value.numel()
+    first = value.narrow(dim, 0, 1).expand_as(value) if spread else value
+    return first * 1.5 if value.is_floating_point() else first
 
 
 def _is_finite(answer: object) -> bool:

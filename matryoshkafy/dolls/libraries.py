@@ -194,7 +194,7 @@ def _largest(weight: Tensor) -> float:
     centred = weight - weight.mean()
     edge = centred.std() * (len(weight) ** 0.5 + weight.shape[1] ** 0.5)
     draw = torch.Generator().manual_seed(0)
-    at = torch.randn(weight.shape[1], generator=draw).to(weight.device)
+    at = torch.randn(weight.shape[1], generator=draw, dtype=torch.float32, device="cpu").to(weight)
     for _ in range(12):
         at = nn.functional.normalize(centred.T @ (centred @ at), dim=0)
     return ((centred @ at).square().sum().sqrt() / edge).item() if edge > 0 else 0.0

@@ -42,7 +42,9 @@ def slice(model: nn.Module, size: float) -> fx.GraphModule:  # noqa: A001  the f
     """
     trace, plan = parts_of(model)
     level = plan.level(size)
-    tensors, kinds = cut(trace, plan, state_of(model), level)
+    state = state_of(model)
+    refuse_missing(plan, state)
+    tensors, kinds = cut(trace, plan, state, level)
     return assemble(trace, plan.up_to(level), tensors, kinds)
 
 
@@ -59,6 +61,21 @@ def parts_of(model: nn.Module) -> tuple[Trace, Plan]:
         f"a {type(model).__name__} was given; expected a model from convert, load or slice. "
         "Convert it first: matryoshkafy.convert(model, args, sizes=...)"
     )
+
+
+def refuse_missing(plan: Plan, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model that has lost tensors since it was made: pruning and parametrizations rename.
+
+    Raises:
+        PlanError: names the first of them, and what to do.
+    """
+    missing = [n for n, kept in plan.stored.items() if not kept.source and n not in state]
+    if missing:
+        raise PlanError(
+            f"the model has no tensor {missing[0]!r} any more; expected those of its conversion. "
+            "Take off what replaced it (torch.nn.utils.prune.remove, "
+            "torch.nn.utils.parametrize.remove_parametrizations), or convert the changed model."
+        )
 
 
 def _check_own(model: nn.Module) -> None:
@@ -188,7 +205,11 @@ def _parts(
         kind = kinds[name]
         name, kept_name = free_name(name), name
         if kind.parameter and id(tensor) not in objects:
-            objects[id(tensor)] = nn.Parameter(tensor, requires_grad=kind.requires_grad)
+            # A copy of a sub-model keeps its parameters: an optimiser copied with it holds them.
+            made = isinstance(tensor, nn.Parameter) and tensor.requires_grad == kind.requires_grad
+            objects[id(tensor)] = (
+                tensor if made else nn.Parameter(tensor, requires_grad=kind.requires_grad)
+            )
         attach(root, name, objects.get(id(tensor), tensor), persistent=kept_name not in hidden)
     graph = sub_graph(replace(trace, root=root), plan, plan.levels - 1)
     for node in graph.nodes:

@@ -27,7 +27,7 @@ from matryoshkafy.dolls.measure import (
     tolerance_of,
     values_of,
 )
-from matryoshkafy.dolls.slice import parts_of, slice, state_of
+from matryoshkafy.dolls.slice import parts_of, refuse_missing, slice, state_of
 from matryoshkafy.graph.signature import as_inputs
 
 __all__ = ["TOLERANCE", "Law", "Report", "SizeReport", "relative_error", "verify"]
@@ -165,6 +165,7 @@ def verify(
         PlanError: the model is no doll and no sub-model.
     """
     trace, plan = parts_of(model)
+    refuse_missing(plan, state_of(model))
     doll = model if isinstance(model, Doll) else Doll(trace, plan)
     signature = trace.signature
     names = {*signature.positional, *(item.name for item in signature.inputs)}

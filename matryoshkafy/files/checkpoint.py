@@ -41,7 +41,7 @@ from matryoshkafy.files.fitting import check_fit
 from matryoshkafy.files.folders import MANIFEST, Writer, digest_file, write_folder
 from matryoshkafy.files.graph_json import callables, graph_to_json
 from matryoshkafy.files.held import LEVEL_FILE, Closing, Held, open_folder
-from matryoshkafy.files.json_text import Json, is_object, parse_json
+from matryoshkafy.files.json_text import Json, check_signed, is_object, parse_json, signed
 from matryoshkafy.files.levels import Layout, Levels, layout_from_json, outline_of
 from matryoshkafy.files.records import (
     CheckpointError,
@@ -317,6 +317,7 @@ def open_checkpoint(
     held, manifest = open_folder(folder, FORMAT)
     try:
         with fitting(held.path):
+            check_signed(manifest, str(held.path / MANIFEST))
             recorded = manifest.get("digests")
             if digests and is_object(recorded):
                 held.check(recorded, [n for n in recorded if not LEVEL_FILE.fullmatch(n)])
@@ -385,4 +386,5 @@ def _warn_of_nan(tensors: Mapping[str, Tensor]) -> None:
 
 def _write_manifest(described: Json, files: tuple[str, ...], path: Path) -> None:
     digests = {name: digest_file(path.parent / name) for name in files}
-    path.write_text(json.dumps({**described, "digests": digests}, allow_nan=False, indent=1))
+    whole = {**described, "digests": digests}
+    path.write_text(json.dumps(signed(whole), allow_nan=False, indent=1))

@@ -195,7 +195,7 @@ def _check_free(target: Path, force: bool, files: Iterable[str] = ()) -> None:
             f"{target} exists and is not empty. Choose another folder, or replace it with force "
             f"(--force)."
         )
-    _check_own(target, {*files, *DESCRIBING, *_listed(target)})
+    _check_own(target, {*files, MANIFEST, *_listed(target)})
 
 
 def _check_own(target: Path, known: Collection[str]) -> None:
@@ -214,10 +214,19 @@ def _check_own(target: Path, known: Collection[str]) -> None:
 
 
 def _listed(target: Path) -> set[str]:
-    """The files that the checkpoint or run at a place lists as its own."""
-    saved = [_read_json(target / name) for name in DESCRIBING]
-    digests = [item.get("digests") for item in saved if is_object(item)]
-    return {name for item in digests if is_object(item) for name in item}
+    """The files that the checkpoint or run at a place lists as its own, and the list itself."""
+    found = set[str]()
+    for name in DESCRIBING:
+        saved = _read_json(target / name)
+        digests = saved.get("digests") if is_object(saved) and "format" in saved else None
+        # Another program's JSON may have such a key as well, and does not hold such digests.
+        if is_object(digests) and all(map(_is_hexadecimal, digests.values())):
+            found |= {name, *digests}
+    return found
+
+
+def _is_hexadecimal(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]+", value) is not None
 
 
 def _read_json(path: Path) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_MEMORY = 320 * 2**20
 # Measured with CPython 3.11, rounded up: an empty object and its first key, a list, one more item.
 OBJECT_BYTES, LIST_BYTES, ITEM_BYTES = 300, 90, 100
+OWN_DIGEST = "sha256"
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -24,6 +26,25 @@ Json = Mapping[str, Any]
 
 class JsonError(MatryoshkafyError):
     """A value that cannot be written as JSON, or JSON that is not what it should be."""
+
+
+def signed(value: Json) -> Json:
+    """Return an object of JSON with the SHA-256 of all else that it holds, however it is laid out.
+
+    A flipped bit in a number makes JSON that is as sound.
+    """
+    rest = {name: each for name, each in value.items() if name != OWN_DIGEST}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**rest, OWN_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_signed(value: Json, what: str) -> None:
+    """Raise JsonError for an object that is not what was signed; earlier versions signed none."""
+    if OWN_DIGEST in value and signed(value)[OWN_DIGEST] != value[OWN_DIGEST]:
+        raise JsonError(
+            f"{what} is not what was saved: its own SHA-256 differs. The file is damaged: copy it "
+            "again, or save the model again."
+        )
 
 
 def parse_json(text: bytes, what: str) -> Any:

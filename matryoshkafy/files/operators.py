@@ -66,7 +66,7 @@ CHECKED = frozenset({
     "matrix_exp", "matrix_power", "mse_loss", "multinomial", "mvlgamma", "nanquantile",
     "narrow_copy", "new_empty", "nextafter", "nll_loss", "nll_loss2d", "nll_loss_nd", "nms",
     "nonzero_numpy", "nonzero_static", "normal", "nuclear_norm", "orgqr", "pdist", "permute_copy",
-    "pinverse", "put", "qr", "quantile", "randint_like", "roi_align", "roi_pool", "rot90",
+    "pinverse", "put", "qr", "quantile", "randint_like", "rot90",
     "select_copy", "signbit", "slice_copy", "slogdet", "smooth_l1_loss", "special_bessel_j0",
     "special_bessel_j1", "special_entr", "special_erfcx", "special_expit", "special_i0",
     "special_i0e", "special_i1", "special_i1e", "special_log_ndtr", "special_log_softmax",

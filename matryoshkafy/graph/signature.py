@@ -53,6 +53,10 @@ def as_inputs(
     return () if args is None else (args,), named
 
 
+# Arguments that a doll answers for: it has no cache, and returns what it was traced to return.
+WITHOUT_EFFECT = frozenset(("use_cache", "return_dict"))
+
+
 @dataclass(frozen=True)
 class Input:
     """One argument of the user's forward: its structure, and per leaf a placeholder or a constant.
@@ -167,7 +171,7 @@ def _leaves_of(item: Input, given: Mapping[str, object]) -> list[Any]:
             traced = pytree.tree_unflatten(item.leaves, item.spec)
             raise TraceError(
                 f"argument {item.name!r} is missing: the model was traced with {traced!r}, and its "
-                "own default is another; give that value, or convert again without it"
+                "own default is another or not known; give that value, or convert again without it"
             )
         return []
     leaves, spec = pytree.tree_flatten(given[item.name])
@@ -213,9 +217,12 @@ def tensor_names(inputs: Mapping[str, object]) -> Iterator[tuple[str, torch.Tens
 
 def read_input(model: nn.Module, name: str, value: object) -> Input:
     parameter = inspect.signature(model.forward).parameters.get(name)
-    default = None if parameter is None else parameter.default
-    none = default is None or default is inspect.Parameter.empty
-    optional = none or _same(default, value)
+    if parameter is None:  # **kwargs says no default
+        optional = value is None or name in WITHOUT_EFFECT
+    else:
+        default = parameter.default
+        none = default is None or default is inspect.Parameter.empty
+        optional = none or _same(default, value)
     leaves, spec = pytree.tree_flatten(value)
     is_tensor = tuple(isinstance(v, torch.Tensor) for v in leaves)
     constants = tuple(None if t else v for v, t in zip(leaves, is_tensor, strict=True))

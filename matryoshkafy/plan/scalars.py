@@ -170,12 +170,16 @@ def _derived(
 def _of_model(
     node: fx.Node, constant: tuple[float, float], search: _Search
 ) -> tuple[dims.Nested, float] | None:
-    """Return the model's own width and the power, where the statement takes a root of something."""
+    """Return a width and the power, where the statement takes a root of something: the width that
+    a layer before it sums over, as a head does, or in the trunk the model's own.
+    """
     plan = search.plan
-    width = plan.groups[plan.main].size
-    found = _derived(constant, [(dims.Nested(plan.main, width), width, ROOTS)])
-    nested = any(map(dims.is_nested, plan.dims(node.name)))
-    return found if found and nested and takes_root(node, constant[0]) else None
+    summed = (dim for v in node.all_input_nodes for dim in search.summed.get(v.name, ()))
+    widths = list(filter(None, map(_alone, summed)))
+    if any(map(dims.is_nested, plan.dims(node.name))):
+        widths.append(dims.Nested(plan.main, plan.groups[plan.main].size))
+    found = _derived(constant, ((width, width.size, ROOTS) for width in widths))
+    return found if found and takes_root(node, constant[0]) else None
 
 
 def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:

@@ -20,13 +20,26 @@ from matryoshkafy.rules import op_of
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A node that scales the product by a value or number.
+
+    `divides`: it divides; `of_bias`: the bias is scaled, too.
+    """
+
+    node: str
+    value: fx.Node | float
+    divides: bool
+    of_bias: bool
+
+
+@dataclass(frozen=True)
 class LastLinear:
     """scores = factors * (hidden @ table' + bias), where the scores are output number `position`.
 
     Attributes:
         turned: the table stands as [D, V] in the graph.
         bias: what is added, a value of [V]; None where nothing is.
-        factors: (value or number, whether the scores are divided by it, whether the bias is, too).
+        factors: what the product is multiplied or divided by.
         chain: the nodes from the scores back to the product.
         alone: the product is the scores, and the scores are the only output.
     """
@@ -37,24 +50,31 @@ class LastLinear:
     table: fx.Node
     turned: bool
     bias: fx.Node | None
-    factors: tuple[tuple[fx.Node | float, bool, bool], ...]
+    factors: tuple[Factor, ...]
     chain: tuple[fx.Node, ...]
     alone: bool
 
     @property
     def values(self) -> list[fx.Node | None]:
         """What the graph computes: hidden, table, bias, and each factor that is no number."""
-        factors = (value for value, _, _ in self.factors)
-        named = [value for value in factors if isinstance(value, fx.Node)]
+        named = [f.value for f in self.factors if isinstance(f.value, fx.Node)]
         return [self.hidden, self.table, self.bias, *named]
 
-    def scales(self, tensors: list[Any]) -> tuple[Any, Any]:
-        """Return the factor of the product and that of the bias; tensors of the factor nodes."""
+    def scales(self, tensors: list[Any], plan: Plan, level: int) -> tuple[Any, Any]:
+        """Return the factor of the product and that of the bias at a level of a plan.
+
+        tensors: what the factors that are no numbers hold. A constant that was derived from a
+        width is the one of this level.
+        """
+        widths = plan.ladder[level]
+        derived = {s.node: s.at(widths[s.group]) for s in plan.scalars}
         given, scale, of_bias = iter(tensors), 1.0, 1.0
-        for value, divides, bias_too in self.factors:
-            number: Any = next(given).reshape(()) if isinstance(value, fx.Node) else value
-            number = 1 / number if divides else number
-            scale, of_bias = scale * number, of_bias * number if bias_too else of_bias
+        for factor in self.factors:
+            known = isinstance(factor.value, fx.Node)
+            number: Any = next(given).reshape(()) if known else factor.value
+            number = derived.get(factor.node, number)
+            number = 1 / number if factor.divides else number
+            scale, of_bias = scale * number, of_bias * number if factor.of_bias else of_bias
         return scale, of_bias
 
 
@@ -85,7 +105,7 @@ def inner_width(plan: Plan, found: LastLinear, level: int) -> int:
 def _unwound(position: int, node: fx.Node, *, alone: bool) -> LastLinear | None:
     """Walk from the scores through factors and one bias to the product."""
     chain: list[fx.Node] = []
-    factors: list[tuple[fx.Node | float, bool, bool]] = []
+    factors: list[Factor] = []
     bias: fx.Node | None = None
     while not _is_product(node):
         pair = _operands(node)
@@ -97,7 +117,8 @@ def _unwound(position: int, node: fx.Node, *, alone: bool) -> LastLinear | None:
                 return None
             bias = other
         else:
-            factors.append((other, op_of(node).algebra == "divide", bias is None))
+            divides = op_of(node).algebra == "divide"
+            factors.append(Factor(node.name, other, divides, bias is None))
         chain.append(node)
         node = inner
     own = bound_args(node).get("bias")

@@ -19,7 +19,8 @@ def group_count(name: str) -> Resizer:
     def resize(sizes: Sizes) -> None:
         groups = sizes.note("groups")
         if groups is not None and dims.is_nested(groups):
-            sizes.set(name, sizes.at(groups))
+            # A group for each channel of each sample: the batch is a factor of the count.
+            sizes.set(name, sizes.scaled(sizes.args[name], groups))
 
     return resize
 

@@ -192,6 +192,8 @@ def _repeated(walk: Walk, term: Term, n: int, *, samples: bool, inner: bool = Fa
 
 def _times(sizes: Sizes) -> None:
     a, source, (out, *_) = sizes.args, sizes.source, sizes.outputs
+    if "self" not in a:  # the indices themselves: how often each number comes
+        return
     dim: int = (a["dim"] or 0) % len(out)
     if a["dim"] is None:
         source = (tuple(factor for each in source for factor in each),)

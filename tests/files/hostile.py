@@ -34,6 +34,7 @@ import torch
 import matryoshkafy as mk
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files import tree_json
+from matryoshkafy.files.json_text import signed
 from tests.small_models import build
 
 WEIGHTS, CONSTANTS = "model.safetensors", "constants.safetensors"
@@ -127,7 +128,7 @@ def sign(folder: Path) -> None:
             if (folder / name).is_file() and not (folder / name).is_symlink():
                 data = (folder / name).read_bytes()
                 manifest["digests"][name] = hashlib.sha256(data).hexdigest()
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        (folder / MANIFEST).write_text(json.dumps(signed(manifest)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import matryoshkafy as mk
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.checkpoint import CheckpointWarning, open_checkpoint
+from matryoshkafy.files.json_text import signed
 from matryoshkafy.files.records import record_from_json, record_of, record_to_json
 from tests.small_models import MODELS, build
 
@@ -118,7 +119,7 @@ def test_a_plan_of_format_1_is_read(dolls, nesting, tmp_path):
     old = {n: v[0] if len(v) == 1 else {"many": v} for n, v in saved["plan"]["nodes"].items()}
     saved["plan"]["nodes"] = old
     saved["plan"]["format"] = 1
-    manifest.write_text(json.dumps(saved))
+    manifest.write_text(json.dumps(signed(saved)))
     small = mk.load(tmp_path / "old", size=8)
     assert_same_state(small, mk.slice(doll, 8))
     assert_same_tensors(small(*inputs), mk.slice(doll, 8)(*inputs))
@@ -133,7 +134,7 @@ def test_a_plan_that_stores_other_axes_is_refused(dolls, change, tmp_path):
     saved = json.loads(manifest.read_text())
     name = next(iter(saved["plan"]["stored"]))
     saved["plan"]["stored"][name] |= change
-    manifest.write_text(json.dumps(saved))
+    manifest.write_text(json.dumps(signed(saved)))
     with pytest.raises(MatryoshkafyError, match="with other axes than it has"):
         mk.load(tmp_path / "bad")
 

@@ -15,6 +15,7 @@ import pytest
 
 import matryoshkafy as mk
 from matryoshkafy.errors import MatryoshkafyError
+from matryoshkafy.files.json_text import signed
 from tests.small_models import build
 
 WEIGHTS, GRAPH, MANIFEST = "model.safetensors", "graph.json", "matryoshka.json"
@@ -42,7 +43,7 @@ def sign(folder: Path) -> None:
         if (folder / name).is_file():
             data = (folder / name).read_bytes()
             manifest["digests"][name] = hashlib.sha256(data).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(signed(manifest)))
 
 
 def edits(file: str, change: Callable[[dict], object]) -> Callable[[Path], None]:

@@ -1,0 +1,249 @@
+"""What attackers found: each was wrong without a word, or ended in an error of no type."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+import matryoshkafy as mk
+from matryoshkafy.errors import PlanError, TraceError
+
+IDS = torch.arange(10).view(2, 5)
+
+
+class Net(nn.Module):
+    """An embedding, a linear, and what a test makes of them."""
+
+    def __init__(self, width: int, use: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.width, self.use = width, use
+        self.table, self.layer = nn.Embedding(30, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 30)
+        self.register_buffer("scale", torch.tensor(width**-0.5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> what `use` gives"""
+        return self.use(self, torch.relu(self.layer(self.table(ids))))
+
+
+class Tempered(Net):
+    """What the head sums is scaled, as by a temperature of the width."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 30]"""
+        return self.head(torch.relu(self.layer(self.table(ids)))) * self.width**-0.5
+
+
+def identity(_: Net, x: Tensor) -> Tensor:
+    """What the net computed."""
+    return x
+
+
+SCORES: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "number": lambda net, x: x @ net.table.weight.T * net.width**-0.5,
+    "size": lambda net, x: x @ net.table.weight.T / x.shape[-1],
+    "root of a size": lambda net, x: x @ net.table.weight.T / x.shape[-1] ** 0.5,
+    "buffer": lambda net, x: x @ net.table.weight.T * net.scale,
+}
+
+
+@pytest.mark.parametrize("kind", [*SCORES, "tempered"])
+def test_scores_that_are_scaled_by_the_width_are_the_small_class_s(kind: str) -> None:
+    made, use = (Net, SCORES[kind]) if kind in SCORES else (Tempered, identity)
+    model, target = made(16, use).eval(), torch.arange(10).view(2, 5) % 7
+    doll = mk.convert(model, (IDS,), sizes=[4, 8, 16], nesting="sliced")
+    losses = mk.MatryoshkaLoss(nn.CrossEntropyLoss())(
+        doll.outputs(IDS), target, return_per_size=True
+    )[1]
+    for size in doll.sizes:
+        native = made(size, use).eval()
+        native.load_state_dict(mk.slice(doll, size).state_dict(), strict=False)
+        scores = native(IDS)
+        torch.testing.assert_close(mk.slice(doll, size)(IDS), scores)
+        torch.testing.assert_close(doll.outputs(IDS)[size], scores)
+        expected = F.cross_entropy(scores.flatten(0, 1), target.flatten())
+        torch.testing.assert_close(losses[size], expected)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_indices_repeated_by_a_tensor(nesting: str) -> None:
+    times = torch.tensor([1, 2, 0, 1])
+
+    def use(net: Net, x: Tensor) -> Tensor:
+        return net.head(x)[:, torch.repeat_interleave(times)]
+
+    model = Net(16, use).eval()
+    doll = mk.convert(model, (IDS,), sizes=[4, 16], nesting=nesting)
+    small = mk.slice(doll, 4)
+    torch.testing.assert_close(small(IDS), doll.outputs(IDS)[4])
+    assert small(IDS).shape == (2, 4, 30)
+
+
+class OverGraph(nn.Module):
+    """A sparse graph among the arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 16), nn.Linear(16, 2)
+
+    def forward(self, graph: Tensor, x: Tensor) -> Tensor:
+        """graph [N, N], x [N, 3] -> [N, 2]"""
+        return self.last(torch.relu(torch.sparse.mm(graph, self.first(x))))
+
+
+@pytest.mark.filterwarnings("ignore::matryoshkafy.dolls.caveats.RecordedPathWarning")
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_a_sparse_argument(nesting: str) -> None:
+    model, graph, x = OverGraph().eval(), torch.eye(4)[[1, 0, 3, 2]].to_sparse(), torch.randn(4, 3)
+    doll = mk.convert(model, (graph, x), sizes=[4, 16], nesting=nesting)
+    torch.testing.assert_close(doll(graph, x), model(graph, x))
+    torch.testing.assert_close(mk.slice(doll, 4)(graph, x), doll.outputs(graph, x)[4])
+
+
+def test_a_slice_and_its_optimizer_are_copied_together() -> None:
+    doll = mk.convert(Net(16, SCORES["number"]).eval(), (IDS,), sizes=[4, 16], nesting="sliced")
+    small = mk.slice(doll, 4)
+    other, optimizer = copy.deepcopy((small, torch.optim.SGD(small.parameters(), lr=1.0)))
+    before = [p.detach().clone() for p in small.parameters()]
+    other(IDS).sum().backward()
+    optimizer.step()
+    pairs = zip(before, small.parameters(), other.parameters(), strict=True)
+    for was, own, moved in pairs:
+        assert torch.equal(was, own)
+        assert moved.grad is None or not torch.equal(was, moved)
+
+
+def test_a_reentrant_checkpoint_is_for_inference_and_says_so() -> None:
+    def use(net: Net, x: Tensor) -> Tensor:
+        again = checkpoint(net.layer, x, use_reentrant=True)
+        assert isinstance(again, Tensor)
+        return net.head(x + again)
+
+    doll = mk.convert(Net(16, use), (IDS,), sizes=[4, 16])
+    assert "use_reentrant=False" in doll.plan.remarks[0]
+    with pytest.raises(TraceError, match="use_reentrant"):
+        doll.train()
+
+
+class Backwards(torch.autograd.Function):
+    """A backward that raises outside of training, and that draws."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, trains: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x, twice."""
+        ctx.trains = trains  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Twice the gradient."""
+        assert ctx.trains, "only in training"  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        torch.manual_seed(3)
+        return grad * 2, None
+
+
+def test_a_backward_that_raises_or_draws_leaves_the_random_state() -> None:
+    def use(net: Net, x: Tensor) -> Tensor:
+        made = Backwards.apply(x, net.training)
+        assert isinstance(made, Tensor)
+        return net.head(made)
+
+    model, state = Net(16, use).eval(), torch.random.get_rng_state()
+    doll = mk.convert(model, (IDS,), sizes=[4, 16], nesting="sliced")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(doll(IDS), model(IDS))
+
+
+class Passing(nn.Module):
+    """What is passed on has a default that the forward does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 3)
+
+    def scaled(self, ids: Tensor, scale: float = 1.0) -> Tensor:
+        """ids [N, T] -> [N, T, 3]"""
+        return self.head(self.table(ids)) * scale
+
+    def forward(self, ids: Tensor, **given: float) -> Tensor:
+        """ids [N, T] -> [N, T, 3]"""
+        return self.scaled(ids, **given)
+
+
+def test_a_constant_of_no_known_default_may_not_be_left_out() -> None:
+    model = Passing().eval()
+    doll = mk.convert(model, (IDS,), {"scale": 3.0}, sizes=[4, 16])
+    with pytest.raises(TraceError, match="'scale' is missing.*not known"):
+        doll(IDS)
+    assert doll(IDS, scale=3.0).shape == (2, 5, 3)
+
+
+def test_another_default_type_than_float32() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = nn.Sequential(nn.Embedding(30, 16), nn.LayerNorm(16), nn.Linear(16, 16))
+        nn.init.uniform_(model[1].weight)
+        doll = mk.convert(model.eval(), (IDS,), sizes=[8, 16], nesting="masked")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert doll(IDS).dtype == torch.float64
+
+
+class Dynamic(nn.Module):
+    """A depthwise convolution whose kernel each sample makes: groups count samples, too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.kernel = nn.Linear(4, width), nn.Linear(width, width * 3)
+        self.last = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 4] -> [N, T, 3]"""
+        x = self.first(x)
+        n, length, width = x.shape
+        kernel = self.kernel(x.mean(1)).view(n * width, 1, 3)
+        rows = x.mT.reshape(1, n * width, length)
+        made = F.conv1d(rows, kernel, padding=1, groups=n * width)
+        return self.last(made.view(n, width, length).mT)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_groups_that_count_samples_follow_the_batch(nesting: str) -> None:
+    model, x, other = Dynamic(16).eval(), torch.randn(2, 5, 4), torch.randn(3, 6, 4)
+    doll = mk.convert(model, (x,), sizes=[4, 16], nesting=nesting)
+    torch.testing.assert_close(mk.slice(doll, 4)(other), doll.outputs(other)[4])
+    if nesting == "sliced":
+        native = Dynamic(4).eval()
+        native.load_state_dict(mk.slice(doll, 4).state_dict())
+        torch.testing.assert_close(mk.slice(doll, 4)(other), native(other))
+        torch.testing.assert_close(doll(other), model(other))
+
+
+class Half(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Half of it."""
+        return weight / 2
+
+
+@pytest.mark.parametrize("how", ["prune", "parametrize"])
+def test_a_doll_whose_weights_were_replaced_is_refused_by_name(how: str) -> None:
+    doll = mk.convert(Net(16, SCORES["number"]).eval(), (IDS,), sizes=[4, 16], nesting="sliced")
+    layer = doll.get_submodule("layer")
+    if how == "prune":
+        prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        parametrize.register_parametrization(layer, "weight", Half(), unsafe=True)
+    for act in (lambda: mk.slice(doll, 4), lambda: mk.verify(doll, (IDS,))):
+        with pytest.raises(PlanError, match=r"no tensor 'layer\.weight' any more"):
+            act()
