@@ -20,6 +20,7 @@ from matryoshkafy.dolls.gradients import (
 )
 from matryoshkafy.dolls.later_calls import (
     answer,
+    call,
     memory,
     numbers_kept,
     refuse_memory,
@@ -38,7 +39,7 @@ from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
 from matryoshkafy.graph.signature import as_tensor
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
-from matryoshkafy.graph.trials import from_one, settled, trials_of
+from matryoshkafy.graph.trials import from_one, settled, tied, trials_of
 
 FAST_PATH = (
     "without gradients torch's encoder layers take a fast path that writes zeros where a padding "
@@ -69,12 +70,24 @@ def traced(
         return found
     kept = numbers_kept(model, first.twin) if first else ()
     found = replace(found, notes=(*found.notes, *kept))
+    if check:
+        found = _tied(found, model, flat)
     beside = Beside(found, model, first)
     with silent():
         if check:
             return _checked(beside, flat)
         _refuse(beside, flat)
         return follow_training(found, model, args, dict(kwargs or {}))
+
+
+def _tied(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace:
+    def runs(inputs: Sequence[torch.Tensor]) -> bool:
+        with spare(model) as twin:
+            return call(twin, found, inputs) is not None
+
+    with silent():
+        guards = tied(found.signature.guards, flat, runs)
+    return replace(found, signature=replace(found.signature, guards=guards))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -69,6 +70,8 @@ OPS: Mapping[str, _Op] = {
     "max": _Op(max, None, "max, "),
     "min": _Op(min, None, "min, "),
 }
+# A guard has a line of the user's, or words.
+LINE = re.compile(r":\d+")
 RELATIONS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not")
 MAX_GUARDS, MAX_NODES, MAX_INT = 4096, 256, 2**63
 
@@ -149,7 +152,8 @@ class Guards:
             f"{s.dim}"
             for s in guard.sizes
         )
-        why = f" (fixed at {guard.source})" if guard.source else ""
+        fixed_at = "fixed at " if LINE.search(guard.source) else ""
+        why = f" ({fixed_at}{guard.source})" if guard.source else ""
         return (
             f"{given}; the trace is right for {self.text(guard)} only{why}. Give inputs of such "
             "sizes, or convert again with example inputs of the sizes that you need."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 
@@ -34,6 +35,35 @@ def trials_of(
 
 def _others(guards: Guards, shapes: Sequence[Sequence[int]]) -> list[Sizes | None]:
     return [next(other_sizes(guards, shapes, g), None) for g in classes(guards)]
+
+
+def tied(guards: Guards, flat: Sequence[torch.Tensor], runs: Verdict) -> Guards:
+    """Return the guards where sizes that the model itself cannot change alone are held equal.
+
+    A mask that is indexed by the rows of the ids says nothing of its own batch to a trace.
+
+    Args:
+        guards: what the trace assumed.
+        flat: the flat tensors of the example.
+        runs: tells whether the model computes anything of flat tensors.
+    """
+    shapes = [tuple(t.shape) for t in flat]
+
+    def alone(group: tuple[Size, ...]) -> bool:
+        tried = list(other_sizes(guards, shapes, group))
+        return not tried or any(runs(resized(flat, sizes)) for sizes in tried)
+
+    def alike(a: Size, b: Size) -> bool:
+        return a.dim == b.dim and shapes[a.leaf][a.dim] == shapes[b.leaf][b.dim]
+
+    pairs = [(a, b) for a, b in combinations(classes(guards), 2) if alike(a[0], b[0])]
+    free = {group: alone(group) for group in {g for pair in pairs for g in pair}}
+    new = (
+        Guard(Apply("eq", (b[0], a[0])), "the model itself fails where they differ")
+        for a, b in pairs
+        if not (free[a] and free[b])
+    )
+    return replace(guards, conditions=(*guards.conditions, *new))
 
 
 def from_one(guards: Guards) -> Guards:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import matryoshkafy as mk
-from matryoshkafy.errors import PlanError, TraceError
+from matryoshkafy.errors import GuardError, PlanError, TraceError
 
 IDS = torch.arange(10).view(2, 5)
 
@@ -247,3 +247,42 @@ def test_a_doll_whose_weights_were_replaced_is_refused_by_name(how: str) -> None
     for act in (lambda: mk.slice(doll, 4), lambda: mk.verify(doll, (IDS,))):
         with pytest.raises(PlanError, match=r"no tensor 'layer\.weight' any more"):
             act()
+
+
+class Indexed(nn.Module):
+    """A mask that is indexed by the rows of the ids: a trace sees no bond between the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids and mask [N, T] -> [N, T, 3]"""
+        return self.head(self.table(ids) * mask[torch.arange(ids.shape[0])][..., None])
+
+
+def test_sizes_that_the_model_cannot_change_alone_are_held_equal() -> None:
+    model, ids = Indexed().eval(), torch.arange(15).view(3, 5)
+    doll = mk.convert(model, (IDS, torch.ones(2, 5)), sizes=[4, 16], nesting="sliced")
+    with pytest.raises(GuardError, match=r"mask.shape\[0\] == ids.shape\[0\] only"):
+        doll(ids, torch.ones(2, 5))
+    torch.testing.assert_close(doll(ids, torch.ones(3, 5)), model(ids, torch.ones(3, 5)))
+    assert mk.verify(doll, (IDS, torch.ones(2, 5))).passed
+
+
+class TwoTexts(nn.Module):
+    """Two inputs of one length each on the example, and of any on a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 3)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        """one [N, T], other [N, S] -> [N, 3]"""
+        return self.head(self.table(one).mean(1) * self.table(other).mean(1))
+
+
+def test_sizes_that_only_happen_to_be_equal_stay_free() -> None:
+    model, longer = TwoTexts().eval(), torch.arange(14).view(2, 7)
+    doll = mk.convert(model, (IDS, IDS + 3), sizes=[4, 16], nesting="sliced")
+    torch.testing.assert_close(doll(longer, IDS), model(longer, IDS))
