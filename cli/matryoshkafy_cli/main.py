@@ -38,8 +38,9 @@ HELP = (
     "A MODEL is a Python file (model.py or model.py:build), package.module:factory, a local "
     "transformers folder, timm:NAME or open_clip:NAME. Naming a Python file or module RUNS ITS "
     "CODE: name only what you trust. A CHECKPOINT is a folder that convert or slice wrote; reading "
-    "one runs no code of it. slice only cuts its weights; info, verify and export COMPUTE WITH ITS "
-    "GRAPH, out of known operators: for as long, and with as much memory, as the graph asks for."
+    "one runs no code of it. slice only cuts its weights; info, verify, export and report "
+    "COMPUTE WITH ITS GRAPH, out of known operators: for as long, and with as much memory, as the "
+    "graph asks for."
 )
 
 

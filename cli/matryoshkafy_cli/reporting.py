@@ -47,6 +47,8 @@ def report(  # noqa: PLR0913  an option is a parameter
 ) -> None:
     """Draw what nests, what each size costs and achieves, as one HTML page for offline use.
 
+    Computes with the graph of the checkpoint, once per size and run.
+
     Latency is measured on random inputs of the shapes that the model was traced with, unless
     --batch and --length say otherwise.
     """

@@ -415,3 +415,35 @@ def test_killed_before_each_step_of_a_save_the_old_or_the_new_is_there(dolls, tm
             break
     assert assert_whole(folder) == 2.0
     assert step > 20
+
+
+NUMBERS = {
+    "units": lambda plan: plan["scalars"][0].update(units=17),
+    "power": lambda plan: plan["scalars"][0].update(power=0.25),
+    "dropped": lambda plan: plan["scalars"].pop(),
+    "ladder": lambda plan: plan["ladder"][0].__setitem__(0, plan["ladder"][0][0] + 1),
+}
+
+
+@pytest.mark.parametrize("what", list(NUMBERS))
+def test_a_number_of_the_plan_that_changed_on_disk_is_refused(what, tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 16), nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.head(self.first(x) * self.first.out_features**0.5)
+
+    x = torch.randn(2, 3)
+    doll = mk.convert(Scaled().eval(), x, sizes=[4, 8, 16], nesting="sliced")
+    manifest = mk.save(doll, tmp_path / "c") / "matryoshka.json"
+    saved = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(saved))  # laid out in another way, it is the same
+    torch.testing.assert_close(mk.load(tmp_path / "c")(x), doll(x))
+    NUMBERS[what](saved["plan"])
+    manifest.write_text(json.dumps(saved))
+    with pytest.raises(MatryoshkafyError, match="its own SHA-256 differs"):
+        mk.load(tmp_path / "c")
+    with pytest.raises(MatryoshkafyError, match="its own SHA-256 differs"):
+        mk.load(tmp_path / "c", size=4)

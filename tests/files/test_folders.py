@@ -323,3 +323,19 @@ def test_a_flipped_bit_is_found(tmp_path):
         check_digests(target, digests)
     with pytest.raises(FolderError, match="cannot read"):
         digest_file(target)
+
+
+@pytest.mark.parametrize(
+    "foreign", ['{"mine": 1}', '{"format": 1, "digests": {"thesis.txt": "x"}}', "no JSON"]
+)
+def test_a_run_json_of_another_program_is_never_removed(foreign, tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "run.json").write_text(foreign)
+    (tmp_path / "c" / "thesis.txt").write_text("mine")
+    before = contents(tmp_path / "c")
+    with pytest.raises(FolderError, match="which is of no checkpoint"):
+        save(tmp_path / "c", "b", force=True)
+    (tmp_path / "c" / "thesis.txt").unlink()
+    with pytest.raises(FolderError, match="holds 'run.json', which is of no checkpoint"):
+        save(tmp_path / "c", "b", force=True)
+    assert contents(tmp_path / "c") == {"run.json": before["run.json"]}
