@@ -71,8 +71,9 @@ class Scalar:
         power: of the formula.
         source: the user's line.
         form: "power": value = units ** power; "less": value = units - 1, by which an unbiased
-            variance divides; "alibi": value = 2 ** (-8 / units), the base of the slopes of ALiBi
-            (arXiv 2108.12409, section 3) for a power of two of heads.
+            variance divides; "count": units are a factor of a count of values, x.numel(); "alibi":
+            value = 2 ** (-8 / units), the base of the slopes of ALiBi (arXiv 2108.12409, section 3)
+            for a power of two of heads.
     """
 
     node: str
@@ -95,10 +96,13 @@ class Scalar:
             return self.value * (width / self.units) ** self.power
         if self.form == "less":
             return width - 1.0
+        if self.form == "count":
+            return float(width)
         return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
 
     def __str__(self) -> str:
         formulas = {"power": f"{self.units} ** {self.power:g}", "less": f"{self.units} - 1"}
+        formulas["count"] = f"{self.units} of a count"
         return f"{self.value:.6g} = {formulas.get(self.form, f'2 ** (-8 / {self.units})')}"
 
 

@@ -7,15 +7,16 @@ factors (heads times units of a head: the whole, or the head where that is what 
 the products before it were summed over, which an integer may count whole (q k / d of muP, whose d
 is a size: x.shape[-1]), or that a convolution sums over whose weight is scaled (equalised rates);
 or p one of 1/4, -1/4, where both operands of a product are scaled by it. An integer counts: it is n
-or n - 1. A number that the user's code holds as such (x * 0.25) is none of these. What is found is
-reported in the plan and rewritten at each size, unless keep=["scalar:model.py:31"], the line that
-the plan prints, holds it.
+or n - 1, also as a factor of a count of all that was summed (x.sum() / x.numel()). A number that
+the user's code holds as such (x * 0.25) is none of these. What is found is reported in the plan and
+rewritten at each size, unless keep=["scalar:model.py:31"], the line that the plan prints, holds it.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -27,7 +28,7 @@ from torch.fx.node import Argument, Target
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.literals import takes_root, written_out
+from matryoshkafy.graph.literals import computed, takes_root, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, source_of, tensor_info
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan, Scalar
@@ -70,7 +71,8 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
     if plan.masked or plan.options.scope == "output":
         return plan
     search = _Search(plan, trace.state(), summed, _whole_numbers(trace.graph))
-    found = [s for n in trace.graph.nodes for s in _scalars_of(n, search)]
+    nodes = trace.graph.nodes
+    found = [s for n in nodes for s in (*_scalars_of(n, search), *_counts_in(n, search))]
     patterns = [p.removeprefix(KEEP) for p in plan.options.keep if p.startswith(KEEP)]
     kept = {s.node for p in patterns for s in _matching(found, p)}
     return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
@@ -137,6 +139,27 @@ def _whole(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     for factor, width, powers in (*_widths_of(node, search), *_counted_widths(node, search)):
         if 1.0 in powers:
             yield factor, width, (1.0,)
+
+
+def _counts_in(node: fx.Node, search: _Search) -> Iterator[Scalar]:
+    """Yield the widths in a count of what was summed over: x.sum() / x.numel()."""
+    if not op_of(node).scaling:
+        return
+    summed = [d for v in node.all_input_nodes for d in search.summed.get(v.name, ())]
+    counted = {f.size: f for d in summed for f in d if isinstance(f, dims.Nested)}
+    for index, argument in enumerate(node.args):
+        for number in _sizes_in(argument):
+            factor = counted.get(number)
+            if factor is not None and computed(node, [number]):
+                found = _scalar(node, str(index), float(number), (factor, 1.0))
+                yield replace(found, form="count")
+
+
+def _sizes_in(count: object) -> Iterator[int]:
+    """Yield the fixed factors of a product of sizes."""
+    if isinstance(count, fx.Node) and count.target is operator.mul:
+        for factor in count.args:
+            yield from [factor] if type(factor) is int else _sizes_in(factor)
 
 
 def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:

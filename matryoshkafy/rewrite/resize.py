@@ -17,6 +17,14 @@ from matryoshkafy.rules.table import op_of
 _FLOORDIV = cast("Callable[..., int]", operator.floordiv)  # pyright: ignore[reportUnknownMemberType]
 
 
+def exchanged(graph: fx.Graph, count: Argument, width: int, other: int) -> fx.Node:
+    """Write a count that is computed from the inputs and holds a width as a factor, with another
+    width in its place; return its node.
+    """
+    product = graph.call_function(operator.mul, (count, other))
+    return graph.call_function(_FLOORDIV, (product, width))
+
+
 class Resize:
     """The `Sizes` of the rules: one node being written at one level."""
 
@@ -51,11 +59,8 @@ class Resize:
             return value
         if isinstance(value, int):
             return self.at(dim)
-        # A size that is computed from the inputs holds the width as a factor, which is exchanged.
-        graph = self.new.graph
-        with graph.inserting_before(self.new):
-            product = graph.call_function(operator.mul, (value, self.at(dim)))
-            return graph.call_function(_FLOORDIV, (product, dims.size(dim)))
+        with self.new.graph.inserting_before(self.new):
+            return exchanged(self.new.graph, value, dims.size(dim), self.at(dim))
 
     def set(self, name: str, value: Argument) -> None:
         set_arg(self.new, name, value)

@@ -29,7 +29,7 @@ from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Action, Plan, Scalar
 from matryoshkafy.plan.stored import baked_name
 from matryoshkafy.rewrite.codegen import CallCodeGen
-from matryoshkafy.rewrite.resize import resize
+from matryoshkafy.rewrite.resize import exchanged, resize
 from matryoshkafy.rules import op_of
 
 aten = torch.ops.aten
@@ -299,12 +299,20 @@ class Rewriter:
                     set_arg(new, scalar.argument, value)
 
     def _constant(self, node: fx.Node, new: fx.Node, scalar: Scalar, width: int) -> Any:
-        """A tensor of one element stays a tensor: pow of two tensors takes no number."""
+        """A tensor of one element stays a tensor: pow of two tensors takes no number; of a count
+        the width is a factor.
+        """
         value = scalar.at(width)
-        if scalar.form != "alibi":
+        if scalar.form not in ("alibi", "count"):
             return value
         with self.graph.inserting_before(new):
             old = new.args[int(scalar.argument)]
+            if scalar.form == "count":
+                return (
+                    old
+                    if width == scalar.units
+                    else exchanged(self.graph, old, scalar.units, width)
+                )
             return self.graph.call_function(aten.full_like.default, (old, value))
 
     def runs(self, dim: Dim, level: int) -> list[int]:

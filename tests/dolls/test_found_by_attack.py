@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +288,55 @@ def test_sizes_that_only_happen_to_be_equal_stay_free() -> None:
     model, longer = TwoTexts().eval(), torch.arange(14).view(2, 7)
     doll = mk.convert(model, (IDS, IDS + 3), sizes=[4, 16], nesting="sliced")
     torch.testing.assert_close(doll(longer, IDS), model(longer, IDS))
+
+
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "numel": lambda x: x.pow(2).sum() / x.numel(),
+    "all sizes": lambda x: x.pow(2).sum() / (x.shape[0] * x.shape[1] * x.shape[2]),
+    "two sizes": lambda x: x.sum((1, 2)) / (x.shape[1] * x.shape[2]),
+    "product": lambda x: x.sum((1, 2)) / math.prod(x.shape[1:]),
+    "flat": lambda x: x.flatten().sum() / x.flatten().shape[0],
+}
+
+
+class Mean(nn.Module):
+    """A mean over several axes, written by hand."""
+
+    def __init__(self, width: int, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.how = nn.Embedding(30, width), how
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [] or [N]"""
+        return MEANS[self.how](self.table(ids))
+
+
+@pytest.mark.parametrize("how", list(MEANS))
+def test_a_mean_by_hand_counts_the_values_of_its_size(how: str, tmp_path: Path) -> None:
+    doll = mk.convert(Mean(16, how).eval(), (IDS,), sizes=[4, 8, 16], nesting="sliced")
+    longer = torch.arange(18).view(3, 6)
+    folder = mk.save(doll, tmp_path / "doll")
+    for size in (4, 8, 16):
+        small, native = mk.slice(doll, size), Mean(size, how).eval()
+        native.load_state_dict(small.state_dict())
+        for ids in (IDS, longer):
+            torch.testing.assert_close(small(ids), native(ids))
+            torch.testing.assert_close(doll.outputs(ids)[size], native(ids))
+            torch.testing.assert_close(mk.load(folder, size=size)(ids), native(ids))
+
+
+class Sixteenth(Mean):
+    """The same number, but meant."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> []"""
+        x = self.table(ids)
+        return x.sum() / (x.shape[1] * 16)
+
+
+def test_a_number_beside_a_size_that_the_line_holds_stays() -> None:
+    doll = mk.convert(Sixteenth(16, "").eval(), (IDS,), sizes=[4, 16], nesting="sliced")
+    native = Sixteenth(4, "").eval()
+    native.load_state_dict(mk.slice(doll, 4).state_dict())
+    torch.testing.assert_close(mk.slice(doll, 4)(IDS), native(IDS))
