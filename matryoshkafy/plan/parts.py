@@ -101,8 +101,11 @@ class Scalar:
         return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
 
     def __str__(self) -> str:
-        formulas = {"power": f"{self.units} ** {self.power:g}", "less": f"{self.units} - 1"}
-        formulas["count"] = f"{self.units} of a count"
+        formulas = {
+            "power": f"{self.units} ** {self.power:g}",
+            "less": f"{self.units} - 1",
+            "count": f"{self.units} of a count",
+        }
         return f"{self.value:.6g} = {formulas.get(self.form, f'2 ** (-8 / {self.units})')}"
 
 

@@ -342,31 +342,28 @@ def _constant(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, 
         filled = bound_args(argument).get("fill_value")
         if tensor_info(argument).shape == () and isinstance(filled, (int, float)):
             return float(filled), EXACT
-    if isinstance(argument, fx.Node) and is_op(argument):
-        return _computed(argument, state)
-    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-        return 0.0, 0.0
-    tensor = state.get(str(argument.target))
-    scalar = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
-    if not scalar or tensor is None or tensor.is_meta or not tensor.is_floating_point():
-        return 0.0, 0.0
-    return float(tensor), max(EXACT, torch.finfo(tensor.dtype).eps)
+    # Or the graph computes it of such numbers: torch.sqrt(torch.tensor(width)).
+    value = _run(argument, state) if isinstance(argument, fx.Node) else None
+    return (0.0, 0.0) if value is None or not value.is_floating_point() else number_in(value)
 
 
-def _computed(node: fx.Node, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-    """Return a number that the graph computes of numbers: torch.sqrt(torch.tensor(width))."""
-    value = _run(node, state)
-    if value is None or not value.is_floating_point():
-        return 0.0, 0.0
-    return float(value), max(EXACT, torch.finfo(value.dtype).eps)
+def number_in(tensor: torch.Tensor) -> tuple[float, float]:
+    """Return the one number of a tensor, and how far off its type may have made it."""
+    eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+    return float(tensor), max(EXACT, eps)
+
+
+def number_held(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the tensor of one number that a node reads and nobody trains; None of any other."""
+    tensor = state.get(str(node.target)) if node.op == "get_attr" else None
+    held = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
+    return tensor if held and tensor is not None and not tensor.is_meta else None
 
 
 def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Return the one number that a node holds, None where it is not known."""
     if node.op == "get_attr":
-        tensor = state.get(str(node.target))
-        held = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
-        return tensor if held and tensor is not None and not tensor.is_meta else None
+        return number_held(node, state)
     if op_of(node).casts and node.all_input_nodes:
         return _run(node.all_input_nodes[0], state)
     single = is_op(node) and op_of(node).elementwise and math.prod(tensor_info(node).shape) == 1

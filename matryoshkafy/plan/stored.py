@@ -18,10 +18,8 @@ from matryoshkafy.graph.nodes import TensorInfo, info_of, output_node, reached
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.plan import Mask, Masks, Plan, Scalar, Stored
+from matryoshkafy.plan.scalars import number_held, number_in
 from matryoshkafy.rules.weights import weight_places
-
-# How far off the type of a buffer may have made its number.
-CLOSE = 1e-6
 
 
 def decided(trace: Trace, plan: Plan) -> Plan:
@@ -119,8 +117,8 @@ def _numbers(trace: Trace, plan: Plan) -> dict[int, Scalar]:
     tensors = dict[int, torch.Tensor]()
     state = trace.state() if of_node else {}
     for node in trace.graph.find_nodes(op="get_attr"):
-        tensor = state.get(str(node.target))
-        if tensor is not None and tensor.numel() == 1 and not tensor.requires_grad:
+        tensor = number_held(node, state)
+        if tensor is not None:
             tensors[id(tensor)] = tensor
             read.setdefault(id(tensor), []).extend(map(of_node.get, _readers(node)))
     found = ((key, _formula(tensors[key], scalars)) for key, scalars in read.items())
@@ -140,10 +138,9 @@ def _readers(node: fx.Node) -> Iterator[str]:
 def _formula(tensor: torch.Tensor, scalars: Sequence[Scalar | None]) -> Scalar | None:
     """Return the formula of a number, whose powers the constants are; None where they are not."""
     known = [s for s in scalars if s is not None]
-    if not known or len(known) < len(scalars) or tensor.is_meta:
+    if not known or len(known) < len(scalars):
         return None
-    value = float(tensor)
-    close = max(CLOSE, torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0)
+    value, close = number_in(tensor)
     found = {
         replace(s, node="", argument="", value=value, power=s.power * q, source="")
         for s in known

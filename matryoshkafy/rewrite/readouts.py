@@ -67,7 +67,7 @@ class LastLinear:
         width is the one of this level.
         """
         widths = plan.ladder[level]
-        derived = {s.node: s.at(widths[s.group]) for s in plan.scalars if s.form != "count"}
+        derived = {s.node: s.at(widths[s.group]) for s in plan.scalars}
         given, scale, of_bias = iter(tensors), 1.0, 1.0
         for factor in self.factors:
             known = isinstance(factor.value, fx.Node)
