@@ -185,14 +185,19 @@ def at(doll: Doll, size: int) -> object:
     return lambda **batch: doll.outputs(**batch)[size]
 
 
+def ends(count: int) -> list[float]:
+    """Return chances of the sizes: the smallest and the largest learn a little more often."""
+    return [1.2, *[1.0] * (count - 2), 1.5] if count > 1 else [1.0]
+
+
 def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     """Distil, and save the doll."""
     parts = read(options.descriptions, options.packages, options.documents)
     pairs, val = (taught(options.teacher, encoder, n, parts[n]) for n in ("train", "val"))
     doll, lessons = started(out, encoder, pairs, options)
     texts = pairs.texts()
-    ends = {max(doll.sizes): 1.5, min(doll.sizes): options.smallest}
-    weights = ends if len(doll.sizes) > 1 else {}
+    given = [float(w) for w in options.chances.split(",") if w] or ends(len(doll.sizes))
+    weights = dict(zip(doll.sizes, given, strict=True))
     if options.alone:
         weights = {size: float(size == options.alone) for size in doll.sizes}
     recipe = Recipe(
@@ -260,7 +265,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="where the teacher's vectors are; OUT")
     parser.add_argument("--start", choices=("ordered", "rotated", "as it is"), default="ordered")
     parser.add_argument("--after", type=Path, help="go on from this doll, of the same start")
-    parser.add_argument("--smallest", type=float, default=1.2, help="chances of the smallest size")
+    parser.add_argument("--chances", default="", help="of a row to go to each size: 12,4,1,1")
     parser.add_argument("--alone", type=int, help="this size alone learns")
     parser.add_argument("--model", type=Path, help="a folder with MiniLM; else its package")
     parser.add_argument("--device", default="cpu")
