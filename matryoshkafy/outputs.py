@@ -57,7 +57,8 @@ class Outputs(MutableMapping[int, Any]):
 
     What is computed late is computed in the mode of the call (gradients, autocast, training), and
     only while parameters and inputs are those of the call: after an optimizer's step it is refused,
-    because an old trunk and a new head make no model. An error is raised at every read.
+    because an old trunk and a new head make no model. An error is raised at every read. A write
+    through `.data` goes unseen, here as in autograd.
 
     Args:
         values: {size: output, or `Late`}.
@@ -192,9 +193,7 @@ class Moment:
 
         Buffers are watched in evaluation mode alone: batch norm writes its own while it trains.
         """
-        named = {f"parameter {name!r}": p for name, p in root.named_parameters()}
-        if not root.training:
-            named |= {f"buffer {name!r}": b for name, b in root.named_buffers()}
+        named = _named(root, root.training)
         leaves = pytree.tree_leaves(inputs)
         named |= {f"input {i}": v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
         compiling = torch.compiler.is_compiling()
@@ -207,7 +206,7 @@ class Moment:
     @contextlib.contextmanager
     def again(self, size: int) -> Generator[None, None, None]:
         """Compute as at the moment; raises `OutputsError` where a tensor has changed since."""
-        changed = self.changed or next((n for n, t, old in self.watched if _stamp(t) != old), "")
+        changed = self.changed or self._changed()
         if changed:
             raise OutputsError(
                 f"the output of size {size} was not read before {changed} changed, so it would mix "
@@ -222,6 +221,19 @@ class Moment:
                 if enabled or torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
             yield
+
+    def _changed(self) -> str:
+        """Return the first tensor that was written to or replaced, "" if none was."""
+        now = _named(self.root, self.training)
+        return next(
+            (n for n, t, old in self.watched if now.get(n, t) is not t or _stamp(t) != old), ""
+        )
+
+
+def _named(root: nn.Module, training: bool) -> dict[str, Tensor]:
+    """Return what a model reads of its own; no buffers in training, where it writes them."""
+    named: dict[str, Tensor] = {f"parameter {n!r}": p for n, p in root.named_parameters()}
+    return named if training else named | {f"buffer {n!r}": b for n, b in root.named_buffers()}
 
 
 def _autocast() -> tuple[tuple[str, bool, torch.dtype], ...]:

@@ -189,6 +189,16 @@ def test_training_mode_is_that_of_the_call() -> None:
     assert doll.training and doll._root.training
 
 
+def test_a_parameter_that_was_replaced_is_not_mixed_with_an_old_trunk() -> None:
+    doll = doll_of("product", "masked")
+    outputs = doll.outputs(torch.randint(11, (2, 7)))
+    name, parameter = next(iter(doll.named_parameters()))
+    place, _, leaf = name.rpartition(".")
+    setattr(doll.get_submodule(place), leaf, nn.Parameter(torch.zeros_like(parameter)))
+    with pytest.raises(OutputsError, match=name):
+        outputs[8]
+
+
 def test_a_failed_computation_fails_again() -> None:
     tries = []
 

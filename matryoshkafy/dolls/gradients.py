@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Target
 from torch.utils import _pytree as pytree
 
+from matryoshkafy.dolls.backward import Step, functions, repacked, steps, structure
 from matryoshkafy.dolls.later_calls import made
 from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.errors import first_line
@@ -50,8 +50,8 @@ from matryoshkafy.graph.training_mode import (
 FLOOR = 1e-3
 # What torch.utils.checkpoint calls its autograd Function with use_reentrant=True.
 REENTRANT = "CheckpointFunction"
-REGISTER_HOOK = cast("object", Tensor.register_hook)  # pyright: ignore[reportUnknownMemberType]
-Step = torch.autograd.graph.Node
+# Whoever asks for a step of the backward may hook it, and no step tells its hooks.
+HOOKS = frozenset({cast("Any", Tensor).register_hook, cast("Any", Tensor.grad_fn).__get__})
 
 
 @dataclass(frozen=True)
@@ -89,34 +89,14 @@ class Behaviour:
             )
         return {n: g for n, g in zip(self.wanted, found, strict=True) if g is not None}
 
-    def functions(self) -> list[str]:
-        """Return the names of the autograd Functions of the user's own."""
-        own = torch.autograd.function.BackwardCFunction
-        names = [type(n).__name__ for n in self._nodes() if isinstance(n, own)]
-        return list(dict.fromkeys(name.removesuffix("Backward") for name in names))
+    @cached_property
+    def steps(self) -> set[Step]:
+        """Return the steps of the backward."""
+        return steps(self.smooth)
 
-    def structure(self) -> Counter[tuple[str, tuple[str, ...]]]:
-        """Return how often each op of the backward follows which others, leaves by name."""
-        # Reversed: a tied tensor goes by its first name in graph and model.
-        names = {id(t): name for name, t in reversed(self.wanted.items())}
-
-        def word(node: Step | None) -> str:
-            leaf = getattr(node, "variable", None)
-            return names.get(id(leaf), "") if leaf is not None else node.name() if node else ""
-
-        return Counter(
-            (word(n), tuple(word(parent) for parent, _ in n.next_functions)) for n in self._nodes()
-        )
-
-    def _nodes(self) -> set[Step]:
-        queue: list[Step | None] = [v.grad_fn for v in self.smooth]
-        seen: set[Step] = set()
-        while queue:
-            node = queue.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                queue.extend(parent for parent, _ in node.next_functions)
-        return seen
+    def same_ops(self, other: Behaviour) -> bool:
+        """Tell whether the backward of both has the same ops in the same places."""
+        return structure(self.steps, self.wanted) == structure(other.steps, other.wanted)
 
 
 @dataclass(frozen=True)
@@ -300,8 +280,9 @@ def _other_state(found: Behaviour, expected: Behaviour) -> str:
 
 
 def _other_gradient(found: Behaviour, expected: Behaviour, tolerance: float) -> str:
-    own = expected.functions()
-    if not own and not expected.hooked and found.structure() == expected.structure():
+    own = functions(expected.steps)
+    hooked = own or expected.hooked or repacked(expected.steps)
+    if not hooked and found.same_ops(expected):
         return ""  # the same ops of torch's in the same places: nothing is left to compute
     if REENTRANT in own:
         return "the gradients of a reentrant checkpoint cannot be traced (use_reentrant=False can)"
@@ -331,14 +312,14 @@ class _NoDropout(FunctionMode):
     hook on a value is noted.
     """
 
-    WATCHED = frozenset((REGISTER_HOOK, SDPA, F.multi_head_attention_forward, *DROPOUTS))
+    WATCHED = HOOKS | {SDPA, F.multi_head_attention_forward, *DROPOUTS}
     hooked = dropped = False
 
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         kwargs = dict(kwargs)
-        self.hooked |= func is REGISTER_HOOK
+        self.hooked |= func in HOOKS
         if func in DROPOUTS:
             given = named_arguments(func, args, kwargs)
             self.dropped |= bool(given["training"] and given["p"])
