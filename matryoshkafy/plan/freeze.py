@@ -116,8 +116,8 @@ def _remarks(
 
 
 def _summed(found: Findings, dim_of: Callable[[Term], Dim]) -> dict[str, tuple[Dim, ...]]:
-    """Return the dims that products and sums are taken over."""
-    sums = {n: t for n, t in found.mixed.items() if op_of(n).statistic == "sum"}
+    """Return the dims that products, sums, means and distances are taken over."""
+    sums = {n: t for n, t in found.mixed.items() if op_of(n).totals}
     return {n.name: tuple(map(dim_of, t)) for n, t in (sums | found.contracted).items()}
 
 

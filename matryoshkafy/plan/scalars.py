@@ -242,14 +242,14 @@ def _factors(dim: Dim) -> Iterator[Candidate]:
 
 
 def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the width that a product or a sum was taken over, before the constant."""
-    for value in node.all_input_nodes:
-        row = op_of(value)
-        powers = POWERS if row.statistic == "sum" else ROOTS if row.product else ()
+    """Yield the width that a product or a total was taken over, before the constant."""
+    before = list(_before(node))
+    for value in before:
+        powers = POWERS if op_of(value).totals else ROOTS if value in node.all_input_nodes else ()
         factor = next(map(_alone, search.summed.get(value.name, ())[-1:]), None)
-        if factor is not None:
+        if factor is not None and (op_of(value).totals or op_of(value).product):
             yield factor, factor.size, powers
-    for value in _products_before(node):
+    for value in filter(_of_activations, before):
         for dim in search.summed.get(value.name, ()):
             yield from _factors(dim)
             factor = _alone(dim)
@@ -258,8 +258,10 @@ def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
 
 
 def _counted_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield what the products before an integer were summed over: a mean of them divides by it."""
-    for value in _products_before(node):
+    """Yield what the products before an integer were summed over: a mean of them divides by it, as
+    does the head of muP.
+    """
+    for value in _before(node):
         for factor in filter(None, map(_alone, search.summed.get(value.name, ()))):
             yield factor, factor.size, (1.0,)
 
@@ -268,15 +270,19 @@ def _alone(dim: Dim) -> dims.Nested | None:
     return dim[0] if len(dim) == 1 and isinstance(dim[0], dims.Nested) else None
 
 
-def _products_before(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the products of activations whose sums reach a node through masks and biases."""
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the products and totals whose sums reach a node through masks and biases."""
     near, seen = [node], set[fx.Node]()
     for _ in range(BETWEEN):
         near = [v for n in near for v in n.all_input_nodes if v not in seen]
         seen.update(near)
-        products = (v for v in near if op_of(v).product)
-        yield from (v for v in products if all(n.op != "get_attr" for n in v.all_input_nodes))
+        yield from (v for v in near if op_of(v).weights or op_of(v).product or op_of(v).totals)
         near = [v for v in near if _passes(v)]
+
+
+def _of_activations(node: fx.Node) -> bool:
+    """Tell whether a node is a product of which no operand is a weight."""
+    return op_of(node).product and all(n.op != "get_attr" for n in node.all_input_nodes)
 
 
 def _passes(node: fx.Node) -> bool:

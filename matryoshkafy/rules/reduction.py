@@ -135,13 +135,13 @@ def _each(node: fx.Node, terms: Terms) -> Result:
 @rule("linalg_vector_norm", "norm", statistic="norm")
 @rule("prod", clamps=True)
 @rule("logsumexp", clamps=True, shares=True)
+@rule("nansum", adds=True)
 @rule(
     "any",
     "all",
     "var_mean",
     "std_mean",
     "count_nonzero",
-    "nansum",
     "nanmean",
     "aminmax",
 )
@@ -243,7 +243,7 @@ def glu(walk: Walk, node: fx.Node, args: Args) -> Result:
 
 
 @rule("cosine_similarity", clamps=True)
-@rule("pairwise_distance")
+@rule("pairwise_distance", adds=True)
 def pair_similarity(walk: Walk, node: fx.Node, args: Args) -> Result:
     """A statistic over one dim of two tensors."""
     names = list(args)
@@ -255,8 +255,8 @@ def pair_similarity(walk: Walk, node: fx.Node, args: Args) -> Result:
     return (*terms[:dim], *terms[dim + 1 :])
 
 
-@rule("cdist", clamps=True)
-@rule("_cdist_forward")
+@rule("cdist", clamps=True, adds=True)
+@rule("_cdist_forward", adds=True)
 def cdist(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Distances between rows: the feature axis is mixed away."""
     del node

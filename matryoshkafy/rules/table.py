@@ -162,6 +162,7 @@ class Op:
             (mean, sum, var, std, amax, amin, norm); "normalise" for a norm layer.
         nested: the operator of the library that computes the op in masked nesting (linear, product,
             conv, layer_norm, rms_norm, group_norm); "" where masked weights do.
+        adds: whether it adds up units in a way that is no `statistic` (distances).
         clamps: whether it may read the smallest size alone where it ends a width in a whole axis;
             contractions and statistics always may.
         product: whether either operand of it may be an activation (matmul).
@@ -196,6 +197,7 @@ class Op:
     sizes: str | Resizer | None = None
     statistic: str = ""
     nested: str = ""
+    adds: bool = False
     clamps: bool = False
     product: bool = False
     picks: bool = False
@@ -223,6 +225,11 @@ class Op:
         return self.clamps or bool(self.weights) or reduces
 
     @property
+    def totals(self) -> bool:
+        """Whether what it gives over some units is compared with their number."""
+        return self.adds or self.statistic in ("sum", "mean", "norm")
+
+    @property
     def training(self) -> str:
         """The argument that follows `self.training`, "" where there is none."""
         return basics_of(self.key).training
@@ -248,6 +255,7 @@ class Facts(TypedDict, total=False):
     nested: str
     training: str
     one_type: bool
+    adds: bool
     clamps: bool
     product: bool
     picks: bool
