@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -340,3 +341,34 @@ def test_a_number_beside_a_size_that_the_line_holds_stays() -> None:
     native = Sixteenth(4, "").eval()
     native.load_state_dict(mk.slice(doll, 4).state_dict())
     torch.testing.assert_close(mk.slice(doll, 4)(IDS), native(IDS))
+
+
+@custom_op("attacktest::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    """Twice x; nobody says how it is derived."""
+    return x * 2
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_gradients_through_an_op_without_a_derivative_are_not_measured(nesting: str) -> None:
+    model = Net(16, lambda net, x: twice(net.head(x))).eval()
+    doll = mk.convert(model, (IDS,), sizes=[4, 16], nesting=nesting)
+    report = mk.verify(doll, (IDS,), against=model)
+    laws = {law.number: law for law in report.laws}
+    assert report.passed and laws[8].holds is None
+    assert "twice" in laws[5].detail and "gradients were not measured" in str(report)
+    assert nesting == "masked" or "twice" in laws[8].detail
+
+
+def test_a_doll_without_the_gradients_that_its_model_has_fails() -> None:
+    model, other = Net(16, lambda net, x: net.head(x) * 2), Net(16, lambda n, x: twice(n.head(x)))
+    other.load_state_dict(model.state_dict())
+    doll = mk.convert(other, (IDS,), sizes=[4, 16], nesting="sliced")
+    report = mk.verify(doll, (IDS,), against=model)
+    laws = {law.number: law for law in report.laws}
+    assert laws[1].holds and laws[8].holds is False and "twice" in laws[8].detail
