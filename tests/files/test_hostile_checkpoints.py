@@ -325,6 +325,50 @@ def test_a_damaged_checkpoint_is_refused(sound, tmp_path, capsys, name, size):
     assert not capsys.readouterr().out
 
 
+ESCAPE = "\x1b[2J\u202e\nsize"
+
+
+def hostile_names(manifest: dict) -> None:
+    plan = manifest["plan"]
+    plan["groups"][0]["name"] = plan["unknown"][0]["op"] = plan["whole"][0]["axis"] = ESCAPE
+    plan["remarks"] = [f"specialised: {ESCAPE}"]
+    manifest["versions"] = {ESCAPE: ESCAPE}
+    manifest["signature"]["guards"]["names"] = [ESCAPE]
+
+
+def test_names_out_of_a_file_are_shown_as_escapes(tmp_path):
+    class Bessel(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.i0(super().forward(x))
+
+    model = Bessel(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    mk.save(mk.convert(model, (torch.ones(2, 3),), sizes=[4, 8]), tmp_path / "c")
+    edits(MANIFEST, hostile_names)(tmp_path / "c")
+    doll = mk.load(tmp_path / "c")
+    assert isinstance(doll, mk.Doll)
+    with pytest.warns(UserWarning) as said:
+        doll(torch.ones(2, 3))
+    with pytest.raises(MatryoshkafyError) as refused:
+        doll(torch.ones(2, 3, 1))
+    for text in (str(doll.plan), str(refused.value), *(str(w.message) for w in said)):
+        assert r"\x1b[2J" in text and r"\u202e" in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert doll.plan.groups[0].name == r"\x1b[2J\u202e\nsize"
+
+
+@pytest.mark.parametrize("name", ["positional", "inputs"])
+def test_an_input_whose_name_does_not_print_is_refused(sound, tmp_path, name):
+    def change(manifest: dict) -> None:
+        given = manifest["signature"][name]
+        given[0] = ESCAPE if name == "positional" else {**given[0], "name": ESCAPE}
+
+    shutil.copytree(sound, tmp_path / "c")
+    edits(MANIFEST, change)(tmp_path / "c")
+    with pytest.raises(MatryoshkafyError) as refused:
+        mk.load(tmp_path / "c")
+    assert str(refused.value).isprintable()
+
+
 @pytest.mark.parametrize("size", [None, 4])
 def test_a_node_that_reads_a_tensor_of_equal_shape_and_other_axes(tmp_path, size):
     layers = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
