@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from matryoshkafy.dolls.beyond import beyond
+from matryoshkafy.dolls.calls import refuse_meta
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.laws import GRADIENT_ROUNDING, Law, Question, rows
 from matryoshkafy.dolls.measure import (
@@ -29,6 +30,7 @@ from matryoshkafy.dolls.measure import (
     values_of,
 )
 from matryoshkafy.dolls.slice import parts_of, refuse_missing, slice, state_of
+from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.signature import as_inputs
 
 __all__ = ["TOLERANCE", "Law", "Report", "SizeReport", "relative_error", "verify"]
@@ -175,11 +177,13 @@ def verify(
         The report: `passed`, `laws` (a row each), `sizes`.
 
     Raises:
-        PlanError: the model is no doll and no sub-model.
+        PlanError: the model is no doll and no sub-model, or has no values (device meta).
+        TraceError: torch's default device has no values.
     """
     trace, plan = parts_of(model)
     refuse_missing(plan, state_of(model))
     doll = model if isinstance(model, Doll) else Doll(trace, plan)
+    _refuse_valueless(doll)
     signature = trace.signature
     names = {*signature.positional, *(item.name for item in signature.inputs)}
     asked = Question(doll, *as_inputs(args, kwargs, names), against)
@@ -188,6 +192,17 @@ def verify(
         if not report.passed and report.tolerance > TOLERANCE[torch.float64]:
             report = replace(report, exact=_exact(doll, asked.flat))
         return replace(report, others=tuple(rows(asked)))
+
+
+def _refuse_valueless(doll: Doll) -> None:
+    """Refuse to measure where there are no numbers."""
+    name = next((n for n, t in state_of(doll).items() if t.is_meta), "")
+    if name:
+        raise PlanError(
+            f"{name} is on the device 'meta' and has no values; expected weights to measure. Give "
+            "them memory (doll.to_empty(device=...), then load_state_dict), and verify that."
+        )
+    refuse_meta(doll, ())
 
 
 def _exact(doll: Doll, flat: list[torch.Tensor]) -> Report | None:

@@ -372,3 +372,22 @@ def test_a_doll_without_the_gradients_that_its_model_has_fails() -> None:
     report = mk.verify(doll, (IDS,), against=model)
     laws = {law.number: law for law in report.laws}
     assert laws[1].holds and laws[8].holds is False and "twice" in laws[8].detail
+
+
+@pytest.mark.parametrize("call", [mk.convert, mk.inspect, mk.verify], ids=lambda f: f.__name__)
+def test_a_default_device_without_values_is_refused_by_name(call: Callable[..., object]) -> None:
+    model = Net(16, lambda net, x: net.head(x + torch.zeros(16)))
+    doll = mk.convert(model, (IDS,), sizes=[4, 16], nesting="sliced")
+    given, more = (doll, {}) if call is mk.verify else (model, {"sizes": [4, 16]})
+    with torch.device("meta"), pytest.raises(TraceError, match=r"default device.*'cpu'.*Leave"):
+        call(given, (IDS,), **more)
+    call(given, (IDS,), **more)
+
+
+def test_a_model_without_values_is_planned_and_not_verified() -> None:
+    with torch.device("meta"):
+        model, ids = Net(16, lambda net, x: net.head(x)), torch.zeros(2, 5, dtype=torch.long)
+        doll = mk.convert(model, (ids,), sizes=[4, 16], nesting="sliced")
+    assert doll.sizes == [4, 16]
+    with pytest.raises(PlanError, match="'meta' and has no values"):
+        mk.verify(doll, (ids,))
