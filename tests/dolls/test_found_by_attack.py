@@ -391,3 +391,59 @@ def test_a_model_without_values_is_planned_and_not_verified() -> None:
     assert doll.sizes == [4, 16]
     with pytest.raises(PlanError, match="'meta' and has no values"):
         mk.verify(doll, (ids,))
+
+
+def by_data(model: Net) -> None:
+    """A tie of the memory alone."""
+    model.other.weight = nn.Parameter(model.layer.weight.data)
+
+
+def by_views(model: Net) -> None:
+    """Views of one buffer that have a row in common."""
+    rows = torch.randn(31, 16)
+    model.layer.weight, model.other.weight = nn.Parameter(rows[:16]), nn.Parameter(rows[15:])
+
+
+def by_buffer(model: Net) -> None:
+    """A buffer in the memory of a parameter."""
+    model.register_buffer("other_weight", model.layer.weight.data)
+
+
+def beside(model: Net) -> None:
+    """Views of one buffer beside each other, rows and columns."""
+    rows, columns = torch.randn(32), torch.randn(16, 32)
+    model.layer.bias, model.other.bias = nn.Parameter(rows[:16]), nn.Parameter(rows[16:])
+    model.layer.weight = nn.Parameter(columns[:, :16])
+    model.other.weight = nn.Parameter(columns[:, 16:])
+
+
+def tied(model: Net) -> None:
+    """The Parameter itself."""
+    model.other.weight = model.layer.weight
+
+
+class Two(Net):
+    """Two layers whose memory a test shares."""
+
+    def __init__(self, share: Callable[[Net], None]) -> None:
+        super().__init__(16, lambda net, x: net.head(net.other(x)))
+        self.other = nn.Linear(16, 16)
+        share(self)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("share", [by_data, by_views, by_buffer])
+def test_tensors_in_one_memory_are_refused_by_both_names(
+    share: Callable[[Net], None], device: str
+) -> None:
+    with torch.device(device):
+        model, ids = Two(share), torch.zeros(2, 5, dtype=torch.long)
+        with pytest.raises(TraceError, match=r"'other.weight' is in .*'layer.weight'.*clone\(\)"):
+            mk.convert(model, (ids,), sizes=[4, 16], nesting="sliced")
+
+
+@pytest.mark.parametrize("share", [beside, tied])
+def test_tensors_beside_each_other_or_tied_convert(share: Callable[[Net], None]) -> None:
+    model = Two(share).eval()
+    small = mk.slice(mk.convert(model, (IDS,), sizes=[4, 16], nesting="sliced"), 16)
+    torch.testing.assert_close(small(IDS), model(IDS))
