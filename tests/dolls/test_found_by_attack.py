@@ -447,3 +447,37 @@ def test_tensors_beside_each_other_or_tied_convert(share: Callable[[Net], None])
     model = Two(share).eval()
     small = mk.slice(mk.convert(model, (IDS,), sizes=[4, 16], nesting="sliced"), 16)
     torch.testing.assert_close(small(IDS), model(IDS))
+
+
+class Joint(nn.Module):
+    """A norm over length and width together, in one dim."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 8] -> [N, T, 4]"""
+        hidden = self.second(torch.relu(self.first(x)))
+        turned = hidden.mT if self.how == "turned" else hidden
+        flat = turned.flatten(1)
+        flat = F.layer_norm(flat, flat.shape[1:]) if self.how == "norm" else F.normalize(flat)
+        made = flat.view_as(turned)
+        return self.last(made.mT if self.how == "turned" else made)
+
+
+@pytest.mark.parametrize("how", ["norm", "length", "turned"])
+def test_levels_over_a_length_fix_it_by_name(how: str, tmp_path: Path) -> None:
+    model, x = Joint(how).eval(), torch.randn(3, 5, 8)
+    doll = mk.convert(model, (x,), sizes=[4, 16], nesting="masked")
+    mk.save(doll, tmp_path / "c")
+    for found in (doll, mk.load(tmp_path / "c"), mk.load(tmp_path / "c", size=4)):
+        for length in (1, 4, 10):
+            with pytest.raises(GuardError, match=rf"'x' has size {length} in dimension 1.*== 5"):
+                found(x[:, :1].expand(3, length, 8))
+        assert found(x[:1]).shape == (1, 5, 4)
+    assert "x.shape[1] == 5" in str(doll.plan) and mk.verify(doll, (x,)).passed
+    free = mk.convert(model, (x,), sizes=[4, 16], nesting="sliced")
+    torch.testing.assert_close(free(x[:, :3]), model(x[:, :3]))
