@@ -24,8 +24,10 @@ def beyond(written: Written, noisy: Doll, level: int, flat: Sequence[Any]) -> fl
 
     Returns:
         The largest gradient of an entry that the size does not keep, or the largest change, under
-        the noise, of the gradient of one that it keeps; relative to the largest gradient. 0 where
-        an op has no derivative: there is nothing to learn from.
+        the noise, of the gradient of one that it keeps; relative to the largest gradient.
+
+    Raises:
+        GradientsError: the backward fails.
     """
     kept = {name: keep for name, _, keep in cut_tensors(written.doll, written.plan, level)}
     graph = written.at(level)
@@ -46,15 +48,7 @@ def _gradients(
     state = state_of(doll)
     weights = {n: state[n] for n in names if state[n].requires_grad}
     with torch.enable_grad():
-        out = run(graph, root_of(doll), list(flat))
-        try:
-            found = gradients_of(out, weights)
-        except NotImplementedError:
-            return {}
-        except RuntimeError as error:
-            if "derivative for" in str(error) and "is not implemented" in str(error):
-                return {}
-            raise
+        found = gradients_of(run(graph, root_of(doll), list(flat)), weights)
     return {n: found.get(n, torch.zeros_like(t)) for n, t in weights.items()} if found else {}
 
 

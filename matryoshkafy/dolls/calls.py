@@ -40,7 +40,8 @@ def call_of(
         method: which of the model's methods is its forward.
 
     Raises:
-        TraceError: the model is no module, or has no such method.
+        TraceError: the model is no module, or has no such method; or it has values, and torch's
+            default device has none.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(
@@ -50,9 +51,33 @@ def call_of(
     if method != "forward":
         model = Method(model, method)
     if args is None and kwargs is None:
-        return Call(model, *made_inputs(model))
-    names = inspect.signature(model.forward).parameters
-    return Call(model, *as_inputs(args, kwargs, names))
+        call = Call(model, *made_inputs(model))
+    else:
+        names = inspect.signature(model.forward).parameters
+        call = Call(model, *as_inputs(args, kwargs, names))
+    refuse_meta(model, (call.args, call.kwargs))
+    return call
+
+
+def refuse_meta(model: nn.Module, inputs: object) -> None:
+    """Refuse a default device of no values around a model, or inputs, that have some.
+
+    What a forward makes there (zeros, a range) is on another device than its weights.
+
+    Raises:
+        TraceError: says where the model is, and what to do.
+    """
+    if torch.get_default_device().type != "meta":
+        return
+    leaves = (*model.parameters(), *model.buffers(), *pytree.tree_leaves(inputs))
+    real = next((t for t in leaves if isinstance(t, Tensor) and not t.is_meta), None)
+    if real is not None:
+        raise TraceError(
+            "torch's default device is 'meta', whose tensors have no values, while model or inputs "
+            f"are on {str(real.device)!r}; expected one device for all. Leave `with "
+            'torch.device("meta"):` (or set_default_device) before this call; model and inputs '
+            "that are both on meta are taken inside of it, too."
+        )
 
 
 class Method(nn.Module):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from matryoshkafy.axes.dims import is_nested
+from matryoshkafy.axes.dims import Dim, is_nested
 from matryoshkafy.dolls.calls import Call
 from matryoshkafy.dolls.cuts import CutState
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
@@ -29,9 +29,13 @@ from matryoshkafy.dolls.measure import (
 from matryoshkafy.dolls.obeys import Checker, check_sizes
 from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
+from matryoshkafy.graph.copies import forked
 from matryoshkafy.graph.nodes import op_key, tensor_info
-from matryoshkafy.graph.quiet import silent
+from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.graph.trials import classes, other_sizes, resized
+from matryoshkafy.kernels.levels import RunsError
+from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import Graphs, full_graph
 from matryoshkafy.rules import op_of
 
@@ -90,6 +94,60 @@ def refuse_broken(doll: Doll, call: Call, graphs: Graphs) -> None:
                 raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {REMEDY}")
         if why:
             raise PlanError(f"the pass over all sizes fails on the example: {why}. {REMEDY}")
+
+
+def with_levels(found: Trace, plan: Plan, call: Call) -> tuple[Trace, Plan]:
+    """Return trace and plan after trials of masked nesting at other sizes of the inputs.
+
+    Where a width stands in one dim with a size of an input (x.flatten(1), then a norm), the levels
+    of that dim are those of the example: the size is fixed, and a remark says so.
+    """
+    flat = found.signature.flatten(call.args, dict(call.kwargs))
+    guards, node = found.signature.guards, _beside_a_size(found, plan)
+    if node is None or any(t.is_meta for t in (*found.state().values(), *flat)):
+        return found, plan
+    shapes, graph = [tuple(t.shape) for t in flat], full_graph(found, plan)
+    others = [next(other_sizes(guards, shapes, g), {}) for g in classes(guards)]
+    with silent(), modes_kept(found.root), torch.no_grad(), forked():
+        found.root.training = False
+        # One pass at other sizes of all inputs mostly settles it.
+        every = {size: n for sizes in others for size, n in sizes.items()}
+        tried = () if _has_levels(graph, found.root, resized(flat, every)) else others
+        lacking = [s for s in tried if not _has_levels(graph, found.root, resized(flat, s))]
+    if not lacking:
+        return found, plan
+    source = str(node.meta.get("source") or "masked nesting")
+    fixed = {s: shapes[s.leaf][s.dim] for sizes in lacking for s in sizes}
+    held = guards.with_fixed(fixed, source)
+    new = (held.text(g) for g in held.conditions if g.fixes and g.sizes[0] in fixed)
+    notes = tuple(f"other sizes are refused: {text}, by {source}" for text in new)
+    signature = replace(found.signature, guards=held)
+    return replace(found, signature=signature), replace(plan, remarks=(*plan.remarks, *notes))
+
+
+def _beside_a_size(found: Trace, plan: Plan) -> fx.Node | None:
+    """Return the first node whose levels lie in one dim with what may be a size of an input."""
+    graph, free = found.graph, found.signature.guards.free
+    holes = [tensor_info(n).shape for n in graph.find_nodes(op="placeholder")]
+    sizes = [n for n in (holes[s.leaf][s.dim] for s in free) if n > 1]
+    levelled = (n for n in graph.nodes if n.name in plan.actions and plan.masked)
+    every = ((n, d) for n in levelled for a in n.all_input_nodes for d in plan.dims(a.name))
+    return next((n for n, dim in every if is_nested(dim) and _holds(dim, sizes)), None)
+
+
+def _holds(dim: Dim, sizes: Sequence[int]) -> bool:
+    whole = [f for f in dim if isinstance(f, int)]
+    return any(factor % size == 0 for factor in whole for size in sizes)
+
+
+def _has_levels(graph: fx.Graph, root: nn.Module, flat: Sequence[torch.Tensor]) -> bool:
+    try:
+        run(graph, root, flat)
+    except RunsError:
+        return False
+    except Failed:  # it is no matter of levels
+        return True
+    return True
 
 
 def _together(example: Example) -> tuple[list[object], str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
-from matryoshkafy.dolls.check import refuse_broken
+from matryoshkafy.dolls.check import refuse_broken, with_levels
 from matryoshkafy.dolls.doll import Doll, trace_of, unsaid
 from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.obeys import check_sizes
@@ -217,6 +217,8 @@ def convert(  # noqa: PLR0913  the public signature
     with uncollected():
         found = _traced(call, check=check)
         plan = asked.plan(found) if plan is None else _fit(plan, found)
+        if check:
+            found, plan = with_levels(found, plan, call)
         doll = Doll(found, plan, plain_attributes(model))
         if check:
             _refuse_specialised(doll, call)

@@ -35,6 +35,8 @@ class Doll(nn.Module):
     parameters under their own names, so optimizers and checkpoints of the user's keep working.
     `sizes` (ascending), `plan`, `device` and `dtype` are attributes, and so is what the user's
     model said of itself (`config`), where it was just converted. Made by `convert` and `load`.
+    Its submodules hold tensors and compute nothing: a hook on one of them never runs, one on the
+    doll runs with its call, and the linears of a slice are `nn.Linear` again.
 
     Args:
         trace: the graph, and the tensors that it reads.

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
-from matryoshkafy.dolls.measure import Written, gradients_of, relative_error, run, tolerance_of
+from matryoshkafy.dolls.measure import (
+    GradientsError,
+    Written,
+    gradients_of,
+    relative_error,
+    run,
+    tolerance_of,
+)
 from matryoshkafy.dolls.obeys import check_sizes
 from matryoshkafy.dolls.pickling import reduced
 from matryoshkafy.dolls.slice import parts_of, state_of
@@ -153,7 +160,14 @@ def _gradients(asked: Question) -> Law:
     if asked.original is None or asked.doll.plan.masked:
         why = "give against=model" if asked.original is None else "masked: another function"
         return Law(8, name, None, detail=why)
-    ours, theirs = (_gradients_of(m, asked) for m in (asked.doll, asked.original))
+    try:
+        theirs = _gradients_of(asked.original, asked)
+    except GradientsError as error:
+        return Law(8, name, None, detail=f"the model itself has none: {error}")
+    try:
+        ours = _gradients_of(asked.doll, asked)
+    except GradientsError as error:
+        return Law(8, name, False, float("inf"), f"the doll has none: {error}")
     scale = max((g.abs().max().item() for g in theirs.values()), default=0.0)
     errors = {
         n: ((ours[n] if n in ours else torch.zeros_like(g)) - g).abs().max().item()

@@ -19,13 +19,25 @@ from matryoshkafy.dolls.cuts import CutState, take
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.slice import slice as slice_at
 from matryoshkafy.dolls.slice import state_of
-from matryoshkafy.errors import PlanError
+from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
 from matryoshkafy.graph.copies import forked, seed_torch
 from matryoshkafy.graph.nodes import reached, sources_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import full_graph, outputs_graph
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+# How torch says that an op has no derivative: one of its own, and one of a library of the user's.
+UNDERIVED = ("is not implemented", "no autograd formula was registered")
+
+
+class GradientsError(MatryoshkafyError):
+    """A backward fails; `absent` where an op of it has no derivative, and no model could have."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(first_line(error) or type(error).__name__)
+        self.absent = any(words in str(error) for words in UNDERIVED)
 
 
 def tolerance_of(doll: nn.Module) -> float:
@@ -161,17 +173,24 @@ def run(
 
 
 def gradients_of(out: object, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the gradients of a fixed random sum of outputs, by name; none where none reaches."""
+    """Return the gradients of a fixed random sum of outputs, by name; none where none reaches.
+
+    Raises:
+        GradientsError: the backward fails.
+    """
     leaves = (leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor))
     smooth = [leaf for leaf in leaves if leaf.requires_grad]
     if not smooth or not weights:
         return {}
     draw = torch.Generator().manual_seed(1)
     loss = torch.stack([_projected(leaf, draw) for leaf in smooth]).sum()
-    found = cast(
-        "tuple[torch.Tensor | None, ...]",
-        torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
-    )
+    try:
+        found = cast(
+            "tuple[torch.Tensor | None, ...]",
+            torch.autograd.grad(loss, list(weights.values()), allow_unused=True),
+        )
+    except Exception as error:  # a user's backward may raise anything
+        raise GradientsError(error) from error
     return {n: g.to_dense() for n, g in zip(weights, found, strict=True) if g is not None}
 
 

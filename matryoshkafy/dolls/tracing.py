@@ -37,6 +37,7 @@ from matryoshkafy.graph.copies import (
 )
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
 from matryoshkafy.graph.signature import as_tensor
+from matryoshkafy.graph.storage import refuse_shared
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
 from matryoshkafy.graph.trials import from_one, settled, tied, trials_of
@@ -62,6 +63,7 @@ def traced(
     they differ are fixed. Their gradients are compared, and their training modes: where these
     differ, the doll is for inference only, and says so. Raises `TraceError`.
     """
+    refuse_shared(model)
     with silent():
         first = _first(model, args, dict(kwargs or {}))
     found = trace(model, args, kwargs)

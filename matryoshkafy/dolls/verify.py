@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from matryoshkafy.dolls.beyond import beyond
+from matryoshkafy.dolls.calls import refuse_meta
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.dolls.laws import GRADIENT_ROUNDING, Law, Question, rows
 from matryoshkafy.dolls.measure import (
     TOLERANCE,
+    GradientsError,
     Written,
     disturb,
     doubled,
@@ -28,6 +30,7 @@ from matryoshkafy.dolls.measure import (
     values_of,
 )
 from matryoshkafy.dolls.slice import parts_of, refuse_missing, slice, state_of
+from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.signature import as_inputs
 
 __all__ = ["TOLERANCE", "Law", "Report", "SizeReport", "relative_error", "verify"]
@@ -47,6 +50,7 @@ class SizeReport:
         trunk_nodes: how many nodes were compared.
         parameters: scalars of the sub-model.
         bytes: of its parameters and buffers.
+        underived: why its gradients could not be measured ("": they were).
     """
 
     size: int
@@ -58,6 +62,12 @@ class SizeReport:
     trunk_nodes: int
     parameters: int
     bytes: int
+    underived: str = ""
+
+    @property
+    def gradient_text(self) -> str:
+        """How far gradients move, as a table shows it."""
+        return "none" if self.underived else f"{self.gradient_error:.1e}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,8 @@ class Report:
         prefix_error = max(max(s.output_error, s.trunk_error) for s in sizes)
         beyond = max(s.beyond_error for s in sizes)
         learnt = max(s.gradient_error for s in sizes)
+        why = next((s.underived for s in sizes if s.underived), "")
+        gradients = f"not measured: {why}" if why else f"{learnt:.1e}"
         still = beyond <= allowed and learnt <= GRADIENT_ROUNDING * allowed
         resliced = all(s.resliced for s in self.sizes)
         note = " (float64)" if self.exact else ""
@@ -104,7 +116,7 @@ class Report:
                 f"{prefix_error:.1e}{note}"),
             Law(3, "a slice of a slice", resliced),
             Law(5, "nothing beyond a prefix counts", still, max(beyond, learnt),
-                f"values {beyond:.1e}, gradients {learnt:.1e}{note}{whole}"),
+                f"values {beyond:.1e}, gradients {gradients}{note}{whole}"),
         )  # fmt: skip
         return tuple(sorted((*own, *self.others), key=lambda law: law.number))
 
@@ -115,7 +127,7 @@ class Report:
         )
         rows = [
             f"{s.size:>6}  {s.output_error:9.1e}  {s.trunk_error:9.1e}  {s.beyond_error:9.1e}  "
-            f"{s.gradient_error:9.1e}  {'same' if s.resliced else 'DIFFERS':>7}  "
+            f"{s.gradient_text:>9}  {'same' if s.resliced else 'DIFFERS':>7}  "
             f"{s.parameters:>12,}  {s.bytes:>14,}"
             for s in self.sizes
         ]
@@ -133,6 +145,9 @@ class Report:
     def _remarks(self) -> Iterator[str]:
         if self.exact and self.exact.passed:
             yield "errors above the tolerance are rounding: in float64 every size agrees"
+        why = next((s.underived for s in self.sizes if s.underived), "")
+        if why:
+            yield f"gradients were not measured: {why}"
         if self.whole:
             yield f"whole in every size, for a statistic at full width: {', '.join(self.whole)}"
 
@@ -162,11 +177,13 @@ def verify(
         The report: `passed`, `laws` (a row each), `sizes`.
 
     Raises:
-        PlanError: the model is no doll and no sub-model.
+        PlanError: the model is no doll and no sub-model, or has no values (device meta).
+        TraceError: torch's default device has no values.
     """
     trace, plan = parts_of(model)
     refuse_missing(plan, state_of(model))
     doll = model if isinstance(model, Doll) else Doll(trace, plan)
+    _refuse_valueless(doll)
     signature = trace.signature
     names = {*signature.positional, *(item.name for item in signature.inputs)}
     asked = Question(doll, *as_inputs(args, kwargs, names), against)
@@ -175,6 +192,17 @@ def verify(
         if not report.passed and report.tolerance > TOLERANCE[torch.float64]:
             report = replace(report, exact=_exact(doll, asked.flat))
         return replace(report, others=tuple(rows(asked)))
+
+
+def _refuse_valueless(doll: Doll) -> None:
+    """Refuse to measure where there are no numbers."""
+    name = next((n for n, t in state_of(doll).items() if t.is_meta), "")
+    if name:
+        raise PlanError(
+            f"{name} is on the device 'meta' and has no values; expected weights to measure. Give "
+            "them memory (doll.to_empty(device=...), then load_state_dict), and verify that."
+        )
+    refuse_meta(doll, ())
 
 
 def _exact(doll: Doll, flat: list[torch.Tensor]) -> Report | None:
@@ -224,17 +252,30 @@ def _size_report(
         pairs = [(full[n], v) for n, v in values.items() if n in full]
     else:
         pairs = [(a, b) for _, a, b in prefixes(plan, level, full, values)]
+    learnt, why = _beyond(models, level, flat)
     return SizeReport(
         size=plan.sizes[level],
         output_error=relative_error(own, reference),
         trunk_error=max((relative_error(a, b) for a, b in pairs), default=0.0),
         beyond_error=relative_error(moved, own),
-        gradient_error=beyond(models.own, noisy, level, flat),
+        gradient_error=learnt,
         resliced=level + 1 == plan.levels or _resliced(models.own, level),
         trunk_nodes=len(pairs),
         parameters=sum(p.numel() for p in small.parameters()),
         bytes=sum(t.numel() * t.element_size() for t in _tensors(small)),
+        underived=why,
     )
+
+
+def _beyond(models: _Models, level: int, flat: list[torch.Tensor]) -> tuple[float, str]:
+    """Return how far gradients move, and why that could not be measured.
+
+    Nothing learns through an op without a derivative; a backward that fails otherwise is a fault.
+    """
+    try:
+        return beyond(models.own, models.noisy, level, flat), ""
+    except GradientsError as error:
+        return 0.0 if error.absent else float("inf"), str(error)
 
 
 def _resliced(written: Written, level: int) -> bool:

@@ -20,7 +20,7 @@ from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.fitting import check_call, check_reads
 from matryoshkafy.files.folders import MANIFEST
 from matryoshkafy.files.graph_json import callables, graph_from_json
-from matryoshkafy.files.json_text import Json, printable, shown
+from matryoshkafy.files.json_text import Json, escaped, is_list, printable, shown
 from matryoshkafy.files.operators import allowed, namespaces_of
 from matryoshkafy.files.records import (
     CheckpointError,
@@ -125,13 +125,20 @@ def description_from_json(saved: Json, graph: object, place: Path) -> Descriptio
     records = tuple(map(record_from_json, saved["tensors"]))
     return Description(
         kind=saved["kind"],
-        plan=Plan.from_json(json.dumps(saved["plan"])),
+        plan=Plan.from_json(json.dumps(_legible(saved["plan"]))),
         trace=_trace_of(saved, graph, records, place),
         records=records,
         training=saved.get("training") is True,
         specialised=saved.get("specialised") is True,
-        versions={k: str(v)[:80] for k, v in saved["versions"].items()},
+        versions={escaped(k): escaped(str(v)[:80]) for k, v in saved["versions"].items()},
     )
+
+
+def _legible(plan: Json) -> Json:
+    """Return a plan of a file whose names can be shown; remarks may have several lines."""
+    found = plan.get("remarks")
+    remarks = {"remarks": [printable(str(r)) for r in found]} if is_list(found) else {}
+    return {**escaped(plan), **remarks}
 
 
 def saved_tensors(model: nn.Module, trace: Trace, plan: Plan) -> dict[str, Tensor]:

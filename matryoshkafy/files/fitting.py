@@ -84,7 +84,9 @@ def check_fit(plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder
     tensors: what the files hold, on the meta device.
     """
     _check_plan(plan, folder)
+    _check_names(plan, graph, folder)
     _check_parameters(plan, tensors, folder)
+    _check_targets(plan, graph, tensors, folder)
     _check_stored(plan, folder)
     infos = {node.name: info_of(node) for node in graph.nodes}
     for name, planned in plan.nodes.items():
@@ -173,6 +175,50 @@ def pieces_of(dim: dims.Dim) -> int:
         pieces *= max(own, 1)
         inner = inner or dims.is_nested((factor,))
     return pieces
+
+
+def _check_names(plan: Plan, graph: fx.Graph, folder: Path) -> None:
+    """Refuse a plan that speaks of nodes that the graph has not."""
+    nodes = {node.name for node in graph.nodes}
+    spoken: Mapping[str, Iterable[str]] = {
+        "nodes": plan.nodes,
+        "actions": plan.actions,
+        "scalars": (scalar.node for scalar in plan.scalars),
+        "tail": plan.tail,
+        "masks": (name for node, masks in plan.masks.items() for name in (node, *masks)),
+        # With scope="output" they are of outputs, by number.
+        "notes": plan.notes if plan.nodes else (),
+    }
+    for part, names in spoken.items():
+        missing = sorted(set(names) - nodes)
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the plan has {shown(missing[0])} among its {part}, and the graph has "
+                "no such node. They belong to different models: save the model again."
+            )
+
+
+def _check_targets(
+    plan: Plan, graph: fx.Graph, tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Refuse a node that reads another tensor than the one that it was traced with."""
+    for node in graph.find_nodes(op="get_attr"):
+        name, info = str(node.target), info_of(node)
+        axes, planned = plan.parameters.get(name), plan.outputs(node.name)
+        if axes is not None and planned and planned[0] != axes:
+            raise CheckpointError(
+                f"{folder}: the graph reads {name} at {node.name}, where the plan expects a tensor "
+                "with other axes. The graph belongs to another model: save the model again."
+            )
+        # A sub-model's tensors are cut; its graph states what they were.
+        held = tuple(tensors[name].shape) if name in tensors else None
+        whole = held if axes is None else tuple(map(dims.size, axes))
+        if whole is not None and isinstance(info, TensorInfo) and not _agree(whole, info.shape):
+            raise CheckpointError(
+                f"{folder}: the graph reads {name} at {node.name} with the shape {info.shape}, but "
+                f"the file holds {held or whole}. They belong to different models: save the model "
+                "again."
+            )
 
 
 def _check_parameters(plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -94,6 +94,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def escaped(value: object) -> Any:
+    """Return JSON whose texts, keys among them, are printable and of one line each.
+
+    What a file calls a group or a line of code is shown in tables, warnings and errors, whoever
+    prints them.
+    """
+    if isinstance(value, str):
+        return printable(value).replace("\n", "\\n")
+    if is_list(value):
+        return [escaped(item) for item in value]
+    if is_object(value):
+        return {escaped(key): escaped(item) for key, item in value.items()}
+    return value
+
+
 def shown(value: object) -> str:
     """Return a value for an error message, cut to one short line."""
     text = SHORT.repr(value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
+from matryoshkafy.files.json_text import JsonError, escaped, is_list, is_object, shown
 from matryoshkafy.files.tree_json import spec_from_json, spec_to_json
 from matryoshkafy.files.values_json import MAX_TEXT, Values
 from matryoshkafy.graph.guards import Guards
@@ -36,7 +36,7 @@ def signature_from_json(saved: object) -> Signature:
         raise JsonError(f"{PLACE} has no list of argument names; the file is damaged.")
     inputs = tuple(_input_from_json(item) for item in saved["inputs"])
     # Files of format 1 that were written before there were guards say nothing of them.
-    guards = Guards.from_dict(saved["guards"]) if "guards" in saved else Guards()
+    guards = Guards.from_dict(escaped(saved["guards"])) if "guards" in saved else Guards()
     filled = tuple(map(_filled_from_json, saved.get("filled", [])))
     return Signature(tuple(positional), inputs, spec_from_json(saved.get("output")), guards, filled)
 
@@ -99,4 +99,5 @@ def _bounds(saved: object, values: Values) -> tuple[float, float] | None:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT
+    # Errors of a call show the names of its inputs.
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()

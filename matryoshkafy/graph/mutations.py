@@ -10,6 +10,7 @@ decides dropout and batch norm for evaluation mode, and leaves `aten.copy`, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -18,7 +19,9 @@ from torch import fx
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.nodes import (
+    Argument,
     SchemaArgument,
+    TensorInfo,
     bound_args,
     is_item,
     is_tensor,
@@ -51,6 +54,12 @@ def make_functional(graph: fx.Graph) -> list[str]:
     """
     remarks: list[str] = []
     for node in [n for n in graph.nodes if writes(n)]:
+        if op_key(node) in RESIZING:
+            raise TraceError(
+                f"{op_key(node)} at {source_of(node)} gives a tensor another size in place, and "
+                "what stands in it then is not known. Make a tensor of that size instead "
+                "(torch.zeros_like(y), y.clone())."
+            )
         target = _written(node)
         if op_key(node) in TURNING:  # the memory stays as it is, under another shape
             _turn(graph, node, target)
@@ -128,6 +137,7 @@ def _replace(graph: fx.Graph, node: fx.Node, target: fx.Node, owner: fx.Node) ->
     _publish(graph, target, value, later)
 
 
+RESIZING = {"resize_", "resize_as_", "resize_as_sparse_"}
 TURNING = {"detach_", "squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 
 
@@ -160,6 +170,8 @@ def _pure(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     key, args, kwargs = op_key(node), node.args, dict(node.kwargs)
     if key == "copy_":
         return _copy(graph, target, cast("fx.Node", args[1]))
+    if key == "embedding_renorm_":
+        return _renormed(graph, target, *args[1:])
     if key in DRAWS and getattr(node.target, "_overloadname", "") != "Tensor":
         # What was there before matters for its shape alone.
         shape = graph.call_function(aten.detach.default, (target,))
@@ -182,6 +194,36 @@ def _copy(graph: fx.Graph, target: fx.Node, source: fx.Node) -> fx.Node:
     if have.shape != want.shape:
         return graph.call_function(aten.expand_as.default, (source, target))
     return graph.call_function(aten.alias.default, (source,))
+
+
+def _renormed(graph: fx.Graph, table: fx.Node, *given: Argument) -> fx.Node:
+    """Return a table whose rows that are looked up are scaled down to the largest norm.
+
+    In plain ops, which every size computes of its own columns; torch's own writes where the
+    indices say without asking whether there is such a row.
+    """
+    ids, most, order = given
+    info = tensor_info(table)
+    shape = (info.shape[0], 1)
+
+    def made(op: Target, *args: Argument, dtype: torch.dtype = info.dtype) -> fx.Node:
+        node = call(graph, op, *args)
+        set_info(node, TensorInfo(shape, dtype))
+        return node
+
+    norms = made(aten.linalg_vector_norm.default, table, order, [1], True)
+    flat = call(graph, aten.reshape.default, ids, [-1])
+    count = math.prod(tensor_info(cast("fx.Node", ids)).shape)
+    set_info(flat, TensorInfo((count,), tensor_info(cast("fx.Node", ids)).dtype))
+    none = made(aten.new_zeros.default, table, list(shape))
+    seen = made(aten.index_fill.int_Scalar, none, 0, flat, 1.0)
+    seen = made(aten.gt.Scalar, seen, 0.0, dtype=torch.bool)
+    longer = made(aten.gt.Scalar, norms, most, dtype=torch.bool)
+    chosen = made(aten.logical_and.default, seen, longer, dtype=torch.bool)
+    shrunk = made(aten.reciprocal.default, made(aten.add.Tensor, norms, 1e-7))
+    shrunk = made(aten.mul.Tensor, shrunk, most)
+    scale = made(aten.where.self, chosen, shrunk, made(aten.ones_like.default, norms))
+    return call(graph, aten.mul.Tensor, table, scale)
 
 
 def _without_writing(target: object) -> Target | None:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 
 import torch
 from torch import fx, nn
 
+from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.nodes import bound_args, is_item, is_op, is_tensor, op_key, schema_of
 from matryoshkafy.graph.writing_back import PIECES
 
@@ -78,3 +80,67 @@ def _place(tensor: torch.Tensor) -> object:
         return id(tensor)
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def refuse_shared(model: nn.Module) -> None:
+    """Refuse two parameters, or a parameter and a buffer, that are parts of the same memory.
+
+    A graph knows tensors by their names: a slice or a file would have two of what is one.
+
+    Raises:
+        TraceError: names both, and how to tie them.
+    """
+    parameters = {id(p): name for name, p in model.named_parameters()}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    placed: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in tensors:
+        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided:
+            placed.setdefault(tensor.untyped_storage()._cdata, []).append((name, tensor))
+    for held in placed.values():
+        for (name, one), (other, two) in combinations(held, 2):
+            if id(one) in parameters and one is not two and overlap(one, two):
+                raise TraceError(_shared(name, other, tied=id(two) in parameters))
+
+
+def _shared(name: str, other: str, *, tied: bool) -> str:
+    kind = "Parameter" if tied else "buffer"
+    remedy = (
+        "Tie the Parameter itself (b.weight = a.weight, not nn.Parameter(a.weight.data)), or give "
+        "each memory of its own (.clone())."
+        if tied
+        else "Read the Parameter itself where the buffer is read, or register a clone() of it."
+    )
+    return (
+        f"the {kind} {other!r} is in the memory of the Parameter {name!r}, and is another object: "
+        "a slice and a file would hold two tensors that no longer follow each other. Expected "
+        f"tensors that are one, or that share nothing. {remedy}"
+    )
+
+
+def overlap(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Tell whether two strided tensors of one storage have an element in common.
+
+    Views of one buffer beside each other, such as the weights of a recurrent layer, have none.
+    """
+    (start, end), (begin, stop) = _extent(one), _extent(two)
+    if end <= begin or stop <= start:
+        return False
+    if one.element_size() != two.element_size():
+        return True
+    # Columns of one table lie between each other: their elements decide.
+    taken = torch.zeros(max(end, stop) // one.element_size(), dtype=torch.bool, device="cpu")
+    _elements(taken, one).fill_(True)
+    return bool(_elements(taken, two).any())
+
+
+def _elements(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of the storage from a tensor's first element to after its last."""
+    start, size = tensor.storage_offset(), tensor.element_size()
+    if not tensor.numel():
+        return start * size, start * size
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start * size, (start + last + 1) * size

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -340,3 +341,143 @@ def test_a_number_beside_a_size_that_the_line_holds_stays() -> None:
     native = Sixteenth(4, "").eval()
     native.load_state_dict(mk.slice(doll, 4).state_dict())
     torch.testing.assert_close(mk.slice(doll, 4)(IDS), native(IDS))
+
+
+@custom_op("attacktest::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    """Twice x; nobody says how it is derived."""
+    return x * 2
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_gradients_through_an_op_without_a_derivative_are_not_measured(nesting: str) -> None:
+    model = Net(16, lambda net, x: twice(net.head(x))).eval()
+    doll = mk.convert(model, (IDS,), sizes=[4, 16], nesting=nesting)
+    report = mk.verify(doll, (IDS,), against=model)
+    laws = {law.number: law for law in report.laws}
+    assert report.passed and laws[8].holds is None
+    assert "twice" in laws[5].detail and "gradients were not measured" in str(report)
+    assert nesting == "masked" or "twice" in laws[8].detail
+
+
+def test_a_doll_without_the_gradients_that_its_model_has_fails() -> None:
+    model, other = Net(16, lambda net, x: net.head(x) * 2), Net(16, lambda n, x: twice(n.head(x)))
+    other.load_state_dict(model.state_dict())
+    doll = mk.convert(other, (IDS,), sizes=[4, 16], nesting="sliced")
+    report = mk.verify(doll, (IDS,), against=model)
+    laws = {law.number: law for law in report.laws}
+    assert laws[1].holds and laws[8].holds is False and "twice" in laws[8].detail
+
+
+@pytest.mark.parametrize("call", [mk.convert, mk.inspect, mk.verify], ids=lambda f: f.__name__)
+def test_a_default_device_without_values_is_refused_by_name(call: Callable[..., object]) -> None:
+    model = Net(16, lambda net, x: net.head(x + torch.zeros(16)))
+    doll = mk.convert(model, (IDS,), sizes=[4, 16], nesting="sliced")
+    given, more = (doll, {}) if call is mk.verify else (model, {"sizes": [4, 16]})
+    with torch.device("meta"), pytest.raises(TraceError, match=r"default device.*'cpu'.*Leave"):
+        call(given, (IDS,), **more)
+    call(given, (IDS,), **more)
+
+
+def test_a_model_without_values_is_planned_and_not_verified() -> None:
+    with torch.device("meta"):
+        model, ids = Net(16, lambda net, x: net.head(x)), torch.zeros(2, 5, dtype=torch.long)
+        doll = mk.convert(model, (ids,), sizes=[4, 16], nesting="sliced")
+    assert doll.sizes == [4, 16]
+    with pytest.raises(PlanError, match="'meta' and has no values"):
+        mk.verify(doll, (ids,))
+
+
+def by_data(model: Net) -> None:
+    """A tie of the memory alone."""
+    model.other.weight = nn.Parameter(model.layer.weight.data)
+
+
+def by_views(model: Net) -> None:
+    """Views of one buffer that have a row in common."""
+    rows = torch.randn(31, 16)
+    model.layer.weight, model.other.weight = nn.Parameter(rows[:16]), nn.Parameter(rows[15:])
+
+
+def by_buffer(model: Net) -> None:
+    """A buffer in the memory of a parameter."""
+    model.register_buffer("other_weight", model.layer.weight.data)
+
+
+def beside(model: Net) -> None:
+    """Views of one buffer beside each other, rows and columns."""
+    rows, columns = torch.randn(32), torch.randn(16, 32)
+    model.layer.bias, model.other.bias = nn.Parameter(rows[:16]), nn.Parameter(rows[16:])
+    model.layer.weight = nn.Parameter(columns[:, :16])
+    model.other.weight = nn.Parameter(columns[:, 16:])
+
+
+def tied(model: Net) -> None:
+    """The Parameter itself."""
+    model.other.weight = model.layer.weight
+
+
+class Two(Net):
+    """Two layers whose memory a test shares."""
+
+    def __init__(self, share: Callable[[Net], None]) -> None:
+        super().__init__(16, lambda net, x: net.head(net.other(x)))
+        self.other = nn.Linear(16, 16)
+        share(self)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("share", [by_data, by_views, by_buffer])
+def test_tensors_in_one_memory_are_refused_by_both_names(
+    share: Callable[[Net], None], device: str
+) -> None:
+    with torch.device(device):
+        model, ids = Two(share), torch.zeros(2, 5, dtype=torch.long)
+        with pytest.raises(TraceError, match=r"'other.weight' is in .*'layer.weight'.*clone\(\)"):
+            mk.convert(model, (ids,), sizes=[4, 16], nesting="sliced")
+
+
+@pytest.mark.parametrize("share", [beside, tied])
+def test_tensors_beside_each_other_or_tied_convert(share: Callable[[Net], None]) -> None:
+    model = Two(share).eval()
+    small = mk.slice(mk.convert(model, (IDS,), sizes=[4, 16], nesting="sliced"), 16)
+    torch.testing.assert_close(small(IDS), model(IDS))
+
+
+class Joint(nn.Module):
+    """A norm over length and width together, in one dim."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, T, 8] -> [N, T, 4]"""
+        hidden = self.second(torch.relu(self.first(x)))
+        turned = hidden.mT if self.how == "turned" else hidden
+        flat = turned.flatten(1)
+        flat = F.layer_norm(flat, flat.shape[1:]) if self.how == "norm" else F.normalize(flat)
+        made = flat.view_as(turned)
+        return self.last(made.mT if self.how == "turned" else made)
+
+
+@pytest.mark.parametrize("how", ["norm", "length", "turned"])
+def test_levels_over_a_length_fix_it_by_name(how: str, tmp_path: Path) -> None:
+    model, x = Joint(how).eval(), torch.randn(3, 5, 8)
+    doll = mk.convert(model, (x,), sizes=[4, 16], nesting="masked")
+    mk.save(doll, tmp_path / "c")
+    for found in (doll, mk.load(tmp_path / "c"), mk.load(tmp_path / "c", size=4)):
+        for length in (1, 4, 10):
+            with pytest.raises(GuardError, match=rf"'x' has size {length} in dimension 1.*== 5"):
+                found(x[:, :1].expand(3, length, 8))
+        assert found(x[:1]).shape == (1, 5, 4)
+    assert "x.shape[1] == 5" in str(doll.plan) and mk.verify(doll, (x,)).passed
+    free = mk.convert(model, (x,), sizes=[4, 16], nesting="sliced")
+    torch.testing.assert_close(free(x[:, :3]), model(x[:, :3]))

@@ -227,3 +227,20 @@ def test_output_scope_shortens_what_comes_out(tmp_path: Path, ids: Tensor, unit:
         torch.testing.assert_close(doll.outputs(ids)[size]["sentence_embedding"], expected)
     assert torch.equal(doll(ids)["sentence_embedding"], full)
     assert mk.verify(doll, ids).passed
+
+
+def test_hooks_run_where_the_guide_says() -> None:
+    model, ran = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), list[str]()
+    doll = mk.convert(model, torch.ones(2, 3), sizes=[4, 8], nesting="sliced")
+    small = mk.slice(doll, 4)
+    for name, part in (
+        ("part", doll.get_submodule("0")),
+        ("doll", doll),
+        ("small", small),
+        ("linear", small.get_submodule("0")),
+    ):
+        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+    doll(torch.ones(2, 3))
+    assert ran == ["doll"]
+    small(torch.ones(2, 3))
+    assert ran == ["doll", "linear", "small"]

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import matryoshkafy as mk
 from matryoshkafy.errors import MatryoshkafyError
@@ -105,6 +107,21 @@ def inflate_group(manifest: dict) -> None:
 
 def deep(text: str) -> bytes:
     return (text * 100_000).encode()
+
+
+def read_instead(name: str, other: str) -> Callable[[dict], object]:
+    """Return what lets the node that reads a tensor read another one."""
+
+    def change(graph: dict) -> None:
+        node = next(n for n in graph["nodes"] if n["op"] == "get_attr" and n["target"] == name)
+        node["target"] = other
+
+    return change
+
+
+def strange_scalar(manifest: dict) -> None:
+    scalar = {"node": "nowhere", "argument": "1", "value": 4.0, "group": 0, "units": 16}
+    manifest["plan"]["scalars"].append({**scalar, "power": 0.5})
 
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -257,6 +274,30 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         edits(GRAPH, lambda g: node_of(g, "get_attr").update(target="register_forward_hook")),
         "was not saved",
     ),
+    "tensor of another shape": (
+        edits(GRAPH, read_instead("up.weight", "down.weight")),
+        "graph reads down.weight at .*with other axes",
+    ),
+    "tensor that the plan does not know": (
+        edits(GRAPH, read_instead("norm.bias", "seen")),
+        r"graph reads seen at norm_bias with the shape \(16,\), but the file holds \(3,\)",
+    ),
+    "tensor for a number": (
+        edits(GRAPH, read_instead("scale", "up.bias")),
+        "graph reads up.bias at scale, where the plan expects a tensor with other axes",
+    ),
+    "plan of a strange node": (
+        edits(MANIFEST, lambda m: m["plan"]["nodes"].update(nowhere=[[[4]]])),
+        "the plan has 'nowhere' among its nodes",
+    ),
+    "action at a strange node": (
+        edits(MANIFEST, lambda m: m["plan"]["actions"].update(nowhere=["mask", 0])),
+        "the plan has 'nowhere' among its actions",
+    ),
+    "scalar of a strange node": (
+        edits(MANIFEST, strange_scalar),
+        "the plan has 'nowhere' among its scalars",
+    ),
     "graph without end": (edits(GRAPH, lambda g: g["nodes"].pop()), "no single output"),
     "graph of nothing": (edits(GRAPH, lambda g: g.update(nodes=[])), "0 nodes"),
     "call of a module": (
@@ -282,6 +323,60 @@ def test_a_damaged_checkpoint_is_refused(sound, tmp_path, capsys, name, size):
         mk.load(folder, size=size)
     assert "antigravity" not in set(sys.modules) - before
     assert not capsys.readouterr().out
+
+
+ESCAPE = "\x1b[2J\u202e\nsize"
+
+
+def hostile_names(manifest: dict) -> None:
+    plan = manifest["plan"]
+    plan["groups"][0]["name"] = plan["unknown"][0]["op"] = plan["whole"][0]["axis"] = ESCAPE
+    plan["remarks"] = [f"specialised: {ESCAPE}"]
+    manifest["versions"] = {ESCAPE: ESCAPE}
+    manifest["signature"]["guards"]["names"] = [ESCAPE]
+
+
+def test_names_out_of_a_file_are_shown_as_escapes(tmp_path):
+    class Bessel(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.i0(super().forward(x))
+
+    model = Bessel(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    mk.save(mk.convert(model, (torch.ones(2, 3),), sizes=[4, 8]), tmp_path / "c")
+    edits(MANIFEST, hostile_names)(tmp_path / "c")
+    doll = mk.load(tmp_path / "c")
+    assert isinstance(doll, mk.Doll)
+    with pytest.warns(UserWarning) as said:
+        doll(torch.ones(2, 3))
+    with pytest.raises(MatryoshkafyError) as refused:
+        doll(torch.ones(2, 3, 1))
+    for text in (str(doll.plan), str(refused.value), *(str(w.message) for w in said)):
+        assert r"\x1b[2J" in text and r"\u202e" in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert doll.plan.groups[0].name == r"\x1b[2J\u202e\nsize"
+
+
+@pytest.mark.parametrize("name", ["positional", "inputs"])
+def test_an_input_whose_name_does_not_print_is_refused(sound, tmp_path, name):
+    def change(manifest: dict) -> None:
+        given = manifest["signature"][name]
+        given[0] = ESCAPE if name == "positional" else {**given[0], "name": ESCAPE}
+
+    shutil.copytree(sound, tmp_path / "c")
+    edits(MANIFEST, change)(tmp_path / "c")
+    with pytest.raises(MatryoshkafyError) as refused:
+        mk.load(tmp_path / "c")
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_node_that_reads_a_tensor_of_equal_shape_and_other_axes(tmp_path, size):
+    layers = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(8, 2))
+    mk.save(mk.convert(model, (torch.ones(2, 3),), sizes=[4, 8]), tmp_path / "c")
+    edits(GRAPH, read_instead("2.weight", "4.weight"))(tmp_path / "c")
+    with pytest.raises(MatryoshkafyError, match=r"reads 4\.weight at _2_weight.*with other axes"):
+        mk.load(tmp_path / "c", size=size)
 
 
 def test_there_are_many_cases():

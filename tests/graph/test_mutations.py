@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,3 +305,54 @@ def test_a_write_into_the_models_own_is_said() -> None:
     plan = mk.inspect(model, (example(),))
     assert any("writes into its own 'calls'" in r and "test_mutations" in r for r in plan.remarks)
     assert model.calls == 0
+
+
+@pytest.mark.parametrize("how", ["resize_as_", "resize_"])
+def test_a_tensor_that_gets_another_size_in_place_is_refused(how: str) -> None:
+    class Resizing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            made = torch.zeros(1)
+            made.resize_as_(x) if how == "resize_as_" else made.resize_(x.shape)
+            return made.copy_(x)
+
+    with pytest.raises(TraceError, match=rf"{how} at .*another size in place.*zeros_like"):
+        trace(Resizing(), (torch.ones(3, 4),))
+
+
+class Renormed(nn.Module):
+    """A tied table whose rows are scaled down to a largest norm as they are looked up."""
+
+    def __init__(self, width: int = 8, order: float = 2.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(9, width, max_norm=1.0, norm_type=order)
+        self.inner = nn.Linear(width, width)
+        with torch.no_grad():
+            self.table.weight.mul_(torch.arange(9)[:, None] / 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 9]"""
+        return torch.relu(self.inner(self.table(ids))) @ self.table.weight.T
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_a_table_of_a_largest_norm_nests_and_is_saved(
+    nesting: str, order: float, tmp_path: Path
+) -> None:
+    model, ids = Renormed(order=order).eval(), torch.tensor([[1, 5, 5], [8, 0, 2]])
+    before = model.table.weight.detach().clone()
+    doll = mk.convert(model, (ids,), sizes=[4, 8], nesting=nesting)
+    assert torch.equal(model.table.weight, before) and mk.verify(doll, (ids,)).passed
+    mk.save(doll, tmp_path / "c")
+    for given in (ids, ids[:1], torch.tensor([[3, 8]])):
+        small = mk.load(tmp_path / "c", size=4)(given)
+        torch.testing.assert_close(small, doll.outputs(given)[4])
+        if nesting == "sliced":
+            native = Renormed(4, order).eval()
+            native.load_state_dict(mk.slice(doll, 4).state_dict())
+            torch.testing.assert_close(native(given), small)  # and writes into itself
+    with pytest.raises(TraceError, match="writes into 'table.weight'"):
+        doll.train()
+    if nesting == "sliced":
+        torch.testing.assert_close(doll(ids), model(ids))
