@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.capture import Captured, Example, capture
+from matryoshkafy.graph.capture import Captured, capture
 from matryoshkafy.graph.guards import Guards, Size, kind_of
 from matryoshkafy.graph.nodes import (
     Argument,
@@ -31,6 +31,7 @@ from matryoshkafy.graph.nodes import (
     writes,
 )
 from matryoshkafy.graph.normalise import clean
+from matryoshkafy.graph.opened import Example
 from matryoshkafy.graph.signature import (
     Signature,
     as_tensor,
