@@ -59,20 +59,20 @@ class Captured:
         return frozenset(g.sizes[0] for g in self.guards if g.fixes) & frozenset(self.asked)
 
 
-def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Captured:
+def capture(model: nn.Module, given: Example, *, larger: bool = True) -> Captured:
     """Export with dynamic batch and length, else dynamic batch, else with the example's sizes.
 
     A forward that branches on the values of tensors is recorded along the path of the example.
     Each attempt has a spare of the model to itself, since a trace that fails half way may leave
     traced values in it. Raises `TraceError` that names the user's line.
     """
-    call = _apart(model, Example(args, kwargs))
+    call = _apart(model, given)
     with silent(), uncollected():
         errors: list[BaseException] = []
-        larger = _enlarged(model, call)
+        wide = _enlarged(model, call) if larger else call
         for dims, note in ATTEMPTS:
             try:
-                return _taking(model, call, larger if dims else call, (dims, note))
+                return _taking(model, call, wide if dims else call, (dims, note))
             except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
                 errors.append(error)
             if _depends_on_values(errors[-1]) or isinstance(errors[-1], Transformed):
