@@ -31,6 +31,7 @@ from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
 from matryoshkafy.graph.copies import forked
 from matryoshkafy.graph.nodes import op_key, tensor_info
+from matryoshkafy.graph.normalise import rank_by_call
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.graph.trials import classes, other_sizes, resized
@@ -91,9 +92,20 @@ def refuse_broken(doll: Doll, call: Call, graphs: Graphs) -> None:
         for level in reversed(range(doll.plan.levels)):
             failure = _failure(example, level, together)
             if failure:
-                raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {REMEDY}")
+                raise PlanError(f"size {doll.plan.sizes[level]} {failure}. {_remedy(doll)}")
         if why:
-            raise PlanError(f"the pass over all sizes fails on the example: {why}. {REMEDY}")
+            raise PlanError(f"the pass over all sizes fails on the example: {why}. {_remedy(doll)}")
+
+
+def _remedy(doll: Doll) -> str:
+    node = rank_by_call(trace_of(doll).graph)
+    if node is None:
+        return REMEDY
+    return (
+        f"squeeze() at {node.meta.get('source') or node.name} drops every dim of one unit, of an "
+        "example of one row its batch, too, and one pass finds its sizes by their dim: squeeze "
+        f"only dims of one unit in every call, or give an example of two rows. {REMEDY}"
+    )
 
 
 def with_levels(found: Trace, plan: Plan, call: Call) -> tuple[Trace, Plan]:

@@ -35,6 +35,7 @@ from matryoshkafy.graph.copies import (
     seed_torch,
     spare,
 )
+from matryoshkafy.graph.opened import Example
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
 from matryoshkafy.graph.signature import as_tensor
 from matryoshkafy.graph.storage import refuse_shared
@@ -64,9 +65,29 @@ def traced(
     differ, the doll is for inference only, and says so. Raises `TraceError`.
     """
     refuse_shared(model)
+    try:
+        return _traced(model, args, kwargs, (check, True))
+    except OtherValues:
+        if not any(1 in t.shape for t in Example(tuple(args), dict(kwargs or {})).tensors()):
+            raise
+    # What one row alone goes through (if len(x) == 1) no trace of two rows sees.
+    return _traced(model, args, kwargs, (check, False))
+
+
+class OtherValues(TraceError):
+    """A graph that computes something else than its model on the example."""
+
+
+def _traced(
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object] | None,
+    how: tuple[bool, bool],
+) -> Trace:
+    check, larger = how
     with silent():
         first = _first(model, args, dict(kwargs or {}))
-    found = trace(model, args, kwargs)
+    found = trace(model, args, kwargs, larger=larger)
     flat = found.signature.flatten(args, dict(kwargs or {}))
     if any(t.is_meta for t in (*found.state().values(), *flat)):
         return found
@@ -227,7 +248,7 @@ def _refuse(beside: Beside, flat: Sequence[torch.Tensor], evaluated: Pair | None
     else:
         error = evaluated.error()
     if not error <= tolerance and not beside.is_rounding(flat):
-        raise TraceError(
+        raise OtherValues(
             "the traced graph does not compute what the model computes on the example inputs "
             f"(relative error {error:.1e}; at most {tolerance:g} expected). Some forwards take "
             "another path while they are traced (torch.compiler.is_exporting, a kernel that is "

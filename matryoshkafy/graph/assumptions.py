@@ -9,7 +9,7 @@ import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 
 from matryoshkafy.graph.guards import Apply, Expr, Guard, Size, fixed
-from matryoshkafy.graph.nodes import TORCH_FOLDER
+from matryoshkafy.graph.nodes import TORCH_FOLDER, TRACING_FOLDER
 
 # Sympy's and torch's functions of sizes, by their class; whatever else occurs in a guard fixes the
 # sizes that it speaks of.
@@ -152,11 +152,13 @@ def _expr(expr: Symbolic, places: Places) -> Expr:
 
 
 def _line(guard: Symbolic) -> str:
-    """Return the user's line, "" where torch's own code made the assumption."""
+    """Return the user's line, "" where the code of torch or of the trace made it."""
     if guard.sloc.maybe_user_loc:
         return str(guard.sloc.maybe_user_loc)
     frame = guard.sloc.framework_loc
-    if frame is None or isinstance(frame, str) or frame.filename.startswith(TORCH_FOLDER):
+    if frame is None or isinstance(frame, str):
+        return ""
+    if frame.filename.startswith((TORCH_FOLDER, TRACING_FOLDER)):
         return ""
     return f"{frame.filename}:{frame.lineno} ({frame.name})"
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +20,14 @@ from matryoshkafy.graph.nodes import (
     TORCH_FOLDER,
     TRACING_FOLDER,
     outputs_of,
+)
+from matryoshkafy.graph.opened import (
+    Example,
+    Shapes,
+    companions,
+    dynamic_shapes,
+    is_open,
+    open_sizes,
 )
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
 from matryoshkafy.graph.signature import conceals
@@ -46,29 +53,26 @@ class Captured:
     asked: tuple[Size, ...]
     notes: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class Example:
-    """Example inputs of a forward."""
-
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
+    @property
+    def held(self) -> frozenset[Size]:
+        """The sizes that were left open, and that the forward holds to the example's number."""
+        return frozenset(g.sizes[0] for g in self.guards if g.fixes) & frozenset(self.asked)
 
 
-def capture(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Captured:
+def capture(model: nn.Module, given: Example, *, larger: bool = True) -> Captured:
     """Export with dynamic batch and length, else dynamic batch, else with the example's sizes.
 
     A forward that branches on the values of tensors is recorded along the path of the example.
     Each attempt has a spare of the model to itself, since a trace that fails half way may leave
     traced values in it. Raises `TraceError` that names the user's line.
     """
-    call = _apart(model, Example(args, kwargs))
+    call = _apart(model, given)
     with silent(), uncollected():
         errors: list[BaseException] = []
-        larger = _enlarged(model, call)
+        wide = _enlarged(model, call) if larger else call
         for dims, note in ATTEMPTS:
             try:
-                return _taking(model, call, larger if dims else call, (dims, note))
+                return _taking(model, call, wide if dims else call, (dims, note))
             except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
                 errors.append(error)
             if _depends_on_values(errors[-1]) or isinstance(errors[-1], Transformed):
@@ -91,9 +95,6 @@ def _apart(model: nn.Module, call: Example) -> Example:
     return Example(*pytree.tree_map_only(torch.Tensor, own, (call.args, call.kwargs)))
 
 
-# Which sizes torch.export leaves open, in the structure of the inputs; None: none.
-Shapes = tuple[Any, ...] | dict[str, Any] | None
-
 # How the remark begins that only the path of the example was recorded.
 SPECIALISED = "specialised: "
 
@@ -108,16 +109,29 @@ ATTEMPTS: tuple[Attempt, ...] = (
 
 def _taking(model: nn.Module, call: Example, larger: Example, attempt: Attempt) -> Captured:
     """Export a larger call; the user's own where a graph of the larger one does not take it."""
-    found = _attempt(model, larger, *attempt)
-    return found if _takes(found, call) else _attempt(model, call, *attempt)
+    dims, notes = attempt
+    found = _freed(model, larger, _attempt(model, larger, open_sizes(larger, dims), notes))
+    return found if _takes(found, call) else _attempt(model, call, open_sizes(call, dims), notes)
+
+
+def _freed(model: nn.Module, call: Example, found: Captured) -> Captured:
+    """Export again with sizes open that may be the same length; as before where that frees none."""
+    more = companions(call, found.asked, found.held)
+    if not more:
+        return found
+    try:
+        again = _attempt(model, call, (*found.asked, *more), found.notes)
+    except Exception:  # noqa: BLE001  torch.export raises errors of every kind
+        return found
+    again = replace(again, asked=found.asked)
+    return again if again.held < found.held else found
 
 
 def _attempt(
-    model: nn.Module, call: Example, dims: tuple[int, ...], notes: tuple[str, ...]
+    model: nn.Module, call: Example, asked: tuple[Size, ...], notes: tuple[str, ...]
 ) -> Captured:
     """Export once; a model that makes attributes at its first call is called before."""
-    shapes = _dynamic_shapes(model, call, dims) if dims else None
-    asked = _asked(call, dims)
+    shapes = dynamic_shapes(model, call, asked)
     try:
         with _prepared(model, above=True, gradients=False) as twin:
             return _exported(_export(twin, call, shapes), twin, asked, notes)
@@ -131,22 +145,6 @@ def _attempt(
         args, kwargs = copied_inputs(call.args, call.kwargs)
         twin(*args, **kwargs)
         return _exported(_export(twin, call, shapes), twin, asked, notes)
-
-
-def _asked(call: Example, dims: tuple[int, ...]) -> tuple[Size, ...]:
-    """Return the sizes that an attempt leaves open."""
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return tuple(Size(i, d) for i, t in enumerate(tensors) for d in dims if is_open(t, d))
-
-
-def is_open(value: torch.Tensor, dim: int) -> bool:
-    """Tell whether a dim is batch or length, which may differ.
-
-    Dim 1 of token ids, masks and [batch, length, features] is a length; channels are not.
-    """
-    floating = value.is_floating_point() or value.is_complex()
-    return value.dim() > 0 if dim == 0 else value.dim() == 3 if floating else value.dim() >= 2
 
 
 def _enlarged(model: nn.Module, call: Example) -> Example:
@@ -163,8 +161,7 @@ def _enlarged(model: nn.Module, call: Example) -> Example:
 
 def _takes(found: Captured, call: Example) -> bool:
     """Tell whether a graph is right for the sizes of a call."""
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    shapes = [tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)]
+    shapes = [tuple(t.shape) for t in call.tensors()]
     return all(guard.holds(shapes) for guard in found.guards)
 
 
@@ -385,15 +382,3 @@ def _user_frame(error: BaseException) -> str | None:
             frame = f"{code.co_filename}:{trace_.tb_lineno} ({code.co_name})"
         trace_ = trace_.tb_next
     return frame
-
-
-def _dynamic_shapes(model: nn.Module, call: Example, dims: tuple[int, ...]) -> Shapes:
-    """Return shapes by the names of the forward's parameters: *args is one of them, a tuple."""
-
-    def shapes_of(value: object) -> dict[int, object] | None:
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            return None
-        return {d: torch.export.Dim.AUTO for d in dims if is_open(value, d)}
-
-    positional, named = pytree.tree_map(shapes_of, (call.args, call.kwargs))
-    return dict(inspect.signature(model.forward).bind(*positional, **named).arguments)

@@ -175,6 +175,21 @@ def _fill_empty(graph: fx.Graph) -> None:
             node.target, node.args, node.kwargs = target, (), given
 
 
+def rank_by_call(graph: fx.Graph) -> fx.Node | None:
+    """Return the first squeeze that an op reads and that drops a dim only where a call has one row
+    there: each call decides how many dims are left.
+    """
+    return next((n for n in graph.nodes if _is_loose(n)), None)
+
+
+def _is_loose(node: fx.Node) -> bool:
+    if op_key(node) != "squeeze" or all(user.op == "output" for user in node.users):
+        return False
+    shape, given = tensor_info(node.all_input_nodes[0]).shape, bound_args(node).get("dim")
+    dims = [given] if isinstance(given, int) else given
+    return any(shape[d] != 1 for d in (range(len(shape)) if dims is None else dims))
+
+
 def _drop_identities(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and _is_identity(node):

@@ -57,6 +57,7 @@ COPIES_IF: Mapping[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
     "reshape": _reshape_copies,
     "reshape_as": _reshape_copies,
     "flatten": _reshape_copies,
+    "ravel": _reshape_copies,
 }
 
 

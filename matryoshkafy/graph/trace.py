@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
-from matryoshkafy.graph.capture import Captured, Example, capture
+from matryoshkafy.graph.capture import Captured, capture
 from matryoshkafy.graph.guards import Guards, Size, kind_of
 from matryoshkafy.graph.nodes import (
     Argument,
@@ -31,6 +31,7 @@ from matryoshkafy.graph.nodes import (
     writes,
 )
 from matryoshkafy.graph.normalise import clean
+from matryoshkafy.graph.opened import Example
 from matryoshkafy.graph.signature import (
     Signature,
     as_tensor,
@@ -74,15 +75,21 @@ class Trace:
 
 
 def trace(
-    model: nn.Module, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    model: nn.Module,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    larger: bool = True,
 ) -> Trace:
     """Trace the model on example inputs; the model is left as it was found.
 
-    Raises `TraceError` that names the user's line where the model cannot be traced.
+    With `larger`, a batch or length of 1, which torch.export takes as fixed, is traced as 2 where
+    the model accepts it. Raises `TraceError` that names the user's line where the model cannot be
+    traced.
     """
     args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
     given = Example(*pytree.tree_map(as_tensor, (args, dict(kwargs or {}))))
-    captured = capture(model, given.args, given.kwargs)
+    captured = capture(model, given, larger=larger)
     root = _root_of(model, captured)
     graph = _unlifted(captured, root)
     signature = _signature(model, given.args, given.kwargs, captured)

@@ -21,6 +21,7 @@ from torch import nn
 
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import TORCH_FOLDER
+from matryoshkafy.graph.splits import DIMS, pieces_of
 
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 DERIVATIVES: frozenset[object] = frozenset(
@@ -92,7 +93,7 @@ def _around_forward(model: nn.Module, mode: _Traced) -> Generator[None]:
 class _Traced(FunctionMode):
     """What a forward calls while it is traced; see `watched`."""
 
-    WATCHED = {GET_DATA} | DERIVATIVES | READS | HOOKS
+    WATCHED = {GET_DATA} | DERIVATIVES | READS | HOOKS | DIMS.keys()
 
     def __init__(self, *, above: bool, gradients: bool) -> None:
         super().__init__()
@@ -119,6 +120,8 @@ class _Traced(FunctionMode):
             raise self._end(Transformed("the forward differentiates itself"))
         if not self.gradients and (func in HOOKS or (func in READS and _by_user())):
             raise self._end(GradientsRead("the forward asks for a gradient"))
+        if func in DIMS:
+            return pieces_of(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _end(self, error: Exception) -> Exception:

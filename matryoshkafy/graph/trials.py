@@ -16,6 +16,8 @@ import torch
 from matryoshkafy.graph.guards import Apply, Expr, Guard, Guards, Size, value_of
 
 Sizes = Mapping[Size, int]
+# How far from the example's size another one is looked for.
+FAR = 16
 # True: graph and model agree. False: they differ. None: the model itself fails at such sizes.
 Verdict = Callable[[Sequence[torch.Tensor]], bool | None]
 
@@ -124,12 +126,19 @@ def classes(guards: Guards) -> list[tuple[Size, ...]]:
 def other_sizes(
     guards: Guards, shapes: Sequence[Sequence[int]], group: Sequence[Size]
 ) -> Iterator[Sizes]:
-    """Yield other sizes of a class, near the example's, that the guards allow."""
+    """Yield other sizes of a class, near the example's, that the guards allow: one more, one less,
+    double, half; where they allow none of these (even ones alone) the nearest that they do.
+    """
     now = shapes[group[0].leaf][group[0].dim]
-    for n in dict.fromkeys((now + 1, now - 1, 2 * now, now // 2)):
-        sizes = _changed(guards, shapes, group, n) if n > 1 and n != now else None
-        if sizes is not None:
-            yield sizes
+    near = dict.fromkeys((now + 1, now - 1, 2 * now, now // 2))
+    far = (now + sign * step for step in range(2, FAR + 1) for sign in (1, -1))
+    for numbers in (near, far):
+        found = (_changed(guards, shapes, group, n) for n in numbers if n > 1 and n != now)
+        first = next((sizes for sizes in found if sizes is not None), None)
+        if first is not None:
+            yield first
+            yield from (sizes for sizes in found if numbers is near and sizes is not None)
+            return
 
 
 def _changed(

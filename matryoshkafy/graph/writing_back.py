@@ -125,9 +125,11 @@ def _same(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.N
 
 
 OPAQUE = ("as_strided", "unfold")
-RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as",
-            "reshape_as", "expand", "expand_as")  # fmt: skip
-SELF_INVERSE = ("transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T", "adjoint")
+RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "ravel", "unflatten", "view_as",
+            "reshape_as", "expand", "expand_as", "broadcast_to", "atleast_1d", "atleast_2d",
+            "atleast_3d")  # fmt: skip
+SELF_INVERSE = ("transpose", "t", "swapaxes", "swapdims", "mT", "mH", "numpy_T", "matrix_H",
+                "adjoint")  # fmt: skip
 Inverse = Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]
 INVERSES: Mapping[str, Inverse] = {
     "slice": _slice,

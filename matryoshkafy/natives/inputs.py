@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.example_inputs import example_inputs
 from matryoshkafy.dolls.libraries import caches_off
 from matryoshkafy.dolls.slice import parts_of
-from matryoshkafy.graph.capture import is_open
 from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.graph.opened import is_open
 from matryoshkafy.natives.recipe import NativeError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

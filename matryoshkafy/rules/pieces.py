@@ -144,7 +144,7 @@ def slice_(walk: Walk, node: fx.Node, args: Args) -> Terms:
         terms[dim] = walk.fresh(new[dim], "indexed")
         return tuple(terms)
     start = min(max(start + old[dim] if start < 0 else start, 0), old[dim])
-    if start == 0 and new[dim] == 1 and _only_shapes_read(node):
+    if start == 0 and new[dim] == 1:  # the first unit, which every prefix has
         return (*terms[:dim], (), *terms[dim + 1 :])
     terms[dim] = _sliced(walk, terms[dim], (start, step, new[dim]))
     return tuple(terms)

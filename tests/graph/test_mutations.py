@@ -62,9 +62,21 @@ def flat(x: Tensor) -> Tensor:
     return y
 
 
+def raveled(x: Tensor) -> Tensor:
+    y = x + 0
+    before = y.ravel()
+    y.ravel().add_(x.reshape(-1))
+    y[:1].reshape(-1).mul_(2)
+    y.mT.ravel().mul_(5)  # a copy, which nobody reads
+    torch.atleast_3d(y).add_(before.sum())
+    y.mH[:, 1].add_(1)
+    return y
+
+
 def expanded(x: Tensor) -> Tensor:
     y = x + 0
     y.expand(1, *y.shape)[0, :, 1:] *= 2
+    y.broadcast_to(1, *y.shape)[0, :, 2] *= 3
     return y
 
 
@@ -199,9 +211,9 @@ def shared_constant(x: Tensor) -> Tensor:
     return x * number
 
 
-BODIES = (moved, unflattened, turned, flat, expanded, squeezed, narrowed, on_the_diagonal, pieces,
-          views_of_views, stale_views, as_real, assigned, through_masks, scalar_power, into_out,
-          dropped, reshaped_in_place, redrawn, unseen, shared_constant)  # fmt: skip
+BODIES = (moved, unflattened, turned, flat, raveled, expanded, squeezed, narrowed, on_the_diagonal,
+          pieces, views_of_views, stale_views, as_real, assigned, through_masks, scalar_power,
+          into_out, dropped, reshaped_in_place, redrawn, unseen, shared_constant)  # fmt: skip
 each_body = pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 either_way = pytest.mark.parametrize("record", [False, True], ids=["exported", "recorded"])
 

@@ -91,6 +91,25 @@ def test_a_model_of_two_modes_is_looked_at_longer(seen: Seen) -> None:
     assert (False, (2, 6)) in seen and (True, (2, 6)) in seen and len(seen) > 3
 
 
+class Quartets(nn.Module):
+    """Doubles what has one token more than quartets of them, which torch sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, 3] -> [B, L, 3]"""
+        return self.layer(x) * (2 if x.shape[1] % 4 == 1 else 1)
+
+
+def test_another_size_is_looked_for_as_far_as_the_guards_ask() -> None:
+    x = torch.ones(2, 5, 3)
+    conditions = traced(Quartets(), (x,), {}).signature.guards.conditions
+    taken = [n for n in range(2, 15) if all(guard.holds([(2, n, 3)]) for guard in conditions)]
+    assert taken == [5, 9, 13]
+
+
 ODD: dict[str, Callable[[Tagger, Tensor], bool]] = {
     "more rows": lambda _, ids: ids.shape[0] > 2,
     "more tokens": lambda _, ids: ids.shape[1] > 6,
