@@ -28,11 +28,12 @@ def pieces_of(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, An
 
     What torch refuses is left to torch, which says what it expects.
     """
-    call = dict(zip(("x", "given", "dim"), args, strict=False))
+    call: dict[str, Any] = dict(zip(("x", "given", "dim"), args, strict=False))
     call |= {NAMES.get(key, key): value for key, value in kwargs.items()}
     x, given, own = call.get("x"), call.get("given"), DIMS[function]
-    plain = isinstance(x, Tensor) and not isinstance(given, Tensor | None) and len(args) < 4
-    if not plain or (own is not None and x.dim() <= own(3)):
+    if not isinstance(x, Tensor) or isinstance(given, Tensor | None) or len(args) > 3:
+        return function(*args, **kwargs)
+    if own is not None and x.dim() <= own(3):
         return function(*args, **kwargs)
     dim = call.get("dim", 0) if own is None else own(x.dim())
     if not isinstance(given, int):
@@ -47,7 +48,7 @@ INDICES = ("indices_or_sections", "indices", "sections", "tensor_indices_or_sect
 NAMES = {"input": "x", "self": "x", **dict.fromkeys(INDICES, "given")}
 
 
-def _lengths(size: int, count: int) -> list[int]:
+def _lengths(size: int, count: int) -> list[Any]:
     """The first pieces take one more each of what does not divide evenly."""
     each, more = size // count, size % count
     starts = [i * each + torch.sym_min(i, more) for i in range(count + 1)]

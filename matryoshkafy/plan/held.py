@@ -86,13 +86,16 @@ def _refuse_whole(statistics: Iterable[fx.Node], found: Findings) -> None:
         if any(map(nests, found.flat(node))):
             continue
         made_of = reached([node], sources_of)
-        weights = sorted(str(n.target) for n in made_of if n in found.pure and n.op == "get_attr")
+        tensors = {str(n.target): n for n in made_of if n in found.pure and n.op == "get_attr"}
+        weights = sorted(tensors)
+        # The one that has most of the axes: a vector beside it holds one side of it alone.
+        whole = max(weights, key=lambda name: len(set(free(*found.flat(tensors[name])))))
         raise PlanError(
             f"{op_of(node).key} at {source_of(node) or node.name} makes one number of all of "
             f"{', '.join(weights)} (as spectral normalisation does); in masked nesting one weight "
             "serves every size, and the small ones would depend on units that they do not keep. "
             'Convert with nesting="sliced", where each size takes its own, or hold the weight '
-            f"whole with keep=[{weights[0]!r}]"
+            f"whole with keep=[{whole!r}]"
         )
 
 

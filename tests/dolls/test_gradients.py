@@ -163,8 +163,8 @@ def test_what_float32_rounds_away_is_judged_in_float64(
 ) -> None:
     """A graph that adds in another order is the model; one that adds something else is not."""
 
-    def reordered(*given: Any) -> Trace:
-        found = trace(*given)
+    def reordered(*given: Any, **options: Any) -> Trace:
+        found = trace(*given, **options)
         add = torch.ops.aten.add.Tensor
         first, second = found.graph.find_nodes(op="call_function", target=add)
         (x, a), b = first.args, second.args[1]

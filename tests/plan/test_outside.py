@@ -45,6 +45,30 @@ def test_a_number_made_of_all_of_a_weight_is_refused_in_masked_nesting() -> None
         mk.convert(model, inputs, nesting="masked")
 
 
+class Deeper(nn.Module):
+    """A spectral norm among layers that have widths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = CASES["spectral"].model(WIDTH)
+        self.more = nn.Sequential(nn.Linear(5, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, 7] -> [N, L, 3]"""
+        return self.more(self.model(x))
+
+
+def test_what_the_refusal_of_a_spectral_norm_says_to_keep_helps() -> None:
+    model, inputs = Deeper().double().eval(), CASES["spectral"].inputs()
+    with pytest.raises(PlanError, match="one number of all of") as caught:
+        mk.convert(model, inputs, sizes=[0.5, 1.0], nesting="masked")
+    named = str(caught.value).partition("keep=['")[2].partition("'")[0]
+    doll = mk.convert(model, inputs, sizes=[0.5, 1.0], nesting="masked", keep=[named]).eval()
+    assert mk.verify(doll, inputs).passed
+    small = mk.slice(doll, 0.5)
+    assert len(small.state_dict()["more.0.weight"]) < WIDTH
+
+
 def reasons(plan: Plan) -> dict[str, str]:
     return {w.axis: w.why for w in plan.whole}
 
