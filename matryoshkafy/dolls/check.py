@@ -119,7 +119,8 @@ def with_levels(found: Trace, plan: Plan, call: Call) -> tuple[Trace, Plan]:
     if node is None or any(t.is_meta for t in (*found.state().values(), *flat)):
         return found, plan
     shapes, graph = [tuple(t.shape) for t in flat], full_graph(found, plan)
-    others = [next(other_sizes(guards, shapes, g), {}) for g in classes(guards)]
+    found_sizes = (next(other_sizes(guards, shapes, g), None) for g in classes(guards))
+    others = [sizes for sizes in found_sizes if sizes is not None]
     with silent(), modes_kept(found.root), torch.no_grad(), forked():
         found.root.training = False
         # One pass at other sizes of all inputs mostly settles it.

@@ -140,8 +140,8 @@ def _elements(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the bytes of the storage from a tensor's first element to after its last."""
-    start, size = tensor.storage_offset(), tensor.element_size()
+    start, size = int(tensor.storage_offset()), tensor.element_size()
     if not tensor.numel():
         return start * size, start * size
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(int(n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return start * size, (start + last + 1) * size
