@@ -34,7 +34,7 @@ from matryoshkafy.graph.nodes import op_key, tensor_info
 from matryoshkafy.graph.normalise import rank_by_call
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.graph.trials import classes, other_sizes, resized
+from matryoshkafy.graph.trials import others_of, resized
 from matryoshkafy.kernels.levels import RunsError
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.graphs import Graphs, full_graph
@@ -114,13 +114,14 @@ def with_levels(found: Trace, plan: Plan, call: Call) -> tuple[Trace, Plan]:
     Where a width stands in one dim with a size of an input (x.flatten(1), then a norm), the levels
     of that dim are those of the example: the size is fixed, and a remark says so.
     """
-    flat = found.signature.flatten(call.args, dict(call.kwargs))
-    guards, node = found.signature.guards, _beside_a_size(found, plan)
-    if node is None or any(t.is_meta for t in (*found.state().values(), *flat)):
+    node = _beside_a_size(found, plan) if plan.masked else None
+    if node is None:
+        return found, plan
+    guards, flat = found.signature.guards, found.signature.flatten(call.args, dict(call.kwargs))
+    if any(t.is_meta for t in (*found.state().values(), *flat)):
         return found, plan
     shapes, graph = [tuple(t.shape) for t in flat], full_graph(found, plan)
-    found_sizes = (next(other_sizes(guards, shapes, g), None) for g in classes(guards))
-    others = [sizes for sizes in found_sizes if sizes is not None]
+    others = [sizes for sizes in others_of(guards, shapes) if sizes is not None]
     with silent(), modes_kept(found.root), torch.no_grad(), forked():
         found.root.training = False
         # One pass at other sizes of all inputs mostly settles it.
@@ -143,7 +144,7 @@ def _beside_a_size(found: Trace, plan: Plan) -> fx.Node | None:
     graph, free = found.graph, found.signature.guards.free
     holes = [tensor_info(n).shape for n in graph.find_nodes(op="placeholder")]
     sizes = [n for n in (holes[s.leaf][s.dim] for s in free) if n > 1]
-    levelled = (n for n in graph.nodes if n.name in plan.actions and plan.masked)
+    levelled = (n for n in graph.nodes if n.name in plan.actions)
     every = ((n, d) for n in levelled for a in n.all_input_nodes for d in plan.dims(a.name))
     return next((n for n, dim in every if is_nested(dim) and _holds(dim, sizes)), None)
 

@@ -66,12 +66,12 @@ def traced(
     """
     refuse_shared(model)
     try:
-        return _traced(model, args, kwargs, (check, True))
+        return _traced(model, args, kwargs, check=check, larger=True)
     except OtherValues:
         if not any(1 in t.shape for t in Example(tuple(args), dict(kwargs or {})).tensors()):
             raise
     # What one row alone goes through (if len(x) == 1) no trace of two rows sees.
-    return _traced(model, args, kwargs, (check, False))
+    return _traced(model, args, kwargs, check=check, larger=False)
 
 
 class OtherValues(TraceError):
@@ -82,9 +82,10 @@ def _traced(
     model: nn.Module,
     args: Sequence[object],
     kwargs: Mapping[str, object] | None,
-    how: tuple[bool, bool],
+    *,
+    check: bool,
+    larger: bool,
 ) -> Trace:
-    check, larger = how
     with silent():
         first = _first(model, args, dict(kwargs or {}))
     found = trace(model, args, kwargs, larger=larger)

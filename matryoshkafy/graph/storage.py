@@ -91,7 +91,7 @@ def refuse_shared(model: nn.Module) -> None:
     Raises:
         TraceError: names both, and how to tie them.
     """
-    parameters = {id(p): name for name, p in model.named_parameters()}
+    parameters = {id(p) for p in model.parameters()}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     placed: dict[int, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in tensors:

@@ -7,9 +7,9 @@ the example with rows repeated or left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 
 import torch
 
@@ -29,13 +29,14 @@ def trials_of(
     with 1 of each; None where no size is free, or where they cannot all change at once.
     """
     shapes = [tuple(t.shape) for t in flat]
-    other = _jointly(guards, shapes, _others(guards, shapes))
+    other = _jointly(guards, shapes, others_of(guards, shapes))
     ones = [_changed(guards, shapes, g, 1) for g in classes(guards)]
     one = _jointly(guards, shapes, ones)
     return None if other is None or one is None else (resized(flat, other), resized(flat, one))
 
 
-def _others(guards: Guards, shapes: Sequence[Sequence[int]]) -> list[Sizes | None]:
+def others_of(guards: Guards, shapes: Sequence[Sequence[int]]) -> list[Sizes | None]:
+    """Return for each class of free sizes the first other one, None where there is none."""
     return [next(other_sizes(guards, shapes, g), None) for g in classes(guards)]
 
 
@@ -87,7 +88,7 @@ def settled(guards: Guards, flat: Sequence[torch.Tensor], agree: Verdict) -> Gua
         return None if sizes is None else agree(resized(flat, sizes))
 
     groups = classes(guards)
-    others = _others(guards, shapes)
+    others = others_of(guards, shapes)
     # One trial of all sizes at once mostly settles it; each size by itself only where that fails.
     jointly = verdict(_jointly(guards, shapes, others)) is True
     fixed: dict[Size, int] = {}
@@ -132,13 +133,18 @@ def other_sizes(
     now = shapes[group[0].leaf][group[0].dim]
     near = dict.fromkeys((now + 1, now - 1, 2 * now, now // 2))
     far = (now + sign * step for step in range(2, FAR + 1) for sign in (1, -1))
-    for numbers in (near, far):
+
+    def allowed(numbers: Iterable[int]) -> Iterator[Sizes]:
         found = (_changed(guards, shapes, group, n) for n in numbers if n > 1 and n != now)
-        first = next((sizes for sizes in found if sizes is not None), None)
-        if first is not None:
-            yield first
-            yield from (sizes for sizes in found if numbers is near and sizes is not None)
-            return
+        return (sizes for sizes in found if sizes is not None)
+
+    found = allowed(near)
+    first = next(found, None)
+    if first is None:
+        yield from islice(allowed(far), 1)
+    else:
+        yield first
+        yield from found
 
 
 def _changed(

@@ -244,10 +244,11 @@ def _factors(dim: Dim) -> Iterator[Candidate]:
 def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the width that a product or a total was taken over, before the constant."""
     before = list(_before(node))
-    for value in before:
-        powers = POWERS if op_of(value).totals else ROOTS if value in node.all_input_nodes else ()
+    totals = [(value, POWERS) for value in before if op_of(value).totals]
+    products = [(value, ROOTS) for value in node.all_input_nodes if op_of(value).product]
+    for value, powers in (*products, *totals):
         factor = next(map(_alone, search.summed.get(value.name, ())[-1:]), None)
-        if factor is not None and (op_of(value).totals or op_of(value).product):
+        if factor is not None:
             yield factor, factor.size, powers
     for value in filter(_of_activations, before):
         for dim in search.summed.get(value.name, ()):
