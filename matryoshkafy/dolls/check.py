@@ -145,12 +145,15 @@ def _beside_a_size(found: Trace, plan: Plan) -> fx.Node | None:
     holes = [tensor_info(n).shape for n in graph.find_nodes(op="placeholder")]
     sizes = [n for n in (holes[s.leaf][s.dim] for s in free) if n > 1]
     levelled = (n for n in graph.nodes if n.name in plan.actions)
-    every = ((n, d) for n in levelled for a in n.all_input_nodes for d in plan.dims(a.name))
-    return next((n for n, dim in every if is_nested(dim) and _holds(dim, sizes)), None)
+    every = ((n, a) for n in levelled for a in n.all_input_nodes)
+    return next((n for n, a in every if _holds(a, plan.dims(a.name), sizes)), None)
 
 
-def _holds(dim: Dim, sizes: Sequence[int]) -> bool:
-    whole = [f for f in dim if isinstance(f, int)]
+def _holds(node: fx.Node, shape: Sequence[Dim], sizes: Sequence[int]) -> bool:
+    """Tell whether a nested dim of a value may hold a size of an input."""
+    is_open = node.meta.get("open", [True] * len(shape))
+    nested = (dim for dim, asks in zip(shape, is_open, strict=True) if asks and is_nested(dim))
+    whole = [factor for dim in nested for factor in dim if isinstance(factor, int)]
     return any(factor % size == 0 for factor in whole for size in sizes)
 
 

@@ -3,7 +3,7 @@
 What holds of a `Trace`: the graph lints; every tensor of the model is a `get_attr` under the user's
 own name; no node mutates its input; dropout and batch norm follow `self.training`; nothing is bound
 to a device; every node carries `meta["info"]` (concrete sizes) and `meta["source"]` (the user's
-line).
+line), and those that were captured `meta["open"]` (which of their sizes depend on the inputs').
 """
 
 # torch has no public names for some of what is asked of it here.
@@ -248,6 +248,8 @@ class _Copier:
         set_info(new, info_of(old.meta.get("val")))
         new.meta["source"] = source_of(old) or ""
         value = old.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            new.meta["open"] = [not isinstance(n, int) for n in value.shape]
         if "storage" in old.meta:
             new.meta["storage"] = old.meta["storage"]
         elif isinstance(value, torch.Tensor) and value.layout == torch.strided:

@@ -114,9 +114,8 @@ def said(output: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def distilled(doll: mk.Doll, teacher: Any, rows: list[dict[str, Tensor]], options: Any) -> None:
     """Teach all sizes what the model says of the next token."""
-    recipe = Recipe(
-        steps=options.distil, batch=ROWS, rate=1e-4, terms=(Term(kind="kl", of=said),), save=20
-    )
+    terms = (Term(kind="kl", of=said),)
+    recipe = Recipe(steps=options.distil, batch=ROWS, rate=options.rate, terms=terms, save=20)
     print(distil(doll, teacher, rows, recipe, collate=collated, folder=options.run), flush=True)
 
 
@@ -166,6 +165,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="384,320,192")
     parser.add_argument("--refit", type=int, default=0)
     parser.add_argument("--distil", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--run", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
