@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import nn
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import SPECIALISED
+from matryoshkafy.graph.casts import ONE_TYPE
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING
 from matryoshkafy.plan.plan import Plan
 
@@ -31,23 +33,46 @@ def refuse_training(plan: Plan, what: str) -> None:
         )
 
 
-class Recorded:
-    """Warns once, at the first call, if the path of a model was chosen by values of the example."""
+class OtherTypeWarning(UserWarning):
+    """A model asks for the type of its values, and computes in another than it was traced in."""
+
+
+class Caveats:
+    """Warns once, at the first call that they concern, of what a model computes otherwise."""
 
     def __init__(self, plan: Plan) -> None:
         note = next((note for note in plan.remarks if note.startswith(SPECIALISED)), "")
-        self.text = note.removeprefix(SPECIALISED).partition(";")[0]
+        self.path = note.removeprefix(SPECIALISED).partition(";")[0]
+        self.types = [note for note in plan.remarks if note.startswith(ONE_TYPE)]
 
-    def __call__(self, *call: object) -> None:
+    def __bool__(self) -> bool:
+        return bool(self.path or self.types)
+
+    def __call__(self, module: nn.Module, *call: object) -> None:
         """Speak, the first time; also as a hook before a forward."""
         del call
-        if not self.text or torch.compiler.is_compiling():
+        if not self or torch.compiler.is_compiling():
             return
-        reason, self.text = self.text, ""
-        warnings.warn(
-            f"{reason}, and the path of the example inputs was recorded: inputs of other values "
-            "get the answer of that path. Convert with an example that takes the path you need, "
-            "or rewrite that line with operations of one path (torch.where, masks).",
-            RecordedPathWarning,
-            stacklevel=3,
-        )
+        if self.path:
+            reason, self.path = self.path, ""
+            warnings.warn(
+                f"{reason}, and the path of the example inputs was recorded: inputs of other "
+                "values get the answer of that path. Convert with an example that takes the path "
+                "you need, or rewrite that line with operations of one path (torch.where, masks).",
+                RecordedPathWarning,
+                stacklevel=3,
+            )
+        if self.types and not _has_type(module, self.types[0]):
+            said, self.types = self.types, []
+            warnings.warn(
+                f"this model was cast, and {'; '.join(said)}: another type may get another answer. "
+                "Cast the model before it is converted.",
+                OtherTypeWarning,
+                stacklevel=3,
+            )
+
+
+def _has_type(module: nn.Module, note: str) -> bool:
+    """Tell whether a parameter has the type that a remark names."""
+    name = note.removeprefix(ONE_TYPE).partition(",")[0]
+    return any(str(p.dtype) == f"torch.{name}" for p in module.parameters())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from matryoshkafy.dolls.caveats import Recorded, refuse_training, why_untrained
+from matryoshkafy.dolls.caveats import Caveats, refuse_training, why_untrained
 from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
@@ -58,7 +58,7 @@ class Doll(nn.Module):
         self._functions: dict[object, Function] = {}
         self._forward = compiled(full_graph(trace, plan))
         self.train(root.training and not why_untrained(plan))
-        self._recorded = Recorded(plan)
+        self._caveats = Caveats(plan)
 
     @property
     def sizes(self) -> list[int]:
@@ -125,7 +125,7 @@ class Doll(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""
-        self._recorded()
+        self._caveats(self)
         return self._forward(self.__dict__["_root"], *args, **kwargs)
 
     def outputs(self, *args: object, **kwargs: object) -> Outputs:
@@ -135,7 +135,7 @@ class Doll(nn.Module):
         per size, over live slices of the shared parameters. What is not needed at once is computed
         when it is first read, as of this call (see `Outputs`).
         """
-        self._recorded()
+        self._caveats(self)
         moment = Moment.of(self.__dict__["_root"], (args, kwargs))
         readouts = self._readouts(args, kwargs)
         if readouts and self._last is not None and self._last.alone:
@@ -220,7 +220,7 @@ def replan(doll: Doll, plan: Plan) -> None:
 
 def unsaid(doll: Doll) -> None:
     """Let the next call of a doll count as its first: what was said so far was said to nobody."""
-    doll.__dict__["_recorded"] = Recorded(doll.plan)
+    doll.__dict__["_caveats"] = Caveats(doll.plan)
 
 
 def tables_of(module: nn.Module) -> dict[str, Any]:

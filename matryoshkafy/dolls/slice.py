@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from matryoshkafy.dolls.caveats import Recorded, refuse_training, why_untrained
+from matryoshkafy.dolls.caveats import Caveats, refuse_training, why_untrained
 from matryoshkafy.dolls.cuts import Kind, cut, kinds_of
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.pickling import Reduced, reduced
@@ -188,9 +188,9 @@ def assemble(
     module = SubModel(root, graph, class_name="SubModel")
     module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
     module.train(root.training and not why_untrained(plan))
-    recorded = Recorded(plan)
-    if recorded.text:
-        module.register_forward_pre_hook(recorded)
+    caveats = Caveats(plan)
+    if caveats:
+        module.register_forward_pre_hook(caveats)
     return module
 
 

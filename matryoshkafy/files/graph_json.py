@@ -40,7 +40,7 @@ FORMAT = 1
 # The largest graph of the zoo has 6,000 nodes; the code of 60,000 takes 20 s to compile.
 MAX_NODES = 60_000
 OPS = ("placeholder", "get_attr", "call_function", "output")
-ATTRIBUTES = ("device", "dtype", "training")
+ATTRIBUTES = ("device", "dtype", "max", "min", "training")
 # Parts of a parameter's path: digits (nn.Sequential) and the free keys of nn.ModuleDict, but no
 # quote, backslash or line break, because torch.fx writes them into source code.
 PART = r"[A-Za-z0-9_][\w\-:/+@ ]*"
@@ -55,9 +55,9 @@ def _functions() -> dict[str, Callable[..., object]]:
         math: "floor ceil sqrt trunc log log2 log10 exp pow cos sin tan cosh sinh tanh acos asin "
         "atan",
         builtins: "getattr abs bool float int len max min round sum",
-        torch: "sym_float sym_int sym_ite sym_max sym_min sym_not sym_sqrt sym_sum _sym_acos "
-        "_sym_asin _sym_atan _sym_cos _sym_cosh _sym_log2 _sym_sin _sym_sinh _sym_sqrt _sym_tan "
-        "_sym_tanh",
+        torch: "finfo promote_types sym_float sym_int sym_ite sym_max sym_min sym_not sym_sqrt "
+        "sym_sum _sym_acos _sym_asin _sym_atan _sym_cos _sym_cosh _sym_log2 _sym_sin _sym_sinh "
+        "_sym_sqrt _sym_tan _sym_tanh",
     }
     return {
         f"{module.__name__}.{name}": getattr(module, name)

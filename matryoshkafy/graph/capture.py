@@ -133,18 +133,18 @@ def _attempt(
     """Export once; a model that makes attributes at its first call is called before."""
     shapes = dynamic_shapes(model, call, asked)
     try:
-        with _prepared(model, above=True, gradients=False) as twin:
-            return _exported(_export(twin, call, shapes), twin, asked, notes)
+        with _prepared(model, above=True, gradients=False) as spared:
+            return _exported(_export(spared.twin, call, shapes), spared, asked, notes)
     except GradientsRead:
-        with _prepared(model, above=True) as twin:
-            return _exported(_export(twin, call, shapes), twin, asked, notes)
+        with _prepared(model, above=True) as spared:
+            return _exported(_export(spared.twin, call, shapes), spared, asked, notes)
     except Exception as error:  # noqa: BLE001  torch.export raises errors of every kind
         if "assigned during export" not in str(error):
             raise
-    with _prepared(model, above=True) as twin:
+    with _prepared(model, above=True) as spared:
         args, kwargs = copied_inputs(call.args, call.kwargs)
-        twin(*args, **kwargs)
-        return _exported(_export(twin, call, shapes), twin, asked, notes)
+        spared.twin(*args, **kwargs)
+        return _exported(_export(spared.twin, call, shapes), spared, asked, notes)
 
 
 def _enlarged(model: nn.Module, call: Example) -> Example:
@@ -180,8 +180,8 @@ def _failure(model: nn.Module, call: Example) -> Exception | None:
     """Return what the forward raises on an example."""
     args, kwargs = copied_inputs(call.args, call.kwargs)
     try:
-        with _prepared(model) as twin, torch.no_grad():
-            twin(*args, **kwargs)
+        with _prepared(model) as spared, torch.no_grad():
+            spared.twin(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  the user's forward may raise anything
         return error
     return None
@@ -189,14 +189,14 @@ def _failure(model: nn.Module, call: Example) -> Exception | None:
 
 def _exported(
     program: torch.export.ExportedProgram,
-    twin: nn.Module,
+    spared: Spared,
     asked: tuple[Size, ...],
     notes: tuple[str, ...],
 ) -> Captured:
     kinds = torch.export.graph_signature
     signature = program.graph_signature
     constants = {n: c for n, c in program.constants.items() if isinstance(c, torch.Tensor)}
-    aliases = aliases_of(constants, twin)
+    aliases = aliases_of(constants, spared.twin)
     state = {
         s.arg.name: aliases.get(str(s.target), str(s.target))
         for s in signature.input_specs
@@ -210,6 +210,7 @@ def _exported(
     assert spec is not None
     guards = assumed(_inputs(program.graph_module.graph, state))
     module = program.graph_module
+    notes = (*notes, *spared.notes)
     return Captured(module, state, outputs, spec, constants, guards, asked, notes)
 
 
@@ -232,7 +233,8 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     flat, spec = pytree.tree_flatten((call.args, call.kwargs))
     out_specs: list[pytree.TreeSpec] = []
     opaque: set[str] = set()
-    with _prepared(model) as twin:
+    with _prepared(model) as spared:
+        twin = spared.twin
         named = dict(twin.named_parameters()) | dict(twin.named_buffers())
 
         def run(tensors: list[torch.Tensor], inputs: list[object]) -> list[object]:
@@ -265,7 +267,8 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     ):
         if isinstance(value, torch.Tensor):  # make_fx says nothing of sparse inputs
             hole.meta["val"] = value
-    return _lifted(module, list(named), out_specs[0], error)
+    found = _lifted(module, list(named), out_specs[0], error)
+    return replace(found, notes=(*found.notes, *spared.notes))
 
 
 def _lifted(
@@ -287,10 +290,18 @@ def _lifted(
     return Captured(module, state, tuple(range(count)), out_spec, {}, guards, (), notes)
 
 
+@dataclass(frozen=True)
+class Spared:
+    """A spare that is traced, and what is noted of its forward on the way."""
+
+    twin: nn.Module
+    notes: list[str]
+
+
 @contextlib.contextmanager
 def _prepared(
     model: nn.Module, *, above: bool = False, gradients: bool = True
-) -> Generator[nn.Module, None, None]:
+) -> Generator[Spared]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
     product; see `watched` for `above` and `gradients`.
     """
@@ -302,8 +313,9 @@ def _prepared(
             twin.eval()
             # Under the caller's no_grad, the model's own would leave no trace.
             bare = contextlib.nullcontext() if gradients else _without_gradients(twin)
-            with torch.enable_grad(), bare, watched(twin, above=above, gradients=gradients):
-                yield twin
+            watch = watched(twin, above=above, gradients=gradients)
+            with torch.enable_grad(), bare, watch as noted:
+                yield Spared(twin, noted)
         finally:
             for config, before in experts:
                 config._experts_implementation = before

@@ -4,24 +4,34 @@ A trace in float32 runs in whatever type the user casts the model to.
 
 Values that depend on parameters or floating inputs have the model's type; what is made of integers,
 buffers and constants alone (rotary angles, position biases, masks) stays in float32, as models ask
-for, and takes the model's type where it meets a model value. bfloat16 cannot hold float32's largest
-number, so masks use bfloat16's.
+for, and takes the model's type where it meets a model value. A cast to a type that the user's line
+names stays one (in float64, float64), up to the next cast. The largest number of the traced type is
+that of the type that it runs in.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from matryoshkafy.graph.nodes import Argument, info_of, op_key, set_info, tensor_info
+from matryoshkafy.graph.casts import FLOATS, is_named, raised
+from matryoshkafy.graph.nodes import (
+    Argument,
+    Info,
+    TensorInfo,
+    info_of,
+    is_op,
+    op_key,
+    set_info,
+    tensor_info,
+)
 from matryoshkafy.graph.vocabulary import basics_of
 
 aten = torch.ops.aten
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-LARGEST = {torch.finfo(torch.float32).max: torch.finfo(torch.bfloat16).max}
 
 
 def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
@@ -29,22 +39,102 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
     reference = _reference(graph, root)
     if reference is None:
         return
-    dtype = tensor_info(reference).dtype
     ours = model_values(graph, root)
-    with graph.inserting_after(reference):
-        model_dtype = graph.call_function(getattr, (reference, "dtype"))
-    set_info(model_dtype, None)
+    named = raised(graph, ours)
+    types = _Types.before(graph, reference)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node is model_dtype:
+        # What stands before the parameter whose type is asked cannot read it.
+        if not is_op(node) or reference > node:
             continue
-        _soften(node)
-        if node in ours:
+        types.follow_largest(node, (n for n in node.all_input_nodes if n in ours))
+        if is_named(node):
+            types.name(node)
+        elif node in ours:
+            # Back from a type that is named: to that of the value before, which autocast may have
+            # lowered.
+            before = next((named[n] for n in node.all_input_nodes if n in named), None)
+            types.follow(node, before if node not in named else None)
             outside = (n for n in node.all_input_nodes if n not in ours)
-            _cast(graph, node, (n for n in outside if n.op == "call_function"), model_dtype)
-            _replace_dtype(node, (dtype, model_dtype), reference)
+            if node not in named:
+                made = [n for n in outside if n.op == "call_function"]
+                _cast(graph, node, made, types.beside(node, ours) if made else types.model)
         elif basics_of(op_key(node)).one_type:
             # A product of buffers and positions is computed in the traced type.
-            _cast(graph, node, node.all_input_nodes, dtype)
+            _cast(graph, node, node.all_input_nodes, types.traced)
+
+
+@dataclass(frozen=True)
+class _Types:
+    """The type of a trace, and nodes that give at run time the model's, and the wider of both."""
+
+    traced: torch.dtype
+    model: fx.Node
+    wide: fx.Node
+
+    @classmethod
+    def before(cls, graph: fx.Graph, reference: fx.Node) -> _Types:
+        traced = tensor_info(reference).dtype
+        with graph.inserting_after(reference):
+            model = _said(graph, getattr, (reference, "dtype"))
+        with graph.inserting_after(model):
+            return cls(traced, model, _said(graph, torch.promote_types, (model, traced)))
+
+    def name(self, node: fx.Node) -> None:
+        """A cast to a type that is named is one to no narrower type."""
+        node.target = aten.to.dtype
+        node.args, node.kwargs = (node.args[0], self.wide), {}
+
+    def follow(self, node: fx.Node, like: fx.Node | None) -> None:
+        """A constant of the traced type is the model's type, or that of a value."""
+        if not any(a is self.traced for a in (*node.args, *node.kwargs.values())):
+            return
+        dtype = self._of(like, node) if like else self.model
+        node.args = tuple(dtype if a is self.traced else a for a in node.args)
+        node.kwargs = {k: dtype if v is self.traced else v for k, v in node.kwargs.items()}
+
+    def _of(self, value: fx.Node, node: fx.Node) -> fx.Node:
+        """Return the type of a value, asked before a node."""
+        with node.graph.inserting_before(node):
+            return _said(node.graph, getattr, (value, "dtype"))
+
+    def beside(self, node: fx.Node, ours: Collection[fx.Node]) -> fx.Node:
+        """Return the type that what a node reads beside the model's own values has to have."""
+        value = next((n for n in node.all_input_nodes if n in ours and _is_float(n)), None)
+        if value is None or not basics_of(op_key(node)).one_type:
+            return self.model
+        return self._of(value, node)  # which autocast may have lowered
+
+    def follow_largest(self, node: fx.Node, values: Iterable[fx.Node]) -> None:
+        """The most negative number of the traced type, which a mask holds, is that of the type of
+        the value it masks (of the model, where it meets none).
+        """
+        largest = torch.finfo(self.traced).max
+        given = (*node.args, *node.kwargs.values())
+        if not any(isinstance(a, float) and abs(a) == largest for a in given):
+            return
+        masked = next((n for n in values if _is_float(n)), None)
+        dtype = self._of(masked, node) if masked else self.model
+        with node.graph.inserting_before(node):
+            info = _said(node.graph, torch.finfo, (dtype,))
+            ends = {
+                sign * largest: _said(node.graph, getattr, (info, name), sign * largest)
+                for sign, name in ((1, "max"), (-1, "min"))
+            }
+
+        def followed(value: Argument) -> Argument:
+            return ends.get(value, value) if isinstance(value, float) else value
+
+        node.args = tuple(map(followed, node.args))
+        node.kwargs = {k: followed(v) for k, v in node.kwargs.items()}
+
+
+def _said(
+    graph: fx.Graph, function: Callable[..., object], args: tuple[Argument, ...], info: Info = None
+) -> fx.Node:
+    """Return a new node that gives no tensor."""
+    made = graph.call_function(function, args)
+    set_info(made, info)
+    return made
 
 
 def _reference(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
@@ -70,19 +160,12 @@ def model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
         leaf = node.op == "placeholder" or (
             node.op == "get_attr" and str(node.target) in parameters
         )
-        if (leaf and _is_float(node)) or any(n in ours for n in node.all_input_nodes):
+        # A size or a device that is read off a value is none of its numbers.
+        is_value = isinstance(info_of(node), (TensorInfo, tuple))
+        made = is_value and any(n in ours for n in node.all_input_nodes)
+        if (leaf and _is_float(node)) or made:
             ours.add(node)
     return ours
-
-
-def _replace_dtype(node: fx.Node, types: tuple[torch.dtype, fx.Node], reference: fx.Node) -> None:
-    """A constant of the model's type is the model's type."""
-    constant, runtime = types
-    # What stands before the parameter whose type is asked cannot read it.
-    if reference > node:
-        return
-    node.args = tuple(runtime if a is constant else a for a in node.args)
-    node.kwargs = {k: runtime if v is constant else v for k, v in node.kwargs.items()}
 
 
 def _cast(
@@ -94,17 +177,3 @@ def _cast(
             cast = graph.call_function(aten.to.dtype, (source, dtype))
         cast.meta = dict(source.meta)
         node.replace_input_with(source, cast)
-
-
-def _soften(node: fx.Node) -> None:
-    """The most negative float32 becomes the most negative bfloat16: as good a mask, in every
-    type.
-    """
-
-    def soft(value: Argument) -> Argument:
-        if isinstance(value, float) and abs(value) in LARGEST:
-            return LARGEST[abs(value)] * (1 if value > 0 else -1)
-        return value
-
-    node.args = tuple(map(soft, node.args))
-    node.kwargs = {k: soft(v) for k, v in node.kwargs.items()}

@@ -11,9 +11,10 @@ import ast
 import linecache
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from torch import fx
 
@@ -22,7 +23,7 @@ from matryoshkafy.graph.nodes import source_of
 PLACE = re.compile(r"(.+):(\d+) \(")
 COMPUTES = re.compile(r"\*\*|sqrt|pow")
 SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -78,26 +79,38 @@ def _said(node: fx.Node) -> set[float | None]:
     return {_number(e, scope) for s in statements for e in ast.walk(s) if isinstance(e, ast.expr)}
 
 
-def _written(node: fx.Node) -> tuple[list[ast.stmt], _Scope | None]:
+def _written(node: fx.Node) -> tuple[list[ast.stmt], Scope | None]:
     """Return the statements of the line that made a node, and where their names are bound."""
     place = PLACE.match(source_of(node) or "")
-    tree = _parsed(place[1]) if place else None
+    tree = parsed(place[1]) if place else None
     if place is None or tree is None:
         return [], None
     line = int(place[2])
+    return _around(tree, SIMPLE, line), scope_at(place[1], line)
+
+
+def scope_at(file: str, line: int) -> Scope | None:
+    """Return where the names of a line are bound, None where the file is not known."""
+    tree = parsed(file)
+    if tree is None:
+        return None
     function, owner = _around(tree, FUNCTIONS, line)[:1], _around(tree, (ast.ClassDef,), line)[:1]
-    return _around(tree, SIMPLE, line), _Scope(tree, function, owner)
+    return Scope(tree, function, owner)
 
 
 @lru_cache(maxsize=64)
-def _parsed(file: str) -> ast.Module | None:
+def parsed(file: str) -> ast.Module | None:
+    """Return the syntax of a file, None where it cannot be read."""
     try:
         return ast.parse("".join(linecache.getlines(file)))
     except (SyntaxError, ValueError):
         return None
 
 
-def _around(tree: ast.Module, kinds: tuple[type[ast.stmt], ...], line: int) -> list[ast.stmt]:
+Place = TypeVar("Place", bound=ast.stmt | ast.Lambda)
+
+
+def _around(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
     """Return the innermost statements of some kinds that hold a line."""
     found = (s for s in ast.walk(tree) if isinstance(s, kinds))
     around = [s for s in found if s.lineno <= line <= (s.end_lineno or s.lineno)]
@@ -106,12 +119,12 @@ def _around(tree: ast.Module, kinds: tuple[type[ast.stmt], ...], line: int) -> l
 
 
 @dataclass(frozen=True)
-class _Scope:
+class Scope:
     """Where the names of a statement are bound: its function, its class, its module."""
 
     module: ast.Module
-    function: list[ast.stmt]
-    owner: list[ast.stmt]
+    function: Sequence[ast.AST]
+    owner: Sequence[ast.AST]
 
     def bindings(self, name: ast.expr) -> list[ast.expr | None]:
         """Return what a name or an attribute is bound to; None for a binding of another kind."""
@@ -149,7 +162,7 @@ def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.ex
             yield from _pairs(each, one)
 
 
-def _factors(statement: ast.stmt, scope: _Scope) -> Iterator[float]:
+def _factors(statement: ast.stmt, scope: Scope) -> Iterator[float]:
     """Yield the numbers by which a statement multiplies or divides."""
     for node in ast.walk(statement):
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
@@ -157,7 +170,7 @@ def _factors(statement: ast.stmt, scope: _Scope) -> Iterator[float]:
             yield from (number for number in sides if number is not None)
 
 
-def _number(side: ast.expr, scope: _Scope, depth: int = 4) -> float | None:
+def _number(side: ast.expr, scope: Scope, depth: int = 4) -> float | None:
     """Return the number that an expression of literals stands for; None where it is not known."""
     if isinstance(side, ast.Constant):
         return float(side.value) if type(side.value) in (int, float) else None  # type: ignore[arg-type]

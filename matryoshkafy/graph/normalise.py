@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from matryoshkafy.graph.casts import raised
 from matryoshkafy.graph.dtypes import follow_dtype, model_values
 from matryoshkafy.graph.mutations import make_functional
 from matryoshkafy.graph.nodes import (
@@ -60,7 +61,7 @@ def clean(graph: fx.Graph, root: nn.Module) -> list[str]:
     _relax_views(graph)
     _drop_needless_detaches(graph, root)
     _slice_constants(graph, root)
-    _drop_identities(graph)
+    _drop_identities(graph, root)
     _follow_training(graph)
     _follow_device(graph)
     keep_reduced(graph)
@@ -91,8 +92,7 @@ def _is_identity(node: fx.Node) -> bool:
     if name == "slice":
         a = bound_args(node)
         return a["step"] == 1 and a["start"] in (0, None) and isinstance(a["end"], int | None)
-    # A cast to the type it has already: what was an upcast of half precision follows the model.
-    return name in ("to", "type_as")
+    return name in ("to", "type_as")  # a cast to the type that it has already
 
 
 def _drop_needless_detaches(graph: fx.Graph, root: nn.Module) -> None:
@@ -190,8 +190,12 @@ def _is_loose(node: fx.Node) -> bool:
     return any(shape[d] != 1 for d in (range(len(shape)) if dims is None else dims))
 
 
-def _drop_identities(graph: fx.Graph) -> None:
+def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
+    named = raised(graph, model_values(graph, root))
     for node in list(graph.nodes):
+        kept = node in named or any(n in named for n in node.all_input_nodes[:1])
+        if kept and op_key(node) in ("to", "type_as"):
+            continue
         if node.op == "call_function" and _is_identity(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)

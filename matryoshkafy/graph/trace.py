@@ -249,7 +249,7 @@ class _Copier:
         new.meta["source"] = source_of(old) or ""
         value = old.meta.get("val")
         if isinstance(value, torch.Tensor):
-            new.meta["open"] = [not isinstance(n, int) for n in value.shape]
+            new.meta["open"] = [type(n) is not int for n in value.shape]
         if "storage" in old.meta:
             new.meta["storage"] = old.meta["storage"]
         elif isinstance(value, torch.Tensor) and value.layout == torch.strided:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from matryoshkafy.graph.casts import CASTS, GET_DTYPE, TYPED, asks_type, cast
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import TORCH_FOLDER
 from matryoshkafy.graph.splits import DIMS, pieces_of
@@ -49,16 +50,17 @@ class GradientsRead(Exception):  # noqa: N818  a message to the tracer, which th
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, *, above: bool, gradients: bool = True) -> Generator[None]:
+def watched(model: nn.Module, *, above: bool, gradients: bool = True) -> Generator[list[str]]:
     """Watch what a model calls while it is traced: x.data is x.detach(), which a trace sees.
 
-    With `above`, the trace stands above autograd, and a derivative or a map ends it. Without
-    `gradients` no parameter has one, and a forward that would notice ends it. What ended it is
-    raised, also where the forward caught it.
+    Yields the remarks on lines that ask for the type of a value, as they are met. With `above`, the
+    trace stands above autograd, and a derivative or a map ends it. Without `gradients` no parameter
+    has one, and a forward that would notice ends it. What ended it is raised, also where the
+    forward caught it.
     """
     mode = _Traced(above=above, gradients=gradients)
     with _around_forward(model, mode):
-        yield
+        yield mode.notes
     if mode.ended is not None:
         raise mode.ended
 
@@ -93,12 +95,13 @@ def _around_forward(model: nn.Module, mode: _Traced) -> Generator[None]:
 class _Traced(FunctionMode):
     """What a forward calls while it is traced; see `watched`."""
 
-    WATCHED = {GET_DATA} | DERIVATIVES | READS | HOOKS | DIMS.keys()
+    WATCHED = {GET_DATA, GET_DTYPE} | DERIVATIVES | READS | HOOKS | DIMS.keys() | CASTS | TYPED
 
     def __init__(self, *, above: bool, gradients: bool) -> None:
         super().__init__()
         self.above, self.gradients = above, gradients
         self.ended: Exception | None = None
+        self.notes: list[str] = []
 
     def __torch_function__(
         self,
@@ -122,6 +125,10 @@ class _Traced(FunctionMode):
             raise self._end(GradientsRead("the forward asks for a gradient"))
         if func in DIMS:
             return pieces_of(func, args, kwargs)
+        if func in CASTS or func in TYPED:
+            return cast(func, args, kwargs)
+        if func == GET_DTYPE and (note := asks_type(args[0])) and note not in self.notes:
+            self.notes.append(note)
         return func(*args, **kwargs)
 
     def _end(self, error: Exception) -> Exception:

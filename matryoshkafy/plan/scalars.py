@@ -19,25 +19,24 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.fx.node import Argument, Target
+from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.literals import computed, takes_root, written_out
-from matryoshkafy.graph.nodes import bound_args, is_op, source_of, tensor_info
+from matryoshkafy.graph.literals import computed, stated, takes_root, written_out
+from matryoshkafy.graph.nodes import bound_args, is_op, source_of
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.numbers import EXACT, number_of
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
 
 POWERS = (0.5, -0.5, 1.0, -1.0)
-ROOTS = POWERS[:2]
+ROOTS, WHOLE = POWERS[:2], POWERS[2:]
 FOURTH_ROOTS = (0.25, -0.25)
-EXACT = 1e-6
 KEEP = "scalar:"
 # How many elementwise ops may stand between the sums of a product and their scale (masks, biases).
 BETWEEN = 4
@@ -108,7 +107,7 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
     if not op_of(node).scaling:
         return []
     for index, argument in enumerate(node.args):
-        constant = _constant(argument, search.state)
+        constant = number_of(argument, search.state)
         whole = type(argument) is int
         if whole and len(search.whole[source_of(node) or node.name, node.target]) > 1:
             continue
@@ -131,12 +130,14 @@ def _width_in(
         _derived(constant, _widths_of(node, search))
         or _derived(constant, _scaled_widths(node, constant[0], search))
         or _of_model(node, constant, search)
+        or _derived(constant, _widths_of_scores(node, search))
     )
 
 
 def _whole(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the widths that an integer at a node may count."""
-    for factor, width, powers in (*_widths_of(node, search), *_counted_widths(node, search)):
+    widths = (*_widths_of(node, search), *_counted_widths(node, search))
+    for factor, width, powers in (*widths, *_widths_of_scores(node, search)):
         if 1.0 in powers:
             yield factor, width, (1.0,)
 
@@ -163,12 +164,41 @@ def _sizes_in(count: object) -> Iterator[int]:
 
 
 def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
-    """An argument that multiplies the sums of a product: the scale of attention, alpha."""
+    """An argument that multiplies the sums of a product (the scale of attention, alpha), or one of
+    the operands of a sum.
+    """
     name = op_of(node).factor
-    constant = _constant(bound_args(node).get(name), search.state)
-    summed = search.summed.get(node.name, ())
-    found = _derived(constant, (c for dim in summed for c in _factors(dim)))
+    argument = bound_args(node).get(name)
+    constant = number_of(argument, search.state)
+    if op_of(node).product or op_of(node).attends:
+        found = _derived(constant, _widths_within(node, search))
+    elif stated(node, [constant[0]]):
+        return []
+    else:
+        found = _width_in(node, constant, type(argument) is int, search)
     return [_scalar(node, name, constant[0], found)] if found else []
+
+
+def _widths_within(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield the widths that a product sums over itself; of attention also those of all heads."""
+    for dim in search.summed.get(node.name, ()):
+        yield from _factors(dim)
+    for heads in filter(None, map(_alone, search.plan.dims(node.name))):
+        whole = _widths_holding(heads, search.plan) if op_of(node).attends else ()
+        yield from ((heads, width, ROOTS) for width in whole)
+    yield from _widths_of_scores(node, search)
+
+
+def _widths_of_scores(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield the widths by which scores of attention are divided whole, as in muP: of a head and of
+    all of them. They come last, since sqrt(64) is also an eighth of 64.
+    """
+    products = [node] if op_of(node).attends else filter(_of_activations, _before(node))
+    for value in products:
+        for dim in search.summed.get(value.name, ()):
+            yield from _factors(dim, WHOLE)
+        for factor in filter(None, map(_alone, search.plan.dims(value.name))):
+            yield from ((factor, n, WHOLE) for n in _widths_holding(factor, search.plan))
 
 
 def _scalar(node: fx.Node, name: str, value: float, found: tuple[dims.Nested, float]) -> Scalar:
@@ -232,13 +262,13 @@ def _inputs_of_weight(node: fx.Node, search: _Search) -> Iterator[Candidate]:
         yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
 
 
-def _factors(dim: Dim) -> Iterator[Candidate]:
+def _factors(dim: Dim, powers: tuple[float, ...] = ROOTS) -> Iterator[Candidate]:
     """Yield the one width in a product: by its own units where they stand last, and the whole."""
     nested = [f for f in dim if isinstance(f, dims.Nested)]
     if len(nested) == 1 and not any(isinstance(f, dims.Sum) for f in dim):
         if dim[-1] is nested[0]:
-            yield nested[0], nested[0].size, ROOTS
-        yield nested[0], dims.size(dim), ROOTS
+            yield nested[0], nested[0].size, powers
+        yield nested[0], dims.size(dim), powers
 
 
 def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
@@ -310,7 +340,7 @@ def _scaled_by(node: fx.Node, value: float, search: _Search) -> bool:
         if not op_of(node).picks or not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]
-    return any(_constant(argument, search.state)[0] == value for argument in node.args)
+    return any(number_of(argument, search.state)[0] == value for argument in node.args)
 
 
 def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
@@ -328,54 +358,9 @@ def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
 def _slopes_of(node: fx.Node, search: _Search) -> list[Scalar]:
     """The slopes of ALiBi are base ** (1, 2, ..., heads)."""
     shape = search.plan.dims(node.name)
-    value, _ = _constant(node.args[0], search.state)
+    value, _ = number_of(node.args[0], search.state)
     factor = _alone(shape[-1]) if shape else None
     if factor is None or not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):
         return []
     source = node.meta.get("source") or ""
     return [Scalar(node.name, "0", value, factor.group, factor.size, 0.0, source, "alibi")]
-
-
-def _constant(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-    """Return a number and how far off its type may have made it; (0, 0) where it is none.
-
-    It may stand in a tensor of one element that is no parameter and was made from numbers.
-    """
-    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-        return float(argument), EXACT
-    while isinstance(argument, fx.Node) and op_of(argument).casts:
-        argument = argument.args[0]
-    if isinstance(argument, fx.Node) and op_of(argument).algebra == "uniform":
-        filled = bound_args(argument).get("fill_value")
-        if tensor_info(argument).shape == () and isinstance(filled, (int, float)):
-            return float(filled), EXACT
-    # Or the graph computes it of such numbers: torch.sqrt(torch.tensor(width)).
-    value = _run(argument, state) if isinstance(argument, fx.Node) else None
-    return (0.0, 0.0) if value is None or not value.is_floating_point() else number_in(value)
-
-
-def number_in(tensor: torch.Tensor) -> tuple[float, float]:
-    """Return the one number of a tensor, and how far off its type may have made it."""
-    eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
-    return float(tensor), max(EXACT, eps)
-
-
-def number_held(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the tensor of one number that a node reads and nobody trains; None of any other."""
-    tensor = state.get(str(node.target)) if node.op == "get_attr" else None
-    held = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
-    return tensor if held and tensor is not None and not tensor.is_meta else None
-
-
-def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the one number that a node holds, None where it is not known."""
-    if node.op == "get_attr":
-        return number_held(node, state)
-    if op_of(node).casts and node.all_input_nodes:
-        return _run(node.all_input_nodes[0], state)
-    single = is_op(node) and op_of(node).elementwise and math.prod(tensor_info(node).shape) == 1
-    values = {n: _run(n, state) for n in node.all_input_nodes} if single else {}
-    if not values or not callable(node.target) or any(v is None for v in values.values()):
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast("Argument", values[n]))
-    return node.target(*args, **kwargs)

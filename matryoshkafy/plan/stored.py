@@ -17,8 +17,8 @@ from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import TensorInfo, info_of, output_node, reached
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import is_reparametrised
+from matryoshkafy.plan.numbers import number_held, number_in
 from matryoshkafy.plan.plan import Mask, Masks, Plan, Scalar, Stored
-from matryoshkafy.plan.scalars import number_held, number_in
 from matryoshkafy.rules.weights import weight_places
 
 

@@ -28,10 +28,10 @@ UNARY = """
     """.split()
 NARY = """
     copy
-    add sub rsub remainder fmod pow maximum minimum fmax fmin atan2
+    remainder fmod pow maximum minimum fmax fmin atan2
     eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
-    __and__ __or__ __xor__ __lshift__ __rshift__ lerp addcmul addcdiv
-    copysign hypot logaddexp logaddexp2 xlogy polar complex subtract greater less
+    __and__ __or__ __xor__ __lshift__ __rshift__ lerp
+    copysign hypot logaddexp logaddexp2 xlogy polar complex greater less
     greater_equal less_equal not_equal float_power bitwise_left_shift bitwise_right_shift
     floor_divide
     tanh_backward sigmoid_backward softplus_backward silu_backward gelu_backward elu_backward
@@ -60,6 +60,8 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 @rule(*UNARY, *NARY, elementwise=True)
 @rule(*ACTIVATIONS, elementwise=True, nonlinear=True)
 @rule("mul", "div", "true_divide", "multiply", "divide", elementwise=True, scaling=True)
+@rule("add", "sub", "rsub", "subtract", elementwise=True, factor="alpha")
+@rule("addcmul", "addcdiv", elementwise=True, factor="value")
 @rule("to", "_to_copy", elementwise=True, casts=True, picks=True)
 @rule("contiguous", "clone", elementwise=True, picks=True)
 @rule("where", "masked_fill", "fill", "full_like", elementwise=True, fills=True)

@@ -172,7 +172,7 @@ class Op:
         elementwise: whether each output element depends on the elements at its place alone.
         nonlinear: whether it is an activation function.
         scaling: whether a constant operand scales a tensor (mul, div).
-        factor: the argument that multiplies the sums of products (alpha, attention's scale).
+        factor: the argument that multiplies the sums of products (attention's scale) or an operand.
         casts: whether it changes the dtype alone.
         counts: whether its values count its units (arange).
         fills: whether it writes a constant, which may be infinite (masked_fill).

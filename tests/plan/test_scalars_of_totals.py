@@ -49,6 +49,13 @@ FORMS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "cdist": lambda m, h: torch.cdist(h, m.table.weight) / math.sqrt(m.width),
     "pairwise": lambda m, h: F.pairwise_distance(h, m.second(h)) / math.sqrt(m.width),
     "squares": lambda m, h: torch.exp(-(h[:, 1:] - h[:, :1]).square().sum(-1) / m.width),
+    "alpha": lambda m, h: torch.add(m.head(h)[..., 0], h.sum(-1), alpha=1 / m.width),
+    "alpha of a difference": lambda m, h: torch.sub(
+        m.head(h)[..., 0], h.sum(-1), alpha=1 / m.width
+    ),
+    "value of addcmul": lambda m, h: torch.addcmul(
+        m.head(h)[..., 0], h.sum(-1), h.sum(-1), value=1 / m.width
+    ),
     "mean times width": lambda m, h: h.mean(-1) * m.width,
     "mean times root": lambda m, h: h.mean(-1) * m.width**0.5,
 }

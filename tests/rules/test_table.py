@@ -14,7 +14,7 @@ from torch.library import custom_op
 from torch.overrides import TorchFunctionMode
 
 import matryoshkafy as mk
-from matryoshkafy.graph.vocabulary import BASICS, Basics
+from matryoshkafy.graph.vocabulary import BASICS, WRITES, Basics
 from matryoshkafy.kernels.reductions import KINDS
 from matryoshkafy.rewrite.actions import FAST, NORMS
 from matryoshkafy.rules import OPS, Op, Walk, Weight, op_of
@@ -309,6 +309,7 @@ OPERANDS = {
     "mv": ((3, 5), (5,)), "bmm": ((2, 2, 5), (2, 5, 3)), "linear": ((2, 5), (3, 5)),
     "tensordot": ((2, 5), (5, 3)), "scaled_dot_product_attention": ((1, 2, 4, 8), (1, 2, 4, 8)),
 }  # fmt: skip
+PLACES = torch.tensor([2, 0, 1])
 CALLS = {
     "tensordot": lambda op, a, b: op(a, b, [1], [0]),
     "scaled_dot_product_attention": lambda op, a, b: op(a, b, b),
@@ -319,11 +320,19 @@ CALLS = {
     "einsum": lambda op, a, b: op("ij,jk->ik", [a, b]),
     "bilinear": lambda op, a, b: op(a, a, b),
     "convolution": lambda op, a, b: op(a, b, None, [1], [0], [1], False, [0], 1),
+    "index_put": lambda op, a, b: op(a, [PLACES], b),
+    "masked_scatter": lambda op, a, b: op(a, torch.ones(3, 2).bool(), b),
+    "index_reduce": lambda op, a, b: op(a, 0, PLACES, b, "mean"),
+    "scatter_reduce": lambda op, a, b: op(a, 0, PLACES[:, None].expand(3, 2), b, "sum"),
+    **dict.fromkeys(("index_add", "index_copy"), lambda op, a, b: op(a, 0, PLACES, b)),
+    **dict.fromkeys(
+        ("scatter", "scatter_add"), lambda op, a, b: op(a, 0, PLACES[:, None].expand(3, 2), b)
+    ),
 }
 OPERANDS |= {
     "addmm": OPERANDS["mm"], "einsum": OPERANDS["mm"], "addmv": OPERANDS["mv"],
     "baddbmm": OPERANDS["bmm"], "addbmm": OPERANDS["bmm"], "convolution": OPERANDS["conv1d"],
-    "bilinear": ((2, 5), (3, 5, 5)),
+    "bilinear": ((2, 5), (3, 5, 5)), **dict.fromkeys(WRITES.split(), ((3, 2), (3, 2))),
 }  # fmt: skip
 
 

@@ -1,0 +1,61 @@
+"""number_of(): the one number that an argument of a node holds, whatever it is written as."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch.fx.node import Argument
+
+from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
+from matryoshkafy.rules import op_of
+
+EXACT = 1e-6
+
+
+def number_of(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """Return a number and how far off its type may have made it; (0, 0) where it is none.
+
+    It may stand in a tensor of one element that is no parameter and was made from numbers.
+    """
+    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+        return float(argument), EXACT
+    while isinstance(argument, fx.Node) and op_of(argument).casts:
+        argument = argument.args[0]
+    if isinstance(argument, fx.Node) and op_of(argument).algebra == "uniform":
+        filled = bound_args(argument).get("fill_value")
+        if tensor_info(argument).shape == () and isinstance(filled, (int, float)):
+            return float(filled), EXACT
+    # Or the graph computes it of such numbers: torch.sqrt(torch.tensor(width)).
+    value = _run(argument, state) if isinstance(argument, fx.Node) else None
+    return (0.0, 0.0) if value is None or not value.is_floating_point() else number_in(value)
+
+
+def number_in(tensor: torch.Tensor) -> tuple[float, float]:
+    """Return the one number of a tensor, and how far off its type may have made it."""
+    eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+    return float(tensor), max(EXACT, eps)
+
+
+def number_held(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the tensor of one number that a node reads and nobody trains; None of any other."""
+    tensor = state.get(str(node.target)) if node.op == "get_attr" else None
+    held = tensor is not None and tensor.numel() == 1 and not tensor.requires_grad
+    return tensor if held and tensor is not None and not tensor.is_meta else None
+
+
+def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the one number that a node holds, None where it is not known."""
+    if node.op == "get_attr":
+        return number_held(node, state)
+    if op_of(node).casts and node.all_input_nodes:
+        return _run(node.all_input_nodes[0], state)
+    single = is_op(node) and op_of(node).elementwise and math.prod(tensor_info(node).shape) == 1
+    values = {n: _run(n, state) for n in node.all_input_nodes} if single else {}
+    if not values or not callable(node.target) or any(v is None for v in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast("Argument", values[n]))
+    return node.target(*args, **kwargs)
