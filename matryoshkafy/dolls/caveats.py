@@ -1,5 +1,7 @@
 """What a doll, or a model cut from one, must say when it is trained or called."""
 
+# torch has no public name for what tells whether a transform is at work.
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import warnings
@@ -35,6 +37,20 @@ def refuse_training(plan: Plan, what: str) -> None:
 
 class OtherTypeWarning(UserWarning):
     """A model asks for the type of its values, and computes in another than it was traced in."""
+
+
+def refuse_transform(plan: Plan) -> None:
+    """Raise `TraceError` where torch.func differentiates a masked doll, whose operators know
+    autograd's own derivatives alone.
+    """
+    levels = torch._C._functorch.get_interpreter_stack() if plan.masked else None
+    kinds = torch._C._functorch.TransformType
+    if any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels or ()):
+        raise TraceError(
+            "torch.func was asked to differentiate a doll in masked nesting. Expected autograd "
+            "(loss.backward(), torch.autograd.grad), a slice (mk.slice(doll, size)), or a doll "
+            'that was converted with nesting="sliced".'
+        )
 
 
 class Caveats:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from matryoshkafy.dolls.caveats import Caveats, refuse_training, why_untrained
+from matryoshkafy.dolls.caveats import Caveats, refuse_training, refuse_transform, why_untrained
 from matryoshkafy.dolls.pickling import Reduced, reduced
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.outputs import Late, Moment, Outputs, Readout, read
@@ -126,6 +126,7 @@ class Doll(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Compute the user's model at full size: same arguments, same output structure."""
         self._caveats(self)
+        refuse_transform(self._plan)
         return self._forward(self.__dict__["_root"], *args, **kwargs)
 
     def outputs(self, *args: object, **kwargs: object) -> Outputs:
@@ -136,6 +137,7 @@ class Doll(nn.Module):
         when it is first read, as of this call (see `Outputs`).
         """
         self._caveats(self)
+        refuse_transform(self._plan)
         moment = Moment.of(self.__dict__["_root"], (args, kwargs))
         readouts = self._readouts(args, kwargs)
         if readouts and self._last is not None and self._last.alone:

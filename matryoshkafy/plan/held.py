@@ -118,8 +118,11 @@ def _constant(found: Findings) -> set[fx.Node]:
 
 
 def _reads_weight(node: fx.Node, user: fx.Node, found: Findings) -> bool:
-    """Tell whether an op reads a value as a weight whose outputs nest, or as a vector of a norm."""
-    if not is_op(user) or user in found.pure:
+    """Tell whether an op reads a value as a weight whose outputs nest, or as a vector of a norm.
+
+    Rows that are looked up are activations: each is normalised over the units of its own size.
+    """
+    if not is_op(user) or user in found.pure or op_of(user).lookup:
         return False
     places = weight_places(user)
     if node in places:

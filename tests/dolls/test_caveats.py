@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +53,27 @@ def test_doll_outputs_slice_copy_and_file_say_it_once(tmp_path: Path) -> None:
         (text,) = said(call)
         assert "test_caveats.py:" in text and "was recorded" in text
     assert not said(doll.outputs)
+
+
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_functional_derivatives_are_right_or_refused_by_name(nesting: str) -> None:
+    model, x = Chosen(branches=False), torch.ones(3, 4)
+    doll = mk.convert(model, (x,), sizes=[4, 8], nesting=nesting)
+
+    def slopes(module: nn.Module) -> dict[str, Tensor]:
+        def total(state: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(module, state, (x,)).sum()
+
+        return torch.func.grad(total)(dict(module.named_parameters()))
+
+    if nesting == "masked":
+        with pytest.raises(mk.MatryoshkafyError, match=r"torch\.func was asked to differentiate"):
+            slopes(doll)
+        assert torch.equal(torch.vmap(lambda row: doll(row[None])[0])(x), doll(x))
+    for each in (doll, model) if nesting == "sliced" else (mk.slice(doll, 8), model):
+        expected = torch.autograd.grad(each(x).sum(), list(each.parameters()))
+        for found, wanted in zip(slopes(each).values(), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 def test_a_model_of_one_path_says_nothing() -> None:

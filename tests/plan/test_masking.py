@@ -289,3 +289,30 @@ def test_of_a_square_the_summed_side_alone_is_cut(nesting: str) -> None:
     native.load_state_dict(small.state_dict())
     torch.testing.assert_close(small(ids), native(ids))
     torch.testing.assert_close(doll.outputs(ids)[8], small(ids))
+
+
+class Rows(nn.Module):
+    """Rows of a table, normalised before or after they are looked up."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before = before
+        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 3]"""
+        if self.before:
+            return self.head(F.embedding(ids, F.normalize(self.table.weight, dim=-1)))
+        return self.head(F.normalize(self.table(ids), dim=-1))
+
+
+def test_rows_are_normalised_over_their_own_units_before_they_are_looked_up() -> None:
+    ids = torch.arange(10).view(2, 5)
+    ours, theirs = (
+        mk.convert(Rows(before).double(), (ids,), sizes=[4, 8, 16], nesting="masked")
+        for before in (True, False)
+    )
+    for size in ours.sizes:
+        torch.testing.assert_close(ours.outputs(ids)[size], theirs.outputs(ids)[size])
+        torch.testing.assert_close(mk.slice(ours, size)(ids), theirs.outputs(ids)[size])
