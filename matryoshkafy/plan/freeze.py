@@ -25,6 +25,7 @@ from matryoshkafy.graph.nodes import (
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import free, held, is_reparametrised, nests
 from matryoshkafy.plan.masking import Masking
+from matryoshkafy.plan.numbers import output_remarks
 from matryoshkafy.plan.plan import (
     Action,
     Group,
@@ -106,6 +107,8 @@ def _remarks(
 ) -> Iterator[str]:
     yield from (*trace.notes, *masking.remarks, *map(_held_remark, full))
     yield from input_remarks(trace, parameters)
+    terms = (term for shape in parameters.values() for term in shape)
+    yield from output_remarks(trace, {axes.size(term) for term in terms if nests(term)})
     for node, notes in found.notes.items():
         if nests(notes.get("across", ())):
             yield (

@@ -1,19 +1,30 @@
-"""number_of(): the one number that an argument of a node holds, whatever it is written as."""
+"""number_of(): the one number that an argument of a node holds, whatever it is written as;
+output_remarks(): outputs that are numbers of a width, or made of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from matryoshkafy.graph.nodes import bound_args, is_op, tensor_info
+from matryoshkafy.graph.nodes import (
+    bound_args,
+    is_op,
+    is_tensor,
+    outputs_of,
+    tensor_info,
+)
+from matryoshkafy.graph.trace import Trace
 from matryoshkafy.rules import op_of
+from matryoshkafy.rules.weights import made_of
 
 EXACT = 1e-6
+POWERS = (0.5, -0.5, 1.0, -1.0)
 
 
 def number_of(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, float]:
@@ -59,3 +70,29 @@ def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | Non
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast("Argument", values[n]))
     return node.target(*args, **kwargs)
+
+
+def output_remarks(trace: Trace, widths: Collection[int]) -> Iterator[str]:
+    """Say which outputs are a width, a root or an inverse of it, or constants of its shape: what a
+    forward returns beside its values (h.shape[-1], torch.ones(h.shape)) is the same at every size.
+    """
+    state = trace.state()
+    for place, output in enumerate(outputs_of(trace.graph)):
+        held = list(_numbers_in(output, state))
+        of = [w for w in widths for n in held if any(math.isclose(n, w**p) for p in POWERS)]
+        if of:
+            yield (
+                f"full width: output {place} of the flat ones is a constant that holds the width "
+                f"{of[0]}, or comes of it, and is the same at every size"
+            )
+
+
+def _numbers_in(output: Argument, state: Mapping[str, torch.Tensor]) -> Iterator[float]:
+    """Yield the number that an output is, or the sizes of a tensor that is made of nothing."""
+    if not is_tensor(output):
+        yield from [float(output)] if isinstance(output, (int, float)) else []
+        return
+    held = number_held(output, state)
+    yield from [float(held)] if held is not None else []
+    if all(n.op == "call_function" for n in made_of(output)):
+        yield from map(float, tensor_info(output).shape)

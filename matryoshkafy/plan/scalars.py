@@ -30,11 +30,10 @@ from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.literals import computed, stated, takes_root, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, source_of
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.numbers import EXACT, number_of
+from matryoshkafy.plan.numbers import EXACT, POWERS, number_of
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
 
-POWERS = (0.5, -0.5, 1.0, -1.0)
 ROOTS, WHOLE = POWERS[:2], POWERS[2:]
 FOURTH_ROOTS = (0.25, -0.25)
 KEEP = "scalar:"

@@ -28,8 +28,12 @@ def is_picked(node: fx.Node) -> bool:
 
 def is_pure(node: fx.Node) -> bool:
     """Tell whether the values depend on no input; how often they are repeated may."""
-    made_of = reached([node], lambda n: filter(_holds_values, n.all_input_nodes))
-    return all(n.op != "placeholder" for n in made_of)
+    return all(n.op != "placeholder" for n in made_of(node))
+
+
+def made_of(node: fx.Node) -> set[fx.Node]:
+    """Return the tensors that a value is computed from; sizes and devices are none of them."""
+    return reached([node], lambda n: filter(_holds_values, n.all_input_nodes))
 
 
 def _holds_values(node: fx.Node) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,3 +191,27 @@ def test_what_nests_does_not_depend_on_the_order_of_statements(nesting: str) -> 
         }
         seen.add(str((plan.width, plan.sizes, shapes)))
     assert len(seen) == 1
+
+
+class Counting(nn.Module):
+    """Returns its width in several forms, and constants that are none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, width), nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> tuple[object, ...]:
+        """ids [N, T] -> logits, the width, its root, itself in a tensor, ones of its shape; 5, 0.3,
+        as many ones as there are ids
+        """
+        h = self.table(ids)
+        width = h.shape[-1]
+        counts = (width, math.sqrt(width), torch.tensor(width), torch.ones(h.shape))
+        return (self.head(h), *counts, 5, 0.3, torch.ones(ids.shape))
+
+
+@pytest.mark.parametrize("nesting", ["sliced", "masked"])
+def test_an_output_that_counts_the_width_is_said(nesting: str) -> None:
+    plan = mk.inspect(Counting(16), (torch.arange(10).view(2, 5),), sizes=[8, 16], nesting=nesting)
+    said = [r.partition(" of the flat")[0] for r in plan.remarks if r.startswith("full width")]
+    assert said == [f"full width: output {place}" for place in (1, 2, 3, 4)]
