@@ -33,11 +33,13 @@ from matryoshkafy.graph.nodes import (
     op_key,
     set_arg,
     set_info,
+    source_of,
 )
 from matryoshkafy.graph.normalise import has_statistics, training_flag
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.graph.vocabulary import basics_of
 
+aten = torch.ops.aten
 SDPA = F.scaled_dot_product_attention
 DROPOUTS: Mapping[object, str] = {
     F.dropout: "dropout",
@@ -65,11 +67,12 @@ RANDOM: Mapping[object, str] = {
 
 @dataclass
 class Watch(FunctionMode):
-    """Notes the dropout of every fused attention, in order, and where else chance is asked; and
-    the `training` of every dropout and batch norm.
+    """Notes the dropout of every fused attention, in order, and of torch's own attention that gives
+    its weights, by line; where else chance is asked; the `training` of dropout and batch norm.
     """
 
     attention: list[float] = field(default_factory=list[float])
+    weighing: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     chances: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     flags: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
 
@@ -102,8 +105,8 @@ class Watch(FunctionMode):
         p = float(given["dropout_p"]) if given["training"] else 0.0
         if not given["need_weights"]:
             self.attention.append(p)
-        elif p:
-            self._chance("dropout")
+        else:
+            self.weighing.setdefault(_user_line(), []).append(p)
 
     def _chance(self, name: str) -> None:
         self.chances.setdefault(name, []).append(_user_line())
@@ -158,6 +161,9 @@ def follow_training(
 def follow(traced: Trace, watch: Watch) -> Trace:
     """Return the trace with what was seen of a forward in training mode."""
     _keep_frozen(traced, watch.flags)
+    for line, rates in watch.weighing.items():
+        if not _drop_weights(traced, line, rates):
+            watch.chances.setdefault("dropout", []).extend(line for rate in rates if rate)
     notes = [_set_attention(traced, watch.attention), *_unseen(traced, watch.chances)]
     return _noted(traced, *(note for note in notes if note))
 
@@ -170,6 +176,22 @@ def _keep_frozen(traced: Trace, flags: dict[str, list[bool]]) -> None:
         if len(nodes) == len(training):
             for node in (n for n, flag in zip(nodes, training, strict=True) if not flag):
                 set_arg(node, basics_of(key).training, False)
+
+
+def _drop_weights(traced: Trace, line: str, rates: list[float]) -> bool:
+    """Put the dropout of attention that gives its weights behind its softmax, where evaluation mode
+    has none; tell whether each was found.
+    """
+    nodes = [n for n in traced.graph.nodes if op_key(n) == "softmax" and source_of(n) == line]
+    for node, rate in zip(nodes, rates, strict=True) if len(nodes) == len(rates) else ():
+        if not rate:
+            continue
+        flag = training_flag(traced.graph)
+        with traced.graph.inserting_after(node):
+            dropped = traced.graph.call_function(aten.dropout.default, (node, rate, flag))
+        dropped.meta = dict(node.meta)
+        node.replace_all_uses_with(dropped, lambda user, new=dropped: user is not new)
+    return len(nodes) == len(rates)
 
 
 def _set_attention(traced: Trace, rates: list[float]) -> str | None:

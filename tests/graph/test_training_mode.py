@@ -40,6 +40,27 @@ class AttentionOnly(nn.Module):
         return self.last(F.scaled_dot_product_attention(q, k, v, dropout_p=rate))
 
 
+class Weighed(nn.Module):
+    """torch's own attention, layer by layer, which gives its weights unless it is told not to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+        layer = nn.MultiheadAttention
+        self.layers = nn.ModuleList(
+            layer(16, 4, dropout=p, batch_first=True) for p in (0.3, 0, 0.5)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, T, 5] -> [N, T, 3], weights [N, T, T]"""
+        x = self.first(x)
+        for layer in self.layers:
+            y, weights = layer(x, x, x)
+            x = x + y
+        return self.last(x), weights
+
+
 class Noisy(nn.Module):
     """Noise in training mode, and running statistics that a forward in that mode moves."""
 
@@ -72,6 +93,20 @@ def test_a_sliced_doll_trains_as_the_model_with_the_same_random_numbers(make) ->
     assert torch.equal(with_seed(doll, x), with_seed(model, x))
     doll.eval(), model.eval()
     assert torch.equal(doll(x), model(x))
+
+
+@pytest.mark.parametrize("nesting", ["masked", "sliced"])
+def test_attention_that_gives_its_weights_drops_them_as_the_model(nesting: str) -> None:
+    model, x = Weighed().train(), tokens()
+    doll = mk.convert(model, (x,), sizes=[4, 8, 16], nesting=nesting)
+    assert not [r for r in doll.plan.remarks if "random" in r]
+    small = mk.slice(doll, 4).train()
+    assert not torch.equal(small(x)[0], small(x)[0])
+    if nesting == "sliced":
+        for found, expected in zip(with_seed(doll, x), with_seed(model, x), strict=True):
+            assert torch.equal(found, expected)
+        for found, expected in zip(doll.eval()(x), model.eval()(x), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("nesting", ["masked", "sliced"])
