@@ -43,7 +43,9 @@ def refuse_transform(plan: Plan) -> None:
     """Raise `TraceError` where torch.func differentiates a masked doll, whose operators know
     autograd's own derivatives alone.
     """
-    levels = torch._C._functorch.get_interpreter_stack() if plan.masked else None
+    if not plan.masked or torch.compiler.is_compiling():
+        return
+    levels = torch._C._functorch.get_interpreter_stack()
     kinds = torch._C._functorch.TransformType
     if any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels or ()):
         raise TraceError(

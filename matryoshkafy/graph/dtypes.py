@@ -56,7 +56,8 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
             types.follow(node, before if node not in named else None)
             outside = (n for n in node.all_input_nodes if n not in ours)
             if node not in named:
-                made = [n for n in outside if n.op == "call_function"]
+                # What has another type in the trace has it for reasons of its own.
+                made = [n for n in outside if is_op(n) and _is_of(n, types.traced)]
                 _cast(graph, node, made, types.beside(node, ours) if made else types.model)
         elif basics_of(op_key(node)).one_type:
             # A product of buffers and positions is computed in the traced type.
@@ -92,6 +93,12 @@ class _Types:
         node.args = tuple(dtype if a is self.traced else a for a in node.args)
         node.kwargs = {k: dtype if v is self.traced else v for k, v in node.kwargs.items()}
 
+    def _limit(self, info: fx.Node, traced: float, *, bounded: bool) -> fx.Node:
+        """Return the largest or the least number of a type."""
+        end = _said(info.graph, getattr, (info, "max" if traced > 0 else "min"), traced)
+        nearer = min if traced > 0 else max
+        return _said(info.graph, nearer, (end, traced), traced) if bounded else end
+
     def _of(self, value: fx.Node, node: fx.Node) -> fx.Node:
         """Return the type of a value, asked before a node."""
         with node.graph.inserting_before(node):
@@ -106,7 +113,8 @@ class _Types:
 
     def follow_largest(self, node: fx.Node, values: Iterable[fx.Node]) -> None:
         """The most negative number of the traced type, which a mask holds, is that of the type of
-        the value it masks (of the model, where it meets none).
+        the value it masks (of the model, where it meets none; what has no value of the model yet is
+        computed in the traced type, whose own it may not exceed).
         """
         largest = torch.finfo(self.traced).max
         given = (*node.args, *node.kwargs.values())
@@ -117,8 +125,8 @@ class _Types:
         with node.graph.inserting_before(node):
             info = _said(node.graph, torch.finfo, (dtype,))
             ends = {
-                sign * largest: _said(node.graph, getattr, (info, name), sign * largest)
-                for sign, name in ((1, "max"), (-1, "min"))
+                sign * largest: self._limit(info, sign * largest, bounded=masked is None)
+                for sign in (1, -1)
             }
 
         def followed(value: Argument) -> Argument:
@@ -150,6 +158,10 @@ def _reference(graph: fx.Graph, root: nn.Module) -> fx.Node | None:
 
 def _is_float(node: fx.Node) -> bool:
     return getattr(info_of(node), "dtype", None) in FLOATS
+
+
+def _is_of(node: fx.Node, dtype: torch.dtype) -> bool:
+    return getattr(info_of(node), "dtype", None) is dtype
 
 
 def model_values(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:

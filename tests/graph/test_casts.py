@@ -52,6 +52,29 @@ def summed(h: Tensor) -> Tensor:
     return out.index_add_(1, torch.tensor([0, 1, 0, 1, 2]), h)
 
 
+def extended(h: Tensor) -> Tensor:
+    """BERT's mask, made of positions."""
+    mask = (torch.arange(h.shape[1]) < 3).to(h.dtype)
+    return (h @ h.mT / 300 + (1.0 - mask) * torch.finfo(h.dtype).min).softmax(-1) @ h
+
+
+def causal(h: Tensor) -> Tensor:
+    """A decoder's mask."""
+    scores = h @ h.mT / 300
+    least = torch.full(scores.shape[-2:], torch.finfo(h.dtype).min, dtype=h.dtype)
+    return (scores + least.triu(1)).softmax(-1) @ h
+
+
+def running(h: Tensor) -> Tensor:
+    """A state in float32, whatever the model's type."""
+    u, state = h.float(), torch.zeros(h.shape[0], h.shape[2], dtype=torch.float32)
+    states: list[Tensor] = []
+    for t in range(5):
+        state = 0.9 * state + u[:, t]
+        states.append(state)
+    return torch.stack(states, 1).to(h.dtype)
+
+
 USES: dict[str, Callable[[Tensor], Tensor]] = {
     "float": lambda h: ((h.float() * 9000).square() / 1e7).type_as(h),
     "the cast of a name": lambda h: ((h.to(WIDE) * 9000).square() / 1e7).to(h.dtype),
@@ -64,6 +87,9 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "written": written,
     "least": masked,
     "index_add": summed,
+    "extended": extended,
+    "causal": causal,
+    "running": running,
 }
 
 
@@ -101,6 +127,16 @@ def test_a_cast_doll_is_the_cast_model(use: str, dtype: torch.dtype) -> None:
             # In float64 the doll stays there where the model goes through float32.
             rtol = 1e-4 if dtype == torch.float64 else 0
             torch.testing.assert_close(ours(ids), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("use", ["running", "rms", "extended", "float"])
+def test_a_doll_of_float64_is_cast_as_well(use: str, dtype: torch.dtype) -> None:
+    ids, model = torch.arange(10).view(2, 5), Net(16, use).double().eval()
+    doll = mk.convert(model, (ids,), sizes=[8, 16], nesting="sliced")
+    torch.testing.assert_close(doll(ids), model(ids))
+    with torch.no_grad():
+        torch.testing.assert_close(doll.to(dtype)(ids), model.to(dtype)(ids), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("use", USES)
