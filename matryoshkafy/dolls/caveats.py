@@ -1,10 +1,11 @@
 """What a doll, or a model cut from one, must say when it is trained or called."""
 
 # torch has no public name for what tells whether a transform is at work.
-# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import warnings
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.casts import ONE_TYPE
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING
 from matryoshkafy.plan.plan import Plan
+
+FUNCTORCH = cast("Any", torch._C)._functorch
+DIFFERENTIATES = (FUNCTORCH.TransformType.Grad, FUNCTORCH.TransformType.Jvp)
 
 
 class RecordedPathWarning(UserWarning):
@@ -45,9 +49,7 @@ def refuse_transform(plan: Plan) -> None:
     """
     if not plan.masked or torch.compiler.is_compiling():
         return
-    levels = torch._C._functorch.get_interpreter_stack()
-    kinds = torch._C._functorch.TransformType
-    if any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels or ()):
+    if any(level.key() in DIFFERENTIATES for level in FUNCTORCH.get_interpreter_stack() or ()):
         raise TraceError(
             "torch.func was asked to differentiate a doll in masked nesting. Expected autograd "
             "(loss.backward(), torch.autograd.grad), a slice (mk.slice(doll, size)), or a doll "

@@ -190,7 +190,8 @@ def _drop_weights(traced: Trace, line: str, rates: list[float]) -> bool:
         with traced.graph.inserting_after(node):
             dropped = traced.graph.call_function(aten.dropout.default, (node, rate, flag))
         dropped.meta = dict(node.meta)
-        node.replace_all_uses_with(dropped, lambda user, new=dropped: user is not new)
+        node.replace_all_uses_with(dropped)
+        dropped.update_arg(0, node)
     return len(nodes) == len(rates)
 
 
