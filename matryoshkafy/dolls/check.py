@@ -151,7 +151,9 @@ def _beside_a_size(found: Trace, plan: Plan) -> fx.Node | None:
 
 def _holds(node: fx.Node, shape: Sequence[Dim], sizes: Sequence[int]) -> bool:
     """Tell whether a nested dim of a value may hold a size of an input."""
-    is_open = node.meta.get("open", [True] * len(shape))
+    known = node.meta.get("open", ())
+    # A value that was rewritten may have other dims than the one that was captured.
+    is_open = known if len(known) == len(shape) else [True] * len(shape)
     nested = (dim for dim, asks in zip(shape, is_open, strict=True) if asks and is_nested(dim))
     whole = [factor for dim in nested for factor in dim if isinstance(factor, int)]
     return any(factor % size == 0 for factor in whole for size in sizes)

@@ -421,3 +421,29 @@ def test_verify_names_what_every_size_reads_whole() -> None:
     assert "inner.weight" in next(law.detail for law in report.laws if law.number == 5)
     plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     assert mk.verify(mk.convert(plain, x, sizes=[4, 8], nesting="masked"), x).whole == ()
+
+
+class Scored(nn.Module):
+    """The forward pass of a conditional random field: reductions that drop their dim."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.emit = nn.Embedding(30, width), nn.Linear(width, 6)
+        self.step, self.last = nn.Parameter(torch.randn(6, 6)), nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 3]"""
+        x = self.table(ids)
+        emitted = self.emit(x)
+        score = emitted[:, 0]
+        for t in range(1, 3):
+            score = (score.unsqueeze(2) + self.step + emitted[:, t].unsqueeze(1)).logsumexp(1)
+        return self.last(x + score.logsumexp(-1)[:, None, None])
+
+
+def test_values_that_lose_a_dim_are_looked_at_for_levels_beside_a_size() -> None:
+    ids = torch.arange(10).view(2, 5)
+    doll = mk.convert(Scored(8).double(), (ids,), sizes=[4, 8], nesting="masked")
+    for call in (ids, ids[:1], torch.arange(21).view(3, 7)):
+        torch.testing.assert_close(doll.outputs(call)[4], mk.slice(doll, 4)(call))
