@@ -41,10 +41,11 @@ def _masks(node: fx.Node, plan: Plan) -> dict[str, Masks]:
     for weight, place in weight_places(node).items():
         shape = plan.dims(weight.name)
         into = [i for i in place.into if dims.is_nested(shape[i])]
-        masks = tuple(Mask(o, i) for i in into for o in place.outs)
-        # What a weight meets with no dim that nests going out is a table, no weight.
-        if masks and any(dims.is_nested(shape[o]) for o in place.outs):
-            found[weight.name] = masks
+        # What is whole going out is there at every size, and limits nothing; a weight with no dim
+        # that nests going out is a table.
+        outs = [o for o in place.outs if dims.is_nested(shape[o])]
+        if into and outs:
+            found[weight.name] = tuple(Mask(o, i) for i in into for o in outs)
     return found
 
 

@@ -316,3 +316,30 @@ def test_rows_are_normalised_over_their_own_units_before_they_are_looked_up() ->
     for size in ours.sizes:
         torch.testing.assert_close(ours.outputs(ids)[size], theirs.outputs(ids)[size])
         torch.testing.assert_close(mk.slice(ours, size)(ids), theirs.outputs(ids)[size])
+
+
+class Gathered(nn.Module):
+    """The matrix of one of three experts for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.route, self.head = nn.Embedding(30, 16), nn.Linear(16, 3), nn.Linear(16, 3)
+        self.experts = nn.Parameter(torch.randn(3, 16, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 3]"""
+        x = self.table(ids)
+        gate, best = self.route(x).softmax(-1).max(-1)
+        mixed = torch.einsum("btd,btde->bte", x, self.experts[best])
+        return self.head(x + mixed * gate[..., None])
+
+
+def test_a_dim_that_is_whole_going_out_masks_nothing() -> None:
+    ids = torch.arange(10).view(2, 5)
+    doll = mk.convert(Gathered().double(), (ids,), sizes=[4, 8, 16], nesting="masked")
+    (masks,) = [m for node in doll.plan.masks.values() for m in node.values() if m[0].into == 2]
+    assert [mask.out for mask in masks] == [3]
+    for call in (ids, ids[:1], torch.arange(28).view(4, 7)):
+        for size in doll.sizes:
+            torch.testing.assert_close(doll.outputs(call)[size], mk.slice(doll, size)(call))
