@@ -153,7 +153,7 @@ def _is_type(expression: ast.expr, scope: Scope, depth: int = 3) -> bool:
     if isinstance(expression, ast.Attribute) and ast.unparse(expression.value) == "torch":
         return expression.attr in NAMES
     bound = scope.bindings(expression) if depth else []
-    return bool(bound) and all(b is not None and _is_type(b, scope, depth - 1) for b in bound)
+    return bool(bound) and all(b.value and _is_type(b.value, b.scope, depth - 1) for b in bound)
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ import linecache
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Sub: lambda a, b: a - b,
     ast.Mult: lambda a, b: a * b,
     ast.Div: lambda a, b: a / b if b else math.nan,
+    ast.Pow: lambda a, b: a**b if a > 0 and abs(b) <= 4 else math.nan,
 }
 
 
@@ -126,31 +127,95 @@ class Scope:
     function: Sequence[ast.AST]
     owner: Sequence[ast.AST]
 
-    def bindings(self, name: ast.expr) -> list[ast.expr | None]:
-        """Return what a name or an attribute is bound to; None for a binding of another kind."""
-        if not isinstance(name, (ast.Name, ast.Attribute)):
+    def bindings(self, name: ast.expr) -> list[Bound]:
+        """Return what a name or an attribute is bound to: of a name in its function or module, of
+        an attribute in its class, else in any class of the module (a configuration).
+        """
+        if isinstance(name, ast.Attribute):
+            return self._attribute(name.attr)
+        if not isinstance(name, ast.Name):
             return []
-        for place in (
-            self.owner if isinstance(name, ast.Attribute) else (*self.function, self.module)
-        ):
-            found = [value for target, value in _bound(place) if target == ast.unparse(name)]
+        for place in (*self.function, self.module):
+            found = [Bound(v, self) for target, v in _bound(place) if target == name.id]
+            if found:
+                return found
+        return []
+
+    def _attribute(self, name: str) -> list[Bound]:
+        classes = (node for node in ast.walk(self.module) if isinstance(node, ast.ClassDef))
+        for owners in (self.owner, list(classes)):
+            found = [
+                Bound(_unless_whole(value) if place is owner else value, scope)
+                for owner in owners
+                for place in _bodies(owner)
+                for scope in [replace(self, function=[place])]
+                for target, value in _bound(place)
+                if target.rpartition(".")[2] == name and (target != name or place is owner)
+            ]
             if found:
                 return found
         return []
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What a name is bound to, None for a binding of an unknown kind, and where that is read."""
+
+    value: ast.expr | None
+    scope: Scope
+
+
+def _bodies(owner: ast.AST) -> Iterator[ast.AST]:
+    """Yield the methods of a class, and the class for what it binds outside of them."""
+    body = getattr(owner, "body", [])
+    yield from (node for node in body if isinstance(node, FUNCTIONS))
+    yield owner
+
+
 def _bound(place: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
-    """Yield every name that is bound, with its value where an assignment gives one."""
+    """Yield every name that is bound, with its value where an assignment or a default gives one."""
     plain: set[ast.expr] = set()
-    for node in ast.walk(place):
+    for node in _own(place):
         if isinstance(node, ast.Assign):
             pairs = [pair for target in node.targets for pair in _pairs(target, node.value)]
             plain.update(target for target, _ in pairs)
             yield from ((ast.unparse(target), value) for target, value in pairs)
-        elif isinstance(node, ast.arg):
-            yield node.arg, None
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            plain.add(node.target)
+            yield ast.unparse(node.target), node.value
+        elif isinstance(node, ast.arguments):
+            yield from _arguments(node)
         elif isinstance(node, (ast.Name, ast.Attribute)) and node not in plain:
             yield from [(ast.unparse(node), None)] if isinstance(node.ctx, ast.Store) else ()
+
+
+def _own(place: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a place; of a class those outside of its methods."""
+    if not isinstance(place, ast.ClassDef):
+        yield from ast.walk(place)
+        return
+    for statement in place.body:
+        if not isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
+            yield from ast.walk(statement)
+
+
+def _unless_whole(value: ast.expr | None) -> ast.expr | None:
+    """Return a default, or what a class binds; None for a whole number, which may be a width."""
+    whole = isinstance(value, ast.Constant) and isinstance(value.value, int)
+    return None if whole else value
+
+
+def _arguments(given: ast.arguments) -> Iterator[tuple[str, ast.expr | None]]:
+    ordered = [*given.posonlyargs, *given.args]
+    defaults: list[ast.expr | None] = [*given.defaults]
+    pairs = [
+        *zip(reversed(ordered), [*reversed(defaults), *[None] * len(ordered)], strict=False),
+        *zip(given.kwonlyargs, given.kw_defaults, strict=True),
+    ]
+    for argument, default in pairs:
+        yield argument.arg, _unless_whole(default)
+    for argument in (given.vararg, given.kwarg):
+        yield from [(argument.arg, None)] if argument else ()
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -170,6 +235,10 @@ def _factors(statement: ast.stmt, scope: Scope) -> Iterator[float]:
             yield from (number for number in sides if number is not None)
 
 
+def _names_in(expression: ast.expr) -> bool:
+    return any(isinstance(e, (ast.Name, ast.Attribute)) for e in ast.walk(expression))
+
+
 def _number(side: ast.expr, scope: Scope, depth: int = 4) -> float | None:
     """Return the number that an expression of literals stands for; None where it is not known."""
     if isinstance(side, ast.Constant):
@@ -177,12 +246,14 @@ def _number(side: ast.expr, scope: Scope, depth: int = 4) -> float | None:
     if isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
         number = _number(side.operand, scope, depth)
         return None if number is None else -number
+    if isinstance(side, ast.BinOp) and isinstance(side.op, ast.Pow) and _names_in(side):
+        return None  # a root of what is named is one of a width as well
     if isinstance(side, ast.BinOp):
         left, right = (_number(s, scope, depth) for s in (side.left, side.right))
         compute = ARITHMETIC.get(type(side.op))
         if left is None or right is None or compute is None:
             return None
         return compute(left, right)
-    bindings = scope.bindings(side) if depth else []
-    numbers = {_number(b, scope, depth - 1) if b is not None else None for b in bindings}
+    bound = scope.bindings(side) if depth else []
+    numbers = {_number(b.value, b.scope, depth - 1) if b.value else None for b in bound}
     return numbers.pop() if len(numbers) == 1 else None
