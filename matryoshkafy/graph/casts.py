@@ -55,6 +55,8 @@ def cast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, A
     if func not in CASTS:
         return _in_type(func, args, kwargs, frame)
     given = func(aten.alias.default(x), *args[1:], **kwargs)
+    if not isinstance(given, torch.Tensor):  # x.type() tells its name
+        return given
     if given.dtype == x.dtype and _names(frame, func.__name__):
         return NAMED(given, dtype=x.dtype)
     return given

@@ -25,11 +25,12 @@ from matryoshkafy.graph.nodes import (
     TensorInfo,
     info_of,
     is_op,
+    is_tensor,
     op_key,
     set_info,
     tensor_info,
 )
-from matryoshkafy.graph.vocabulary import basics_of
+from matryoshkafy.graph.vocabulary import WRITES, basics_of
 
 aten = torch.ops.aten
 
@@ -62,6 +63,29 @@ def follow_dtype(graph: fx.Graph, root: nn.Module) -> None:
         elif basics_of(op_key(node)).one_type:
             # A product of buffers and positions is computed in the traced type.
             _cast(graph, node, node.all_input_nodes, types.traced)
+
+
+def keep_exact(graph: fx.Graph) -> list[str]:
+    """Keep products where the forward turns autocast off, as rotary angles do; say which cannot be.
+
+    Each is one number times one there (angles are positions times frequencies): autocast lowers no
+    multiplication.
+    """
+    places: dict[str, None] = {}
+    for node in list(graph.nodes):
+        if "exact" not in node.meta or not basics_of(op_key(node)).one_type:
+            continue
+        if op_key(node) in ("matmul", "bmm", "mm") and _is_outer(node):
+            node.target, node.kwargs = aten.mul.Tensor, {}
+        elif op_key(node) not in WRITES:
+            places[str(node.meta.get("source") or node.name)] = None
+    return [f"autocast is turned off at {place}, which the doll does not do" for place in places]
+
+
+def _is_outer(node: fx.Node) -> bool:
+    operands = [a for a in node.args[:2] if is_tensor(a)]
+    left, *right = (tensor_info(n).shape for n in operands)
+    return bool(right) and len(left) == len(right[0]) and left[-1:] == right[0][-2:-1] == (1,)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from matryoshkafy.graph.casts import raised
-from matryoshkafy.graph.dtypes import follow_dtype, model_values
+from matryoshkafy.graph.dtypes import follow_dtype, keep_exact, model_values
 from matryoshkafy.graph.mutations import make_functional
 from matryoshkafy.graph.nodes import (
     TensorInfo,
@@ -68,11 +68,13 @@ def clean(graph: fx.Graph, root: nn.Module) -> list[str]:
     _share_masks(graph)
     # Types are followed last, on what is left of the graph.
     graph.eliminate_dead_code()
+    remarks += keep_exact(graph)
     follow_dtype(graph, root)
     graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta.pop("storage", None)
         node.meta.pop("written", None)
+        node.meta.pop("exact", None)
     return remarks
 
 

@@ -167,6 +167,8 @@ class _Copier:
         self.graph, self.owner, self.root = graph, owner, root
         self.env: dict[fx.Node, Argument] = {}
         self.grad = True
+        # Where the forward turns autocast off, which the graph itself cannot.
+        self.exact = False
 
     def placeholder(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -207,6 +209,7 @@ class _Copier:
             self.grad = bool(node.args[0])
             return
         if node.target in AUTOCAST:
+            self.exact = node.target is AUTOCAST[0] and node.args[2] is False
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise TraceError(
@@ -239,6 +242,7 @@ class _Copier:
         module: fx.GraphModule = getattr(self.owner, name)
         inner = _Copier(self.graph, module, self.root)
         inner.grad = bool(node.args[0]) if "grad" in str(node.target) else self.grad
+        inner.exact = node.args[2] is False if "autocast" in str(node.target) else self.exact
         holes = [n for n in module.graph.nodes if n.op == "placeholder"]
         for hole, value in zip(holes, node.args[at + 1 :], strict=True):
             inner.env[hole] = self._mapped(value)
@@ -247,6 +251,8 @@ class _Copier:
     def _described(self, new: fx.Node, old: fx.Node) -> fx.Node:
         set_info(new, info_of(old.meta.get("val")))
         new.meta["source"] = source_of(old) or ""
+        if self.exact:
+            new.meta["exact"] = True
         value = old.meta.get("val")
         if isinstance(value, torch.Tensor):
             new.meta["open"] = [type(n) is not int for n in value.shape]

@@ -21,10 +21,12 @@ class Basics:
 _PRODUCTS = """matmul mm bmm mv dot vdot addmm baddbmm addbmm addmv einsum tensordot linear bilinear
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
     scaled_dot_product_attention"""
-WRITES = """index_add index_copy index_put index_reduce masked_scatter scatter scatter_add
-    scatter_reduce"""
+WRITES = frozenset(
+    """index_add index_copy index_put index_reduce masked_scatter scatter scatter_add
+    scatter_reduce""".split()
+)
 BASICS: dict[str, Basics] = {
-    **dict.fromkeys((*_PRODUCTS.split(), *WRITES.split()), Basics(one_type=True)),
+    **dict.fromkeys((*_PRODUCTS.split(), *WRITES), Basics(one_type=True)),
     **dict.fromkeys("dropout feature_dropout alpha_dropout".split(), Basics("train")),
     **dict.fromkeys("feature_alpha_dropout lstm gru rnn_tanh rnn_relu".split(), Basics("train")),
     **dict.fromkeys(("batch_norm", "rrelu"), Basics("training")),

@@ -28,11 +28,12 @@ from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.literals import computed, stated, takes_root, written_out
-from matryoshkafy.graph.nodes import bound_args, is_op, source_of
+from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.numbers import EXACT, POWERS, number_of
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
+from matryoshkafy.rules.weights import made_of
 
 ROOTS, WHOLE = POWERS[:2], POWERS[2:]
 FOURTH_ROOTS = (0.25, -0.25)
@@ -239,8 +240,10 @@ def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     plan = search.plan
     shape = plan.dims(node.name)
     last = _alone(shape[-1]) if shape else None
-    if last is not None:
-        yield last, last.size, POWERS
+    # Of a value that is made of nothing every dim may be what it averages over: ones(d, 1) / d.
+    made = op_of(node).scaling and all(n.op == "call_function" for n in made_of(node))
+    for width in filter(None, map(_alone, shape) if made else [last]):
+        yield width, width.size, POWERS
     yield from _factors(shape[-1]) if shape else ()
     for factor in filter(None, map(_alone, shape)):
         for width in _widths_holding(factor, plan):
@@ -322,15 +325,16 @@ def _passes(node: fx.Node) -> bool:
 
 def _scaled_widths(node: fx.Node, value: float, search: _Search) -> Iterator[Candidate]:
     """Yield what a product sums over that reads a value, where a constant scales both operands."""
-    last = node
-    while len(last.users) == 1 and not op_of(last).product:
-        user = next(iter(last.users))
-        if not (_passes(user) or op_of(user).product):
-            return
-        last = user
-    both = all(_scaled_by(operand, value, search) for operand in last.all_input_nodes)
-    for dim in search.summed.get(last.name, ()) if op_of(last).product and both else ():
-        yield from ((factor, width, FOURTH_ROOTS) for factor, width, _ in _factors(dim))
+    for product in _products_of(node):
+        if all(_scaled_by(operand, value, search) for operand in product.all_input_nodes):
+            for dim in search.summed.get(product.name, ()):
+                yield from ((factor, width, FOURTH_ROOTS) for factor, width, _ in _factors(dim))
+
+
+def _products_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the products that read a value, rearranged or masked on its way at most."""
+    found = reached([node], lambda n: (u for u in n.users if _passes(u)) if n.users else ())
+    return (u for n in found for u in n.users if op_of(u).product)
 
 
 def _scaled_by(node: fx.Node, value: float, search: _Search) -> bool:

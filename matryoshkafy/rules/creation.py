@@ -10,7 +10,7 @@ from matryoshkafy.rules.table import Args, Result, Sizes, Terms, Walk, hold, rul
 
 
 @rule("zeros", "ones", "rand", "randn", "new_zeros", "new_ones", "randint", sizes="size")
-@rule("full", "new_full", sizes="size", fills=True)
+@rule("full", "new_full", sizes="size", fills=True, factor="fill_value")
 def filled(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every unit is made alike."""
     del args

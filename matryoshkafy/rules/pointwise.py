@@ -64,7 +64,8 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 @rule("addcmul", "addcdiv", elementwise=True, factor="value")
 @rule("to", "_to_copy", elementwise=True, casts=True, picks=True)
 @rule("contiguous", "clone", elementwise=True, picks=True)
-@rule("where", "masked_fill", "fill", "full_like", elementwise=True, fills=True)
+@rule("where", "masked_fill", "fill", elementwise=True, fills=True)
+@rule("full_like", elementwise=True, fills=True, factor="fill_value")
 @rule("_prelu_kernel", elementwise=True, parameters=("weight",))
 def pointwise(walk: Walk, node: fx.Node, args: Args) -> Result:
     """Every tensor argument broadcasts with every other."""

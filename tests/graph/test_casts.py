@@ -52,6 +52,12 @@ def summed(h: Tensor) -> Tensor:
     return out.index_add_(1, torch.tensor([0, 1, 0, 1, 2]), h)
 
 
+def by_default(h: Tensor, kind: torch.dtype = torch.float32) -> Tensor:
+    """A type that an argument names."""
+    wide = h.to(kind)
+    return (wide / wide.square().mean(-1, keepdim=True).sqrt()).to(h.dtype)
+
+
 def extended(h: Tensor) -> Tensor:
     """BERT's mask, made of positions."""
     mask = (torch.arange(h.shape[1]) < 3).to(h.dtype)
@@ -90,6 +96,7 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "extended": extended,
     "causal": causal,
     "running": running,
+    "named by a default": lambda h: by_default(h * 300),
 }
 
 
@@ -206,3 +213,55 @@ def test_a_type_that_is_no_question_is_not_said() -> None:
 
     doll = mk.convert(Clamped(ask).eval(), (ids,), sizes=[8, 16], nesting="sliced").half()
     assert not _warned(lambda: doll(ids))
+
+
+class Rotated(nn.Module):
+    """Angles of long positions, for which the forward turns autocast off, as transformers does."""
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.q, self.head = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.exact = exact
+        self.register_buffer("inverse", 1 / 1e4 ** (torch.arange(0, 8, 2) / 8), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 3]"""
+        x = self.table(ids)
+        n, t, _ = x.shape
+        places = (torch.arange(t) * 301)[None]
+        with torch.autocast("cpu", enabled=False):
+            angles = (self.inverse[None, :, None].float() @ places[:, None].float()).transpose(1, 2)
+            turn = torch.cat([angles, angles], -1)
+            cos, sin = (f(turn).to(x.dtype)[:, :, None] for f in (torch.cos, torch.sin))
+        h = self.q(x).view(n, t, -1, 8)
+        first, second = h.chunk(2, -1)
+        h = (h * cos + torch.cat([-second, first], -1) * sin).flatten(2)
+        if self.exact:
+            with torch.autocast("cpu", enabled=False):
+                h = (h.float() @ h.float().mT) @ h.float()
+        return self.head(h)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_where_a_forward_turns_autocast_off_is_kept_or_said(exact: bool) -> None:
+    ids, model = torch.arange(14).view(2, 7), Rotated(exact).eval()
+    doll = mk.convert(model, (ids,), sizes=[8, 16], nesting="sliced")
+    said = [r for r in doll.plan.remarks if r.startswith("autocast is turned off at")]
+    assert bool(said) is exact
+    with torch.no_grad():
+        assert torch.equal(doll(ids), model(ids))
+        if not exact:
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(doll(ids), model(ids), rtol=0, atol=0)
+
+
+def test_a_type_that_is_asked_for_by_name_is_no_cast() -> None:
+    class Named(Clamped):
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.table(ids)
+            return self.a(h.type(self.a.weight.type()))
+
+    ids, model = torch.arange(10).view(2, 5), Named(lambda h: False).eval()
+    doll = mk.convert(model, (ids,), sizes=[8, 16], nesting="sliced")
+    assert torch.equal(doll(ids), model(ids))

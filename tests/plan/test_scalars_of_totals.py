@@ -56,6 +56,8 @@ FORMS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "value of addcmul": lambda m, h: torch.addcmul(
         m.head(h)[..., 0], h.sum(-1), h.sum(-1), value=1 / m.width
     ),
+    "filled": lambda m, h: m.head(h + torch.full_like(h, 1 / h.shape[-1])),
+    "centred": lambda m, h: m.head(h - h @ (torch.ones(m.width, 1, dtype=h.dtype) / m.width)),
     "mean times width": lambda m, h: h.mean(-1) * m.width,
     "mean times root": lambda m, h: h.mean(-1) * m.width**0.5,
 }

@@ -332,7 +332,7 @@ CALLS = {
 OPERANDS |= {
     "addmm": OPERANDS["mm"], "einsum": OPERANDS["mm"], "addmv": OPERANDS["mv"],
     "baddbmm": OPERANDS["bmm"], "addbmm": OPERANDS["bmm"], "convolution": OPERANDS["conv1d"],
-    "bilinear": ((2, 5), (3, 5, 5)), **dict.fromkeys(WRITES.split(), ((3, 2), (3, 2))),
+    "bilinear": ((2, 5), (3, 5, 5)), **dict.fromkeys(WRITES, ((3, 2), (3, 2))),
 }  # fmt: skip
 
 
