@@ -38,21 +38,15 @@ def written_out(node: fx.Node, value: float) -> bool:
 
     A statement that also takes a root or a power may have computed it: that is no proof.
     """
-    statements, scope = _written(node)
-    if scope is None or _rooted(statements):
-        return False
-    return any(math.isclose(value, n) for s in statements for n in _factors(s, scope))
+    line = _line_of(node)
+    return not line.rooted and any(math.isclose(value, n) for n in line.factors)
 
 
 def takes_root(node: fx.Node, value: float) -> bool:
     """Tell whether the statement that made a node takes a root or a power, and does not hold a
     number, which it may have computed so.
     """
-    return _rooted(_written(node)[0]) and not stated(node, [value])
-
-
-def _rooted(statements: Iterable[ast.stmt]) -> bool:
-    return any(COMPUTES.search(ast.unparse(s)) for s in statements)
+    return _line_of(node).rooted and not stated(node, [value])
 
 
 def computed(node: fx.Node, values: Iterable[int]) -> bool:
@@ -60,34 +54,45 @@ def computed(node: fx.Node, values: Iterable[int]) -> bool:
 
     Nor a name of one: side = 3 above it is as good as the 3.
     """
-    said = _said(node)
+    said = _line_of(node).said
     return bool(said) and said.isdisjoint(map(float, values))
 
 
 def stated(node: fx.Node, values: Iterable[float]) -> bool:
     """Tell whether the statement that made a node holds all of some numbers, or names of them."""
     wanted = set(map(float, values))
-    return bool(wanted) and wanted <= _said(node)
+    return bool(wanted) and wanted <= _line_of(node).said
 
 
-def _said(node: fx.Node) -> set[float | None]:
-    """Return what the expressions of a node's statement stand for, None among them where it is not
-    known; nothing where the statement is not known.
+@dataclass(frozen=True)
+class _Line:
+    """What the statements of a line hold: the numbers by which they multiply or divide, all that
+    their expressions stand for (None among them where it is not known; nothing where the line is
+    not), and whether they take a root or a power.
     """
-    statements, scope = _written(node)
-    if scope is None:
-        return set()
-    return {_number(e, scope) for s in statements for e in ast.walk(s) if isinstance(e, ast.expr)}
+
+    factors: frozenset[float] = frozenset()
+    said: frozenset[float | None] = frozenset()
+    rooted: bool = False
 
 
-def _written(node: fx.Node) -> tuple[list[ast.stmt], Scope | None]:
-    """Return the statements of the line that made a node, and where their names are bound."""
+def _line_of(node: fx.Node) -> _Line:
     place = PLACE.match(source_of(node) or "")
-    tree = parsed(place[1]) if place else None
-    if place is None or tree is None:
-        return [], None
-    line = int(place[2])
-    return _around(tree, SIMPLE, line), scope_at(place[1], line)
+    return _line(place[1], int(place[2])) if place else _Line()
+
+
+@lru_cache(maxsize=4096)
+def _line(file: str, line: int) -> _Line:
+    tree, scope = parsed(file), scope_at(file, line)
+    if tree is None or scope is None:
+        return _Line()
+    statements = _around(tree, SIMPLE, line)
+    inner = (e for s in statements for e in ast.walk(s) if isinstance(e, ast.expr))
+    return _Line(
+        factors=frozenset(n for s in statements for n in _factors(s, scope)),
+        said=frozenset(_number(e, scope) for e in inner),
+        rooted=any(COMPUTES.search(ast.unparse(s)) for s in statements),
+    )
 
 
 def scope_at(file: str, line: int) -> Scope | None:

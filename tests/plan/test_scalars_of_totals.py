@@ -63,6 +63,54 @@ FORMS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 }
 
 
+class Config:
+    """Numbers that happen to be the width, and its inverse."""
+
+    softcap = 36.0
+    hidden: int = 36
+
+
+class Tuned(Net):
+    """Hyperparameters beside the width of the model, 36, and widths that are written as numbers."""
+
+    FLOOR = 1 / 36
+
+    def __init__(
+        self, width: int, form: str, temperature: float = 1 / 36, hidden: int = 36
+    ) -> None:
+        super().__init__(width, form)
+        self.temperature, self.config = temperature, Config()
+        self.root = (6 * 6) ** -0.5
+        self.hidden = hidden if width == hidden else width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> logits [N, T, 3]"""
+        h = self.first(self.table(ids)).tanh()
+        if self.form == "temperature":
+            h = (h @ h.mT / self.temperature).softmax(-1) @ h
+        elif self.form == "class":
+            h = h * self.FLOOR
+        elif self.form == "configuration":
+            h = (h / self.config.softcap).tanh() * self.config.softcap
+        elif self.form == "written root":
+            h = h * self.root
+        else:
+            h = h * self.hidden
+        return self.head(h)
+
+
+TUNED = ("temperature", "class", "configuration", "written root", "whole default")
+
+
+@pytest.mark.parametrize("form", TUNED)
+def test_a_number_that_the_code_gives_elsewhere_is_no_width(form: str) -> None:
+    ids = torch.arange(10).view(2, 5)
+    doll = mk.convert(Tuned(36, form).double(), (ids,), sizes=[18, 36], nesting="sliced")
+    small, native = mk.slice(doll, 18), Tuned(18, form).double()
+    native.load_state_dict(small.state_dict(), strict=False)
+    torch.testing.assert_close(small(ids), native(ids), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_total_is_compared_with_the_units_of_its_size(form: str) -> None:
     ids = torch.arange(10).view(2, 5)
