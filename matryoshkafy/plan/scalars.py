@@ -1,15 +1,17 @@
 """find_scalars(): constants of the graph that were derived from a width, such as sqrt(d_model).
 
 A sliced model of width m must scale by sqrt(m). A constant is taken for derived when it multiplies
-or divides a tensor and equals n ** p: n the units of the tensor's last dimension, a nested axis,
-and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2 and n a width that stands in a product of
-factors (heads times units of a head: the whole, or the head where that is what shrinks), or that
-the products before it were summed over, which an integer may count whole (q k / d of muP, whose d
-is a size: x.shape[-1]), or that a convolution sums over whose weight is scaled (equalised rates);
-or p one of 1/4, -1/4, where both operands of a product are scaled by it. An integer counts: it is n
-or n - 1, also as a factor of a count of all that was summed (x.sum() / x.numel()). A number that
-the user's code holds as such (x * 0.25) is none of these. What is found is reported in the plan and
-rewritten at each size, unless keep=["scalar:model.py:31"], the line that the plan prints, holds it.
+or divides a tensor, fills one or scales an operand (alpha, value), and equals n ** p: n the units
+of the tensor's last dimension, a nested axis, and p one of 1/2, -1/2, 1, -1; or p one of 1/2, -1/2
+and n a width that stands in a product of factors (heads times units of a head: the whole, or the
+head where that is what shrinks), or that the products before it were summed over, or that a
+convolution sums over whose weight is scaled (equalised rates); or p one of 1, -1 and n the width
+of a head or of all heads under scores of attention (q k / d of muP); or p one of 1/4, -1/4, where
+both operands of a product are scaled by it. An integer counts: it is n or n - 1, also as a factor
+of a count of all that was summed (x.sum() / x.numel()). A number that the user's code holds as such
+(x * 0.25, a default of 0.25, that of a class or a configuration) is none of these. What is found is
+reported in the plan and rewritten at each size, unless keep=["scalar:model.py:31"], the line that
+the plan prints, holds it.
 """
 
 from __future__ import annotations
