@@ -83,7 +83,11 @@ def raised(graph: fx.Graph, ours: Collection[fx.Node]) -> dict[fx.Node, fx.Node]
     """
     found: dict[fx.Node, fx.Node] = {}
     for node in (n for n in graph.nodes if n in ours):
-        above = next((found[n] for n in node.all_input_nodes if n in found), None)
+        # A parameter has the model's type; autocast may have lowered that of an activation.
+        origins = sorted(
+            (found[n] for n in node.all_input_nodes if n in found), key=lambda n: n.op == "get_attr"
+        )
+        above = next(iter(origins), None)
         if is_named(node):
             found[node] = above or node.all_input_nodes[0]
         elif above and op_key(node) not in ("to", "type_as"):

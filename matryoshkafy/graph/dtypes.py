@@ -113,7 +113,7 @@ class _Types:
         """A constant of the traced type is the model's type, or that of a value."""
         if not any(a is self.traced for a in (*node.args, *node.kwargs.values())):
             return
-        dtype = self._of(like, node) if like else self.model
+        dtype = self._of(like, node) if like and like.op != "get_attr" else self.model
         node.args = tuple(dtype if a is self.traced else a for a in node.args)
         node.kwargs = {k: dtype if v is self.traced else v for k, v in node.kwargs.items()}
 

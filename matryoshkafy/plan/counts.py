@@ -180,7 +180,7 @@ def _hold_states(trace: Trace, found: Findings, sides: _Sides) -> None:
 def _meets_units(parameter: fx.Node, found: Findings) -> bool:
     """Tell whether activations meet a parameter, or what is made of it alone, unit by unit."""
     made = reached([parameter], lambda n: [u for u in readers_of(n) if u in found.pure])
-    users = [u for n in made for u in readers_of(n) if u not in found.pure]
+    users = [u for n in made for u in readers_of(n) if u not in found.pure and is_tensor(u)]
     return bool(users) and all(op_of(u).elementwise for u in users)
 
 

@@ -193,8 +193,11 @@ def _widths_within(node: fx.Node, search: _Search) -> Iterator[Candidate]:
 
 def _widths_of_scores(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     """Yield the widths by which scores of attention are divided whole, as in muP: of a head and of
-    all of them. They come last, since sqrt(64) is also an eighth of 64.
+    all of them. They come last, since sqrt(64) is also an eighth of 64; and where the line is not
+    known, a half is a half.
     """
+    if not computed(node, []):
+        return
     products = [node] if op_of(node).attends else filter(_of_activations, _before(node))
     for value in products:
         for dim in search.summed.get(value.name, ()):
