@@ -49,7 +49,7 @@ def takes_root(node: fx.Node, value: float) -> bool:
     return _line_of(node).rooted and not stated(node, [value])
 
 
-def computed(node: fx.Node, values: Iterable[int]) -> bool:
+def computed(node: fx.Node, values: Iterable[float]) -> bool:
     """Tell whether the statement that made a node is known, and holds none of some numbers.
 
     Nor a name of one: side = 3 above it is as good as the 3.

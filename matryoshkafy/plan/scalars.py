@@ -29,7 +29,7 @@ from torch.fx.node import Target
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.literals import computed, stated, takes_root, written_out
+from matryoshkafy.graph.literals import computed, takes_root, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.numbers import EXACT, POWERS, number_of
@@ -174,8 +174,8 @@ def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
     constant = number_of(argument, search.state)
     if op_of(node).product or op_of(node).attends:
         found = _derived(constant, _widths_within(node, search))
-    elif stated(node, [constant[0]]):
-        return []
+    elif not computed(node, [constant[0]]):
+        return []  # where the line is not known, a half that fills a tensor is a half
     else:
         found = _width_in(node, constant, type(argument) is int, search)
     return [_scalar(node, name, constant[0], found)] if found else []
