@@ -26,6 +26,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES = {"float", "double", "half", *(str(t).removeprefix("torch.") for t in FLOATS)}
 # An overload that no call of a cast to a type alone makes: it says that the line names the type.
 NAMED = aten.to.dtype_layout
+# What both kinds of casts are in a graph.
+CAST_KEYS = ("to", "type_as")
 # How the remark begins that a graph holds the answer of one type; its name follows.
 ONE_TYPE = "computes as in "
 GET_DTYPE: object = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -84,13 +86,11 @@ def raised(graph: fx.Graph, ours: Collection[fx.Node]) -> dict[fx.Node, fx.Node]
     found: dict[fx.Node, fx.Node] = {}
     for node in (n for n in graph.nodes if n in ours):
         # A parameter has the model's type; autocast may have lowered that of an activation.
-        origins = sorted(
-            (found[n] for n in node.all_input_nodes if n in found), key=lambda n: n.op == "get_attr"
-        )
-        above = next(iter(origins), None)
+        origins = (found[n] for n in node.all_input_nodes if n in found)
+        above = min(origins, key=lambda n: n.op == "get_attr", default=None)
         if is_named(node):
             found[node] = above or node.all_input_nodes[0]
-        elif above and op_key(node) not in ("to", "type_as"):
+        elif above and op_key(node) not in CAST_KEYS:
             found[node] = above
     return found
 

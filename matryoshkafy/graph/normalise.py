@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from matryoshkafy.graph.casts import raised
+from matryoshkafy.graph.casts import CAST_KEYS, raised
 from matryoshkafy.graph.dtypes import follow_dtype, keep_exact, model_values
 from matryoshkafy.graph.mutations import make_functional
 from matryoshkafy.graph.nodes import (
@@ -94,7 +94,7 @@ def _is_identity(node: fx.Node) -> bool:
     if name == "slice":
         a = bound_args(node)
         return a["step"] == 1 and a["start"] in (0, None) and isinstance(a["end"], int | None)
-    return name in ("to", "type_as")  # a cast to the type that it has already
+    return name in CAST_KEYS  # a cast to the type that it has already
 
 
 def _drop_needless_detaches(graph: fx.Graph, root: nn.Module) -> None:
@@ -196,7 +196,7 @@ def _drop_identities(graph: fx.Graph, root: nn.Module) -> None:
     named = raised(graph, model_values(graph, root))
     for node in list(graph.nodes):
         kept = node in named or any(n in named for n in node.all_input_nodes[:1])
-        if kept and op_key(node) in ("to", "type_as"):
+        if kept and op_key(node) in CAST_KEYS:
             continue
         if node.op == "call_function" and _is_identity(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
