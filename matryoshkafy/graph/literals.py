@@ -86,7 +86,7 @@ def _line(file: str, line: int) -> _Line:
     tree, scope = parsed(file), scope_at(file, line)
     if tree is None or scope is None:
         return _Line()
-    statements = _around(tree, SIMPLE, line)
+    statements = around(tree, SIMPLE, line)
     inner = (e for s in statements for e in ast.walk(s) if isinstance(e, ast.expr))
     return _Line(
         factors=frozenset(n for s in statements for n in _factors(s, scope)),
@@ -100,7 +100,7 @@ def scope_at(file: str, line: int) -> Scope | None:
     tree = parsed(file)
     if tree is None:
         return None
-    function, owner = _around(tree, FUNCTIONS, line)[:1], _around(tree, (ast.ClassDef,), line)[:1]
+    function, owner = around(tree, FUNCTIONS, line)[:1], around(tree, (ast.ClassDef,), line)[:1]
     return Scope(tree, function, owner)
 
 
@@ -116,7 +116,7 @@ def parsed(file: str) -> ast.Module | None:
 Place = TypeVar("Place", bound=ast.stmt | ast.Lambda)
 
 
-def _around(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
+def around(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
     """Return the innermost statements of some kinds that hold a line."""
     found = (s for s in ast.walk(tree) if isinstance(s, kinds))
     around = [s for s in found if s.lineno <= line <= (s.end_lineno or s.lineno)]
@@ -230,6 +230,9 @@ def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.ex
     elif isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
         for each, one in zip(target.elts, value.elts, strict=True):
             yield from _pairs(each, one)
+    elif isinstance(value, ast.Attribute) and value.attr == "shape":
+        for i, each in enumerate(target.elts):
+            yield each, ast.Subscript(value, ast.Constant(i))
 
 
 def _factors(statement: ast.stmt, scope: Scope) -> Iterator[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,10 +71,10 @@ class Scalar:
         units: of that group at full width.
         power: of the formula.
         source: the user's line.
-        form: "power": value = units ** power; "less": value = units - 1, by which an unbiased
-            variance divides; "count": units are a factor of a count of values, x.numel(); "alibi":
-            value = 2 ** (-8 / units), the base of the slopes of ALiBi (arXiv 2108.12409, section 3)
-            for a power of two of heads.
+        form: "power": value = factor * units ** power + offset; "count": units are a factor of a
+            count of values, x.numel(); "alibi": value = 2 ** (-8 / units), the base of the slopes
+            of ALiBi (arXiv 2108.12409, section 3) for a power of two of heads.
+        offset: of the power: -1 where an unbiased variance divides by units - 1.
     """
 
     node: str
@@ -84,6 +85,7 @@ class Scalar:
     power: float
     source: str = ""
     form: str = "power"
+    offset: float = 0.0
 
     @property
     def name(self) -> str:
@@ -93,20 +95,22 @@ class Scalar:
     def at(self, width: int) -> float:
         """Return the constant where the group has `width` units."""
         if self.form == "power":
-            return self.value * (width / self.units) ** self.power
-        if self.form == "less":
-            return width - 1.0
+            scaled = (self.value - self.offset) * (width / self.units) ** self.power
+            return scaled + self.offset
         if self.form == "count":
             return float(width)
         return 2.0 ** (-8.0 / width) if width & (width - 1) == 0 else self.value
 
     def __str__(self) -> str:
-        formulas = {
-            "power": f"{self.units} ** {self.power:g}",
-            "less": f"{self.units} - 1",
-            "count": f"{self.units} of a count",
-        }
+        formulas = {"power": self._formula(), "count": f"{self.units} of a count"}
         return f"{self.value:.6g} = {formulas.get(self.form, f'2 ** (-8 / {self.units})')}"
+
+    def _formula(self) -> str:
+        power = self.units**self.power
+        factor = (self.value - self.offset) / power
+        times = "" if math.isclose(factor, 1.0, rel_tol=1e-3) else f"{factor:.6g} * "
+        added = f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
+        return f"{times}{self.units} ** {self.power:g}{added}"
 
 
 @dataclass(frozen=True)

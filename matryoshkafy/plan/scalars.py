@@ -8,10 +8,11 @@ head where that is what shrinks), or that the products before it were summed ove
 convolution sums over whose weight is scaled (equalised rates); or p one of 1, -1 and n the width
 of a head or of all heads under scores of attention (q k / d of muP); or p one of 1/4, -1/4, where
 both operands of a product are scaled by it. An integer counts: it is n or n - 1, also as a factor
-of a count of all that was summed (x.sum() / x.numel()). A number that the user's code holds as such
-(x * 0.25, a default of 0.25, that of a class or a configuration) is none of these. What is found is
-reported in the plan and rewritten at each size, unless keep=["scalar:model.py:31"], the line that
-the plan prints, holds it.
+of a count of all that was summed (x.sum() / x.numel()). Or its line computes it of such a width by
+another formula (plan/by_formula.py): sqrt(3 * n), n * log(2 * pi). A number that the user's code
+holds as such (x * 0.25, a default of 0.25, that of a class or a configuration), or computes of
+something else (sqrt(2 * layers)), is none of these. What is found is reported in the plan and
+rewritten at each size, unless keep=["scalar:model.py:31"], the line that the plan prints, holds it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from torch.fx.node import Target
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
+from matryoshkafy.graph.formulas import formulas_of
 from matryoshkafy.graph.literals import computed, takes_root, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.plan.by_formula import elsewhere, explained
 from matryoshkafy.plan.numbers import EXACT, POWERS, number_of
 from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import made_of
 
 ROOTS, WHOLE = POWERS[:2], POWERS[2:]
+ARITHMETIC = {operator.mul, operator.truediv}
 FOURTH_ROOTS = (0.25, -0.25)
 KEEP = "scalar:"
 # How many elementwise ops may stand between the sums of a product and their scale (masks, biases).
@@ -98,28 +102,75 @@ def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
 
 
 def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
+    if node.target in ARITHMETIC:
+        return _in_sizes(node, search)
     if not is_op(node):
         return []
-    if op_of(node).factor:
-        return _factors_of(node, search)
-    if len(node.args) != 2:
-        return []
-    if op_of(node).algebra == "power":
+    row = op_of(node)
+    factors = _factors_of(node, search) if row.factor else []
+    if factors or len(node.args) != 2:
+        return factors
+    if row.algebra == "power":
         return _slopes_of(node, search)
-    if not op_of(node).scaling:
-        return []
-    for index, argument in enumerate(node.args):
-        constant = number_of(argument, search.state)
-        whole = type(argument) is int
-        if whole and len(search.whole[source_of(node) or node.name, node.target]) > 1:
-            continue
-        found = _width_in(node, constant, whole, search)
-        if found and not written_out(node, constant[0]):
-            return [_scalar(node, str(index), constant[0], found)]
-        less = _derived((constant[0] + 1, EXACT), _whole(node, search)) if whole else None
-        if less and not written_out(node, constant[0]):
-            return [replace(_scalar(node, str(index), constant[0], less), form="less")]
+    places = enumerate(node.args) if row.scaling or row.algebra in ("add", "subtract") else ()
+    found = (_operand_of(node, index, argument, search) for index, argument in places)
+    return list(filter(None, found))[:1]
+
+
+def _in_sizes(node: fx.Node, search: _Search) -> list[Scalar]:
+    """A number beside a size of the call, where a tensor is scaled by both: sqrt(d) * length."""
+    users = reached([node], lambda n: (u for u in n.users if n is node or n.target in ARITHMETIC))
+    scaled = next((u for u in users if op_of(u).scaling), None)
+    for index, number in enumerate(node.args if scaled is not None else ()):
+        if isinstance(number, float) and scaled is not None:
+            constant = (number, EXACT)
+            found = _width_in(scaled, constant, False, search)
+            if found and computed(node, [number]):
+                return [_scalar(node, str(index), number, found)]
     return []
+
+
+def _operand_of(node: fx.Node, index: int, argument: object, search: _Search) -> Scalar | None:
+    """Return the constant that an operand is, where it was derived from a width."""
+    constant = number_of(argument, search.state)
+    whole = type(argument) is int
+    rounds = whole and len(search.whole.get((source_of(node) or node.name, node.target), ())) > 1
+    if not constant[0] or rounds:
+        return None
+    found = _width_in(node, constant, whole, search) if op_of(node).scaling else None
+    if found and not written_out(node, constant[0]) and not _elsewhere(node, constant, search):
+        return _scalar(node, str(index), constant[0], found)
+    less = _derived((constant[0] + 1, EXACT), _whole(node, search)) if whole else None
+    if op_of(node).scaling and less and not written_out(node, constant[0]):
+        return replace(_scalar(node, str(index), constant[0], (less[0], 1.0)), offset=-1.0)
+    return _by_formula(node, str(index), constant, search)
+
+
+def _elsewhere(node: fx.Node, constant: tuple[float, float], search: _Search) -> bool:
+    return elsewhere(formulas_of(node), constant, _all_widths(node, search))
+
+
+def _by_formula(
+    node: fx.Node, name: str, constant: tuple[float, float], search: _Search
+) -> Scalar | None:
+    """Return the constant where its line computes it of a width, whatever the formula."""
+    formulas = formulas_of(node) if computed(node, [constant[0]]) else ()
+    widths = _all_widths(node, search) if formulas else ()
+    sizes = {
+        n for v in node.all_input_nodes for d in search.plan.dims(v.name) for n in [dims.size(d)]
+    }
+    found = explained(formulas, constant, widths, sizes)
+    if found is None:
+        return None
+    scalar = _scalar(node, name, constant[0], (found.width, found.power))
+    return replace(scalar, offset=found.offset)
+
+
+def _all_widths(node: fx.Node, search: _Search) -> list[tuple[dims.Nested, int]]:
+    """Return the widths that a formula at a node may be of, the likeliest first."""
+    near = (*_widths_of(node, search), *_counted_widths(node, search))
+    candidates = (*near, *_widths_of_scores(node, search), *_inside_weights(node, search))
+    return list(dict.fromkeys((factor, width) for factor, width, _ in candidates))
 
 
 def _width_in(
@@ -178,7 +229,10 @@ def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
         return []  # where the line is not known, a half that fills a tensor is a half
     else:
         found = _width_in(node, constant, type(argument) is int, search)
-    return [_scalar(node, name, constant[0], found)] if found else []
+    if found and not _elsewhere(node, constant, search):
+        return [_scalar(node, name, constant[0], found)]
+    by_formula = _by_formula(node, name, constant, search) if constant[0] else None
+    return [by_formula] if by_formula else []
 
 
 def _widths_within(node: fx.Node, search: _Search) -> Iterator[Candidate]:
@@ -267,6 +321,19 @@ def _inputs_of_weight(node: fx.Node, search: _Search) -> Iterator[Candidate]:
     nested = [f for dim in shape[1:] for f in dim if isinstance(f, dims.Nested)]
     if len(shape) > 2 and len(nested) == 1:
         yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
+
+
+def _inside_weights(node: fx.Node, search: _Search) -> Iterator[Candidate]:
+    """Yield the dims of the weights that a value is made of, and their products: fans."""
+    made = made_of(node)
+    if any(n.op == "placeholder" for n in made):
+        return
+    for weight in (n for n in made if n.op == "get_attr"):
+        shape = search.plan.parameters.get(str(weight.target), ())
+        fixed = math.prod(dims.size(d) for d in shape if not any(map(dims.is_nested, [d])))
+        for factor in filter(None, map(_alone, shape)):
+            yield factor, factor.size, WHOLE
+            yield factor, factor.size * fixed, WHOLE
 
 
 def _factors(dim: Dim, powers: tuple[float, ...] = ROOTS) -> Iterator[Candidate]:

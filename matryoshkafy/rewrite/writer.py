@@ -275,8 +275,9 @@ class Rewriter:
     def copy(self, node: fx.Node, level: Level, *, resized: bool = True) -> fx.Node:
         args, kwargs = self.copy_args(node, level)
         new = self.call(node, node.target, args, kwargs)
-        if resized and level is not None and is_op(node):
-            resize(self.plan, self.plan.ladder[level], node, new)
+        if resized and level is not None:
+            if is_op(node):
+                resize(self.plan, self.plan.ladder[level], node, new)
             self._rescale(node, level, new)
         for name in op_of(node).contiguous:
             with self.graph.inserting_before(new):

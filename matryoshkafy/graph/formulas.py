@@ -1,0 +1,241 @@
+"""formulas_of(): what a line of the user's computes of one size or name, read from its syntax.
+
+math.sqrt(3 * d) is (3 * d) ** 0.5, also where d or the root is bound above, in the class or by a
+function that returns it. With the number that the trace holds, a formula tells what d was.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import product
+
+from torch import fx
+
+from matryoshkafy.graph.literals import (
+    FUNCTIONS,
+    PLACE,
+    SIMPLE,
+    Bound,
+    Scope,
+    around,
+    parsed,
+    scope_at,
+)
+from matryoshkafy.graph.nodes import source_of
+
+CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
+SAME = {"float", "int", "round", "tensor", "as_tensor", "max", "min", "floor", "ceil"}
+ROOTS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
+OF_NUMBERS = {"log": math.log, "log2": math.log2, "exp": math.exp}
+COUNTS = {"size", "numel", "nelement", "dim", "len", "prod"}
+ROUND = "round of "
+NAMES = re.compile(r"[\w.]+")
+DEPTH, MOST = 5, 12
+
+
+@dataclass(frozen=True)
+class Formula:
+    """coefficient * leaf ** power * ... + offset.
+
+    Args:
+        coefficient: what stands before the leaves; the number, where there are none.
+        leaves: {the text of what is not known: its power}; none: a number.
+        offset: what is added.
+        counts: the texts among the leaves that ask a tensor for its sizes.
+    """
+
+    coefficient: float
+    leaves: tuple[tuple[str, float], ...] = ()
+    offset: float = 0.0
+    counts: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """A number, or a name as such: says nothing of a number that is equal to it."""
+        bare = (self.coefficient, self.offset) == (1.0, 0.0) and len(self.leaves) == 1
+        return not self.leaves or (bare and self.leaves[0][1] == 1.0 and not self.counts)
+
+    def leaf(self, value: float, others: Mapping[str, float] | None = None) -> float:
+        """Return what the one leaf that `others` do not give is, where the formula is `value`."""
+        known = others or {}
+        rest = self.coefficient
+        for name, power in self.leaves:
+            rest *= known[name] ** power if name in known else 1.0
+        power = next(p for name, p in self.leaves if name not in known)
+        ratio = (value - self.offset) / rest if rest else 0.0
+        return ratio ** (1 / power) if ratio > 0 else math.nan
+
+
+def formulas_of(node: fx.Node) -> frozenset[Formula]:
+    """Return the formulas of the statement that made a node; none where its line is not known."""
+    place = PLACE.match(source_of(node) or "")
+    return _on_line(place[1], int(place[2])) if place else frozenset()
+
+
+@lru_cache(maxsize=4096)
+def _on_line(file: str, line: int) -> frozenset[Formula]:
+    tree, scope = parsed(file), scope_at(file, line)
+    if tree is None or scope is None:
+        return frozenset()
+    reader = _Reader(scope)
+    inner = (e for s in around(tree, SIMPLE, line) for e in ast.walk(s) if isinstance(e, ast.expr))
+    return frozenset(f for e in inner for f in reader.read(e) if not f.plain)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads expressions where their names are bound; `given` are the arguments of a function."""
+
+    scope: Scope
+    given: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict)
+    depth: int = DEPTH
+    seen: dict[ast.expr, tuple[Formula, ...]] = field(default_factory=dict)
+
+    def read(self, e: ast.expr) -> tuple[Formula, ...]:
+        """Return the formulas that an expression may be, none where it is no arithmetic."""
+        if e not in self.seen:
+            self.seen[e] = ()  # what is computed of itself, as h = h + 1, is none
+            self.seen[e] = tuple(dict.fromkeys(f for f in self._read(e) if f is not None))[:MOST]
+        return self.seen[e]
+
+    def _read(self, e: ast.expr) -> Iterable[Formula | None]:
+        if isinstance(e, ast.Constant):
+            return [Formula(float(e.value))] if type(e.value) in (int, float) else []  # type: ignore[arg-type]
+        if isinstance(e, ast.UnaryOp) and isinstance(e.op, ast.USub):
+            return [_times(f, Formula(-1.0)) for f in self.read(e.operand)]
+        if isinstance(e, ast.BinOp):
+            sides = product(self.read(e.left), self.read(e.right))
+            return [_combined(e.op, left, right) for left, right in sides]
+        if isinstance(e, ast.BoolOp):
+            return [f for value in e.values for f in self.read(value)]
+        if isinstance(e, ast.IfExp):
+            return (*self.read(e.body), *self.read(e.orelse))
+        if isinstance(e, ast.Call):
+            return self._call(e)
+        if isinstance(e, ast.Subscript):
+            return [_count(e)] if "shape" in ast.unparse(e.value) or _asks(e.value) else []
+        return self._name(e) if isinstance(e, (ast.Name, ast.Attribute)) else []
+
+    def _call(self, e: ast.Call) -> Iterable[Formula | None]:
+        name = ast.unparse(e.func).rpartition(".")[2]
+        if name in COUNTS:
+            return [_count(e)]
+        read = [self.read(a) for a in e.args]
+        if name == "pow" and len(read) == 2:
+            return [_combined(ast.Pow(), a, b) for a, b in product(*read)]
+        if name in ROOTS and len(read) == 1:
+            return [_power(f, ROOTS[name]) for f in read[0]]
+        if name in OF_NUMBERS and len(read) == 1:
+            numbers = (f.coefficient for f in read[0] if not f.leaves and f.coefficient > 0)
+            return [Formula(OF_NUMBERS[name](number)) for number in numbers]
+        if name in SAME:
+            return [f for each in read for f in each]
+        return self._returned(name, e)
+
+    def _returned(self, name: str, e: ast.Call) -> Iterator[Formula]:
+        """Yield what a function of the same file returns for these arguments."""
+        inside = [n for n in ast.walk(self.scope.module) if isinstance(n, FUNCTIONS)]
+        found = [n for n in inside if getattr(n, "name", None) == name]
+        if len(found) != 1 or self.depth == 0:
+            return
+        names = [a.arg for a in found[0].args.args if a.arg != "self"]
+        given = dict(zip(names, map(self.read, e.args), strict=False))
+        given |= {k.arg: self.read(k.value) for k in e.keywords if k.arg}
+        scope = replace(self.scope, function=found)
+        reader = _Reader(scope, {k: v for k, v in given.items() if v}, self.depth - 1, {})
+        for node in ast.walk(found[0]):
+            if isinstance(node, ast.Return) and node.value is not None:
+                yield from reader.read(node.value)
+
+    def _name(self, e: ast.Name | ast.Attribute) -> Iterable[Formula]:
+        text = ast.unparse(e)
+        if text in self.given:
+            return self.given[text]
+        if isinstance(e, ast.Attribute) and e.attr in CONSTANTS:
+            return [Formula(CONSTANTS[e.attr])]
+        if text in self._rounds():
+            return [Formula(1.0, ((ROUND + text, 1.0),))]
+        bound = self.scope.bindings(e) if self.depth else []
+        values = [b for b in bound if b.value is not None]
+        if not values:
+            return [Formula(1.0, ((text, 1.0),))] if self._may_count(e, bound) else []
+        each = (replace(self, scope=b.scope, depth=self.depth - 1).read(b.value) for b in values)
+        return [f for read in each for f in read]
+
+    def _rounds(self) -> set[str]:
+        """Return the names that count the rounds of a loop."""
+        inside = (n for f in self.scope.function for n in ast.walk(f))
+        loops = (n for n in inside if isinstance(n, (ast.For, ast.comprehension)))
+        return {ast.unparse(n.target) for n in loops if isinstance(n.target, ast.Name)}
+
+    def _may_count(self, e: ast.expr, bound: list[Bound]) -> bool:
+        """Tell whether a name of which no value is known may be a size: no argument of a forward,
+        nothing of which an attribute is asked, which is a tensor.
+        """
+        if isinstance(e, ast.Attribute):
+            return NAMES.fullmatch(ast.unparse(e)) is not None
+        names = {getattr(f, "name", "") for f in self.scope.function}
+        inside = (n for f in self.scope.function for n in ast.walk(f))
+        tensors = (ast.Attribute, ast.Subscript)
+        asked = any(isinstance(n, tensors) and ast.dump(n.value) == ast.dump(e) for n in inside)
+        return "forward" not in names and not asked
+
+
+def _asks(e: ast.expr) -> bool:
+    return isinstance(e, ast.Call) and ast.unparse(e.func).rpartition(".")[2] in COUNTS
+
+
+def _count(e: ast.expr) -> Formula:
+    text = ast.unparse(e)
+    return Formula(1.0, ((text, 1.0),), counts=frozenset([text]))
+
+
+def _combined(op: ast.operator, left: Formula, right: Formula) -> Formula | None:
+    if isinstance(op, ast.Mult):
+        return _times(left, right)
+    if isinstance(op, (ast.Div, ast.FloorDiv)):
+        inverse = _power(right, -1.0)
+        return None if inverse is None else _times(left, inverse)
+    if isinstance(op, ast.Pow):
+        return None if right.leaves else _power(left, right.coefficient)
+    if isinstance(op, ast.Sub):
+        return _plus(left, _times(right, Formula(-1.0)))
+    return _plus(left, right) if isinstance(op, ast.Add) else None
+
+
+def _plus(left: Formula, right: Formula | None) -> Formula | None:
+    if right is None or (left.leaves and right.leaves):
+        return None
+    if not left.leaves and not right.leaves:
+        return Formula(left.coefficient + right.coefficient)
+    of, number = (left, right) if left.leaves else (right, left)
+    return replace(of, offset=of.offset + number.coefficient)
+
+
+def _times(left: Formula, right: Formula) -> Formula | None:
+    if left.leaves and right.leaves and (left.offset or right.offset):
+        return None
+    if not right.leaves:
+        left, right = right, left
+    if not left.leaves:  # a number times anything
+        number = left.coefficient
+        return replace(right, coefficient=right.coefficient * number, offset=right.offset * number)
+    powers = dict(left.leaves)
+    for name, power in right.leaves:
+        powers[name] = powers.get(name, 0.0) + power
+    leaves = tuple((name, power) for name, power in powers.items() if power)
+    return Formula(left.coefficient * right.coefficient, leaves, counts=left.counts | right.counts)
+
+
+def _power(of: Formula, power: float) -> Formula | None:
+    if of.leaves and of.offset:
+        return None
+    if of.coefficient <= 0 or abs(power) > 4:
+        return None
+    leaves = tuple((name, p * power) for name, p in of.leaves)
+    return Formula(of.coefficient**power, leaves, counts=of.counts)
