@@ -32,8 +32,9 @@ CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 SAME = {"float", "int", "round", "tensor", "as_tensor", "max", "min", "floor", "ceil"}
 ROOTS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
 OF_NUMBERS = {"log": math.log, "log2": math.log2, "exp": math.exp}
+NUMERIC = ("math.", "np.", "numpy.")
 COUNTS = {"size", "numel", "nelement", "dim", "len", "prod"}
-ROUND = "round of "
+ROUND, OPAQUE = "round of ", "value of "
 NAMES = re.compile(r"[\w.]+")
 DEPTH, MOST = 5, 12
 
@@ -58,7 +59,13 @@ class Formula:
     def plain(self) -> bool:
         """A number, or a name as such: says nothing of a number that is equal to it."""
         bare = (self.coefficient, self.offset) == (1.0, 0.0) and len(self.leaves) == 1
-        return not self.leaves or (bare and self.leaves[0][1] == 1.0 and not self.counts)
+        named = bare and self.leaves[0][1] == 1.0 and not self.counts
+        return not self.leaves or (named and not self.leaves[0][0].startswith(OPAQUE))
+
+    @property
+    def known(self) -> bool:
+        """Whether every leaf may be a width: none counts rounds or is computed unseen."""
+        return not any(name.startswith((ROUND, OPAQUE)) for name, _ in self.leaves)
 
     def leaf(self, value: float, others: Mapping[str, float] | None = None) -> float:
         """Return what the one leaf that `others` do not give is, where the formula is `value`."""
@@ -92,9 +99,11 @@ class _Reader:
     """Reads expressions where their names are bound; `given` are the arguments of a function."""
 
     scope: Scope
-    given: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict)
+    given: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict[str, tuple[Formula, ...]])
     depth: int = DEPTH
-    seen: dict[ast.expr, tuple[Formula, ...]] = field(default_factory=dict)
+    seen: dict[ast.expr, tuple[Formula, ...]] = field(
+        default_factory=dict[ast.expr, tuple[Formula, ...]]
+    )
 
     def read(self, e: ast.expr) -> tuple[Formula, ...]:
         """Return the formulas that an expression may be, none where it is no arithmetic."""
@@ -131,10 +140,13 @@ class _Reader:
         if name in ROOTS and len(read) == 1:
             return [_power(f, ROOTS[name]) for f in read[0]]
         if name in OF_NUMBERS and len(read) == 1:
-            numbers = (f.coefficient for f in read[0] if not f.leaves and f.coefficient > 0)
-            return [Formula(OF_NUMBERS[name](number)) for number in numbers]
+            numbers = [f.coefficient for f in read[0] if not f.leaves and f.coefficient > 0]
+            of_leaves = [_opaque(e)] if any(f.leaves for f in read[0]) else []
+            return [*(Formula(OF_NUMBERS[name](number)) for number in numbers), *of_leaves]
         if name in SAME:
             return [f for each in read for f in each]
+        if ast.unparse(e.func).startswith(NUMERIC):
+            return [_opaque(e)] if any(f.leaves for each in read for f in each) else []
         return self._returned(name, e)
 
     def _returned(self, name: str, e: ast.Call) -> Iterator[Formula]:
@@ -161,10 +173,10 @@ class _Reader:
         if text in self._rounds():
             return [Formula(1.0, ((ROUND + text, 1.0),))]
         bound = self.scope.bindings(e) if self.depth else []
-        values = [b for b in bound if b.value is not None]
+        values = [(b.value, b.scope) for b in bound if b.value is not None]
         if not values:
             return [Formula(1.0, ((text, 1.0),))] if self._may_count(e, bound) else []
-        each = (replace(self, scope=b.scope, depth=self.depth - 1).read(b.value) for b in values)
+        each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
         return [f for read in each for f in read]
 
     def _rounds(self) -> set[str]:
@@ -193,6 +205,11 @@ def _asks(e: ast.expr) -> bool:
 def _count(e: ast.expr) -> Formula:
     text = ast.unparse(e)
     return Formula(1.0, ((text, 1.0),), counts=frozenset([text]))
+
+
+def _opaque(e: ast.expr) -> Formula:
+    """A number that is computed of names in a way that no formula of ours says."""
+    return Formula(1.0, ((OPAQUE + ast.unparse(e), 1.0),))
 
 
 def _combined(op: ast.operator, left: Formula, right: Formula) -> Formula | None:

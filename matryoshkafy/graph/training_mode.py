@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import inspect
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,8 +25,6 @@ from matryoshkafy.errors import first_line
 from matryoshkafy.graph.copies import copied_inputs, spare
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import (
-    TORCH_FOLDER,
-    TRACING_FOLDER,
     bound_args,
     op_key,
     set_arg,
@@ -37,6 +33,7 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.graph.normalise import has_statistics, training_flag
 from matryoshkafy.graph.trace import Trace
+from matryoshkafy.graph.user_lines import user_frame
 from matryoshkafy.graph.vocabulary import basics_of
 
 aten = torch.ops.aten
@@ -125,13 +122,10 @@ _signature = cache(inspect.signature)
 
 
 def _user_line() -> str:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((TORCH_FOLDER, TRACING_FOLDER, "<")):
-            return f"{name}:{frame.f_lineno} ({frame.f_code.co_name})"
-        frame = frame.f_back
-    return "an unknown line"
+    frame = user_frame()
+    if frame is None:
+        return "an unknown line"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 def follow_training(

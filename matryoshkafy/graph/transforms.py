@@ -23,6 +23,7 @@ from matryoshkafy.graph.casts import CASTS, GET_DTYPE, TYPED, asks_type, cast
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import TORCH_FOLDER
 from matryoshkafy.graph.splits import DIMS, pieces_of
+from matryoshkafy.graph.user_lines import HelperLines
 
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 DERIVATIVES: frozenset[object] = frozenset(
@@ -58,9 +59,12 @@ def watched(model: nn.Module, *, above: bool, gradients: bool = True) -> Generat
     has one, and a forward that would notice ends it. What ended it is raised, also where the
     forward caught it.
     """
-    mode = _Traced(above=above, gradients=gradients)
-    with _around_forward(model, mode):
-        yield mode.notes
+    mode = _Traced(HelperLines(model), above=above, gradients=gradients)
+    try:
+        with _around_forward(model, mode):
+            yield mode.notes
+    finally:
+        mode.lines.forget()
     if mode.ended is not None:
         raise mode.ended
 
@@ -97,8 +101,9 @@ class _Traced(FunctionMode):
 
     WATCHED = {GET_DATA, GET_DTYPE} | DERIVATIVES | READS | HOOKS | DIMS.keys() | CASTS | TYPED
 
-    def __init__(self, *, above: bool, gradients: bool) -> None:
+    def __init__(self, lines: HelperLines, *, above: bool, gradients: bool) -> None:
         super().__init__()
+        self.lines = lines
         self.above, self.gradients = above, gradients
         self.ended: Exception | None = None
         self.notes: list[str] = []
@@ -112,6 +117,7 @@ class _Traced(FunctionMode):
     ) -> Any:
         if self.above and _within_transform() and not _ends_transform(func):
             raise self._end(Transformed("the forward maps itself"))
+        self.lines.note()
         return super().__torch_function__(func, types, args, kwargs)
 
     def called(

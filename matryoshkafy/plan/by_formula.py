@@ -1,4 +1,4 @@
-"""explained(), elsewhere(): a constant whose line computes it of a width, or of something else.
+"""explained(), elsewhere(), undecided(): of what the line of a constant computes it.
 
 What the line computes is read from the user's syntax (graph/formulas.py); the constant in the trace
 then says what stood in the place of the name: sqrt(3 * d) = 9.798 means d = 32.
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.formulas import ROUND, Formula
+from matryoshkafy.graph.formulas import OPAQUE, Formula
 
 # An inverse power of what the trace holds as a float is that much farther off.
 AMPLIFIED = 8
@@ -40,9 +40,7 @@ def explained(
         widths: which the constant may be of, and their units in full.
         sizes: what else a formula may count: sqrt(d) * length.
     """
-    for formula in formulas:
-        if any(name.startswith(ROUND) for name, _ in formula.leaves):
-            continue
+    for formula in (f for f in formulas if f.known):
         for power, leaf in _leaves(formula, constant[0], sizes):
             for factor, width in widths:
                 if math.isclose(leaf, width, rel_tol=AMPLIFIED * constant[1]):
@@ -59,9 +57,26 @@ def elsewhere(
     sqrt(2 * layers), k / 32 in a loop.
     """
     single = [f for f in formulas if len(f.leaves) == 1 and (f.coefficient != 1 or f.offset)]
+    single = [f for f in single if not f.leaves[0][0].startswith(OPAQUE)]
     leaves = [leaf for f in single for _, leaf in _leaves(f, constant[0], ())]
     whole = [n for n in leaves if n > 0.5 and math.isclose(n, round(n), rel_tol=constant[1])]
     return bool(whole) and explained(formulas, constant, widths, ()) is None
+
+
+def undecided(
+    formulas: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
+) -> str:
+    """Return of what a line may compute a constant: of a size that nests somewhere in the model, or
+    in a way that no formula says. "" where neither is so.
+    """
+    for formula in formulas:
+        names = ", ".join(name.removeprefix(OPAQUE) for name, _ in formula.leaves)
+        if any(name.startswith(OPAQUE) for name, _ in formula.leaves):
+            return names
+        leaves = [leaf for _, leaf in _leaves(formula, constant[0], ())] if formula.known else []
+        if any(math.isclose(x, n, rel_tol=AMPLIFIED * constant[1]) for x in leaves for n in sizes):
+            return names
+    return ""
 
 
 def _leaves(

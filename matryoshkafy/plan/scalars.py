@@ -20,49 +20,36 @@ from __future__ import annotations
 import fnmatch
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import torch
 from torch import fx
 from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
-from matryoshkafy.axes.dims import Dim
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.formulas import formulas_of
-from matryoshkafy.graph.literals import computed, takes_root, written_out
+from matryoshkafy.graph.literals import computed, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.by_formula import elsewhere, explained
-from matryoshkafy.plan.numbers import EXACT, POWERS, number_of
+from matryoshkafy.plan.by_formula import elsewhere, explained, undecided
+from matryoshkafy.plan.near_widths import (
+    Search,
+    Summed,
+    all_widths,
+    alone,
+    derived,
+    whole_widths,
+    width_in,
+    widths_within,
+)
+from matryoshkafy.plan.numbers import EXACT, number_of
 from matryoshkafy.plan.plan import Plan, Scalar
+from matryoshkafy.plan.text import place_of
 from matryoshkafy.rules import op_of
-from matryoshkafy.rules.weights import made_of
 
-ROOTS, WHOLE = POWERS[:2], POWERS[2:]
-ARITHMETIC = {operator.mul, operator.truediv}
-FOURTH_ROOTS = (0.25, -0.25)
+ARITHMETIC: set[Target] = {operator.mul, operator.truediv}
 KEEP = "scalar:"
-# How many elementwise ops may stand between the sums of a product and their scale (masks, biases).
-BETWEEN = 4
-
-Summed = Mapping[str, tuple[Dim, ...]]
-Candidate = tuple[dims.Nested, int, tuple[float, ...]]
-
-
-@dataclass(frozen=True)
-class _Search:
-    """What is asked while constants are looked for; `summed` is {node: dims that it sums over}.
-
-    `whole` are the integers by which an op scales on one line of the user's: where they are
-    several, they count the rounds of a loop.
-    """
-
-    plan: Plan
-    state: Mapping[str, torch.Tensor]
-    summed: Summed
-    whole: Mapping[tuple[str, Target], set[int]]
 
 
 def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
@@ -75,12 +62,41 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
     """
     if plan.masked or plan.options.scope == "output":
         return plan
-    search = _Search(plan, trace.state(), summed, _whole_numbers(trace.graph))
+    search = Search(plan, trace.state(), summed, _whole_numbers(trace.graph))
     nodes = trace.graph.nodes
     found = [s for n in nodes for s in (*_scalars_of(n, search), *_counts_in(n, search))]
     patterns = [p.removeprefix(KEEP) for p in plan.options.keep if p.startswith(KEEP)]
     kept = {s.node for p in patterns for s in _matching(found, p)}
-    return replace(plan, scalars=tuple(s for s in found if s.node not in kept))
+    scalars = tuple(s for s in found if s.node not in kept)
+    known = {s.node for s in found}
+    remarks = (r for n in nodes if n.name not in known for r in _unexplained(n, search))
+    return replace(plan, scalars=scalars, remarks=tuple(dict.fromkeys((*plan.remarks, *remarks))))
+
+
+def _unexplained(node: fx.Node, search: Search) -> Iterator[str]:
+    """Say of a constant beside a width that its line may compute it of one, and that it stays."""
+    row = op_of(node)
+    if not is_op(node) or not (row.scaling or row.algebra in ("add", "subtract")):
+        return
+    near = [*search.plan.dims(node.name), *(d for v in _summed_near(node, search) for d in v)]
+    if not any(map(dims.is_nested, near)):
+        return
+    sizes = {group.size for group in search.plan.groups}
+    for argument in node.args[:2]:
+        constant = number_of(argument, search.state)
+        if constant[0] and computed(node, [constant[0]]):
+            names = undecided(formulas_of(node), constant, sizes)
+            if names:
+                yield (
+                    f"number: {constant[0]:.6g} at {place_of(source_of(node) or '') or node.name} "
+                    f"is the same at every size; its line computes it of {names}: where that is a "
+                    "width, let the model read it of a tensor's shape, or scale the slice"
+                )
+
+
+def _summed_near(node: fx.Node, search: Search) -> Iterator[tuple[dims.Dim, ...]]:
+    """Yield what the products and sums that a node reads were taken over."""
+    return (search.summed[v.name] for v in node.all_input_nodes if v.name in search.summed)
 
 
 def _whole_numbers(graph: fx.Graph) -> dict[tuple[str, Target], set[int]]:
@@ -101,7 +117,7 @@ def _matching(found: Sequence[Scalar], pattern: str) -> list[Scalar]:
     return matching
 
 
-def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
+def _scalars_of(node: fx.Node, search: Search) -> list[Scalar]:
     if node.target in ARITHMETIC:
         return _in_sizes(node, search)
     if not is_op(node):
@@ -117,45 +133,45 @@ def _scalars_of(node: fx.Node, search: _Search) -> list[Scalar]:
     return list(filter(None, found))[:1]
 
 
-def _in_sizes(node: fx.Node, search: _Search) -> list[Scalar]:
+def _in_sizes(node: fx.Node, search: Search) -> list[Scalar]:
     """A number beside a size of the call, where a tensor is scaled by both: sqrt(d) * length."""
     users = reached([node], lambda n: (u for u in n.users if n is node or n.target in ARITHMETIC))
     scaled = next((u for u in users if op_of(u).scaling), None)
     for index, number in enumerate(node.args if scaled is not None else ()):
         if isinstance(number, float) and scaled is not None:
             constant = (number, EXACT)
-            found = _width_in(scaled, constant, False, search)
+            found = width_in(scaled, constant, False, search)
             if found and computed(node, [number]):
                 return [_scalar(node, str(index), number, found)]
     return []
 
 
-def _operand_of(node: fx.Node, index: int, argument: object, search: _Search) -> Scalar | None:
+def _operand_of(node: fx.Node, index: int, argument: object, search: Search) -> Scalar | None:
     """Return the constant that an operand is, where it was derived from a width."""
     constant = number_of(argument, search.state)
     whole = type(argument) is int
     rounds = whole and len(search.whole.get((source_of(node) or node.name, node.target), ())) > 1
     if not constant[0] or rounds:
         return None
-    found = _width_in(node, constant, whole, search) if op_of(node).scaling else None
+    found = width_in(node, constant, whole, search) if op_of(node).scaling else None
     if found and not written_out(node, constant[0]) and not _elsewhere(node, constant, search):
         return _scalar(node, str(index), constant[0], found)
-    less = _derived((constant[0] + 1, EXACT), _whole(node, search)) if whole else None
+    less = derived((constant[0] + 1, EXACT), whole_widths(node, search)) if whole else None
     if op_of(node).scaling and less and not written_out(node, constant[0]):
         return replace(_scalar(node, str(index), constant[0], (less[0], 1.0)), offset=-1.0)
     return _by_formula(node, str(index), constant, search)
 
 
-def _elsewhere(node: fx.Node, constant: tuple[float, float], search: _Search) -> bool:
-    return elsewhere(formulas_of(node), constant, _all_widths(node, search))
+def _elsewhere(node: fx.Node, constant: tuple[float, float], search: Search) -> bool:
+    return elsewhere(formulas_of(node), constant, all_widths(node, search))
 
 
 def _by_formula(
-    node: fx.Node, name: str, constant: tuple[float, float], search: _Search
+    node: fx.Node, name: str, constant: tuple[float, float], search: Search
 ) -> Scalar | None:
     """Return the constant where its line computes it of a width, whatever the formula."""
     formulas = formulas_of(node) if computed(node, [constant[0]]) else ()
-    widths = _all_widths(node, search) if formulas else ()
+    widths = all_widths(node, search) if formulas else ()
     sizes = {
         n for v in node.all_input_nodes for d in search.plan.dims(v.name) for n in [dims.size(d)]
     }
@@ -166,36 +182,7 @@ def _by_formula(
     return replace(scalar, offset=found.offset)
 
 
-def _all_widths(node: fx.Node, search: _Search) -> list[tuple[dims.Nested, int]]:
-    """Return the widths that a formula at a node may be of, the likeliest first."""
-    near = (*_widths_of(node, search), *_counted_widths(node, search))
-    candidates = (*near, *_widths_of_scores(node, search), *_inside_weights(node, search))
-    return list(dict.fromkeys((factor, width) for factor, width, _ in candidates))
-
-
-def _width_in(
-    node: fx.Node, constant: tuple[float, float], whole: bool, search: _Search
-) -> tuple[dims.Nested, float] | None:
-    """Return the width that a constant at a node holds, and the power of it."""
-    if whole:  # a root is no integer, unless the statement rounds what it takes
-        return _derived(constant, _whole(node, search)) or _of_model(node, constant, search)
-    return (
-        _derived(constant, _widths_of(node, search))
-        or _derived(constant, _scaled_widths(node, constant[0], search))
-        or _of_model(node, constant, search)
-        or _derived(constant, _widths_of_scores(node, search))
-    )
-
-
-def _whole(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the widths that an integer at a node may count."""
-    widths = (*_widths_of(node, search), *_counted_widths(node, search))
-    for factor, width, powers in (*widths, *_widths_of_scores(node, search)):
-        if 1.0 in powers:
-            yield factor, width, (1.0,)
-
-
-def _counts_in(node: fx.Node, search: _Search) -> Iterator[Scalar]:
+def _counts_in(node: fx.Node, search: Search) -> Iterator[Scalar]:
     """Yield the widths in a count of what was summed over: x.sum() / x.numel()."""
     if not op_of(node).scaling:
         return
@@ -216,7 +203,7 @@ def _sizes_in(count: object) -> Iterator[int]:
             yield from [factor] if type(factor) is int else _sizes_in(factor)
 
 
-def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
+def _factors_of(node: fx.Node, search: Search) -> list[Scalar]:
     """An argument that multiplies the sums of a product (the scale of attention, alpha), or one of
     the operands of a sum.
     """
@@ -224,40 +211,15 @@ def _factors_of(node: fx.Node, search: _Search) -> list[Scalar]:
     argument = bound_args(node).get(name)
     constant = number_of(argument, search.state)
     if op_of(node).product or op_of(node).attends:
-        found = _derived(constant, _widths_within(node, search))
+        found = derived(constant, widths_within(node, search))
     elif not computed(node, [constant[0]]):
         return []  # where the line is not known, a half that fills a tensor is a half
     else:
-        found = _width_in(node, constant, type(argument) is int, search)
+        found = width_in(node, constant, type(argument) is int, search)
     if found and not _elsewhere(node, constant, search):
         return [_scalar(node, name, constant[0], found)]
     by_formula = _by_formula(node, name, constant, search) if constant[0] else None
     return [by_formula] if by_formula else []
-
-
-def _widths_within(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the widths that a product sums over itself; of attention also those of all heads."""
-    for dim in search.summed.get(node.name, ()):
-        yield from _factors(dim)
-    for heads in filter(None, map(_alone, search.plan.dims(node.name))):
-        whole = _widths_holding(heads, search.plan) if op_of(node).attends else ()
-        yield from ((heads, width, ROOTS) for width in whole)
-    yield from _widths_of_scores(node, search)
-
-
-def _widths_of_scores(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the widths by which scores of attention are divided whole, as in muP: of a head and of
-    all of them. They come last, since sqrt(64) is also an eighth of 64; and where the line is not
-    known, a half is a half.
-    """
-    if not computed(node, []):
-        return
-    products = [node] if op_of(node).attends else filter(_of_activations, _before(node))
-    for value in products:
-        for dim in search.summed.get(value.name, ()):
-            yield from _factors(dim, WHOLE)
-        for factor in filter(None, map(_alone, search.plan.dims(value.name))):
-            yield from ((factor, n, WHOLE) for n in _widths_holding(factor, search.plan))
 
 
 def _scalar(node: fx.Node, name: str, value: float, found: tuple[dims.Nested, float]) -> Scalar:
@@ -266,175 +228,11 @@ def _scalar(node: fx.Node, name: str, value: float, found: tuple[dims.Nested, fl
     return Scalar(node.name, name, value, factor.group, factor.size, power, source)
 
 
-def _derived(
-    constant: tuple[float, float], candidates: Iterable[Candidate]
-) -> tuple[dims.Nested, float] | None:
-    """Return the width that a constant holds, and the power of it."""
-    value, tolerance = constant
-    for factor, width, powers in candidates if value else ():
-        for power in powers:
-            # 1 is every power of 1, and says of no constant where it came from.
-            if width > 1 and math.isclose(value, width**power, rel_tol=tolerance):
-                return factor, power
-    return None
-
-
-def _of_model(
-    node: fx.Node, constant: tuple[float, float], search: _Search
-) -> tuple[dims.Nested, float] | None:
-    """Return a width and the power, where the statement takes a root of something: the width that
-    a layer before it sums over, as a head does, or in the trunk the model's own.
-    """
-    plan = search.plan
-    summed = (dim for v in node.all_input_nodes for dim in search.summed.get(v.name, ()))
-    widths = list(filter(None, map(_alone, summed)))
-    if any(map(dims.is_nested, plan.dims(node.name))):
-        widths.append(dims.Nested(plan.main, plan.groups[plan.main].size))
-    found = _derived(constant, ((width, width.size, ROOTS) for width in widths))
-    return found if found and takes_root(node, constant[0]) else None
-
-
-def _widths_of(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the widths that a constant at this node may come from."""
-    plan = search.plan
-    shape = plan.dims(node.name)
-    last = _alone(shape[-1]) if shape else None
-    # Of a value that is made of nothing every dim may be what it averages over: ones(d, 1) / d.
-    made = op_of(node).scaling and all(n.op == "call_function" for n in made_of(node))
-    for width in filter(None, map(_alone, shape) if made else [last]):
-        yield width, width.size, POWERS
-    yield from _factors(shape[-1]) if shape else ()
-    for factor in filter(None, map(_alone, shape)):
-        for width in _widths_holding(factor, plan):
-            yield factor, width, ROOTS
-    yield from _summed_widths(node, search)
-    yield from _inputs_of_weight(node, search)
-
-
-def _inputs_of_weight(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield how many inputs each output of a weight sums over: an equalised rate divides by it."""
-    weight = next(iter(node.all_input_nodes), node)
-    while op_of(weight).picks and weight.all_input_nodes:
-        weight = weight.all_input_nodes[0]
-    held = weight.op == "get_attr"
-    shape = search.plan.parameters.get(str(weight.target), ()) if held else ()
-    nested = [f for dim in shape[1:] for f in dim if isinstance(f, dims.Nested)]
-    if len(shape) > 2 and len(nested) == 1:
-        yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
-
-
-def _inside_weights(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the dims of the weights that a value is made of, and their products: fans."""
-    made = made_of(node)
-    if any(n.op == "placeholder" for n in made):
-        return
-    for weight in (n for n in made if n.op == "get_attr"):
-        shape = search.plan.parameters.get(str(weight.target), ())
-        fixed = math.prod(dims.size(d) for d in shape if not any(map(dims.is_nested, [d])))
-        for factor in filter(None, map(_alone, shape)):
-            yield factor, factor.size, WHOLE
-            yield factor, factor.size * fixed, WHOLE
-
-
-def _factors(dim: Dim, powers: tuple[float, ...] = ROOTS) -> Iterator[Candidate]:
-    """Yield the one width in a product: by its own units where they stand last, and the whole."""
-    nested = [f for f in dim if isinstance(f, dims.Nested)]
-    if len(nested) == 1 and not any(isinstance(f, dims.Sum) for f in dim):
-        if dim[-1] is nested[0]:
-            yield nested[0], nested[0].size, powers
-        yield nested[0], dims.size(dim), powers
-
-
-def _summed_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield the width that a product or a total was taken over, before the constant."""
-    before = list(_before(node))
-    totals = [(value, POWERS) for value in before if op_of(value).totals]
-    products = [(value, ROOTS) for value in node.all_input_nodes if op_of(value).product]
-    for value, powers in (*products, *totals):
-        factor = next(map(_alone, search.summed.get(value.name, ())[-1:]), None)
-        if factor is not None:
-            yield factor, factor.size, powers
-    for value in filter(_of_activations, before):
-        for dim in search.summed.get(value.name, ()):
-            yield from _factors(dim)
-            factor = _alone(dim)
-            if factor is not None:
-                yield from ((factor, n, ROOTS) for n in _widths_holding(factor, search.plan))
-
-
-def _counted_widths(node: fx.Node, search: _Search) -> Iterator[Candidate]:
-    """Yield what the products before an integer were summed over: a mean of them divides by it, as
-    does the head of muP.
-    """
-    for value in _before(node):
-        for factor in filter(None, map(_alone, search.summed.get(value.name, ()))):
-            yield factor, factor.size, (1.0,)
-
-
-def _alone(dim: Dim) -> dims.Nested | None:
-    return dim[0] if len(dim) == 1 and isinstance(dim[0], dims.Nested) else None
-
-
-def _before(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the products and totals whose sums reach a node through masks and biases."""
-    near, seen = [node], set[fx.Node]()
-    for _ in range(BETWEEN):
-        near = [v for n in near for v in n.all_input_nodes if v not in seen]
-        seen.update(near)
-        yield from (v for v in near if op_of(v).weights or op_of(v).product or op_of(v).totals)
-        near = [v for v in near if _passes(v)]
-
-
-def _of_activations(node: fx.Node) -> bool:
-    """Tell whether a node is a product of which no operand is a weight."""
-    return op_of(node).product and all(n.op != "get_attr" for n in node.all_input_nodes)
-
-
-def _passes(node: fx.Node) -> bool:
-    row = op_of(node)
-    return (row.elementwise and not row.nonlinear) or row.picks
-
-
-def _scaled_widths(node: fx.Node, value: float, search: _Search) -> Iterator[Candidate]:
-    """Yield what a product sums over that reads a value, where a constant scales both operands."""
-    for product in _products_of(node):
-        if all(_scaled_by(operand, value, search) for operand in product.all_input_nodes):
-            for dim in search.summed.get(product.name, ()):
-                yield from ((factor, width, FOURTH_ROOTS) for factor, width, _ in _factors(dim))
-
-
-def _products_of(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the products that read a value, rearranged or masked on its way at most."""
-    found = reached([node], lambda n: (u for u in n.users if _passes(u)) if n.users else ())
-    return (u for n in found for u in n.users if op_of(u).product)
-
-
-def _scaled_by(node: fx.Node, value: float, search: _Search) -> bool:
-    """Tell whether a value is scaled by a constant, rearranged at most since."""
-    while not op_of(node).scaling:
-        if not op_of(node).picks or not node.all_input_nodes:
-            return False
-        node = node.all_input_nodes[0]
-    return any(number_of(argument, search.state)[0] == value for argument in node.args)
-
-
-def _widths_holding(heads: dims.Nested, plan: Plan) -> set[int]:
-    """Return the widths of parameters that are these heads, times whole units of a head (or this
-    head, so many times).
-    """
-    found = {dim for terms in plan.parameters.values() for dim in terms if heads in dim}
-    return {
-        dims.size(dim)
-        for dim in found
-        if len(dim) > 1 and all(isinstance(f, int) for f in dim if f != heads)
-    }
-
-
-def _slopes_of(node: fx.Node, search: _Search) -> list[Scalar]:
+def _slopes_of(node: fx.Node, search: Search) -> list[Scalar]:
     """The slopes of ALiBi are base ** (1, 2, ..., heads)."""
     shape = search.plan.dims(node.name)
     value, _ = number_of(node.args[0], search.state)
-    factor = _alone(shape[-1]) if shape else None
+    factor = alone(shape[-1]) if shape else None
     if factor is None or not math.isclose(value, 2.0 ** (-8.0 / factor.size), rel_tol=1e-6):
         return []
     source = node.meta.get("source") or ""

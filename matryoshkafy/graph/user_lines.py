@@ -1,0 +1,57 @@
+"""user_frame(): the innermost frame of the user's own; HelperLines: their functions in a trace.
+
+torch.export keeps the lines of functions that are called `forward`. A scale that a function of the
+model's own file or package computes stands in none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+from torch import fx, nn
+
+from matryoshkafy.graph.nodes import TORCH_FOLDER, TRACING_FOLDER
+
+Key = tuple[str, str]
+
+
+def user_frame() -> FrameType | None:
+    """Return the innermost frame that is neither torch's nor the tracer's; None where none is."""
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_filename.startswith(
+        (TORCH_FOLDER, TRACING_FOLDER, "<")
+    ):
+        frame = frame.f_back
+    return frame
+
+
+class HelperLines:
+    """The functions of a model's own packages that a trace goes through, kept in its lines."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.packages = set(map(_package, {type(m).__module__ for m in model.modules()}))
+        self.packages -= {"torch", _package(__name__)}
+        # torch has the set since 2.12; before, a line is that of the forward around it.
+        self.anchors: set[Key] | None = getattr(fx.proxy, "_STACK_TRACE_ANCHORS", None)
+        self.added = set[Key]()
+
+    def note(self) -> None:
+        """Keep the function that calls torch now, where it is the model's own."""
+        frame = user_frame() if self.anchors is not None else None
+        if frame is None or frame.f_code.co_name == "forward":
+            return
+        key = (frame.f_code.co_filename, frame.f_code.co_name)
+        own = _package(frame.f_globals.get("__name__", "")) in self.packages
+        if self.anchors is not None and own and key not in self.anchors:
+            self.anchors.add(key)
+            self.added.add(key)
+
+    def forget(self) -> None:
+        """Leave torch as it was."""
+        if self.anchors is not None:
+            self.anchors -= self.added
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]

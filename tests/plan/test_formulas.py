@@ -1,0 +1,167 @@
+"""Constants that a line computes of the width by a formula of its own are those of the size.
+
+The oracle is the user's class, built small and given the slice's weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+
+WIDTH, SMALL = 32, 8
+
+
+def third_of(width: int) -> float:
+    """A number that a function makes of a width."""
+    return (width / 3) ** -0.5
+
+
+def entropy(width: int) -> float:
+    """Of a Gaussian, without its scale."""
+    total = width * (1 + math.log(2 * math.pi))
+    return 0.5 * total
+
+
+class Net(nn.Module):
+    """An embedding, a layer, a convolution, and what a test makes of them."""
+
+    def __init__(self, width: int, form: str, layers: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.width, self.form, self.layers = width, form, layers
+        self.scale = math.sqrt(3 * width)
+        self.inner = 2 * width
+        self.norm = third_of(width)
+        self.table, self.layer = nn.Embedding(30, width), nn.Linear(width, width)
+        self.conv, self.head = nn.Conv1d(width, width, 3, padding=1), nn.Linear(width, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        return self.head(FORMS[self.form](self, self.layer(self.table(ids))))
+
+
+def of_attribute(m: Net, h: Tensor) -> Tensor:
+    return (h @ h.mT / m.scale).softmax(-1) @ h
+
+
+def of_shape(_: Net, h: Tensor) -> Tensor:
+    batch, length, width = h.shape
+    scale = (width * 3) ** -0.5
+    return (h @ h.mT * scale).softmax(-1) @ h
+
+
+def of_length(m: Net, h: Tensor) -> Tensor:
+    return h @ h.mT / (math.sqrt(m.width) * h.shape[1]) @ h
+
+
+def of_function(m: Net, h: Tensor) -> Tensor:
+    return h * third_of(m.width)
+
+
+def of_function_before(m: Net, h: Tensor) -> Tensor:
+    return h.tanh() * m.norm
+
+
+def of_fan(m: Net, h: Tensor) -> Tensor:
+    w = m.conv.weight
+    fan = w[0].numel()
+    spread, mean = torch.var_mean(w, (1, 2), keepdim=True)
+    w = (w - mean) * torch.rsqrt((spread * fan).clamp(min=1e-4))
+    return F.conv1d(h.mT, w, m.conv.bias, padding=1).mT
+
+
+def of_likelihood(m: Net, h: Tensor) -> Tensor:
+    return h - 0.5 * (h.square().sum(-1, keepdim=True) + m.width * math.log(2 * math.pi))
+
+
+def of_entropy(m: Net, h: Tensor) -> Tensor:
+    return h + (h.abs().log1p().sum(-1, keepdim=True) + entropy(m.width))
+
+
+def of_one_more(m: Net, h: Tensor) -> Tensor:
+    return h + h.sum(-1, keepdim=True) / (m.width + 1)
+
+
+def of_a_tenth(m: Net, h: Tensor) -> Tensor:
+    return h + 0.1 / m.width
+
+
+def of_twice(m: Net, h: Tensor) -> Tensor:
+    return (h @ h.mT / m.inner**0.5).softmax(-1) @ h
+
+
+def of_default(m: Net, h: Tensor, scale: float | None = None) -> Tensor:
+    scale = scale or 1 / math.sqrt(5 * m.width)
+    return (h @ h.mT * scale).softmax(-1) @ h
+
+
+def of_bessel(_: Net, h: Tensor) -> Tensor:
+    centred = h - h.mean(-1, keepdim=True)
+    return centred / (centred.square().sum(-1, keepdim=True) / (h.size(-1) - 1) + 1e-5).sqrt()
+
+
+FORMS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    name.removeprefix("of_"): made
+    for name, made in list(globals().items())
+    if name.startswith("of_")
+}
+
+
+def of_depth(m: Net, h: Tensor) -> Tensor:
+    return h + h.tanh() / math.sqrt(2 * m.layers)
+
+
+def of_rounds(_: Net, h: Tensor) -> Tensor:
+    for k in range(1, 3):
+        h = h + torch.tanh(h * (k / 32))
+    return h
+
+
+OTHERS = {"depth": of_depth, "rounds": of_rounds}
+FORMS.update(OTHERS)
+
+
+def moved(form: str) -> tuple[mk.Doll, float]:
+    """Return the doll, and how far its slice is off the small class with the same weights."""
+    ids = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(1))
+    doll = mk.convert(
+        Net(WIDTH, form).double().eval(), (ids,), sizes=[SMALL, WIDTH], nesting="sliced"
+    )
+    part, small = mk.slice(doll, SMALL), Net(SMALL, form).double().eval()
+    own = small.state_dict()
+    given = {k: v for k, v in part.state_dict().items() if own[k].shape == v.shape}
+    small.load_state_dict({**own, **given})
+    with torch.no_grad():
+        ours, theirs = part(ids), small(ids)
+    return doll, float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_slice_computes_as_the_small_class(form: str) -> None:
+    doll, error = moved(form)
+    assert error < 1e-12
+    assert len(doll.plan.scalars) == (form not in OTHERS)
+
+
+def of_logarithm(m: Net, h: Tensor) -> Tensor:
+    return h / math.log(m.width)
+
+
+def test_a_formula_that_is_not_understood_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMS, "logarithm", of_logarithm)
+    doll, error = moved("logarithm")
+    assert error > 1e-3
+    said = [r for r in doll.plan.remarks if r.startswith("number: 3.46574 at test_formulas.py:")]
+    assert len(said) == 1 and "math.log(m.width)" in said[0]
+
+
+def test_a_plain_number_is_not_spoken_of() -> None:
+    doll, _ = moved("a_tenth")
+    assert not [r for r in doll.plan.remarks if r.startswith("number:")]
