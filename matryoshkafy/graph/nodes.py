@@ -109,11 +109,13 @@ def op_key(op: object) -> str:
             a name, or a function of Python. A node that calls nothing has the key "".
     """
     if isinstance(op, fx.Node):
-        return op_key(op.target) if op.op == "call_function" else ""
-    if isinstance(op, str):
-        return op.removeprefix("aten::")
+        if op.op != "call_function":
+            return ""
+        op = op.target
     if isinstance(op, OpOverload):
         return _overload_key(cast("OpOverload[..., object]", op))
+    if isinstance(op, str):
+        return op.removeprefix("aten::")
     if isinstance(op, OpOverloadPacket):
         return f"{op}".replace(".", "::", 1).removeprefix("aten::")
     module, name = getattr(op, "__module__", None) or "python", getattr(op, "__name__", str(op))

@@ -85,7 +85,7 @@ class _Planner:
         weights = weights_of(self.found)
         self.work = [n for n in self.nodes if n not in weights]
         self.count = sum(map(_is_tensor, self.work))
-        self.after = _descendants(self.work)
+        self.readers = _descendants(self.work)
         closings: list[fx.Node] = []
         for node in self.work:
             kind = self._local(node)
@@ -94,11 +94,16 @@ class _Planner:
             elif kind:
                 self.choices[node.name] = Choice(kind, self._summed(node))
         # Tails first, the shortest before: what they take is then known to those that reenter.
-        closings.sort(key=lambda n: (self._reenters(n), len(self.after[n])))
+        closings.sort(key=lambda n: (self._reenters(n), self.readers[n].bit_count()))
         if not all(map(self._close, closings)):
             return False
         self._widen_all()
         return True
+
+    def _after(self, node: fx.Node) -> set[fx.Node]:
+        """Return what reads a node, directly or not."""
+        bits = self.readers[node]
+        return {n for i, n in enumerate(self.work) if bits >> i & 1}
 
     def _local(self, node: fx.Node) -> str | None:
         summed = [t for t in self.found.contracted.get(node, ()) if nests(t)]
@@ -110,7 +115,7 @@ class _Planner:
         # A statistic per level needs its dim to stay, and readers that bring the axis back.
         if mixed and self._keeps_dim(node) and widened(node, self.found) is not None:
             # A norm near the end makes vectors of length 1: in the tail, that of every size is one.
-            small = len(self.after[node]) <= TAIL_SHARE * self.count
+            small = self.readers[node].bit_count() <= TAIL_SHARE * self.count
             return "closing" if small and op_of(node).statistic == "norm" else "level"
         if summed and not mixed and op_of(node).weights and self._fans_out(node):
             return "mask"
@@ -166,7 +171,7 @@ class _Planner:
 
     def _reenters(self, node: fx.Node) -> bool:
         """Tell whether what follows is nested again: the tail would be a model of its own."""
-        return any(nests(t) for n in self.after[node] for t in self.found.flat(n))
+        return any(nests(t) for n in self._after(node) for t in self.found.flat(n))
 
     def _computed_per_size(self, node: fx.Node, place: str) -> bool:
         """Compute what follows once per size, until it meets a width again."""
@@ -187,7 +192,7 @@ class _Planner:
         """A width ends here in a whole axis: the tail, or once per size, or clamped, or demoted."""
         if self._kind(node) in PER_SIZE:
             return True
-        after = self.after[node] | {node}
+        after = self._after(node) | {node}
         summed = self._summed(node)
         place = node.meta.get("source") or node.name
         if not self._reenters(node) or self._is_light(after):
@@ -264,15 +269,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return is_tensor(node) or gives_several(node)
 
 
-def _descendants(nodes: list[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
-    known = set(nodes)
-    # Readers come later in a graph, so from the back every reader's own set is there already.
-    after: dict[fx.Node, set[fx.Node]] = {}
+def _descendants(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+    """Return what reads each node, directly or not, as bits by their places among the nodes."""
+    place = {node: i for i, node in enumerate(nodes)}
+    # Readers come later in a graph, so from the back every reader's own bits are there already.
+    after: dict[fx.Node, int] = {}
     for node in reversed(nodes):
-        mine: set[fx.Node] = set()
+        mine = 0
         for user in node.users:
-            if user in known:
-                mine.add(user)
-                mine |= after[user]
+            if user in place:
+                mine |= after[user] | 1 << place[user]
         after[node] = mine
     return after
