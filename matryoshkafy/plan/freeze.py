@@ -37,7 +37,7 @@ from matryoshkafy.plan.plan import (
     ladder_of,
     on_stairs,
 )
-from matryoshkafy.plan.policies import ByName, heaviest, input_remarks, trainable
+from matryoshkafy.plan.policies import ByName, heaviest, input_remarks, table_remarks, trainable
 from matryoshkafy.plan.scalars import find_scalars
 from matryoshkafy.plan.snapping import snapped
 from matryoshkafy.plan.stairs import stairs_of
@@ -106,7 +106,7 @@ def _remarks(
     trace: Trace, found: Findings, parameters: ByName, masking: Masking, full: Iterable[fx.Node]
 ) -> Iterator[str]:
     yield from (*trace.notes, *masking.remarks, *map(_held_remark, full))
-    yield from input_remarks(trace, parameters)
+    yield from (*input_remarks(trace, parameters), *table_remarks(trace, parameters))
     terms = (term for shape in parameters.values() for term in shape)
     yield from output_remarks(trace, {axes.size(term) for term in terms if nests(term)})
     for node, notes in found.notes.items():

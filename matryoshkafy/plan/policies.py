@@ -22,7 +22,7 @@ from matryoshkafy.axes.terms import COPIES, Axis, Reason, Sum, Term
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import output_node
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.held import free
+from matryoshkafy.plan.held import free, nests
 from matryoshkafy.plan.scalars import KEEP
 from matryoshkafy.plan.tables import weights_read
 from matryoshkafy.plan.walk import Findings
@@ -241,6 +241,19 @@ def input_remarks(trace: Trace, parameters: ByName) -> Iterator[str]:
                 f"{names[place]!r} and keep it; where smaller sizes are called with a narrower "
                 f"one, give free=[{names[place]!r}]"
             )
+
+
+def table_remarks(trace: Trace, parameters: ByName) -> Iterator[str]:
+    """Say which tensors nest that the state_dict does not show: slopes, sines of positions. A slice
+    has the first units of them, as the doll at its size; the user's class would compute its own.
+    """
+    hidden = [n for n, terms in parameters.items() if not trace.is_persistent(n)]
+    names = [repr(n) for n in hidden if any(nests(term) for term in parameters[n])]
+    if names:
+        yield (
+            f"tables: of {', '.join(names)} every size has the first units, as of a parameter; the "
+            "state_dict does not hold them, and a class built at that size computes its own"
+        )
 
 
 def _held(term: Term) -> Iterator[Axis]:
