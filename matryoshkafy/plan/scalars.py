@@ -170,7 +170,9 @@ def _by_formula(
     node: fx.Node, name: str, constant: tuple[float, float], search: Search
 ) -> Scalar | None:
     """Return the constant where its line computes it of a width, whatever the formula."""
-    formulas = formulas_of(node) if computed(node, [constant[0]]) else ()
+    # 1 scales nothing, and is the quotient of any two equal sizes.
+    asked = constant[0] != 1 and computed(node, [constant[0]])
+    formulas = formulas_of(node) if asked else ()
     widths = all_widths(node, search) if formulas else ()
     sizes = {
         n for v in node.all_input_nodes for d in search.plan.dims(v.name) for n in [dims.size(d)]

@@ -124,7 +124,13 @@ def of_rounds(_: Net, h: Tensor) -> Tensor:
     return h
 
 
-OTHERS = {"depth": of_depth, "rounds": of_rounds}
+def of_ratio(m: Net, h: Tensor) -> Tensor:
+    _, _, width = h.shape
+    rows, _ = m.layer.weight.shape
+    return h + m.layer.bias.tile((width // rows,))
+
+
+OTHERS = {"ratio": of_ratio, "depth": of_depth, "rounds": of_rounds}
 FORMS.update(OTHERS)
 
 
