@@ -81,7 +81,9 @@ def _unexplained(node: fx.Node, search: Search) -> Iterator[str]:
     near = [*search.plan.dims(node.name), *(d for v in _summed_near(node, search) for d in v)]
     if not any(map(dims.is_nested, near)):
         return
-    sizes = {group.size for group in search.plan.groups}
+    # A head that stays whole explains its own scale, whatever else has as many units.
+    whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
+    sizes = {group.size for group in search.plan.groups} - whole
     for argument in node.args[:2]:
         constant = number_of(argument, search.state)
         if constant[0] and computed(node, [constant[0]]):
@@ -92,6 +94,13 @@ def _unexplained(node: fx.Node, search: Search) -> Iterator[str]:
                     f"is the same at every size; its line computes it of {names}: where that is a "
                     "width, let the model read it of a tensor's shape, or scale the slice"
                 )
+
+
+def _read(node: fx.Node, search: Search) -> Iterator[dims.Dim]:
+    """Yield the dims of what a node reads, and of what that was made of."""
+    for value in node.all_input_nodes:
+        for source in (value, *value.all_input_nodes):
+            yield from search.plan.dims(source.name)
 
 
 def _summed_near(node: fx.Node, search: Search) -> Iterator[tuple[dims.Dim, ...]]:
