@@ -29,11 +29,13 @@ from matryoshkafy.graph.literals import (
 from matryoshkafy.graph.nodes import source_of
 
 CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
-SAME = {"float", "int", "round", "tensor", "as_tensor", "max", "min", "floor", "ceil"}
+SAME = {"float", "tensor", "as_tensor"}
+ROUNDED = {"int", "round", "floor", "ceil", "max", "min"}
 ROOTS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
 OF_NUMBERS = {"log": math.log, "log2": math.log2, "exp": math.exp}
+HALVES = (1.0, 2.0, 4.0, 8.0)
 NUMERIC = ("math.", "np.", "numpy.")
-COUNTS = {"size", "numel", "nelement", "dim", "len", "prod"}
+COUNTS = {"size", "numel", "nelement", "prod"}
 ROUND, OPAQUE = "round of ", "value of "
 NAMES = re.compile(r"[\w.]+")
 DEPTH, MOST = 5, 12
@@ -67,15 +69,17 @@ class Formula:
         """Whether every leaf may be a width: none counts rounds or is computed unseen."""
         return not any(name.startswith((ROUND, OPAQUE)) for name, _ in self.leaves)
 
-    def leaf(self, value: float, others: Mapping[str, float] | None = None) -> float:
-        """Return what the one leaf that `others` do not give is, where the formula is `value`."""
-        known = others or {}
-        rest = self.coefficient
-        for name, power in self.leaves:
-            rest *= known[name] ** power if name in known else 1.0
-        power = next(p for name, p in self.leaves if name not in known)
-        ratio = (value - self.offset) / rest if rest else 0.0
-        return ratio ** (1 / power) if ratio > 0 else math.nan
+    @property
+    def opaque(self) -> bool:
+        """Whether a leaf is computed of names in a way that no formula says."""
+        return any(name.startswith(OPAQUE) for name, _ in self.leaves)
+
+    def leaf(self, value: float) -> float:
+        """Return what the one leaf is where the formula is `value`; NaN of several leaves."""
+        ratio = (value - self.offset) / self.coefficient if self.coefficient else 0.0
+        if len(self.leaves) != 1 or ratio <= 0:
+            return math.nan
+        return ratio ** (1 / self.leaves[0][1])
 
 
 def formulas_of(node: fx.Node) -> frozenset[Formula]:
@@ -119,7 +123,7 @@ class _Reader:
             return [_times(f, Formula(-1.0)) for f in self.read(e.operand)]
         if isinstance(e, ast.BinOp):
             sides = product(self.read(e.left), self.read(e.right))
-            return [_combined(e.op, left, right) for left, right in sides]
+            return [_combined(e.op, left, right) or _unless_number(e) for left, right in sides]
         if isinstance(e, ast.BoolOp):
             return [f for value in e.values for f in self.read(value)]
         if isinstance(e, ast.IfExp):
@@ -134,20 +138,23 @@ class _Reader:
         name = ast.unparse(e.func).rpartition(".")[2]
         if name in COUNTS:
             return [_count(e)]
+        if name == "len":
+            return [Formula(1.0, ((ROUND + ast.unparse(e), 1.0),))]
         read = [self.read(a) for a in e.args]
         if name == "pow" and len(read) == 2:
-            return [_combined(ast.Pow(), a, b) for a, b in product(*read)]
+            return [_combined(ast.Pow(), a, b) or _opaque(e) for a, b in product(*read)]
         if name in ROOTS and len(read) == 1:
-            return [_power(f, ROOTS[name]) for f in read[0]]
+            return [_power(f, ROOTS[name]) or _opaque(e) for f in read[0]]
         if name in OF_NUMBERS and len(read) == 1:
             numbers = [f.coefficient for f in read[0] if not f.leaves and f.coefficient > 0]
             of_leaves = [_opaque(e)] if any(f.leaves for f in read[0]) else []
             return [*(Formula(OF_NUMBERS[name](number)) for number in numbers), *of_leaves]
         if name in SAME:
             return [f for each in read for f in each]
-        if ast.unparse(e.func).startswith(NUMERIC):
-            return [_opaque(e)] if any(f.leaves for each in read for f in each) else []
-        return self._returned(name, e)
+        unseen = [_opaque(e)] if any(f.leaves for each in read for f in each) else []
+        if ast.unparse(e.func).startswith(NUMERIC) or name in ROUNDED:
+            return unseen
+        return [*self._returned(name, e)] or (unseen if isinstance(e.func, ast.Name) else [])
 
     def _returned(self, name: str, e: ast.Call) -> Iterator[Formula]:
         """Yield what a function of the same file returns for these arguments."""
@@ -174,6 +181,12 @@ class _Reader:
             return [Formula(1.0, ((ROUND + text, 1.0),))]
         bound = self.scope.bindings(e) if self.depth else []
         values = [(b.value, b.scope) for b in bound if b.value is not None]
+        computed = (
+            self._returned(e.attr, ast.Call(e, [], [])) if isinstance(e, ast.Attribute) else ()
+        )
+        found = [] if values else [*computed]  # a property
+        if found:
+            return found
         if not values:
             return [Formula(1.0, ((text, 1.0),))] if self._may_count(e, bound) else []
         each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
@@ -183,7 +196,8 @@ class _Reader:
         """Return the names that count the rounds of a loop."""
         inside = (n for f in self.scope.function for n in ast.walk(f))
         loops = (n for n in inside if isinstance(n, (ast.For, ast.comprehension)))
-        return {ast.unparse(n.target) for n in loops if isinstance(n.target, ast.Name)}
+        named = (n for loop in loops for n in ast.walk(loop.target))
+        return {n.id for n in named if isinstance(n, ast.Name)}
 
     def _may_count(self, e: ast.expr, bound: list[Bound]) -> bool:
         """Tell whether a name of which no value is known may be a size: no argument of a forward,
@@ -212,9 +226,16 @@ def _opaque(e: ast.expr) -> Formula:
     return Formula(1.0, ((OPAQUE + ast.unparse(e), 1.0),))
 
 
+def _unless_number(e: ast.BinOp) -> Formula | None:
+    """Arithmetic of names that no formula says; of tensors it is none."""
+    return None if isinstance(e.op, ast.MatMult) else _opaque(e)
+
+
 def _combined(op: ast.operator, left: Formula, right: Formula) -> Formula | None:
     if isinstance(op, ast.Mult):
         return _times(left, right)
+    if isinstance(op, ast.FloorDiv) and (right.leaves or right.coefficient not in HALVES):
+        return None  # what is left over is another part of every width
     if isinstance(op, (ast.Div, ast.FloorDiv)):
         inverse = _power(right, -1.0)
         return None if inverse is None else _times(left, inverse)

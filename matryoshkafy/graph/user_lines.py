@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from types import FrameType
 
-from torch import fx, nn
+import torch.fx.proxy
+from torch import nn
 
 from matryoshkafy.graph.nodes import TORCH_FOLDER, TRACING_FOLDER
 
@@ -33,7 +34,7 @@ class HelperLines:
         self.packages = set(map(_package, {type(m).__module__ for m in model.modules()}))
         self.packages -= {"torch", _package(__name__)}
         # torch has the set since 2.12; before, a line is that of the forward around it.
-        self.anchors: set[Key] | None = getattr(fx.proxy, "_STACK_TRACE_ANCHORS", None)
+        self.anchors: set[Key] | None = getattr(torch.fx.proxy, "_STACK_TRACE_ANCHORS", None)
         self.added = set[Key]()
 
     def note(self) -> None:

@@ -7,7 +7,7 @@ then says what stood in the place of the name: sqrt(3 * d) = 9.798 means d = 32.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from matryoshkafy.axes import dims
@@ -30,7 +30,6 @@ def explained(
     formulas: Collection[Formula],
     constant: tuple[float, float],
     widths: Collection[tuple[dims.Nested, int]],
-    sizes: Collection[int],
 ) -> Explained | None:
     """Return how a constant was computed of a width; None where no formula says so.
 
@@ -38,54 +37,39 @@ def explained(
         formulas: of the line that holds the constant.
         constant: the number, and how far off its type may have made it.
         widths: which the constant may be of, and their units in full.
-        sizes: what else a formula may count: sqrt(d) * length.
     """
     for formula in (f for f in formulas if f.known):
-        for power, leaf in _leaves(formula, constant[0], sizes):
-            for factor, width in widths:
-                if math.isclose(leaf, width, rel_tol=AMPLIFIED * constant[1]):
-                    return Explained(factor, power, formula.offset)
+        for factor, width in widths:
+            if _close(formula.leaf(constant[0]), width, constant):
+                return Explained(factor, formula.leaves[0][1], formula.offset)
     return None
 
 
 def elsewhere(
-    formulas: Collection[Formula],
-    constant: tuple[float, float],
-    widths: Collection[tuple[dims.Nested, int]],
+    formulas: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
 ) -> bool:
-    """Tell whether a line computes a constant, with a number of its own, of what is no width:
-    sqrt(2 * layers), k / 32 in a loop.
+    """Tell whether a line computes a constant, with a number of its own, of what is no size of any
+    weight: sqrt(2 * layers), k / 32 in a loop.
     """
-    single = [f for f in formulas if len(f.leaves) == 1 and (f.coefficient != 1 or f.offset)]
-    single = [f for f in single if not f.leaves[0][0].startswith(OPAQUE)]
-    leaves = [leaf for f in single for _, leaf in _leaves(f, constant[0], ())]
+    own = [f for f in formulas if f.coefficient != 1 or f.offset]
+    leaves = [f.leaf(constant[0]) for f in own if not f.opaque]
     whole = [n for n in leaves if n > 0.5 and math.isclose(n, round(n), rel_tol=constant[1])]
-    return bool(whole) and explained(formulas, constant, widths, ()) is None
+    return bool(whole) and not any(_close(n, size, constant) for n in leaves for size in sizes)
 
 
 def undecided(
     formulas: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
 ) -> str:
     """Return of what a line may compute a constant: of a size that nests somewhere in the model, or
-    in a way that no formula says. "" where neither is so.
+    of several names, or in a way that no formula says. "" where none is so.
     """
     for formula in formulas:
-        names = ", ".join(name.removeprefix(OPAQUE) for name, _ in formula.leaves)
-        if any(name.startswith(OPAQUE) for name, _ in formula.leaves):
-            return names
-        leaves = [leaf for _, leaf in _leaves(formula, constant[0], ())] if formula.known else []
-        if any(math.isclose(x, n, rel_tol=AMPLIFIED * constant[1]) for x in leaves for n in sizes):
-            return names
+        leaf = formula.leaf(constant[0]) if formula.known else math.nan
+        solved = any(_close(leaf, n, constant) for n in sizes)
+        if solved or formula.opaque or (formula.known and len(formula.leaves) > 1):
+            return ", ".join(name.removeprefix(OPAQUE) for name, _ in formula.leaves)
     return ""
 
 
-def _leaves(
-    formula: Formula, value: float, sizes: Collection[int]
-) -> Iterator[tuple[float, float]]:
-    """Yield the power of each name, and what it was where the formula is the value."""
-    for name, power in formula.leaves:
-        others = [other for other, _ in formula.leaves if other != name]
-        if not others:
-            yield power, formula.leaf(value)
-        elif len(others) == 1 and others[0] in formula.counts:
-            yield from ((power, formula.leaf(value, {others[0]: n})) for n in sizes)
+def _close(leaf: float, size: int, constant: tuple[float, float]) -> bool:
+    return math.isclose(leaf, size, rel_tol=AMPLIFIED * constant[1])

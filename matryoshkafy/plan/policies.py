@@ -247,7 +247,7 @@ def table_remarks(trace: Trace, parameters: ByName) -> Iterator[str]:
     """Say which tensors nest that the state_dict does not show: slopes, sines of positions. A slice
     has the first units of them, as the doll at its size; the user's class would compute its own.
     """
-    hidden = [n for n, terms in parameters.items() if not trace.is_persistent(n)]
+    hidden = [n for n in parameters if not trace.is_persistent(n)]
     names = [repr(n) for n in hidden if any(nests(term) for term in parameters[n])]
     if names:
         yield (

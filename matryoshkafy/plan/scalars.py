@@ -28,7 +28,7 @@ from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.formulas import formulas_of
+from matryoshkafy.graph.formulas import Formula, formulas_of
 from matryoshkafy.graph.literals import computed, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
@@ -48,7 +48,7 @@ from matryoshkafy.plan.plan import Plan, Scalar
 from matryoshkafy.plan.text import place_of
 from matryoshkafy.rules import op_of
 
-ARITHMETIC: set[Target] = {operator.mul, operator.truediv}
+ARITHMETIC: set[Target] = {operator.mul, operator.truediv}  # pyright: ignore[reportUnknownMemberType]
 KEEP = "scalar:"
 
 
@@ -78,22 +78,28 @@ def _unexplained(node: fx.Node, search: Search) -> Iterator[str]:
     row = op_of(node)
     if not is_op(node) or not (row.scaling or row.algebra in ("add", "subtract")):
         return
+    groups = {group.size for group in search.plan.groups}
     near = [*search.plan.dims(node.name), *(d for v in _summed_near(node, search) for d in v)]
-    if not any(map(dims.is_nested, near)):
-        return
+    beside = any(map(dims.is_nested, near))
     # A head that stays whole explains its own scale, whatever else has as many units.
     whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
-    sizes = {group.size for group in search.plan.groups} - whole
+    sizes = groups - whole
     for argument in node.args[:2]:
         constant = number_of(argument, search.state)
-        if constant[0] and computed(node, [constant[0]]):
-            names = undecided(formulas_of(node), constant, sizes)
+        if constant[0] not in (0, 1) and computed(node, [constant[0]]):
+            formulas = formulas_of(node) if beside else _counting(node)
+            names = undecided(formulas, constant, sizes)
             if names:
                 yield (
                     f"number: {constant[0]:.6g} at {place_of(source_of(node) or '') or node.name} "
                     f"is the same at every size; its line computes it of {names}: where that is a "
                     "width, let the model read it of a tensor's shape, or scale the slice"
                 )
+
+
+def _counting(node: fx.Node) -> list[Formula]:
+    """Return the formulas that count units also where none stand near: a loss over the width."""
+    return [f for f in formulas_of(node) if f.known and len(f.leaves) == 1]
 
 
 def _read(node: fx.Node, search: Search) -> Iterator[dims.Dim]:
@@ -172,7 +178,8 @@ def _operand_of(node: fx.Node, index: int, argument: object, search: Search) -> 
 
 
 def _elsewhere(node: fx.Node, constant: tuple[float, float], search: Search) -> bool:
-    return elsewhere(formulas_of(node), constant, all_widths(node, search))
+    shapes = search.plan.parameters.values()
+    return elsewhere(formulas_of(node), constant, {dims.size(d) for s in shapes for d in s})
 
 
 def _by_formula(
@@ -183,10 +190,7 @@ def _by_formula(
     asked = constant[0] != 1 and computed(node, [constant[0]])
     formulas = formulas_of(node) if asked else ()
     widths = all_widths(node, search) if formulas else ()
-    sizes = {
-        n for v in node.all_input_nodes for d in search.plan.dims(v.name) for n in [dims.size(d)]
-    }
-    found = explained(formulas, constant, widths, sizes)
+    found = explained(formulas, constant, widths)
     if found is None:
         return None
     scalar = _scalar(node, name, constant[0], (found.width, found.power))
