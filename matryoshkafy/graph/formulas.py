@@ -62,12 +62,17 @@ class Formula:
         """A number, or a name as such: says nothing of a number that is equal to it."""
         bare = (self.coefficient, self.offset) == (1.0, 0.0) and len(self.leaves) == 1
         named = bare and self.leaves[0][1] == 1.0 and not self.counts
-        return not self.leaves or (named and not self.leaves[0][0].startswith(OPAQUE))
+        return not self.leaves or (named and self.known)
 
     @property
     def known(self) -> bool:
         """Whether every leaf may be a width: none counts rounds or is computed unseen."""
-        return not any(name.startswith((ROUND, OPAQUE)) for name, _ in self.leaves)
+        return not self.opaque and not self.counts_rounds
+
+    @property
+    def counts_rounds(self) -> bool:
+        """Whether a leaf is a round of a loop, or the length of a list."""
+        return any(name.startswith(ROUND) for name, _ in self.leaves)
 
     @property
     def opaque(self) -> bool:

@@ -51,9 +51,10 @@ def elsewhere(
     """Tell whether a line computes a constant, with a number of its own, of what is no size of any
     weight: sqrt(2 * layers), k / 32 in a loop.
     """
-    own = [f for f in formulas if f.coefficient != 1 or f.offset]
-    leaves = [f.leaf(constant[0]) for f in own if not f.opaque]
-    whole = [n for n in leaves if n > 0.5 and math.isclose(n, round(n), rel_tol=constant[1])]
+    own = [f for f in formulas if (f.coefficient != 1 or f.offset or f.counts_rounds)]
+    found = [(f, f.leaf(constant[0])) for f in own if not f.opaque]
+    whole = [n for _, n in found if n > 0.5 and math.isclose(n, round(n), rel_tol=constant[1])]
+    leaves = [n for f, n in found if not f.counts_rounds]
     return bool(whole) and not any(_close(n, size, constant) for n in leaves for size in sizes)
 
 

@@ -28,11 +28,12 @@ from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.formulas import Formula, formulas_of
+from matryoshkafy.graph.formulas import formulas_of
 from matryoshkafy.graph.literals import computed, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.by_formula import elsewhere, explained, undecided
+from matryoshkafy.plan.by_formula import elsewhere, explained
+from matryoshkafy.plan.kept_numbers import kept_numbers
 from matryoshkafy.plan.near_widths import (
     Search,
     Summed,
@@ -45,7 +46,6 @@ from matryoshkafy.plan.near_widths import (
 )
 from matryoshkafy.plan.numbers import EXACT, number_of
 from matryoshkafy.plan.plan import Plan, Scalar
-from matryoshkafy.plan.text import place_of
 from matryoshkafy.rules import op_of
 
 ARITHMETIC: set[Target] = {operator.mul, operator.truediv}  # pyright: ignore[reportUnknownMemberType]
@@ -69,49 +69,8 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
     kept = {s.node for p in patterns for s in _matching(found, p)}
     scalars = tuple(s for s in found if s.node not in kept)
     known = {s.node for s in found}
-    remarks = (r for n in nodes if n.name not in known for r in _unexplained(n, search))
+    remarks = (r for n in nodes if n.name not in known for r in kept_numbers(n, search))
     return replace(plan, scalars=scalars, remarks=tuple(dict.fromkeys((*plan.remarks, *remarks))))
-
-
-def _unexplained(node: fx.Node, search: Search) -> Iterator[str]:
-    """Say of a constant beside a width that its line may compute it of one, and that it stays."""
-    row = op_of(node)
-    if not is_op(node) or not (row.scaling or row.algebra in ("add", "subtract")):
-        return
-    groups = {group.size for group in search.plan.groups}
-    near = [*search.plan.dims(node.name), *(d for v in _summed_near(node, search) for d in v)]
-    beside = any(map(dims.is_nested, near))
-    # A head that stays whole explains its own scale, whatever else has as many units.
-    whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
-    sizes = groups - whole
-    for argument in node.args[:2]:
-        constant = number_of(argument, search.state)
-        if constant[0] not in (0, 1) and computed(node, [constant[0]]):
-            formulas = formulas_of(node) if beside else _counting(node)
-            names = undecided(formulas, constant, sizes)
-            if names:
-                yield (
-                    f"number: {constant[0]:.6g} at {place_of(source_of(node) or '') or node.name} "
-                    f"is the same at every size; its line computes it of {names}: where that is a "
-                    "width, let the model read it of a tensor's shape, or scale the slice"
-                )
-
-
-def _counting(node: fx.Node) -> list[Formula]:
-    """Return the formulas that count units also where none stand near: a loss over the width."""
-    return [f for f in formulas_of(node) if f.known and len(f.leaves) == 1]
-
-
-def _read(node: fx.Node, search: Search) -> Iterator[dims.Dim]:
-    """Yield the dims of what a node reads, and of what that was made of."""
-    for value in node.all_input_nodes:
-        for source in (value, *value.all_input_nodes):
-            yield from search.plan.dims(source.name)
-
-
-def _summed_near(node: fx.Node, search: Search) -> Iterator[tuple[dims.Dim, ...]]:
-    """Yield what the products and sums that a node reads were taken over."""
-    return (search.summed[v.name] for v in node.all_input_nodes if v.name in search.summed)
 
 
 def _whole_numbers(graph: fx.Graph) -> dict[tuple[str, Target], set[int]]:

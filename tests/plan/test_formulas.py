@@ -160,12 +160,41 @@ def of_logarithm(m: Net, h: Tensor) -> Tensor:
     return h / math.log(m.width)
 
 
-def test_a_formula_that_is_not_understood_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMS, "logarithm", of_logarithm)
-    doll, error = moved("logarithm")
+def of_bound(m: Net, h: Tensor) -> Tensor:
+    return h.clamp(max=4 / m.width)
+
+
+def of_a_literal(m: Net, h: Tensor) -> Tensor:
+    return (h * (16 / m.width)).tanh() * 0.5
+
+
+def of_a_rounded_part(m: Net, h: Tensor) -> Tensor:
+    return h / (m.width // 3)
+
+
+def of_two(m: Net, h: Tensor, rank: int = 5) -> Tensor:
+    return h * math.sqrt(m.width / rank)
+
+
+SAID: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
+    "logarithm": (of_logarithm, "3.46574"),
+    "bound": (of_bound, "0.125"),
+    "literal": (of_a_literal, "0.5"),
+    "rounded": (of_a_rounded_part, "10"),
+    "two": (of_two, "2.52982"),
+}
+
+
+@pytest.mark.parametrize("form", SAID)
+def test_a_number_that_may_be_of_a_width_is_said(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    made, number = SAID[form]
+    monkeypatch.setitem(FORMS, form, made)
+    doll, error = moved(form)
     assert error > 1e-3
-    said = [r for r in doll.plan.remarks if r.startswith("number: 3.46574 at test_formulas.py:")]
-    assert len(said) == 1 and "math.log(m.width)" in said[0]
+    lines = [r for r in doll.plan.remarks if r.startswith(f"number: {number} at test_formulas.py:")]
+    assert len(lines) == 1 and "width" in lines[0].partition("computes it of")[2]
 
 
 def test_a_plain_number_is_not_spoken_of() -> None:
