@@ -17,7 +17,6 @@ from itertools import product
 from torch import fx
 
 from matryoshkafy.graph.literals import (
-    FUNCTIONS,
     PLACE,
     SIMPLE,
     Bound,
@@ -84,23 +83,26 @@ class Formula:
         ratio = (value - self.offset) / self.coefficient if self.coefficient else 0.0
         if len(self.leaves) != 1 or ratio <= 0:
             return math.nan
-        return ratio ** (1 / self.leaves[0][1])
+        try:
+            return ratio ** (1 / self.leaves[0][1])
+        except OverflowError:
+            return math.nan
 
 
-def formulas_of(node: fx.Node) -> frozenset[Formula]:
+def formulas_of(node: fx.Node) -> tuple[Formula, ...]:
     """Return the formulas of the statement that made a node; none where its line is not known."""
     place = PLACE.match(source_of(node) or "")
-    return _on_line(place[1], int(place[2])) if place else frozenset()
+    return _on_line(place[1], int(place[2])) if place else ()
 
 
 @lru_cache(maxsize=4096)
-def _on_line(file: str, line: int) -> frozenset[Formula]:
+def _on_line(file: str, line: int) -> tuple[Formula, ...]:
     tree, scope = parsed(file), scope_at(file, line)
     if tree is None or scope is None:
-        return frozenset()
+        return ()
     reader = _Reader(scope)
     inner = (e for s in around(tree, SIMPLE, line) for e in ast.walk(s) if isinstance(e, ast.expr))
-    return frozenset(f for e in inner for f in reader.read(e) if not f.plain)
+    return tuple(dict.fromkeys(f for e in inner for f in reader.read(e) if not f.plain))
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,11 @@ class _Reader:
         """Return the formulas that an expression may be, none where it is no arithmetic."""
         if e not in self.seen:
             self.seen[e] = ()  # what is computed of itself, as h = h + 1, is none
-            self.seen[e] = tuple(dict.fromkeys(f for f in self._read(e) if f is not None))[:MOST]
+            try:
+                found = dict.fromkeys(f for f in self._read(e) if f is not None)
+            except OverflowError:
+                found = dict[Formula, None]()
+            self.seen[e] = tuple(found)[:MOST]
         return self.seen[e]
 
     def _read(self, e: ast.expr) -> Iterable[Formula | None]:
@@ -163,8 +169,7 @@ class _Reader:
 
     def _returned(self, name: str, e: ast.Call) -> Iterator[Formula]:
         """Yield what a function of the same file returns for these arguments."""
-        inside = [n for n in ast.walk(self.scope.module) if isinstance(n, FUNCTIONS)]
-        found = [n for n in inside if getattr(n, "name", None) == name]
+        found = _functions(self.scope.module).get(name, [])
         if len(found) != 1 or self.depth == 0:
             return
         names = [a.arg for a in found[0].args.args if a.arg != "self"]
@@ -182,7 +187,7 @@ class _Reader:
             return self.given[text]
         if isinstance(e, ast.Attribute) and e.attr in CONSTANTS:
             return [Formula(CONSTANTS[e.attr])]
-        if text in self._rounds():
+        if any(text in _rounds(f) for f in self.scope.function):
             return [Formula(1.0, ((ROUND + text, 1.0),))]
         bound = self.scope.bindings(e) if self.depth else []
         values = [(b.value, b.scope) for b in bound if b.value is not None]
@@ -197,13 +202,6 @@ class _Reader:
         each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
         return [f for read in each for f in read]
 
-    def _rounds(self) -> set[str]:
-        """Return the names that count the rounds of a loop."""
-        inside = (n for f in self.scope.function for n in ast.walk(f))
-        loops = (n for n in inside if isinstance(n, (ast.For, ast.comprehension)))
-        named = (n for loop in loops for n in ast.walk(loop.target))
-        return {n.id for n in named if isinstance(n, ast.Name)}
-
     def _may_count(self, e: ast.expr, bound: list[Bound]) -> bool:
         """Tell whether a name of which no value is known may be a size: no argument of a forward,
         nothing of which an attribute is asked, which is a tensor.
@@ -215,6 +213,23 @@ class _Reader:
         tensors = (ast.Attribute, ast.Subscript)
         asked = any(isinstance(n, tensors) and ast.dump(n.value) == ast.dump(e) for n in inside)
         return "forward" not in names and not asked
+
+
+@lru_cache(maxsize=64)
+def _functions(tree: ast.Module) -> dict[str, list[ast.FunctionDef]]:
+    found: dict[str, list[ast.FunctionDef]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, []).append(node)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _rounds(function: ast.AST) -> frozenset[str]:
+    """Return the names that count the rounds of a loop."""
+    loops = (n for n in ast.walk(function) if isinstance(n, (ast.For, ast.comprehension)))
+    named = (n for loop in loops for n in ast.walk(loop.target))
+    return frozenset(n.id for n in named if isinstance(n, ast.Name))
 
 
 def _asks(e: ast.expr) -> bool:
@@ -278,6 +293,8 @@ def _times(left: Formula, right: Formula) -> Formula | None:
 def _power(of: Formula, power: float) -> Formula | None:
     if of.leaves and of.offset:
         return None
+    if power == 0:
+        return Formula(1.0)
     if of.coefficient <= 0 or abs(power) > 4:
         return None
     leaves = tuple((name, p * power) for name, p in of.leaves)

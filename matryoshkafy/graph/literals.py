@@ -113,12 +113,17 @@ def parsed(file: str) -> ast.Module | None:
         return None
 
 
+@lru_cache(maxsize=64)
+def _statements(tree: ast.Module) -> list[ast.AST]:
+    return [s for s in ast.walk(tree) if isinstance(s, (*SIMPLE, *FUNCTIONS, ast.ClassDef))]
+
+
 Place = TypeVar("Place", bound=ast.stmt | ast.Lambda)
 
 
 def around(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
     """Return the innermost statements of some kinds that hold a line."""
-    found = (s for s in ast.walk(tree) if isinstance(s, kinds))
+    found = (s for s in _statements(tree) if isinstance(s, kinds))
     around = [s for s in found if s.lineno <= line <= (s.end_lineno or s.lineno)]
     first = max((s.lineno for s in around), default=0)
     return [s for s in around if s.lineno == first]
@@ -140,22 +145,16 @@ class Scope:
             return self._attribute(name.attr)
         if not isinstance(name, ast.Name):
             return []
-        for place in (*self.function, self.module):
-            found = [Bound(v, self) for target, v in _bound(place) if target == name.id]
-            if found:
-                return found
-        return []
+        places = (_names(place).get(name.id, ()) for place in (*self.function, self.module))
+        found = next(filter(None, places), ())
+        return [Bound(value, self) for value in found]
 
     def _attribute(self, name: str) -> list[Bound]:
-        classes = (node for node in ast.walk(self.module) if isinstance(node, ast.ClassDef))
-        for owners in (self.owner, list(classes)):
+        for owners in (self.owner, _classes(self.module)):
             found = [
-                Bound(_unless_whole(value) if place is owner else value, scope)
+                Bound(value, replace(self, function=[place]))
                 for owner in owners
-                for place in _bodies(owner)
-                for scope in [replace(self, function=[place])]
-                for target, value in _bound(place)
-                if target.rpartition(".")[2] == name and (target != name or place is owner)
+                for value, place in _attributes(owner).get(name, ())
             ]
             if found:
                 return found
@@ -168,6 +167,34 @@ class Bound:
 
     value: ast.expr | None
     scope: Scope
+
+
+# What a file binds is asked for each name of a line: once read, it is looked up.
+@lru_cache(maxsize=64)
+def _classes(tree: ast.Module) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+@lru_cache(maxsize=4096)
+def _names(place: ast.AST) -> dict[str, list[ast.expr | None]]:
+    """Return {name: what a place binds it to}."""
+    found: dict[str, list[ast.expr | None]] = {}
+    for target, value in _bound(place):
+        found.setdefault(target, []).append(value)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _attributes(owner: ast.AST) -> dict[str, list[tuple[ast.expr | None, ast.AST]]]:
+    """Return {attribute: what a class and its methods bind it to, and where}."""
+    found: dict[str, list[tuple[ast.expr | None, ast.AST]]] = {}
+    for place in _bodies(owner):
+        for target, value in _bound(place):
+            leaf = target.rpartition(".")[2]
+            if target != leaf or place is owner:
+                known = _unless_whole(value) if place is owner else value
+                found.setdefault(leaf, []).append((known, place))
+    return found
 
 
 def _bodies(owner: ast.AST) -> Iterator[ast.AST]:
