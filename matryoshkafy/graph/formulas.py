@@ -61,7 +61,7 @@ class Formula:
         """A number, or a name as such: says nothing of a number that is equal to it."""
         bare = (self.coefficient, self.offset) == (1.0, 0.0) and len(self.leaves) == 1
         named = bare and self.leaves[0][1] == 1.0 and not self.counts
-        return not self.leaves or (named and self.known)
+        return not self.leaves or (named and not self.opaque)
 
     @property
     def known(self) -> bool:
@@ -150,7 +150,8 @@ class _Reader:
         if name in COUNTS:
             return [_count(e)]
         if name == "len":
-            return [Formula(1.0, ((ROUND + ast.unparse(e), 1.0),))]
+            text = ROUND + ast.unparse(e)
+            return [Formula(1.0, ((text, 1.0),), counts=frozenset([text]))]
         read = [self.read(a) for a in e.args]
         if name == "pow" and len(read) == 2:
             return [_combined(ast.Pow(), a, b) or _opaque(e) for a, b in product(*read)]
