@@ -35,6 +35,10 @@ READS = (1, 2, 3)
 Shape = tuple[Dim, ...]
 
 
+# What files of before the offset of a constant call units - 1.
+OLDER: Mapping[str, dict[str, Any]] = {"less": {"form": "power", "power": 1.0, "offset": -1.0}}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which axes nest, and what every node does about it.
@@ -284,7 +288,7 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
         full=frozenset(data["full"]),
         whole=tuple(Whole(**w) for w in data["whole"]),
         unknown=tuple(Unknown(**u) for u in data["unknown"]),
-        scalars=tuple(Scalar(**s) for s in data["scalars"]),
+        scalars=tuple(Scalar(**(s | OLDER.get(s.get("form", ""), {}))) for s in data["scalars"]),
         remarks=tuple(data["remarks"]),
         masks={
             node: {w: tuple(Mask(*m) for m in masks) for w, masks in weights.items()}
