@@ -24,6 +24,7 @@ from matryoshkafy.graph.literals import (
     around,
     parsed,
     scope_at,
+    statements,
 )
 from matryoshkafy.graph.nodes import source_of
 
@@ -48,13 +49,13 @@ class Formula:
         coefficient: what stands before the leaves; the number, where there are none.
         leaves: {the text of what is not known: its power}; none: a number.
         offset: what is added.
-        counts: the texts among the leaves that ask a tensor for its sizes.
+        counts: whether a leaf asks a tensor for its sizes, or a list for its length.
     """
 
     coefficient: float
     leaves: tuple[tuple[str, float], ...] = ()
     offset: float = 0.0
-    counts: frozenset[str] = field(default=frozenset(), compare=False)
+    counts: bool = field(default=False, compare=False)
 
     @property
     def plain(self) -> bool:
@@ -146,12 +147,11 @@ class _Reader:
         return self._name(e) if isinstance(e, (ast.Name, ast.Attribute)) else []
 
     def _call(self, e: ast.Call) -> Iterable[Formula | None]:
-        name = ast.unparse(e.func).rpartition(".")[2]
+        name = _called(e)
         if name in COUNTS:
             return [_count(e)]
         if name == "len":
-            text = ROUND + ast.unparse(e)
-            return [Formula(1.0, ((text, 1.0),), counts=frozenset([text]))]
+            return [_count(e, ROUND)]
         read = [self.read(a) for a in e.args]
         if name == "pow" and len(read) == 2:
             return [_combined(ast.Pow(), a, b) or _opaque(e) for a, b in product(*read)]
@@ -192,16 +192,14 @@ class _Reader:
             return [Formula(1.0, ((ROUND + text, 1.0),))]
         bound = self.scope.bindings(e) if self.depth else []
         values = [(b.value, b.scope) for b in bound if b.value is not None]
-        computed = (
-            self._returned(e.attr, ast.Call(e, [], [])) if isinstance(e, ast.Attribute) else ()
-        )
-        found = [] if values else [*computed]  # a property
-        if found:
-            return found
-        if not values:
-            return [Formula(1.0, ((text, 1.0),))] if self._may_count(e, bound) else []
-        each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
-        return [f for read in each for f in read]
+        if values:
+            each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
+            return [f for read in each for f in read]
+        if isinstance(e, ast.Attribute) and (
+            found := [*self._returned(e.attr, ast.Call(e, [], []))]
+        ):
+            return found  # a property
+        return [Formula(1.0, ((text, 1.0),))] if self._may_count(e, bound) else []
 
     def _may_count(self, e: ast.expr, bound: list[Bound]) -> bool:
         """Tell whether a name of which no value is known may be a size: no argument of a forward,
@@ -219,7 +217,7 @@ class _Reader:
 @lru_cache(maxsize=64)
 def _functions(tree: ast.Module) -> dict[str, list[ast.FunctionDef]]:
     found: dict[str, list[ast.FunctionDef]] = {}
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.FunctionDef):
             found.setdefault(node.name, []).append(node)
     return found
@@ -233,13 +231,16 @@ def _rounds(function: ast.AST) -> frozenset[str]:
     return frozenset(n.id for n in named if isinstance(n, ast.Name))
 
 
+def _called(e: ast.Call) -> str:
+    return ast.unparse(e.func).rpartition(".")[2]
+
+
 def _asks(e: ast.expr) -> bool:
-    return isinstance(e, ast.Call) and ast.unparse(e.func).rpartition(".")[2] in COUNTS
+    return isinstance(e, ast.Call) and _called(e) in COUNTS
 
 
-def _count(e: ast.expr) -> Formula:
-    text = ast.unparse(e)
-    return Formula(1.0, ((text, 1.0),), counts=frozenset([text]))
+def _count(e: ast.expr, kind: str = "") -> Formula:
+    return Formula(1.0, ((kind + ast.unparse(e), 1.0),), counts=True)
 
 
 def _opaque(e: ast.expr) -> Formula:
@@ -288,7 +289,7 @@ def _times(left: Formula, right: Formula) -> Formula | None:
     for name, power in right.leaves:
         powers[name] = powers.get(name, 0.0) + power
     leaves = tuple((name, power) for name, power in powers.items() if power)
-    return Formula(left.coefficient * right.coefficient, leaves, counts=left.counts | right.counts)
+    return Formula(left.coefficient * right.coefficient, leaves, counts=left.counts or right.counts)
 
 
 def _power(of: Formula, power: float) -> Formula | None:

@@ -114,7 +114,8 @@ def parsed(file: str) -> ast.Module | None:
 
 
 @lru_cache(maxsize=64)
-def _statements(tree: ast.Module) -> list[ast.AST]:
+def statements(tree: ast.Module) -> list[ast.AST]:
+    """Return the simple statements, functions and classes of a file."""
     return [s for s in ast.walk(tree) if isinstance(s, (*SIMPLE, *FUNCTIONS, ast.ClassDef))]
 
 
@@ -123,7 +124,7 @@ Place = TypeVar("Place", bound=ast.stmt | ast.Lambda)
 
 def around(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
     """Return the innermost statements of some kinds that hold a line."""
-    found = (s for s in _statements(tree) if isinstance(s, kinds))
+    found = (s for s in statements(tree) if isinstance(s, kinds))
     around = [s for s in found if s.lineno <= line <= (s.end_lineno or s.lineno)]
     first = max((s.lineno for s in around), default=0)
     return [s for s in around if s.lineno == first]
@@ -172,7 +173,7 @@ class Bound:
 # What a file binds is asked for each name of a line: once read, it is looked up.
 @lru_cache(maxsize=64)
 def _classes(tree: ast.Module) -> list[ast.ClassDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [node for node in statements(tree) if isinstance(node, ast.ClassDef)]
 
 
 @lru_cache(maxsize=4096)

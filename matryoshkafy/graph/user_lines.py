@@ -33,25 +33,24 @@ class HelperLines:
     def __init__(self, model: nn.Module) -> None:
         self.packages = set(map(_package, {type(m).__module__ for m in model.modules()}))
         self.packages -= {"torch", _package(__name__)}
-        # torch has the set since 2.12; before, a line is that of the forward around it.
-        self.anchors: set[Key] | None = getattr(torch.fx.proxy, "_STACK_TRACE_ANCHORS", None)
+        # A torch that reads no such set gives the line of the forward around a function.
+        self.anchors: set[Key] = getattr(torch.fx.proxy, "_STACK_TRACE_ANCHORS", set[Key]())
         self.added = set[Key]()
 
     def note(self) -> None:
         """Keep the function that calls torch now, where it is the model's own."""
-        frame = user_frame() if self.anchors is not None else None
+        frame = user_frame()
         if frame is None or frame.f_code.co_name == "forward":
             return
         key = (frame.f_code.co_filename, frame.f_code.co_name)
         own = _package(frame.f_globals.get("__name__", "")) in self.packages
-        if self.anchors is not None and own and key not in self.anchors:
+        if own and key not in self.anchors:
             self.anchors.add(key)
             self.added.add(key)
 
     def forget(self) -> None:
         """Leave torch as it was."""
-        if self.anchors is not None:
-            self.anchors -= self.added
+        self.anchors -= self.added
 
 
 def _package(module: str) -> str:

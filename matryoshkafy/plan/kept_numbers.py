@@ -15,10 +15,9 @@ from matryoshkafy.graph.formulas import formulas_of
 from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import is_op, source_of
 from matryoshkafy.plan.by_formula import undecided
-from matryoshkafy.plan.near_widths import Search
+from matryoshkafy.plan.near_widths import Search, takes_number
 from matryoshkafy.plan.numbers import EXACT, number_of
 from matryoshkafy.plan.text import place_of
-from matryoshkafy.rules import op_of
 
 
 def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
@@ -29,9 +28,9 @@ def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
     near = [*search.plan.dims(node.name), *(d for v in _summed_near(node, search) for d in v)]
     # A head that stays whole explains its own scale, whatever else has as many units.
     whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
-    sizes = {group.size for group in search.plan.groups} - whole
+    sizes = search.group_sizes - whole
     counting = [f for f in formulas if f.known and len(f.leaves) == 1]
-    beside = _scales(node) and any(map(dims.is_nested, near))
+    beside = takes_number(node) and any(map(dims.is_nested, near))
     for constant in _numbers(node, search):
         # A number that the line holds as well may still be the one that it computes.
         asked = formulas if beside and computed(node, [constant[0]]) else counting
@@ -44,14 +43,9 @@ def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
             )
 
 
-def _scales(node: fx.Node) -> bool:
-    row = op_of(node)
-    return row.scaling or row.algebra in ("add", "subtract")
-
-
 def _numbers(node: fx.Node, search: Search) -> Iterator[tuple[float, float]]:
     """Yield the constants of a node and how far off they may be; 0 and 1 come of nothing."""
-    if _scales(node):
+    if takes_number(node):
         found = [number_of(argument, search.state) for argument in node.args[:2]]
     else:
         given = (*node.args, *node.kwargs.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -45,12 +46,28 @@ class Search:
     summed: Summed
     whole: Mapping[tuple[str, Target], set[int]]
 
+    @cached_property
+    def weight_sizes(self) -> frozenset[int]:
+        """The sizes of the dims of all parameters."""
+        shapes = self.plan.parameters.values()
+        return frozenset(dims.size(d) for shape in shapes for d in shape)
+
+    @cached_property
+    def group_sizes(self) -> frozenset[int]:
+        """The units of all groups."""
+        return frozenset(group.size for group in self.plan.groups)
+
+
+def takes_number(node: fx.Node) -> bool:
+    """Tell whether an operand of a node may be a constant that was derived from a width."""
+    row = op_of(node)
+    return row.scaling or row.algebra in ("add", "subtract")
+
 
 def all_widths(node: fx.Node, search: Search) -> list[tuple[dims.Nested, int]]:
     """Return the widths that a formula at a node may be of, the likeliest first."""
-    near = (*_widths_of(node, search), *_counted_widths(node, search))
-    candidates = (*near, *_widths_of_scores(node, search), *_inside_weights(node, search))
-    return list(dict.fromkeys((factor, width) for factor, width, _ in candidates))
+    near = ((factor, width) for factor, width, _ in _near(node, search))
+    return list(dict.fromkeys((*near, *_inside_weights(node, search))))
 
 
 def width_in(
@@ -69,10 +86,15 @@ def width_in(
 
 def whole_widths(node: fx.Node, search: Search) -> Iterator[Candidate]:
     """Yield the widths that an integer at a node may count."""
-    widths = (*_widths_of(node, search), *_counted_widths(node, search))
-    for factor, width, powers in (*widths, *_widths_of_scores(node, search)):
+    for factor, width, powers in _near(node, search):
         if 1.0 in powers:
             yield factor, width, (1.0,)
+
+
+def _near(node: fx.Node, search: Search) -> Iterator[Candidate]:
+    yield from _widths_of(node, search)
+    yield from _counted_widths(node, search)
+    yield from _widths_of_scores(node, search)
 
 
 def widths_within(node: fx.Node, search: Search) -> Iterator[Candidate]:
@@ -157,17 +179,17 @@ def _inputs_of_weight(node: fx.Node, search: Search) -> Iterator[Candidate]:
         yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
 
 
-def _inside_weights(node: fx.Node, search: Search) -> Iterator[Candidate]:
+def _inside_weights(node: fx.Node, search: Search) -> Iterator[tuple[dims.Nested, int]]:
     """Yield the dims of the weights that a value is made of, and their products: fans."""
     made = made_of(node)
     if any(n.op == "placeholder" for n in made):
         return
-    for weight in (n for n in made if n.op == "get_attr"):
+    for weight in (n for n in node.graph.find_nodes(op="get_attr") if n in made):
         shape = search.plan.parameters.get(str(weight.target), ())
-        fixed = math.prod(dims.size(d) for d in shape if not any(map(dims.is_nested, [d])))
+        fixed = math.prod(dims.size(d) for d in shape if not dims.is_nested(d))
         for factor in filter(None, map(alone, shape)):
-            yield factor, factor.size, WHOLE
-            yield factor, factor.size * fixed, WHOLE
+            yield factor, factor.size
+            yield factor, factor.size * fixed
 
 
 def _factors(dim: Dim, powers: tuple[float, ...] = ROOTS) -> Iterator[Candidate]:
@@ -206,6 +228,7 @@ def _counted_widths(node: fx.Node, search: Search) -> Iterator[Candidate]:
 
 
 def alone(dim: Dim) -> dims.Nested | None:
+    """Return the group of a dim that is nothing else."""
     return dim[0] if len(dim) == 1 and isinstance(dim[0], dims.Nested) else None
 
 

@@ -40,6 +40,7 @@ from matryoshkafy.plan.near_widths import (
     all_widths,
     alone,
     derived,
+    takes_number,
     whole_widths,
     width_in,
     widths_within,
@@ -102,7 +103,7 @@ def _scalars_of(node: fx.Node, search: Search) -> list[Scalar]:
         return factors
     if row.algebra == "power":
         return _slopes_of(node, search)
-    places = enumerate(node.args) if row.scaling or row.algebra in ("add", "subtract") else ()
+    places = enumerate(node.args) if takes_number(node) else ()
     found = (_operand_of(node, index, argument, search) for index, argument in places)
     return list(filter(None, found))[:1]
 
@@ -110,12 +111,13 @@ def _scalars_of(node: fx.Node, search: Search) -> list[Scalar]:
 def _in_sizes(node: fx.Node, search: Search) -> list[Scalar]:
     """A number beside a size of the call, where a tensor is scaled by both: sqrt(d) * length."""
     users = reached([node], lambda n: (u for u in n.users if n is node or n.target in ARITHMETIC))
-    scaled = next((u for u in users if op_of(u).scaling), None)
-    for index, number in enumerate(node.args if scaled is not None else ()):
-        if isinstance(number, float) and scaled is not None:
-            constant = (number, EXACT)
-            found = width_in(scaled, constant, False, search)
-            if found and computed(node, [number]):
+    scaled = next((n for n in node.graph.nodes if n in users and op_of(n).scaling), None)
+    if scaled is None:
+        return []
+    for index, number in enumerate(node.args):
+        if isinstance(number, float) and computed(node, [number]):
+            found = width_in(scaled, (number, EXACT), False, search)
+            if found:
                 return [_scalar(node, str(index), number, found)]
     return []
 
@@ -137,8 +139,7 @@ def _operand_of(node: fx.Node, index: int, argument: object, search: Search) -> 
 
 
 def _elsewhere(node: fx.Node, constant: tuple[float, float], search: Search) -> bool:
-    shapes = search.plan.parameters.values()
-    return elsewhere(formulas_of(node), constant, {dims.size(d) for s in shapes for d in s})
+    return elsewhere(formulas_of(node), constant, search.weight_sizes)
 
 
 def _by_formula(
