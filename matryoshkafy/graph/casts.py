@@ -18,7 +18,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F  # noqa: N812  as torch calls it
 
-from matryoshkafy.graph.literals import Scope, parsed, scope_at
+from matryoshkafy.graph.imports import parsed
+from matryoshkafy.graph.literals import Scope, scope_at
 from matryoshkafy.graph.nodes import TORCH_FOLDER, op_key
 
 aten = torch.ops.aten

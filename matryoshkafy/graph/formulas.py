@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
+import torch
 from torch import fx
 
+from matryoshkafy.graph.imports import function_named, parsed
 from matryoshkafy.graph.literals import (
     PLACE,
     SIMPLE,
     Bound,
     Scope,
     around,
-    parsed,
     scope_at,
     statements,
 )
@@ -32,9 +33,9 @@ CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 SAME = {"float", "tensor", "as_tensor"}
 ROUNDED = {"int", "round", "floor", "ceil", "max", "min"}
 ROOTS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
-OF_NUMBERS = {"log": math.log, "log2": math.log2, "exp": math.exp}
 HALVES = (1.0, 2.0, 4.0, 8.0)
-NUMERIC = ("math.", "np.", "numpy.")
+NUMERIC = ("math.", "np.", "numpy.", "nn.init.", "torch.nn.init.", "init.")
+OF_ITSELF = {"bit_length", "__index__", "__int__", "__float__"}
 COUNTS = {"size", "numel", "nelement", "prod"}
 ROUND, OPAQUE = "round of ", "value of "
 NAMES = re.compile(r"[\w.]+")
@@ -92,6 +93,11 @@ class Formula:
 
 def formulas_of(node: fx.Node) -> tuple[Formula, ...]:
     """Return the formulas of the statement that made a node; none where its line is not known."""
+    return tuple(f for f in expressions_of(node) if not f.plain)
+
+
+def expressions_of(node: fx.Node) -> tuple[Formula, ...]:
+    """Return the formulas of a statement with its numbers and names as such."""
     place = PLACE.match(source_of(node) or "")
     return _on_line(place[1], int(place[2])) if place else ()
 
@@ -103,7 +109,15 @@ def _on_line(file: str, line: int) -> tuple[Formula, ...]:
         return ()
     reader = _Reader(scope)
     inner = (e for s in around(tree, SIMPLE, line) for e in ast.walk(s) if isinstance(e, ast.expr))
-    return tuple(dict.fromkeys(f for e in inner for f in reader.read(e) if not f.plain))
+    return tuple(dict.fromkeys(f for e in inner for f in reader.read(e)))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What an expression may be, read with so many names left to follow."""
+
+    depth: int
+    formulas: tuple[Formula, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,20 +127,19 @@ class _Reader:
     scope: Scope
     given: Mapping[str, tuple[Formula, ...]] = field(default_factory=dict[str, tuple[Formula, ...]])
     depth: int = DEPTH
-    seen: dict[ast.expr, tuple[Formula, ...]] = field(
-        default_factory=dict[ast.expr, tuple[Formula, ...]]
-    )
+    seen: dict[ast.expr, _Read] = field(default_factory=dict[ast.expr, "_Read"])
 
     def read(self, e: ast.expr) -> tuple[Formula, ...]:
         """Return the formulas that an expression may be, none where it is no arithmetic."""
-        if e not in self.seen:
-            self.seen[e] = ()  # what is computed of itself, as h = h + 1, is none
+        # What was read with fewer names left to follow may be less than there is.
+        if self.seen.get(e, _Read(-1)).depth < self.depth:
+            self.seen[e] = _Read(DEPTH)  # what is computed of itself, as h = h + 1, is none
             try:
                 found = dict.fromkeys(f for f in self._read(e) if f is not None)
             except OverflowError:
                 found = dict[Formula, None]()
-            self.seen[e] = tuple(found)[:MOST]
-        return self.seen[e]
+            self.seen[e] = _Read(self.depth, tuple(found)[:MOST])
+        return self.seen[e].formulas
 
     def _read(self, e: ast.expr) -> Iterable[Formula | None]:
         if isinstance(e, ast.Constant):
@@ -143,8 +156,22 @@ class _Reader:
         if isinstance(e, ast.Call):
             return self._call(e)
         if isinstance(e, ast.Subscript):
-            return [_count(e)] if "shape" in ast.unparse(e.value) or _asks(e.value) else []
+            return self._entry(e)
+        if isinstance(e, ast.NamedExpr):
+            return self.read(e.value)
         return self._name(e) if isinstance(e, (ast.Name, ast.Attribute)) else []
+
+    def _entry(self, e: ast.Subscript) -> Iterable[Formula]:
+        """Return a size of a tensor, or what stands under a key of a dict, a list or a tuple."""
+        if "shape" in ast.unparse(e.value) or _asks(e.value):
+            return [_count(e)]
+        held = [Bound(e.value, self.scope), *(self.scope.bindings(e.value) if self.depth else ())]
+        entries = [(v, b.scope) for b in held for v in _entries(b.value, e.slice)]
+        each = (replace(self, scope=s, depth=self.depth - 1).read(v) for v, s in entries)
+        if entries:
+            return [f for read in each for f in read]
+        named = isinstance(e.slice, ast.Constant) and isinstance(e.slice.value, str)
+        return [Formula(1.0, ((ast.unparse(e), 1.0),))] if named else []
 
     def _call(self, e: ast.Call) -> Iterable[Formula | None]:
         name = _called(e)
@@ -152,35 +179,56 @@ class _Reader:
             return [_count(e)]
         if name == "len":
             return [_count(e, ROUND)]
+        if name == "getattr":
+            return self._asked(e)
+        if name == "calculate_gain":
+            return [_gain(e)]
         read = [self.read(a) for a in e.args]
+        if name in OF_ITSELF and isinstance(e.func, ast.Attribute):
+            return [_opaque(e) for _ in self.read(e.func.value)]
         if name == "pow" and len(read) == 2:
             return [_combined(ast.Pow(), a, b) or _opaque(e) for a, b in product(*read)]
         if name in ROOTS and len(read) == 1:
             return [_power(f, ROOTS[name]) or _opaque(e) for f in read[0]]
-        if name in OF_NUMBERS and len(read) == 1:
-            numbers = [f.coefficient for f in read[0] if not f.leaves and f.coefficient > 0]
-            of_leaves = [_opaque(e)] if any(f.leaves for f in read[0]) else []
-            return [*(Formula(OF_NUMBERS[name](number)) for number in numbers), *of_leaves]
         if name in SAME:
             return [f for each in read for f in each]
-        unseen = [_opaque(e)] if any(f.leaves for each in read for f in each) else []
+        leaves = [leaf for each in read for f in each for leaf, _ in f.leaves]
+        unseen = [_opaque(e, leaves)] if leaves else []
         if ast.unparse(e.func).startswith(NUMERIC) or name in ROUNDED:
-            return unseen
-        return [*self._returned(name, e)] or (unseen if isinstance(e.func, ast.Name) else [])
+            return [*_of_numbers(name, read), *unseen]
+        hidden = unseen if isinstance(e.func, (ast.Name, ast.Subscript)) else []
+        return [*self._returned(name, e)] or hidden
+
+    def _asked(self, e: ast.Call) -> Iterator[Formula]:
+        """Yield what getattr(config, "units", default) may be."""
+        if len(e.args) > 1 and isinstance(e.args[1], ast.Constant):
+            yield from self.read(ast.Attribute(e.args[0], str(e.args[1].value), ast.Load()))
+            yield from (f for default in e.args[2:] for f in self.read(default))
 
     def _returned(self, name: str, e: ast.Call) -> Iterator[Formula]:
-        """Yield what a function of the same file returns for these arguments."""
-        found = _functions(self.scope.module).get(name, [])
+        """Yield what a function of this file, or of one that it imports, returns for these
+        arguments.
+        """
+        found, at = _functions(self.scope.module).get(name, []), self.scope
+        if not found:
+            found, at = self._elsewhere(ast.unparse(e.func))
         if len(found) != 1 or self.depth == 0:
             return
         names = [a.arg for a in found[0].args.args if a.arg != "self"]
         given = dict(zip(names, map(self.read, e.args), strict=False))
         given |= {k.arg: self.read(k.value) for k in e.keywords if k.arg}
-        scope = replace(self.scope, function=found)
+        scope = replace(at, function=found)
         reader = _Reader(scope, {k: v for k, v in given.items() if v}, self.depth - 1, {})
         for node in ast.walk(found[0]):
             if isinstance(node, ast.Return) and node.value is not None:
                 yield from reader.read(node.value)
+
+    def _elsewhere(self, name: str) -> tuple[list[ast.FunctionDef], Scope]:
+        """Return a function that the file imports, and where its names are bound."""
+        file, line = function_named(self.scope.file, name)
+        scope = scope_at(file, line) if file else None
+        found = _functions(scope.module).get(name.rpartition(".")[2], []) if scope else []
+        return found, scope or self.scope
 
     def _name(self, e: ast.Name | ast.Attribute) -> Iterable[Formula]:
         text = ast.unparse(e)
@@ -190,8 +238,10 @@ class _Reader:
             return [Formula(CONSTANTS[e.attr])]
         if any(text in _rounds(f) for f in self.scope.function):
             return [Formula(1.0, ((ROUND + text, 1.0),))]
-        bound = self.scope.bindings(e) if self.depth else []
+        bound = self.scope.bindings(e)
         values = [(b.value, b.scope) for b in bound if b.value is not None]
+        if values and not self.depth:
+            return []
         if values:
             each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
             return [f for read in each for f in read]
@@ -235,6 +285,32 @@ def _called(e: ast.Call) -> str:
     return ast.unparse(e.func).rpartition(".")[2]
 
 
+def _gain(e: ast.Call) -> Formula:
+    """Return torch's recommended gain of a nonlinearity, where the call holds its arguments."""
+    given = [a.value for a in e.args if isinstance(a, ast.Constant)]
+    try:
+        known = len(given) == len(e.args) and not e.keywords
+        return Formula(float(torch.nn.init.calculate_gain(*given))) if known else _opaque(e)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return _opaque(e)
+
+
+def _entries(held: ast.expr | None, key: ast.expr) -> list[ast.expr]:
+    """Return what stands under a key of a display; all where the key is not known."""
+    if isinstance(held, ast.Dict):
+        pairs = [*zip(held.keys, held.values, strict=True)]
+        under = [v for k, v in pairs if k is not None and ast.dump(k) == ast.dump(key)]
+        return under or [v for k, v in pairs if k is not None]
+    if isinstance(held, (ast.List, ast.Tuple)):
+        index = key.value if isinstance(key, ast.Constant) else None
+        inside = type(index) is int and 0 <= index < len(held.elts)
+        return [held.elts[index]] if inside else [*held.elts]  # type: ignore[index]
+    if isinstance(held, ast.Call) and ast.unparse(held.func) == "dict":
+        named = key.value if isinstance(key, ast.Constant) else None
+        return [k.value for k in held.keywords if named in (None, k.arg)]
+    return []
+
+
 def _asks(e: ast.expr) -> bool:
     return isinstance(e, ast.Call) and _called(e) in COUNTS
 
@@ -243,9 +319,23 @@ def _count(e: ast.expr, kind: str = "") -> Formula:
     return Formula(1.0, ((kind + ast.unparse(e), 1.0),), counts=True)
 
 
-def _opaque(e: ast.expr) -> Formula:
-    """A number that is computed of names in a way that no formula of ours says."""
-    return Formula(1.0, ((OPAQUE + ast.unparse(e), 1.0),))
+def _opaque(e: ast.expr, leaves: Iterable[str] = ("",)) -> Formula:
+    """A number that is computed of names in a way that no formula of ours says; of the rounds of a
+    loop alone it counts them.
+    """
+    rounds = all(leaf.startswith(ROUND) for leaf in leaves)
+    return Formula(1.0, (((ROUND if rounds else OPAQUE) + ast.unparse(e), 1.0),), counts=rounds)
+
+
+def _of_numbers(name: str, read: list[tuple[Formula, ...]]) -> Iterator[Formula]:
+    """Yield what a function of the math module makes of numbers."""
+    function = getattr(math, name, None)
+    given = [[f.coefficient for f in each if not f.leaves] for each in read]
+    for numbers in product(*given) if callable(function) and read else ():
+        try:
+            yield Formula(float(function(*numbers)))
+        except (TypeError, ValueError, OverflowError):
+            continue
 
 
 def _unless_number(e: ast.BinOp) -> Formula | None:

@@ -8,21 +8,23 @@ x * d ** -0.5 does so where d is 16 alone.
 from __future__ import annotations
 
 import ast
-import linecache
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from typing import TypeVar
 
 from torch import fx
 
+from matryoshkafy.graph.imports import classes_binding, parsed, users_of
 from matryoshkafy.graph.nodes import source_of
 
 PLACE = re.compile(r"(.+):(\d+) \(")
 COMPUTES = re.compile(r"\*\*|sqrt|pow")
 SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
+SETTERS = {"setattr", "__setattr__", "register_buffer"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: lambda a, b: a + b,
@@ -101,16 +103,7 @@ def scope_at(file: str, line: int) -> Scope | None:
     if tree is None:
         return None
     function, owner = around(tree, FUNCTIONS, line)[:1], around(tree, (ast.ClassDef,), line)[:1]
-    return Scope(tree, function, owner)
-
-
-@lru_cache(maxsize=64)
-def parsed(file: str) -> ast.Module | None:
-    """Return the syntax of a file, None where it cannot be read."""
-    try:
-        return ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return None
+    return Scope(tree, function, owner, file)
 
 
 @lru_cache(maxsize=64)
@@ -137,10 +130,12 @@ class Scope:
     module: ast.Module
     function: Sequence[ast.AST]
     owner: Sequence[ast.AST]
+    file: str = ""
 
     def bindings(self, name: ast.expr) -> list[Bound]:
         """Return what a name or an attribute is bound to: of a name in its function or module, of
-        an attribute in its class, else in any class of the module (a configuration).
+        an attribute in its class, else in any class of the module (a configuration), else in
+        bases and classes that it imports.
         """
         if isinstance(name, ast.Attribute):
             return self._attribute(name.attr)
@@ -148,7 +143,21 @@ class Scope:
             return []
         places = (_names(place).get(name.id, ()) for place in (*self.function, self.module))
         found = next(filter(None, places), ())
-        return [Bound(value, self) for value in found]
+        return [*(Bound(value, self) for value in found), *self._given(name.id)]
+
+    def _given(self, name: str) -> Iterator[Bound]:
+        """Yield what the calls of a class hand over as an argument of its __init__."""
+        made = [f for f in self.function if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+        for init in made if self.owner else ():
+            names = [a.arg for a in (*init.args.posonlyargs, *init.args.args)]
+            keyword = name in [a.arg for a in init.args.kwonlyargs]
+            if name not in names and not keyword:
+                continue
+            index = names.index(name) - 1 if name in names else None
+            for file, call in _calls_of(self.file, getattr(self.owner[0], "name", "")):
+                at = scope_at(file, call.lineno)
+                for value in _argument(call, name, index) if at else ():
+                    yield Bound(_unless_whole(value), at)
 
     def _attribute(self, name: str) -> list[Bound]:
         for owners in (self.owner, _classes(self.module)):
@@ -159,6 +168,17 @@ class Scope:
             ]
             if found:
                 return found
+        return self._imported(name)
+
+    def _imported(self, name: str) -> list[Bound]:
+        owner = next((o.name for o in self.owner if isinstance(o, ast.ClassDef)), "")
+        for file, named in classes_binding(self.file, owner, name):
+            tree = parsed(file)
+            for each in (c for c in _classes(tree) if c.name == named) if tree else ():
+                scope = Scope(tree, (), [each], file)
+                bound = _attributes(each).get(name, ()) or _returned(each, name)
+                if bound:
+                    return [Bound(v, replace(scope, function=[place])) for v, place in bound]
         return []
 
 
@@ -198,6 +218,39 @@ def _attributes(owner: ast.AST) -> dict[str, list[tuple[ast.expr | None, ast.AST
     return found
 
 
+@lru_cache(maxsize=1024)
+def _calls_of(file: str, owner: str) -> list[tuple[str, ast.Call]]:
+    """Return the calls that make a class, in its file and in those that import it."""
+    files = users_of(file, owner) if owner else ()
+    trees = [(f, parsed(f)) for f in files]
+    return [(f, call) for f, tree in trees if tree for call in _calls(tree).get(owner, ())]
+
+
+@lru_cache(maxsize=64)
+def _calls(tree: ast.Module) -> dict[str, list[ast.Call]]:
+    """Return {name: the calls of it in a file}."""
+    found: dict[str, list[ast.Call]] = {}
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        named = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+        name = named.id if isinstance(named, ast.Name) else named
+        found.setdefault(name if isinstance(name, str) else "", []).append(node)
+    return found
+
+
+def _argument(call: ast.Call, name: str, index: int | None) -> Iterator[ast.expr]:
+    """Yield what a call hands over by a name, or at a place before any *arguments."""
+    yield from (k.value for k in call.keywords if k.arg == name)
+    before = list(takewhile(lambda a: not isinstance(a, ast.Starred), call.args))
+    if index is not None and 0 <= index < len(before):
+        yield before[index]
+
+
+def _returned(owner: ast.ClassDef, name: str) -> list[tuple[ast.expr | None, ast.AST]]:
+    """Return what a property of a class may be, and where."""
+    held = [f for f in owner.body if isinstance(f, ast.FunctionDef) and f.name == name]
+    return [(n.value, f) for f in held for n in ast.walk(f) if isinstance(n, ast.Return)]
+
+
 def _bodies(owner: ast.AST) -> Iterator[ast.AST]:
     """Yield the methods of a class, and the class for what it binds outside of them."""
     body = getattr(owner, "body", [])
@@ -209,17 +262,36 @@ def _bound(place: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
     """Yield every name that is bound, with its value where an assignment or a default gives one."""
     plain: set[ast.expr] = set()
     for node in _own(place):
-        if isinstance(node, ast.Assign):
-            pairs = [pair for target in node.targets for pair in _pairs(target, node.value)]
-            plain.update(target for target, _ in pairs)
-            yield from ((ast.unparse(target), value) for target, value in pairs)
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            plain.add(node.target)
-            yield ast.unparse(node.target), node.value
-        elif isinstance(node, ast.arguments):
+        if isinstance(node, ast.arguments):
             yield from _arguments(node)
         elif isinstance(node, (ast.Name, ast.Attribute)) and node not in plain:
             yield from [(ast.unparse(node), None)] if isinstance(node.ctx, ast.Store) else ()
+        else:
+            pairs = list(_assigned(node))
+            plain.update(target for target, _ in pairs)
+            yield from ((ast.unparse(target), value) for target, value in pairs)
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield what a statement or an expression binds, and to what."""
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            yield from _pairs(target, node.value)
+    elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+        yield node.target, node.value
+    elif isinstance(node, ast.AugAssign):
+        yield node.target, ast.BinOp(node.target, node.op, node.value)
+    elif isinstance(node, ast.Call):
+        yield from _by_call(node)
+
+
+def _by_call(call: ast.Call) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield what setattr(self, "scale", value) and self.register_buffer("scale", value) bind."""
+    named = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    owner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    args = [*owner, *call.args] if named == "register_buffer" else call.args
+    if named in SETTERS and len(args) > 2 and isinstance(args[1], ast.Constant):
+        yield ast.Attribute(args[0], str(args[1].value), ast.Store()), args[2]
 
 
 def _own(place: ast.AST) -> Iterator[ast.AST]:
@@ -258,9 +330,17 @@ def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.ex
     elif isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
         for each, one in zip(target.elts, value.elts, strict=True):
             yield from _pairs(each, one)
-    elif isinstance(value, ast.Attribute) and value.attr == "shape":
+    elif isinstance(value, ast.Call) and not _sizes(value):
+        yield from ((each, value) for each in target.elts)  # a, b = divmod(c, d)
+    elif _sizes(value):
         for i, each in enumerate(target.elts):
             yield each, ast.Subscript(value, ast.Constant(i))
+
+
+def _sizes(value: ast.expr) -> bool:
+    """Tell whether an expression asks a tensor for all of its sizes."""
+    asked = value.func if isinstance(value, ast.Call) and not value.args else value
+    return isinstance(asked, ast.Attribute) and asked.attr in ("shape", "size")
 
 
 def _factors(statement: ast.stmt, scope: Scope) -> Iterator[float]:

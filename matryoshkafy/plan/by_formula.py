@@ -1,4 +1,4 @@
-"""explained(), elsewhere(), undecided(): of what the line of a constant computes it.
+"""explained(), elsewhere(), undecided(), accounted(): of what the line of a constant computes it.
 
 What the line computes is read from the user's syntax (graph/formulas.py); the constant in the trace
 then says what stood in the place of the name: sqrt(3 * d) = 9.798 means d = 32.
@@ -11,10 +11,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.formulas import OPAQUE, Formula
+from matryoshkafy.graph.formulas import OPAQUE, ROUND, Formula
 
 # An inverse power of what the trace holds as a float is that much farther off.
 AMPLIFIED = 8
+# A fan or a count holds a width at most so many times.
+MOST = 1024
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,60 @@ def elsewhere(
 
 
 def undecided(
-    formulas: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
+    formulas: Collection[Formula],
+    constant: tuple[float, float],
+    sizes: Collection[int],
+    near: Collection[int] = (),
 ) -> str:
-    """Return of what a line may compute a constant: of a size that nests somewhere in the model, or
-    of several names, or in a way that no formula says. "" where none is so.
+    """Return of what a line may compute a constant: of a size that nests somewhere in the model, of
+    a count that holds one that nests near it, of several names, or in a way that no formula says.
+    "" where none is so.
     """
     for formula in formulas:
         leaf = formula.leaf(constant[0]) if formula.known else math.nan
         solved = any(_close(leaf, n, constant) for n in sizes)
-        if solved or formula.opaque or (formula.known and len(formula.leaves) > 1):
+        holds = not formula.counts_rounds and any(_multiple(leaf, n, constant) for n in near)
+        several = formula.known and len(formula.leaves) > 1
+        if solved or holds or several or formula.opaque:
             return ", ".join(name.removeprefix(OPAQUE) for name, _ in formula.leaves)
     return ""
+
+
+def accounted(
+    expressions: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
+) -> bool:
+    """Tell whether a line makes a constant of a number as one types it, which is none of `sizes`.
+
+    sqrt(3 * 64) is as good as a typed number where a head of 64 units stays; 0.1237 by the name of
+    an argument was computed somewhere else.
+    """
+    value = abs(constant[0])
+    rounds = [f for f in expressions if not f.plain and f.leaves]
+    if any(all(name.startswith(ROUND) for name, _ in f.leaves) for f in rounds):
+        return True
+    leaves = [f.leaf(constant[0]) if f.leaves else 1.0 for f in expressions]
+    numbers = [abs(f.coefficient) for f in expressions if not f.leaves]
+    typed = [n for n in (value, *leaves) if _typed(n, constant)]
+    # What the line itself holds, and the 1.0 of no leaf, accounts for nothing by being short.
+    return any(_near(value, n, constant) for n in numbers) or any(
+        not any(_close(n, size, constant) for size in sizes) for n in typed if n != 1.0
+    )
+
+
+def _typed(number: float, constant: tuple[float, float]) -> bool:
+    """Tell whether a number is one that is typed: a whole number, or of three digits."""
+    if not math.isfinite(number) or number == 0:
+        return False
+    return _near(number, round(number), constant) or _near(number, float(f"{number:.3g}"), constant)
+
+
+def _near(number: float, other: float, constant: tuple[float, float]) -> bool:
+    return math.isclose(number, other, rel_tol=constant[1])
+
+
+def _multiple(leaf: float, size: int, constant: tuple[float, float]) -> bool:
+    whole = round(leaf / size) if math.isfinite(leaf) else 0
+    return 0 < whole <= MOST and _close(leaf, whole * size, constant)
 
 
 def _close(leaf: float, size: int, constant: tuple[float, float]) -> bool:

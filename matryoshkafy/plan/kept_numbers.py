@@ -6,51 +6,108 @@ bound of a clamp, a slope, what fills a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.formulas import formulas_of
+from matryoshkafy.graph.formulas import Formula, expressions_of
 from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import is_op, source_of
-from matryoshkafy.plan.by_formula import undecided
-from matryoshkafy.plan.near_widths import Search, takes_number
-from matryoshkafy.plan.numbers import EXACT, number_of
+from matryoshkafy.plan.by_formula import accounted, undecided
+from matryoshkafy.plan.near_widths import Search, summed_before, takes_number
+from matryoshkafy.plan.numbers import EXACT, number_in, number_of
 from matryoshkafy.plan.text import place_of
 
 
 def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
     """Say of each constant of a node of what its line may compute it, and that it stays."""
-    formulas = formulas_of(node) if is_op(node) else ()
-    if not formulas:
+    expressions = expressions_of(node) if is_op(node) else ()
+    if not expressions:
         return
-    near = [*search.plan.dims(node.name), *(d for v in _summed_near(node, search) for d in v)]
+    summed = list(summed_before(node, search))
+    near = [*search.plan.dims(node.name), *summed]
     # A head that stays whole explains its own scale, whatever else has as many units.
     whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
-    sizes = search.group_sizes - whole
-    counting = [f for f in formulas if f.known and len(f.leaves) == 1]
-    beside = takes_number(node) and any(map(dims.is_nested, near))
+    last = [shape[-1] for n in (node, *node.all_input_nodes) if (shape := search.plan.dims(n.name))]
+    line = _Line(
+        expressions,
+        frozenset(_whole_in((*last, *summed))),
+        frozenset(search.group_sizes - whole),
+        frozenset(map(dims.size, filter(dims.is_nested, near))),
+        takes_number(node) and any(map(dims.is_nested, near)),
+    )
     for constant in _numbers(node, search):
         # A number that the line holds as well may still be the one that it computes.
-        asked = formulas if beside and computed(node, [constant[0]]) else counting
-        names = undecided(asked, constant, sizes)
-        if names:
+        of = line.computes(constant, computed(node, [constant[0]]))
+        if of:
             yield (
                 f"number: {constant[0]:.6g} at {place_of(source_of(node) or '') or node.name} "
-                f"is the same at every size; its line computes it of {names}: where that is a "
-                "width, let the model read it of a tensor's shape, or scale the slice"
+                f"is the same at every size; {of}: where that is a width, let the model read it of "
+                "a tensor's shape, or scale the slice"
             )
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What the line of a constant says, the features near it that stay whole, the sizes that nest
+    in the model and near the constant, and whether it stands where a width is looked for.
+    """
+
+    expressions: tuple[Formula, ...]
+    whole: frozenset[int]
+    sizes: frozenset[int]
+    near: frozenset[int]
+    beside: bool
+
+    def computes(self, constant: tuple[float, float], unwritten: bool) -> str:
+        """Say of what a constant may be computed; "" where it is no width."""
+        if any(_is_power(constant, width) for width in self.whole):
+            return ""
+        formulas = [f for f in self.expressions if not f.plain]
+        if not (self.beside and unwritten):
+            formulas = [f for f in formulas if f.known and len(f.leaves) == 1]
+        names = undecided(formulas, constant, self.sizes, self.near if self.beside else ())
+        if names:
+            return f"its line computes it of {names}"
+        if not unwritten or not self.beside or accounted(self.expressions, constant, self.sizes):
+            return ""
+        return "where its line takes it from is not found"
+
+
+def _whole_in(features: Iterable[dims.Dim]) -> Iterator[int]:
+    """Yield the sizes that stay whole, alone or within a product: a head of 64 units."""
+    for dim in features:
+        if not dims.is_nested(dim):
+            yield dims.size(dim)
+        yield from (factor for factor in dim if isinstance(factor, int))
+
+
+def _is_power(constant: tuple[float, float], width: int) -> bool:
+    roots = (power / 4 for power in (-4, -2, -1, 1, 2, 4))
+    return width > 1 and any(math.isclose(constant[0], width**p, rel_tol=1e-6) for p in roots)
 
 
 def _numbers(node: fx.Node, search: Search) -> Iterator[tuple[float, float]]:
     """Yield the constants of a node and how far off they may be; 0 and 1 come of nothing."""
     if takes_number(node):
-        found = [number_of(argument, search.state) for argument in node.args[:2]]
+        found = [_number_in(argument, search) for argument in node.args[:2]]
     else:
         given = (*node.args, *node.kwargs.values())
         found = [(a, EXACT) for a in given if isinstance(a, float)]
     return (constant for constant in found if constant[0] not in (0, 1))
+
+
+def _number_in(argument: object, search: Search) -> tuple[float, float]:
+    """Return the number that an argument is, or that all elements of a buffer are."""
+    held = search.state.get(str(argument.target)) if isinstance(argument, fx.Node) else None
+    many = held is not None and held.numel() > 1 and held.is_floating_point() and not held.is_meta
+    if held is None or not many or held.requires_grad:
+        return number_of(argument, search.state)
+    number = number_in(held.flatten()[0])
+    return number if bool((held == number[0]).all()) else (0.0, 0.0)
 
 
 def _read(node: fx.Node, search: Search) -> Iterator[dims.Dim]:
@@ -58,8 +115,3 @@ def _read(node: fx.Node, search: Search) -> Iterator[dims.Dim]:
     for value in node.all_input_nodes:
         for source in (value, *value.all_input_nodes):
             yield from search.plan.dims(source.name)
-
-
-def _summed_near(node: fx.Node, search: Search) -> Iterator[tuple[dims.Dim, ...]]:
-    """Yield what the products and sums that a node reads were taken over."""
-    return (search.summed[v.name] for v in node.all_input_nodes if v.name in search.summed)

@@ -70,6 +70,16 @@ def all_widths(node: fx.Node, search: Search) -> list[tuple[dims.Nested, int]]:
     return list(dict.fromkeys((*near, *_inside_weights(node, search))))
 
 
+def summed_before(node: fx.Node, search: Search) -> Iterator[Dim]:
+    """Yield what the products and totals whose sums reach a node were taken over, and what the
+    products before such totals were.
+    """
+    before = list(_before(node))
+    inner = [v for total in before if op_of(total).totals for v in _before(total)]
+    for value in dict.fromkeys((*before, *inner)):
+        yield from search.summed.get(value.name, ())
+
+
 def width_in(
     node: fx.Node, constant: tuple[float, float], whole: bool, search: Search
 ) -> tuple[dims.Nested, float] | None:
