@@ -17,6 +17,7 @@ from itertools import product
 import torch
 from torch import fx
 
+from matryoshkafy.graph.formula import OPAQUE, ROUND, Formula, combined, power_of, product_of
 from matryoshkafy.graph.imports import function_named, parsed
 from matryoshkafy.graph.literals import (
     PLACE,
@@ -29,66 +30,16 @@ from matryoshkafy.graph.literals import (
 )
 from matryoshkafy.graph.nodes import source_of
 
+MODULES = {"math", "np", "numpy"}
 CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 SAME = {"float", "tensor", "as_tensor"}
-ROUNDED = {"int", "round", "floor", "ceil", "max", "min"}
+ROUNDED = {"int", "round", "floor", "ceil", "max", "min", "divmod"}
 ROOTS = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0, "reciprocal": -1.0}
-HALVES = (1.0, 2.0, 4.0, 8.0)
 NUMERIC = ("math.", "np.", "numpy.", "nn.init.", "torch.nn.init.", "init.")
 OF_ITSELF = {"bit_length", "__index__", "__int__", "__float__"}
 COUNTS = {"size", "numel", "nelement", "prod"}
-ROUND, OPAQUE = "round of ", "value of "
 NAMES = re.compile(r"[\w.]+")
 DEPTH, MOST = 5, 12
-
-
-@dataclass(frozen=True)
-class Formula:
-    """coefficient * leaf ** power * ... + offset.
-
-    Args:
-        coefficient: what stands before the leaves; the number, where there are none.
-        leaves: {the text of what is not known: its power}; none: a number.
-        offset: what is added.
-        counts: whether a leaf asks a tensor for its sizes, or a list for its length.
-    """
-
-    coefficient: float
-    leaves: tuple[tuple[str, float], ...] = ()
-    offset: float = 0.0
-    counts: bool = field(default=False, compare=False)
-
-    @property
-    def plain(self) -> bool:
-        """A number, or a name as such: says nothing of a number that is equal to it."""
-        bare = (self.coefficient, self.offset) == (1.0, 0.0) and len(self.leaves) == 1
-        named = bare and self.leaves[0][1] == 1.0 and not self.counts
-        return not self.leaves or (named and not self.opaque)
-
-    @property
-    def known(self) -> bool:
-        """Whether every leaf may be a width: none counts rounds or is computed unseen."""
-        return not self.opaque and not self.counts_rounds
-
-    @property
-    def counts_rounds(self) -> bool:
-        """Whether a leaf is a round of a loop, or the length of a list."""
-        return any(name.startswith(ROUND) for name, _ in self.leaves)
-
-    @property
-    def opaque(self) -> bool:
-        """Whether a leaf is computed of names in a way that no formula says."""
-        return any(name.startswith(OPAQUE) for name, _ in self.leaves)
-
-    def leaf(self, value: float) -> float:
-        """Return what the one leaf is where the formula is `value`; NaN of several leaves."""
-        ratio = (value - self.offset) / self.coefficient if self.coefficient else 0.0
-        if len(self.leaves) != 1 or ratio <= 0:
-            return math.nan
-        try:
-            return ratio ** (1 / self.leaves[0][1])
-        except OverflowError:
-            return math.nan
 
 
 def formulas_of(node: fx.Node) -> tuple[Formula, ...]:
@@ -98,18 +49,38 @@ def formulas_of(node: fx.Node) -> tuple[Formula, ...]:
 
 def expressions_of(node: fx.Node) -> tuple[Formula, ...]:
     """Return the formulas of a statement with its numbers and names as such."""
+    return tuple(dict.fromkeys(f for each in _read_at(node).values() for f in each))
+
+
+def attributes_of(node: fx.Node) -> Iterator[tuple[Formula, ...]]:
+    """Yield the formulas of each attribute in the statement that made a node."""
+    yield from (read for e, read in _read_at(node).items() if isinstance(e, ast.Attribute))
+
+
+def raised_in(node: fx.Node) -> Iterator[float]:
+    """Yield the numbers that the statement of a node computes of numbers alone: 32 ** -0.5."""
+    for e, read in _read_at(node).items():
+        names = (n.id for n in ast.walk(e) if isinstance(n, ast.Name))
+        if isinstance(e, (ast.BinOp, ast.Call)) and MODULES.issuperset(names):
+            yield from (f.coefficient for f in read if not f.leaves)
+
+
+def _read_at(node: fx.Node) -> dict[ast.expr, tuple[Formula, ...]]:
     place = PLACE.match(source_of(node) or "")
-    return _on_line(place[1], int(place[2])) if place else ()
+    return _read_line(place[1], int(place[2])) if place else {}
 
 
 @lru_cache(maxsize=4096)
-def _on_line(file: str, line: int) -> tuple[Formula, ...]:
+def _read_line(file: str, line: int) -> dict[ast.expr, tuple[Formula, ...]]:
+    """Return {expression of a line: its formulas}."""
     tree, scope = parsed(file), scope_at(file, line)
     if tree is None or scope is None:
-        return ()
+        return {}
     reader = _Reader(scope)
-    inner = (e for s in around(tree, SIMPLE, line) for e in ast.walk(s) if isinstance(e, ast.expr))
-    return tuple(dict.fromkeys(f for e in inner for f in reader.read(e)))
+    inner = [e for s in around(tree, SIMPLE, line) for e in ast.walk(s)]
+    called = {e.func for e in inner if isinstance(e, ast.Call)}
+    values = (e for e in inner if isinstance(e, ast.expr) and e not in called)
+    return {e: reader.read(e) for e in values}
 
 
 @dataclass(frozen=True)
@@ -145,14 +116,14 @@ class _Reader:
         if isinstance(e, ast.Constant):
             return [Formula(float(e.value))] if type(e.value) in (int, float) else []  # type: ignore[arg-type]
         if isinstance(e, ast.UnaryOp) and isinstance(e.op, ast.USub):
-            return [_times(f, Formula(-1.0)) for f in self.read(e.operand)]
+            return [product_of(f, Formula(-1.0)) for f in self.read(e.operand)]
         if isinstance(e, ast.BinOp):
             sides = product(self.read(e.left), self.read(e.right))
-            return [_combined(e.op, left, right) or _unless_number(e) for left, right in sides]
+            return [combined(e.op, left, right) or _unless_number(e) for left, right in sides]
         if isinstance(e, ast.BoolOp):
             return [f for value in e.values for f in self.read(value)]
         if isinstance(e, ast.IfExp):
-            return (*self.read(e.body), *self.read(e.orelse))
+            return [_opaque(e)] if _compares(e.test) else (*self.read(e.body), *self.read(e.orelse))
         if isinstance(e, ast.Call):
             return self._call(e)
         if isinstance(e, ast.Subscript):
@@ -187,16 +158,18 @@ class _Reader:
         if name in OF_ITSELF and isinstance(e.func, ast.Attribute):
             return [_opaque(e) for _ in self.read(e.func.value)]
         if name == "pow" and len(read) == 2:
-            return [_combined(ast.Pow(), a, b) or _opaque(e) for a, b in product(*read)]
+            return [combined(ast.Pow(), a, b) or _opaque(e) for a, b in product(*read)]
         if name in ROOTS and len(read) == 1:
-            return [_power(f, ROOTS[name]) or _opaque(e) for f in read[0]]
+            return [power_of(f, ROOTS[name]) or _opaque(e) for f in read[0]]
         if name in SAME:
             return [f for each in read for f in each]
         leaves = [leaf for each in read for f in each for leaf, _ in f.leaves]
         unseen = [_opaque(e, leaves)] if leaves else []
-        if ast.unparse(e.func).startswith(NUMERIC) or name in ROUNDED:
+        if ast.unparse(e.func).startswith(NUMERIC) or ast.unparse(e.func) in ROUNDED:
             return [*_of_numbers(name, read), *unseen]
-        hidden = unseen if isinstance(e.func, (ast.Name, ast.Subscript)) else []
+        # An object of a class is no number.
+        function = isinstance(e.func, ast.Name) and not name[:1].isupper()
+        hidden = unseen if function or isinstance(e.func, ast.Subscript) else []
         return [*self._returned(name, e)] or hidden
 
     def _asked(self, e: ast.Call) -> Iterator[Formula]:
@@ -239,17 +212,21 @@ class _Reader:
         if any(text in _rounds(f) for f in self.scope.function):
             return [Formula(1.0, ((ROUND + text, 1.0),))]
         bound = self.scope.bindings(e)
-        values = [(b.value, b.scope) for b in bound if b.value is not None]
-        if values and not self.depth:
-            return []
+        values = [b for b in bound if b.value is not None]
         if values:
-            each = (replace(self, scope=s, depth=self.depth - 1).read(value) for value, s in values)
-            return [f for read in each for f in read]
+            return [f for b in values for f in self._bound(b, text)] if self.depth else []
         if isinstance(e, ast.Attribute) and (
             found := [*self._returned(e.attr, ast.Call(e, [], []))]
         ):
             return found  # a property
         return [Formula(1.0, ((text, 1.0),))] if self._may_count(e, bound) else []
+
+    def _bound(self, to: Bound, name: str) -> Iterator[Formula]:
+        """Yield what a name is; a whole number that was handed over stays a name."""
+        reader = replace(self, scope=to.scope, depth=self.depth - 1)
+        for found in reader.read(to.value) if to.value else ():
+            width = to.handed and not found.leaves and found.coefficient.is_integer()
+            yield Formula(1.0, ((name, 1.0),)) if width else found
 
     def _may_count(self, e: ast.expr, bound: list[Bound]) -> bool:
         """Tell whether a name of which no value is known may be a size: no argument of a forward,
@@ -279,6 +256,13 @@ def _rounds(function: ast.AST) -> frozenset[str]:
     loops = (n for n in ast.walk(function) if isinstance(n, (ast.For, ast.comprehension)))
     named = (n for loop in loops for n in ast.walk(loop.target))
     return frozenset(n.id for n in named if isinstance(n, ast.Name))
+
+
+def _compares(test: ast.expr) -> bool:
+    """Tell whether a choice hangs on how large something is."""
+    larger = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+    inner = (n for n in ast.walk(test) if isinstance(n, ast.Compare))
+    return any(isinstance(op, larger) for n in inner for op in n.ops)
 
 
 def _called(e: ast.Call) -> str:
@@ -341,53 +325,3 @@ def _of_numbers(name: str, read: list[tuple[Formula, ...]]) -> Iterator[Formula]
 def _unless_number(e: ast.BinOp) -> Formula | None:
     """Arithmetic of names that no formula says; of tensors it is none."""
     return None if isinstance(e.op, ast.MatMult) else _opaque(e)
-
-
-def _combined(op: ast.operator, left: Formula, right: Formula) -> Formula | None:
-    if isinstance(op, ast.Mult):
-        return _times(left, right)
-    if isinstance(op, ast.FloorDiv) and (right.leaves or right.coefficient not in HALVES):
-        return None  # what is left over is another part of every width
-    if isinstance(op, (ast.Div, ast.FloorDiv)):
-        inverse = _power(right, -1.0)
-        return None if inverse is None else _times(left, inverse)
-    if isinstance(op, ast.Pow):
-        return None if right.leaves else _power(left, right.coefficient)
-    if isinstance(op, ast.Sub):
-        return _plus(left, _times(right, Formula(-1.0)))
-    return _plus(left, right) if isinstance(op, ast.Add) else None
-
-
-def _plus(left: Formula, right: Formula | None) -> Formula | None:
-    if right is None or (left.leaves and right.leaves):
-        return None
-    if not left.leaves and not right.leaves:
-        return Formula(left.coefficient + right.coefficient)
-    of, number = (left, right) if left.leaves else (right, left)
-    return replace(of, offset=of.offset + number.coefficient)
-
-
-def _times(left: Formula, right: Formula) -> Formula | None:
-    if left.leaves and right.leaves and (left.offset or right.offset):
-        return None
-    if not right.leaves:
-        left, right = right, left
-    if not left.leaves:  # a number times anything
-        number = left.coefficient
-        return replace(right, coefficient=right.coefficient * number, offset=right.offset * number)
-    powers = dict(left.leaves)
-    for name, power in right.leaves:
-        powers[name] = powers.get(name, 0.0) + power
-    leaves = tuple((name, power) for name, power in powers.items() if power)
-    return Formula(left.coefficient * right.coefficient, leaves, counts=left.counts or right.counts)
-
-
-def _power(of: Formula, power: float) -> Formula | None:
-    if of.leaves and of.offset:
-        return None
-    if power == 0:
-        return Formula(1.0)
-    if of.coefficient <= 0 or abs(power) > 4:
-        return None
-    leaves = tuple((name, p * power) for name, p in of.leaves)
-    return Formula(of.coefficient**power, leaves, counts=of.counts)

@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import takewhile
 from typing import TypeVar
 
 from torch import fx
 
-from matryoshkafy.graph.imports import classes_binding, parsed, users_of
+from matryoshkafy.graph.constructed import argument, calls_of, keywords
+from matryoshkafy.graph.imports import classes_binding, parsed
 from matryoshkafy.graph.nodes import source_of
 
 PLACE = re.compile(r"(.+):(\d+) \(")
@@ -102,7 +102,7 @@ def scope_at(file: str, line: int) -> Scope | None:
     tree = parsed(file)
     if tree is None:
         return None
-    function, owner = around(tree, FUNCTIONS, line)[:1], around(tree, (ast.ClassDef,), line)[:1]
+    function, owner = _holding(tree, FUNCTIONS, line), around(tree, (ast.ClassDef,), line)[:1]
     return Scope(tree, function, owner, file)
 
 
@@ -117,15 +117,20 @@ Place = TypeVar("Place", bound=ast.stmt | ast.Lambda)
 
 def around(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
     """Return the innermost statements of some kinds that hold a line."""
+    around = _holding(tree, kinds, line)
+    return [s for s in around if s.lineno == around[0].lineno]
+
+
+def _holding(tree: ast.Module, kinds: tuple[type[Place], ...], line: int) -> list[Place]:
+    """Return the statements of some kinds that hold a line, the innermost first."""
     found = (s for s in statements(tree) if isinstance(s, kinds))
     around = [s for s in found if s.lineno <= line <= (s.end_lineno or s.lineno)]
-    first = max((s.lineno for s in around), default=0)
-    return [s for s in around if s.lineno == first]
+    return sorted(around, key=lambda s: -s.lineno)
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Where the names of a statement are bound: its function, its class, its module."""
+    """Where the names of a statement are bound: its functions, its class, its module."""
 
     module: ast.Module
     function: Sequence[ast.AST]
@@ -154,10 +159,10 @@ class Scope:
             if name not in names and not keyword:
                 continue
             index = names.index(name) - 1 if name in names else None
-            for file, call in _calls_of(self.file, getattr(self.owner[0], "name", "")):
+            for file, call in calls_of(self.file, getattr(self.owner[0], "name", "")):
                 at = scope_at(file, call.lineno)
-                for value in _argument(call, name, index) if at else ():
-                    yield Bound(_unless_whole(value), at)
+                for value in argument(call, name, index) if at else ():
+                    yield Bound(value, at, handed=True)
 
     def _attribute(self, name: str) -> list[Bound]:
         for owners in (self.owner, _classes(self.module)):
@@ -168,7 +173,13 @@ class Scope:
             ]
             if found:
                 return found
-        return self._imported(name)
+        return self._imported(name) or self._named(name)
+
+    def _named(self, name: str) -> list[Bound]:
+        """Return what a call hands over by the name, as a configuration is made: C(scale=0.1)."""
+        given = keywords(self.module).get(name, ())
+        scopes = [(value, scope_at(self.file, call.lineno)) for value, call in given]
+        return [Bound(value, scope, handed=True) for value, scope in scopes if scope]
 
     def _imported(self, name: str) -> list[Bound]:
         owner = next((o.name for o in self.owner if isinstance(o, ast.ClassDef)), "")
@@ -184,10 +195,20 @@ class Scope:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a name is bound to, None for a binding of an unknown kind, and where that is read."""
+    """What a name is bound to, None for a binding of an unknown kind, and where that is read.
+
+    A whole number that is `handed` to a constructor may be a width.
+    """
 
     value: ast.expr | None
     scope: Scope
+    handed: bool = False
+
+    def number(self, depth: int) -> float | None:
+        """Return the number that is bound, None where it is not known or may be a width."""
+        number = _number(self.value, self.scope, depth) if self.value else None
+        width = self.handed and number is not None and number.is_integer()
+        return None if width else number
 
 
 # What a file binds is asked for each name of a line: once read, it is looked up.
@@ -216,33 +237,6 @@ def _attributes(owner: ast.AST) -> dict[str, list[tuple[ast.expr | None, ast.AST
                 known = _unless_whole(value) if place is owner else value
                 found.setdefault(leaf, []).append((known, place))
     return found
-
-
-@lru_cache(maxsize=1024)
-def _calls_of(file: str, owner: str) -> list[tuple[str, ast.Call]]:
-    """Return the calls that make a class, in its file and in those that import it."""
-    files = users_of(file, owner) if owner else ()
-    trees = [(f, parsed(f)) for f in files]
-    return [(f, call) for f, tree in trees if tree for call in _calls(tree).get(owner, ())]
-
-
-@lru_cache(maxsize=64)
-def _calls(tree: ast.Module) -> dict[str, list[ast.Call]]:
-    """Return {name: the calls of it in a file}."""
-    found: dict[str, list[ast.Call]] = {}
-    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
-        named = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
-        name = named.id if isinstance(named, ast.Name) else named
-        found.setdefault(name if isinstance(name, str) else "", []).append(node)
-    return found
-
-
-def _argument(call: ast.Call, name: str, index: int | None) -> Iterator[ast.expr]:
-    """Yield what a call hands over by a name, or at a place before any *arguments."""
-    yield from (k.value for k in call.keywords if k.arg == name)
-    before = list(takewhile(lambda a: not isinstance(a, ast.Starred), call.args))
-    if index is not None and 0 <= index < len(before):
-        yield before[index]
 
 
 def _returned(owner: ast.ClassDef, name: str) -> list[tuple[ast.expr | None, ast.AST]]:
@@ -295,19 +289,23 @@ def _by_call(call: ast.Call) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def _own(place: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes of a place; of a class those outside of its methods."""
-    if not isinstance(place, ast.ClassDef):
-        yield from ast.walk(place)
-        return
-    for statement in place.body:
-        if not isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
-            yield from ast.walk(statement)
+    """Yield the nodes of a place; of a class or a module those outside of its functions."""
+    inner = (*FUNCTIONS, ast.ClassDef)
+    whole = isinstance(place, FUNCTIONS)
+    todo = [place]
+    while todo:
+        node = todo.pop()
+        yield node
+        held = ast.iter_child_nodes(node)
+        todo.extend(n for n in held if whole or not isinstance(n, inner))
 
 
 def _unless_whole(value: ast.expr | None) -> ast.expr | None:
-    """Return a default, or what a class binds; None for a whole number, which may be a width."""
+    """Return a default, or what a class binds; None for a whole number or a name of one, which may
+    be a width.
+    """
     whole = isinstance(value, ast.Constant) and isinstance(value.value, int)
-    return None if whole else value
+    return None if whole or isinstance(value, (ast.Name, ast.Attribute)) else value
 
 
 def _arguments(given: ast.arguments) -> Iterator[tuple[str, ast.expr | None]]:
@@ -317,10 +315,10 @@ def _arguments(given: ast.arguments) -> Iterator[tuple[str, ast.expr | None]]:
         *zip(reversed(ordered), [*reversed(defaults), *[None] * len(ordered)], strict=False),
         *zip(given.kwonlyargs, given.kw_defaults, strict=True),
     ]
-    for argument, default in pairs:
-        yield argument.arg, _unless_whole(default)
-    for argument in (given.vararg, given.kwarg):
-        yield from [(argument.arg, None)] if argument else ()
+    for named, default in pairs:
+        yield named.arg, _unless_whole(default)
+    for named in (given.vararg, given.kwarg):
+        yield from [(named.arg, None)] if named else ()
 
 
 def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -371,5 +369,5 @@ def _number(side: ast.expr, scope: Scope, depth: int = 4) -> float | None:
             return None
         return compute(left, right)
     bound = scope.bindings(side) if depth else []
-    numbers = {_number(b.value, b.scope, depth - 1) if b.value else None for b in bound}
+    numbers = {b.number(depth - 1) for b in bound}
     return numbers.pop() if len(numbers) == 1 else None

@@ -1,4 +1,4 @@
-"""explained(), elsewhere(), undecided(), accounted(): of what the line of a constant computes it.
+"""explained(), elsewhere(), undecided(), accounted() and others: of what a constant is computed.
 
 What the line computes is read from the user's syntax (graph/formulas.py); the constant in the trace
 then says what stood in the place of the name: sqrt(3 * d) = 9.798 means d = 32.
@@ -7,14 +7,21 @@ then says what stood in the place of the name: sqrt(3 * d) = 9.798 means d = 32.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.formulas import OPAQUE, ROUND, Formula
+from matryoshkafy.graph.formula import OPAQUE, ROUND, Formula
 
 # An inverse power of what the trace holds as a float is that much farther off.
 AMPLIFIED = 8
+# Names of what counts something else than units, whatever it equals.
+NO_WIDTH = re.compile(
+    "len|vocab|num_embeddings|num_classes|n_class|depth|layer|step|temp|tau|warmup|window|epoch|"
+    "patch|vox|pixel|seq|token|time|batch|frame|kernel|stride"
+)
+CLAMPS = re.compile(re.escape(OPAQUE) + r"(max\(|min\(|[\d.]+ \*\* )")
 # A fan or a count holds a width at most so many times.
 MOST = 1024
 
@@ -60,20 +67,66 @@ def elsewhere(
     return bool(whole) and not any(_close(n, size, constant) for n in leaves for size in sizes)
 
 
+def clamped(
+    formulas: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
+) -> bool:
+    """Tell whether a line makes a constant of one of `sizes` by max(width, 16), 2 ** bits or
+    the like alone: another width may be another case.
+    """
+    leaves = [(f, f.leaf(constant[0])) for f in formulas if len(f.leaves) == 1]
+    found = [f.leaves[0][0] for f, leaf in leaves if any(_close(leaf, n, constant) for n in sizes)]
+    return bool(found) and all(map(CLAMPS.match, found))
+
+
+def of_quotient(attributes: Iterable[tuple[Formula, ...]]) -> bool:
+    """Tell whether an attribute that a line reads is a quotient of names: alpha / rank, which may
+    equal a width by chance. The root of a product of names (a fan) is one of its widths.
+    """
+    return any(read and all(map(_divides, read)) for read in attributes)
+
+
+def _divides(formula: Formula) -> bool:
+    powers = [power for _, power in formula.leaves]
+    counted = formula.counts or formula.counts_rounds
+    return not counted and min(powers, default=0.0) < 0 < max(powers, default=0.0)
+
+
+def of_other_name(
+    expressions: Collection[Formula], constant: tuple[float, float], sizes: Collection[int]
+) -> bool:
+    """Tell whether a line makes a constant of one of `sizes` by a name that says that it is none:
+    max_len, vocab, temperature, and by no other.
+    """
+    leaves = [(f, f.leaf(constant[0])) for f in expressions if f.known and len(f.leaves) == 1]
+    found = [f.leaves[0][0] for f, leaf in leaves if any(_close(leaf, n, constant) for n in sizes)]
+    return bool(found) and all(map(_no_width, found))
+
+
+def names_none(formula: Formula) -> bool:
+    """Tell whether a formula is of names that count something else than units."""
+    return bool(formula.leaves) and all(_no_width(name) for name, _ in formula.leaves)
+
+
+def _no_width(name: str) -> bool:
+    return NO_WIDTH.search(name.rpartition(".")[2]) is not None
+
+
 def undecided(
     formulas: Collection[Formula],
     constant: tuple[float, float],
     sizes: Collection[int],
     near: Collection[int] = (),
+    whole: Collection[int] = (),
 ) -> str:
     """Return of what a line may compute a constant: of a size that nests somewhere in the model, of
-    a count that holds one that nests near it, of several names, or in a way that no formula says.
-    "" where none is so.
+    one that holds what nests near it and is not one of `whole`, which stay, of several names, or in
+    a way that no formula says. "" where none is so.
     """
     for formula in formulas:
         leaf = formula.leaf(constant[0]) if formula.known else math.nan
+        stays = any(_close(leaf, n, constant) for n in whole)
         solved = any(_close(leaf, n, constant) for n in sizes)
-        holds = not formula.counts_rounds and any(_multiple(leaf, n, constant) for n in near)
+        holds = not stays and any(_multiple(leaf, n, constant) for n in near)
         several = formula.known and len(formula.leaves) > 1
         if solved or holds or several or formula.opaque:
             return ", ".join(name.removeprefix(OPAQUE) for name, _ in formula.leaves)

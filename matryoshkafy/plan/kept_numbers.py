@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.graph.formulas import Formula, expressions_of
+from matryoshkafy.graph.formula import Formula
+from matryoshkafy.graph.formulas import expressions_of
 from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import is_op, source_of
 from matryoshkafy.plan.by_formula import accounted, undecided
@@ -24,24 +25,27 @@ from matryoshkafy.plan.text import place_of
 
 def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
     """Say of each constant of a node of what its line may compute it, and that it stays."""
-    expressions = expressions_of(node) if is_op(node) else ()
-    if not expressions:
+    numbers = list(_numbers(node, search)) if is_op(node) else []
+    if not numbers:
         return
-    summed = list(summed_before(node, search))
+    expressions = expressions_of(node)
+    summed = [*search.summed.get(node.name, ()), *summed_before(node, search)]
     near = [*search.plan.dims(node.name), *summed]
     # A head that stays whole explains its own scale, whatever else has as many units.
     whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
     last = [shape[-1] for n in (node, *node.all_input_nodes) if (shape := search.plan.dims(n.name))]
     line = _Line(
         expressions,
+        frozenset(whole),
         frozenset(_whole_in((*last, *summed))),
         frozenset(search.group_sizes - whole),
         frozenset(map(dims.size, filter(dims.is_nested, near))),
-        takes_number(node) and any(map(dims.is_nested, near)),
+        takes_number(node),
     )
-    for constant in _numbers(node, search):
+    for constant in numbers:
         # A number that the line holds as well may still be the one that it computes.
-        of = line.computes(constant, computed(node, [constant[0]]))
+        written = any(not f.leaves and f.coefficient == constant[0] for f in expressions)
+        of = line.computes(constant, not written and computed(node, [constant[0]]))
         if of:
             yield (
                 f"number: {constant[0]:.6g} at {place_of(source_of(node) or '') or node.name} "
@@ -52,29 +56,44 @@ def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Line:
-    """What the line of a constant says, the features near it that stay whole, the sizes that nest
-    in the model and near the constant, and whether it stands where a width is looked for.
+    """What the line of a constant says, what stays whole near it (any dim, and its features), the
+    sizes that nest in the model and near the constant, and whether it scales or is added.
     """
 
     expressions: tuple[Formula, ...]
     whole: frozenset[int]
+    features: frozenset[int]
     sizes: frozenset[int]
     near: frozenset[int]
-    beside: bool
+    scales: bool
 
     def computes(self, constant: tuple[float, float], unwritten: bool) -> str:
         """Say of what a constant may be computed; "" where it is no width."""
-        if any(_is_power(constant, width) for width in self.whole):
+        if any(_is_power(constant, width) for width in self.features):
             return ""
-        formulas = [f for f in self.expressions if not f.plain]
-        if not (self.beside and unwritten):
-            formulas = [f for f in formulas if f.known and len(f.leaves) == 1]
-        names = undecided(formulas, constant, self.sizes, self.near if self.beside else ())
+        beside = self.scales and unwritten and bool(self.near)
+        asked = self._asked(constant[0], beside, unwritten)
+        names = undecided(asked, constant, self.sizes, *self._around)
         if names:
             return f"its line computes it of {names}"
-        if not unwritten or not self.beside or accounted(self.expressions, constant, self.sizes):
+        unknown = unwritten and self.near and constant[0] != 1
+        if not unknown or accounted(self.expressions, constant, self.sizes):
             return ""
         return "where its line takes it from is not found"
+
+    def _asked(self, number: float, beside: bool, unwritten: bool) -> list[Formula]:
+        """Return the formulas that count: beside a width all, elsewhere those of one name."""
+        if number == 1:  # is a power of everything; alpha / rank may be 1 at one rank alone
+            return [f for f in self.expressions if beside and f.known and len(f.leaves) > 1]
+        if beside:
+            return [f for f in self.expressions if not f.plain]
+        bare = self.scales and unwritten
+        single = (f for f in self.expressions if f.known and len(f.leaves) == 1)
+        return [f for f in single if bare or not f.plain]
+
+    @property
+    def _around(self) -> tuple[frozenset[int], frozenset[int]]:
+        return self.near if self.scales else frozenset(), self.whole
 
 
 def _whole_in(features: Iterable[dims.Dim]) -> Iterator[int]:
@@ -91,13 +110,13 @@ def _is_power(constant: tuple[float, float], width: int) -> bool:
 
 
 def _numbers(node: fx.Node, search: Search) -> Iterator[tuple[float, float]]:
-    """Yield the constants of a node and how far off they may be; 0 and 1 come of nothing."""
+    """Yield the constants of a node and how far off they may be; 0 comes of nothing."""
     if takes_number(node):
         found = [_number_in(argument, search) for argument in node.args[:2]]
     else:
         given = (*node.args, *node.kwargs.values())
         found = [(a, EXACT) for a in given if isinstance(a, float)]
-    return (constant for constant in found if constant[0] not in (0, 1))
+    return (constant for constant in found if constant[0])
 
 
 def _number_in(argument: object, search: Search) -> tuple[float, float]:

@@ -28,11 +28,18 @@ from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.formulas import formulas_of
+from matryoshkafy.graph.formulas import attributes_of, expressions_of, formulas_of, raised_in
 from matryoshkafy.graph.literals import computed, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.by_formula import elsewhere, explained
+from matryoshkafy.plan.by_formula import (
+    clamped,
+    elsewhere,
+    explained,
+    names_none,
+    of_other_name,
+    of_quotient,
+)
 from matryoshkafy.plan.kept_numbers import kept_numbers
 from matryoshkafy.plan.near_widths import (
     Search,
@@ -139,7 +146,17 @@ def _operand_of(node: fx.Node, index: int, argument: object, search: Search) -> 
 
 
 def _elsewhere(node: fx.Node, constant: tuple[float, float], search: Search) -> bool:
-    return elsewhere(formulas_of(node), constant, search.weight_sizes)
+    """Tell whether a line computes a constant of something else than the width that it equals."""
+    formulas = formulas_of(node)
+    if elsewhere(formulas, constant, search.weight_sizes):
+        return True
+    widths = all_widths(node, search)
+    if explained([f for f in formulas if not names_none(f)], constant, widths):
+        return False
+    typed = any(math.isclose(constant[0], n, rel_tol=EXACT) for n in raised_in(node))
+    named = of_other_name(expressions_of(node), constant, search.group_sizes)
+    hidden = clamped(formulas, constant, search.group_sizes) or of_quotient(attributes_of(node))
+    return typed or named or hidden
 
 
 def _by_formula(
@@ -148,7 +165,7 @@ def _by_formula(
     """Return the constant where its line computes it of a width, whatever the formula."""
     # 1 scales nothing, and is the quotient of any two equal sizes.
     asked = constant[0] != 1 and computed(node, [constant[0]])
-    formulas = formulas_of(node) if asked else ()
+    formulas = [f for f in formulas_of(node) if asked and not names_none(f)]
     widths = all_widths(node, search) if formulas else ()
     found = explained(formulas, constant, widths)
     if found is None:

@@ -1,0 +1,240 @@
+"""Constants that a line takes of a dict, a base class, a configuration, a function or a constructor
+are followed to where they are computed; what is not found is said.
+
+The oracle is the user's class, built small and given the slice's weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import matryoshkafy as mk
+from tests.plan import constants_beside
+from tests.plan.constants_beside import Base, Config, Scaled, scale_of
+
+WIDTH, SMALL = 32, 8
+GAINS = {"tanh": 5 / 3, "relu": 2**0.5}
+
+
+class Net(Base):
+    """An embedding, a layer, and a number of the width kept in many ways."""
+
+    def __init__(self, width: int, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.setup(width)
+        self.config, self.form, self.width = Config(width), form, width
+        self.settings = {"inner": math.sqrt(3 * width), "outer": 0.7}
+        self.factors = [math.sqrt(2 * width), 0.7]
+        setattr(self, "rate", math.sqrt(5 * width))  # noqa: B010  as people write it
+        self.gain = GAINS["tanh"] / math.sqrt(width)
+        self.torch_gain = nn.init.calculate_gain("tanh") / math.sqrt(width)
+        self.scaled, self.beside = Scaled(math.sqrt(2 * width)), Inner(0.7 / math.sqrt(width))
+        self.register_buffer("held", torch.tensor(math.sqrt(7 * width)), persistent=False)
+        self.thirds, self.rest = divmod(width, 5)
+        self.table, self.layer = nn.Embedding(30, width), nn.Linear(width, width)
+        self.back, self.head = nn.Linear(width, 12), nn.Linear(width, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        return self.head(FORMS[self.form](self, self.layer(self.table(ids))))
+
+
+class Inner(nn.Module):
+    """Computes what it was made with."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D] -> [.., D]"""
+        return x + self.start * torch.tanh(x)
+
+
+def of_base_class(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h * m.scale)
+
+
+def of_property_of_config(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h * m.config.rescale)
+
+
+def of_dict(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h / m.settings["inner"]) * m.settings["outer"]
+
+
+def of_list(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h / m.factors[0]) * m.factors[1]
+
+
+def of_setattr(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h / m.rate)
+
+
+def of_buffer(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h / m.held)
+
+
+def of_gain(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h) * m.gain
+
+
+def of_torch_gain(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h) * m.torch_gain
+
+
+def of_function_beside(m: Net, h: Tensor) -> Tensor:
+    return h * scale_of(m.width)
+
+
+def of_module_beside(m: Net, h: Tensor) -> Tensor:
+    return h * constants_beside.scale_of(m.width)
+
+
+def of_constructor_beside(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(m.scaled(h))
+
+
+def of_constructor(m: Net, h: Tensor) -> Tensor:
+    return m.beside(h)
+
+
+def of_walrus(_: Net, h: Tensor) -> Tensor:
+    if (units := h.shape[-1]) > 4:
+        h = h / (3 * units) ** 0.5
+    return h
+
+
+def of_grown(m: Net, h: Tensor) -> Tensor:
+    scale = 3.0
+    scale *= m.width
+    return torch.tanh(h / scale)
+
+
+def of_joined(m: Net, h: Tensor) -> Tensor:
+    both = torch.cat([h, m.layer(h)], -1)
+    return (F.normalize(both, dim=-1) * math.sqrt(both.shape[-1]))[..., : h.shape[-1]]
+
+
+FORMS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    name.removeprefix("of_"): made
+    for name, made in list(globals().items())
+    if name.startswith("of_")
+}
+
+
+def moved(form: str) -> tuple[mk.Doll, float]:
+    """Return the doll, and how far its slice is off the small class with the same weights."""
+    ids = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(1))
+    model = Net(WIDTH, form).double().eval()
+    doll = mk.convert(model, (ids,), sizes=[SMALL, WIDTH], nesting="sliced")
+    part, small = mk.slice(doll, SMALL), Net(SMALL, form).double().eval()
+    own = small.state_dict()
+    given = {k: v for k, v in part.state_dict().items() if own[k].shape == v.shape}
+    small.load_state_dict({**own, **given})
+    with torch.no_grad():
+        ours, theirs = part(ids), small(ids)
+    return doll, float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_slice_computes_as_the_small_class(form: str) -> None:
+    doll, error = moved(form)
+    assert error < 1e-6 if form == "buffer" else error < 1e-12  # a buffer is float32 at first
+    assert len(doll.plan.scalars) == 1
+    assert not [r for r in doll.plan.remarks if r.startswith("number:")]
+
+
+def in_torch(m: Net, h: Tensor) -> Tensor:
+    return h * math.sqrt(nn.init._calculate_correct_fan(m.layer.weight, "fan_in") / 3)
+
+
+def in_parts(m: Net, h: Tensor) -> Tensor:
+    return torch.tanh(h) * m.thirds
+
+
+def in_weight(m: Net, h: Tensor) -> Tensor:
+    return h + m.layer.weight.pow(2).sum() / m.layer.weight.numel()
+
+
+def in_error(m: Net, h: Tensor) -> Tensor:
+    return h + m.back(h.tanh()).pow(2).sum(-1, keepdim=True) / m.width
+
+
+def in_pairs(m: Net, h: Tensor) -> Tensor:
+    products = h[..., :, None] * h[..., None, :]
+    return h + products.sum((-1, -2)).unsqueeze(-1) / (m.width * (m.width - 1))
+
+
+SAID: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
+    "torch": (in_torch, "3.26599"),
+    "parts": (in_parts, "6"),
+    "weight": (in_weight, "1024"),
+    "error": (in_error, "32"),
+    "pairs": (in_pairs, "992"),
+}
+
+
+@pytest.mark.parametrize("form", SAID)
+def test_a_number_that_may_be_of_a_width_is_said(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    made, number = SAID[form]
+    monkeypatch.setitem(FORMS, form, made)
+    doll, error = moved(form)
+    assert error > 1e-3
+    file = "test_formulas_elsewhere.py"
+    lines = [r for r in doll.plan.remarks if r.startswith(f"number: {number} at {file}:")]
+    assert len(lines) == 1
+
+
+class Handed(Net):
+    """Is given a number that nobody computes where it can be read."""
+
+    def __init__(self, width: int, form: str, values: list[float]) -> None:
+        super().__init__(width, form)
+        self.given = values.pop()
+
+
+def test_a_number_of_which_nothing_is_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMS, "given", lambda m, h: torch.tanh(h * m.given))
+    ids = torch.randint(0, 30, (2, 5))
+    for number, said in ((math.sqrt(3 / WIDTH), 1), (0.3, 0)):
+        doll = mk.convert(
+            Handed(WIDTH, "given", [number]), (ids,), sizes=[SMALL, WIDTH], nesting="sliced"
+        )
+        lines = [r for r in doll.plan.remarks if r.startswith("number:")]
+        assert len(lines) == said
+        assert not said or "where its line takes it from is not found" in lines[0]
+
+
+class Heads(nn.Module):
+    """Attention by heads of a fixed size."""
+
+    def __init__(self, width: int, units: int = 8) -> None:
+        super().__init__()
+        self.units, self.heads = units, width // units
+        self.scaling = (width // self.heads) ** -0.5
+        self.table, self.qkv = nn.Embedding(30, width), nn.Linear(width, 3 * width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        n, t = ids.shape
+        parts = self.qkv(self.table(ids)).view(n, t, 3, self.heads, self.units)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * self.scaling @ k.mT).softmax(-1)
+        return self.head((scores @ v).transpose(1, 2).reshape(n, t, -1))
+
+
+def test_the_scale_of_a_head_that_stays_whole_is_not_spoken_of() -> None:
+    doll = mk.convert(Heads(64), (torch.randint(0, 30, (2, 5)),), sizes=[16, 64], nesting="sliced")
+    assert not [r for r in doll.plan.remarks if r.startswith("number:")]
+    assert not doll.plan.scalars
