@@ -13,12 +13,19 @@ from itertools import takewhile
 
 from matryoshkafy.graph.imports import parsed, users_of
 
+# Of a helper that is called everywhere no call says more than the next.
+MOST = 8
+
 
 @lru_cache(maxsize=1024)
-def calls_of(file: str, owner: str) -> list[tuple[str, ast.Call]]:
-    """Return the calls that make a class, in its file and in those that import it."""
-    trees = [(f, parsed(f)) for f in (users_of(file, owner) if owner else ())]
-    return [(f, call) for f, tree in trees if tree for call in _calls(tree).get(owner, ())]
+def calls_of(file: str, name: str, *, everywhere: bool) -> list[tuple[str, ast.Call]]:
+    """Return the calls of a function or a class in its file, and in those that import it where
+    they are asked for; none where there are too many.
+    """
+    files = users_of(file, name) if everywhere else (file,)
+    trees = [(f, parsed(f)) for f in files]
+    found = [(f, call) for f, tree in trees if tree for call in _calls(tree).get(name, ())]
+    return found if everywhere or len(found) <= MOST else []
 
 
 def argument(call: ast.Call, name: str, index: int | None) -> Iterator[ast.expr]:

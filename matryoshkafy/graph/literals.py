@@ -151,23 +151,32 @@ class Scope:
         return [*(Bound(value, self) for value in found), *self._given(name.id)]
 
     def _given(self, name: str) -> Iterator[Bound]:
-        """Yield what the calls of a class hand over as an argument of its __init__."""
-        made = [f for f in self.function if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-        for init in made if self.owner else ():
-            names = [a.arg for a in (*init.args.posonlyargs, *init.args.args)]
-            keyword = name in [a.arg for a in init.args.kwonlyargs]
-            if name not in names and not keyword:
-                continue
-            index = names.index(name) - 1 if name in names else None
-            for file, call in calls_of(self.file, getattr(self.owner[0], "name", "")):
-                at = scope_at(file, call.lineno)
-                for value in argument(call, name, index) if at else ():
-                    yield Bound(value, at, handed=True)
+        """Yield what is handed over as an argument: to the __init__ of a class by the calls that
+        make it, to any other function by those of its file.
+        """
+        for function in (f for f in self.function if isinstance(f, ast.FunctionDef)):
+            named = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+            keyword = name in [a.arg for a in function.args.kwonlyargs]
+            if name in named or keyword:
+                index = named.index(name) if name in named else None
+                yield from self._handed(function, name, index)
+                return
+
+    def _handed(self, function: ast.FunctionDef, name: str, index: int | None) -> Iterator[Bound]:
+        owner = [o for o in self.owner if isinstance(o, ast.ClassDef) and function in o.body]
+        made = owner[0].name if owner and function.name == "__init__" else ""
+        if not made and function.name in ("forward", "__init__"):
+            return  # no name stands where it is called
+        before = index - 1 if owner and index is not None else index  # self
+        for file, call in calls_of(self.file, made or function.name, everywhere=bool(made)):
+            at = scope_at(file, call.lineno)
+            for value in argument(call, name, before) if at else ():
+                yield Bound(value, at, handed=True)
 
     def _attribute(self, name: str) -> list[Bound]:
         for owners in (self.owner, _classes(self.module)):
             found = [
-                Bound(value, replace(self, function=[place]))
+                Bound(value, replace(self, function=[place], owner=[owner]))
                 for owner in owners
                 for value, place in _attributes(owner).get(name, ())
             ]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from matryoshkafy.axes import dims
@@ -19,8 +20,13 @@ from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import is_op, source_of
 from matryoshkafy.plan.by_formula import accounted, undecided
 from matryoshkafy.plan.near_widths import Search, summed_before, takes_number
-from matryoshkafy.plan.numbers import EXACT, number_in, number_of
+from matryoshkafy.plan.numbers import number_in, number_of
 from matryoshkafy.plan.text import place_of
+from matryoshkafy.rules import op_of
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Masks and norms hold these, of any width.
+LIMITS = {n for t in map(torch.finfo, TYPES) for n in (t.max, t.eps, t.tiny)}
 
 
 def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
@@ -71,9 +77,9 @@ class _Line:
         """Say of what a constant may be computed; "" where it is no width."""
         if any(_is_power(constant, width) for width in self.features):
             return ""
-        beside = self.scales and unwritten and bool(self.near)
-        asked = self._asked(constant[0], beside, unwritten)
-        names = undecided(asked, constant, self.sizes, *self._around)
+        beside = unwritten and bool(self.near or self.scales)
+        asked = self._asked(constant[0], beside)
+        names = undecided(asked, constant, self.sizes, self.near, self.whole)
         if names:
             return f"its line computes it of {names}"
         unknown = unwritten and self.near and constant[0] != 1
@@ -81,19 +87,14 @@ class _Line:
             return ""
         return "where its line takes it from is not found"
 
-    def _asked(self, number: float, beside: bool, unwritten: bool) -> list[Formula]:
+    def _asked(self, number: float, beside: bool) -> list[Formula]:
         """Return the formulas that count: beside a width all, elsewhere those of one name."""
         if number == 1:  # is a power of everything; alpha / rank may be 1 at one rank alone
             return [f for f in self.expressions if beside and f.known and len(f.leaves) > 1]
-        if beside:
+        if self.near and beside:
             return [f for f in self.expressions if not f.plain]
-        bare = self.scales and unwritten
-        single = (f for f in self.expressions if f.known and len(f.leaves) == 1)
-        return [f for f in single if bare or not f.plain]
-
-    @property
-    def _around(self) -> tuple[frozenset[int], frozenset[int]]:
-        return self.near if self.scales else frozenset(), self.whole
+        single = (f for f in self.expressions if len(f.leaves) == 1)
+        return [f for f in single if (beside or not f.plain) and (f.known or (beside and f.opaque))]
 
 
 def _whole_in(features: Iterable[dims.Dim]) -> Iterator[int]:
@@ -110,13 +111,17 @@ def _is_power(constant: tuple[float, float], width: int) -> bool:
 
 
 def _numbers(node: fx.Node, search: Search) -> Iterator[tuple[float, float]]:
-    """Yield the constants of a node and how far off they may be; 0 comes of nothing."""
+    """Yield the constants of a node and how far off they may be; 0 comes of nothing, and limits of
+    a type of the type.
+    """
+    row = op_of(node)
     if takes_number(node):
         found = [_number_in(argument, search) for argument in node.args[:2]]
     else:
-        given = (*node.args, *node.kwargs.values())
-        found = [(a, EXACT) for a in given if isinstance(a, float)]
-    return (constant for constant in found if constant[0])
+        kinds = (int, float, fx.Node) if row.elementwise or row.algebra == "power" else (float,)
+        given = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, kinds)]
+        found = [_number_in(argument, search) for argument in given]
+    return (c for c in found if c[0] and math.isfinite(c[0]) and abs(c[0]) not in LIMITS)
 
 
 def _number_in(argument: object, search: Search) -> tuple[float, float]:
