@@ -30,7 +30,7 @@ from matryoshkafy.dolls.obeys import Checker, check_sizes
 from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.errors import MatryoshkafyError, PlanError, first_line
 from matryoshkafy.graph.copies import forked
-from matryoshkafy.graph.nodes import op_key, tensor_info
+from matryoshkafy.graph.nodes import bound_args, op_key, tensor_info
 from matryoshkafy.graph.normalise import rank_by_call
 from matryoshkafy.graph.quiet import modes_kept, silent
 from matryoshkafy.graph.trace import Trace
@@ -216,7 +216,7 @@ def _draws(doll: Doll) -> bool:
     """Tell whether a masked trunk draws noise of a width: a slice may draw other numbers."""
     return doll.plan.masked and any(
         torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        and not op_of(node).training
+        and (not op_of(node).training or bound_args(node).get(op_of(node).training) is True)
         and any(is_nested(dim) for shape in doll.plan.outputs(node.name) for dim in shape)
         for node in trace_of(doll).graph.nodes
     )

@@ -66,6 +66,13 @@ seed_torch = cast(
 )
 
 
+def drawn_by_others() -> tuple[object, ...]:
+    """Return a state that moves with each random number of Python or numpy."""
+    numpy = sys.modules.get("numpy")
+    theirs = numpy.random.get_state() if numpy is not None else ("", b"", 0)
+    return random.getstate(), bytes(theirs[1]), theirs[2]
+
+
 def reseed_others(seed: int) -> None:
     """Seed the random numbers that a trace does not see: Python's and numpy's."""
     random.seed(seed)

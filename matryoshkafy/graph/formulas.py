@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
+from typing import cast
 
 import torch
 from torch import fx
@@ -31,6 +32,7 @@ from matryoshkafy.graph.literals import (
 from matryoshkafy.graph.nodes import source_of
 
 MODULES = {"math", "np", "numpy"}
+LIBRARIES = MODULES | {"torch", "F", "nn"}
 CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 SAME = {"float", "tensor", "as_tensor"}
 ROUNDED = {"int", "round", "floor", "ceil", "max", "min", "divmod"}
@@ -80,7 +82,8 @@ def _read_line(file: str, line: int) -> dict[ast.expr, tuple[Formula, ...]]:
     inner = [e for s in around(tree, SIMPLE, line) for e in ast.walk(s)]
     called = {e.func for e in inner if isinstance(e, ast.Call)}
     values = (e for e in inner if isinstance(e, ast.expr) and e not in called)
-    return {e: reader.read(e) for e in values}
+    made = (reader.made_with(e) for e in called if isinstance(e, ast.Attribute))
+    return {e: reader.read(e) for e in values} | {e: f for each in made for e, f in each.items()}
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,17 @@ class _Reader:
                 found = dict[Formula, None]()
             self.seen[e] = _Read(self.depth, tuple(found)[:MOST])
         return self.seen[e].formulas
+
+    def made_with(self, layer: ast.Attribute) -> dict[ast.expr, tuple[Formula, ...]]:
+        """Return the formulas of what a layer was made with: self.act = nn.Softplus(width / 8)."""
+        made = [b for b in self.scope.bindings(layer) if isinstance(b.value, ast.Call)]
+        given: dict[ast.expr, tuple[Formula, ...]] = {}
+        for bound in made:
+            call, reader = cast("ast.Call", bound.value), replace(self, scope=bound.scope)
+            if _called(call)[:1].isupper():
+                values = (*call.args, *(k.value for k in call.keywords))
+                given |= {e: tuple(filter(_of_one, reader.read(e))) for e in values}
+        return given
 
     def _read(self, e: ast.expr) -> Iterable[Formula | None]:
         if isinstance(e, ast.Constant):
@@ -233,7 +247,8 @@ class _Reader:
         nothing of which an attribute is asked, which is a tensor.
         """
         if isinstance(e, ast.Attribute):
-            return NAMES.fullmatch(ast.unparse(e)) is not None
+            text = ast.unparse(e)
+            return NAMES.fullmatch(text) is not None and text.partition(".")[0] not in LIBRARIES
         names = {getattr(f, "name", "") for f in self.scope.function}
         inside = (n for f in self.scope.function for n in ast.walk(f))
         tensors = (ast.Attribute, ast.Subscript)
@@ -256,6 +271,11 @@ def _rounds(function: ast.AST) -> frozenset[str]:
     loops = (n for n in ast.walk(function) if isinstance(n, (ast.For, ast.comprehension)))
     named = (n for loop in loops for n in ast.walk(loop.target))
     return frozenset(n.id for n in named if isinstance(n, ast.Name))
+
+
+def _of_one(formula: Formula) -> bool:
+    """Tell whether a formula computes something of one name: sizes are handed over as such."""
+    return formula.known and not formula.plain and len(formula.leaves) == 1
 
 
 def _compares(test: ast.expr) -> bool:

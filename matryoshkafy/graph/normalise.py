@@ -217,8 +217,13 @@ def training_flag(graph: fx.Graph) -> fx.Node:
 def _follow_training(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         argument = basics_of(op_key(node)).training
-        if argument and has_statistics(node):
+        if argument and has_statistics(node) and not _drops_always(node, argument):
             set_arg(node, argument, training_flag(graph))
+
+
+def _drops_always(node: fx.Node, flag: str) -> bool:
+    """Tell whether dropout is on in evaluation mode: F.dropout(x, p) is, unless it is told."""
+    return "dropout" in op_key(node) and bound_args(node).get(flag) is True
 
 
 def has_statistics(node: fx.Node) -> bool:

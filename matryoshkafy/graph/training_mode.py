@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshkafy.errors import first_line
-from matryoshkafy.graph.copies import copied_inputs, spare
+from matryoshkafy.graph.copies import copied_inputs, drawn_by_others, spare
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import (
     bound_args,
@@ -32,7 +32,7 @@ from matryoshkafy.graph.nodes import (
     source_of,
 )
 from matryoshkafy.graph.normalise import has_statistics, training_flag
-from matryoshkafy.graph.trace import Trace
+from matryoshkafy.graph.trace import NO_TRAINING, Trace
 from matryoshkafy.graph.user_lines import user_frame
 from matryoshkafy.graph.vocabulary import basics_of
 
@@ -62,10 +62,17 @@ RANDOM: Mapping[object, str] = {
 }
 
 
+OTHERS = (
+    f"{NO_TRAINING}there the forward draws random numbers of Python or numpy, of which a graph "
+    "holds one draw, as of `random.random() < p` that leaves out a layer; train() is refused"
+)
+
+
 @dataclass
 class Watch(FunctionMode):
     """Notes the dropout of every fused attention, in order, and of torch's own attention that gives
-    its weights, by line; where else chance is asked; the `training` of dropout and batch norm.
+    its weights, by line; where else chance is asked; the `training` of dropout and batch norm;
+    whether random numbers were drawn that are not torch's.
     """
 
     attention: list[float] = field(default_factory=list[float])
@@ -73,10 +80,20 @@ class Watch(FunctionMode):
     chances: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     flags: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
 
+    drawn: bool = False
+
     WATCHED = frozenset((SDPA, F.multi_head_attention_forward, F.batch_norm, *DROPOUTS, *RANDOM))
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def __enter__(self) -> Self:
+        self._before = drawn_by_others()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.drawn |= drawn_by_others() != self._before
+        super().__exit__(*raised)
 
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -159,6 +176,7 @@ def follow(traced: Trace, watch: Watch) -> Trace:
         if not _drop_weights(traced, line, rates):
             watch.chances.setdefault("dropout", []).extend(line for rate in rates if rate)
     notes = [_set_attention(traced, watch.attention), *_unseen(traced, watch.chances)]
+    notes += [OTHERS] if watch.drawn else []
     return _noted(traced, *(note for note in notes if note))
 
 

@@ -18,9 +18,13 @@ from matryoshkafy.graph.formula import OPAQUE, ROUND, Formula
 AMPLIFIED = 8
 # Names of what counts something else than units, whatever it equals.
 NO_WIDTH = re.compile(
-    "len|vocab|num_embeddings|num_classes|n_class|depth|layer|step|temp|tau|warmup|window|epoch|"
-    "patch|vox|pixel|seq|token|time|batch|frame|kernel|stride"
+    "len|vocab|num_embeddings|class|depth|layer|step|temp|tau|warmup|window|epoch|patch|vox|pixel|"
+    "seq|token|time|batch|frame|kernel|stride|dist|bucket|exact|theta|base"
 )
+OF_UNITS = re.compile("dim|width|hidden|units|channel|feat|embd|embed(?!dings)|inner|latent|heads")
+NAMED = re.compile(r"[A-Za-z_]\w*(?![\w(.])")
+# Of no width, whatever stands near them.
+KNOWN = (2**0.5, 2**-0.5, math.pi, 2 * math.pi, math.pi**0.5, (2 / math.pi) ** 0.5, math.log(2))
 CLAMPS = re.compile(re.escape(OPAQUE) + r"(max\(|min\(|[\d.]+ \*\* )")
 # A fan or a count holds a width at most so many times.
 MOST = 1024
@@ -107,8 +111,10 @@ def names_none(formula: Formula) -> bool:
     return bool(formula.leaves) and all(_no_width(name) for name, _ in formula.leaves)
 
 
-def _no_width(name: str) -> bool:
-    return NO_WIDTH.search(name.rpartition(".")[2]) is not None
+def _no_width(text: str) -> bool:
+    """Tell whether all names in the text of a leaf count something else than units."""
+    names = NAMED.findall(text.removeprefix(OPAQUE).removeprefix(ROUND))
+    return bool(names) and all(NO_WIDTH.search(n) and not OF_UNITS.search(n) for n in names)
 
 
 def undecided(
@@ -122,7 +128,7 @@ def undecided(
     one that holds what nests near it and is not one of `whole`, which stay, of several names, or in
     a way that no formula says. "" where none is so.
     """
-    for formula in formulas:
+    for formula in (f for f in formulas if not names_none(f)):
         leaf = formula.leaf(constant[0]) if formula.known else math.nan
         stays = any(_close(leaf, n, constant) for n in whole)
         solved = any(_close(leaf, n, constant) for n in sizes)
@@ -147,18 +153,24 @@ def accounted(
         return True
     leaves = [f.leaf(constant[0]) if f.leaves else 1.0 for f in expressions]
     numbers = [abs(f.coefficient) for f in expressions if not f.leaves]
-    typed = [n for n in (value, *leaves) if _typed(n, constant)]
+    short = [n for n in (value, *leaves) if _typed(n, constant)]
     # What the line itself holds, and the 1.0 of no leaf, accounts for nothing by being short.
     return any(_near(value, n, constant) for n in numbers) or any(
-        not any(_close(n, size, constant) for size in sizes) for n in typed if n != 1.0
+        not any(_close(n, size, constant) for size in sizes) for n in short if n != 1.0
     )
 
 
+def typed(constant: tuple[float, float]) -> bool:
+    """Tell whether a constant is one that is typed."""
+    return _typed(abs(constant[0]), constant)
+
+
 def _typed(number: float, constant: tuple[float, float]) -> bool:
-    """Tell whether a number is one that is typed: a whole number, or of three digits."""
+    """Tell whether a number is one that is typed: whole, of four digits, or known."""
     if not math.isfinite(number) or number == 0:
         return False
-    return _near(number, round(number), constant) or _near(number, float(f"{number:.3g}"), constant)
+    known = (round(number), float(f"{number:.4g}"), *KNOWN)
+    return any(_near(number, other, constant) for other in known)
 
 
 def _near(number: float, other: float, constant: tuple[float, float]) -> bool:

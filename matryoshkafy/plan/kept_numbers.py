@@ -17,8 +17,8 @@ from matryoshkafy.axes import dims
 from matryoshkafy.graph.formula import Formula
 from matryoshkafy.graph.formulas import expressions_of
 from matryoshkafy.graph.literals import computed
-from matryoshkafy.graph.nodes import is_op, source_of
-from matryoshkafy.plan.by_formula import accounted, undecided
+from matryoshkafy.graph.nodes import is_op, is_tensor, source_of, tensor_info
+from matryoshkafy.plan.by_formula import accounted, typed, undecided
 from matryoshkafy.plan.near_widths import Search, summed_before, takes_number
 from matryoshkafy.plan.numbers import number_in, number_of
 from matryoshkafy.plan.text import place_of
@@ -31,7 +31,7 @@ LIMITS = {n for t in map(torch.finfo, TYPES) for n in (t.max, t.eps, t.tiny)}
 
 def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
     """Say of each constant of a node of what its line may compute it, and that it stays."""
-    numbers = list(_numbers(node, search)) if is_op(node) else []
+    numbers = list(_numbers(node, search)) if is_op(node) and is_tensor(node) else []
     if not numbers:
         return
     expressions = expressions_of(node)
@@ -46,7 +46,8 @@ def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
         frozenset(_whole_in((*last, *summed))),
         frozenset(search.group_sizes - whole),
         frozenset(map(dims.size, filter(dims.is_nested, near))),
-        takes_number(node),
+        tensor_info(node).dtype.is_floating_point,
+        op_of(node).elementwise or op_of(node).algebra == "power",
     )
     for constant in numbers:
         # A number that the line holds as well may still be the one that it computes.
@@ -63,7 +64,8 @@ def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
 @dataclass(frozen=True)
 class _Line:
     """What the line of a constant says, what stays whole near it (any dim, and its features), the
-    sizes that nest in the model and near the constant, and whether it scales or is added.
+    sizes that nest in the model and near the constant, and whether it is a float, and scales
+    or bounds values one by one.
     """
 
     expressions: tuple[Formula, ...]
@@ -71,14 +73,14 @@ class _Line:
     features: frozenset[int]
     sizes: frozenset[int]
     near: frozenset[int]
-    scales: bool
+    floats: bool
+    pointwise: bool
 
     def computes(self, constant: tuple[float, float], unwritten: bool) -> str:
         """Say of what a constant may be computed; "" where it is no width."""
         if any(_is_power(constant, width) for width in self.features):
             return ""
-        beside = unwritten and bool(self.near or self.scales)
-        asked = self._asked(constant[0], beside)
+        asked = self._asked(constant) if unwritten else self._counting()
         names = undecided(asked, constant, self.sizes, self.near, self.whole)
         if names:
             return f"its line computes it of {names}"
@@ -87,14 +89,22 @@ class _Line:
             return ""
         return "where its line takes it from is not found"
 
-    def _asked(self, number: float, beside: bool) -> list[Formula]:
-        """Return the formulas that count: beside a width all, elsewhere those of one name."""
-        if number == 1:  # is a power of everything; alpha / rank may be 1 at one rank alone
-            return [f for f in self.expressions if beside and f.known and len(f.leaves) > 1]
-        if self.near and beside:
+    def _asked(self, constant: tuple[float, float]) -> list[Formula]:
+        """Return the formulas that count: beside a width all, elsewhere those of one name, and in
+        what way none says of numbers that nobody types.
+        """
+        if constant[0] == 1:  # is a power of everything; alpha / rank may be 1 at one rank alone
+            return [f for f in self.expressions if self.near and len(f.leaves) > 1]
+        if self.near and (self.pointwise or not typed(constant)):
             return [f for f in self.expressions if not f.plain]
-        single = (f for f in self.expressions if len(f.leaves) == 1)
-        return [f for f in single if (beside or not f.plain) and (f.known or (beside and f.opaque))]
+        if self.near or not self.floats:  # positions and masks of them
+            return self._counting()
+        single = [f for f in self.expressions if len(f.leaves) == 1]
+        return [f for f in single if f.known or (f.opaque and not typed(constant))]
+
+    def _counting(self) -> list[Formula]:
+        named = (f for f in self.expressions if f.known and not f.plain)
+        return [f for f in named if len(f.leaves) == 1]
 
 
 def _whole_in(features: Iterable[dims.Dim]) -> Iterator[int]:
@@ -116,7 +126,8 @@ def _numbers(node: fx.Node, search: Search) -> Iterator[tuple[float, float]]:
     """
     row = op_of(node)
     if takes_number(node):
-        found = [_number_in(argument, search) for argument in node.args[:2]]
+        given = (*node.args[:2], *(a for a in node.kwargs.values() if isinstance(a, float)))
+        found = [_number_in(argument, search) for argument in given]
     else:
         kinds = (int, float, fx.Node) if row.elementwise or row.algebra == "power" else (float,)
         given = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, kinds)]

@@ -24,6 +24,7 @@ from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import made_of
 
 EXACT = 1e-6
+FEW = 16
 POWERS = (0.5, -0.5, 1.0, -1.0)
 
 
@@ -58,12 +59,22 @@ def number_held(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tenso
     return tensor if held and tensor is not None and not tensor.is_meta else None
 
 
+def _small(argument: object, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return a constant of a few numbers: torch.tensor(x.shape)."""
+    held = state.get(str(argument.target)) if isinstance(argument, fx.Node) else None
+    few = held is not None and held.numel() <= FEW and not (held.is_meta or held.requires_grad)
+    return held if few else None
+
+
 def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Return the one number that a node holds, None where it is not known."""
     if node.op == "get_attr":
         return number_held(node, state)
     if op_of(node).casts and node.all_input_nodes:
         return _run(node.all_input_nodes[0], state)
+    if op_of(node).picks and all(type(a) is int for a in node.args[1:]) and len(node.args) > 1:
+        held = _small(node.args[0], state)
+        return None if held is None else cast("Any", node.target)(held, *node.args[1:])
     single = is_op(node) and op_of(node).elementwise and math.prod(tensor_info(node).shape) == 1
     values = {n: _run(n, state) for n in node.all_input_nodes} if single else {}
     if not values or not callable(node.target) or any(v is None for v in values.values()):
