@@ -176,6 +176,7 @@ def trained(
     The model runs once, watched. Where no op of the graph but dropout depends on the mode, the
     graph would compute again what it gave in evaluation mode.
     """
+    trace = replace(trace, notes=(*trace.notes, *_hooked(model)))
     watch = Watch()
     expected = _of_model(trace, model, flat, training=True, watch=watch)
     if expected is None:
@@ -184,6 +185,21 @@ def trained(
     if evaluated is not None and evaluated.found is not None and has_one_mode(trace.graph):
         return trace, Pair(expected, evaluated.found)
     return trace, _beside(expected, trace, flat, training=True)
+
+
+def _hooked(model: nn.Module) -> list[str]:
+    """Say which gradients go through hooks of the user's, which stay with a parameter."""
+    hooked = [n for n, p in model.named_parameters() if _hooks_of(p)]
+    more = f" and {len(hooked) - 3} more" if len(hooked) > 3 else ""
+    said = (
+        f"hooks: on the gradients of {', '.join(hooked[:3])}{more} are those of this model's own "
+    )
+    return [f"{said}parameters; a slice and a loaded doll have none"] if hooked else []
+
+
+def _hooks_of(parameter: nn.Parameter) -> bool:
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(parameter, kind, None) for kind in kinds)
 
 
 def has_one_mode(graph: fx.Graph) -> bool:

@@ -25,7 +25,7 @@ GAINS = {"tanh": 5 / 3, "relu": 2**0.5}
 class Net(Base):
     """An embedding, a layer, and a number of the width kept in many ways."""
 
-    def __init__(self, width: int, form: str) -> None:
+    def __init__(self, width: int, form: str, length: int = 32, alpha: int = 1024) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.setup(width)
@@ -38,8 +38,17 @@ class Net(Base):
         self.scaled, self.beside = Scaled(math.sqrt(2 * width)), Inner(0.7 / math.sqrt(width))
         self.register_buffer("held", torch.tensor(math.sqrt(7 * width)), persistent=False)
         self.thirds, self.rest = divmod(width, 5)
+        self.set_scale(width / 8)
+        self.slope = nn.LeakyReLU(1 / (3 * width))
+        self.shift = nn.Parameter(torch.ones(()))
+        self.max_len, self.ratio = length, alpha / width
+        self.either = 0.3 if width > 16 else 0.7
         self.table, self.layer = nn.Embedding(30, width), nn.Linear(width, width)
         self.back, self.head = nn.Linear(width, 12), nn.Linear(width, 5)
+
+    def set_scale(self, value: float) -> None:
+        """Keep a scale."""
+        self.kept = value
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [N, T] -> [N, T, 5]"""
@@ -118,6 +127,10 @@ def of_grown(m: Net, h: Tensor) -> Tensor:
     return torch.tanh(h / scale)
 
 
+def of_setter(m: Net, h: Tensor) -> Tensor:
+    return h * m.kept
+
+
 def of_joined(m: Net, h: Tensor) -> Tensor:
     both = torch.cat([h, m.layer(h)], -1)
     return (F.normalize(both, dim=-1) * math.sqrt(both.shape[-1]))[..., : h.shape[-1]]
@@ -173,12 +186,52 @@ def in_pairs(m: Net, h: Tensor) -> Tensor:
     return h + products.sum((-1, -2)).unsqueeze(-1) / (m.width * (m.width - 1))
 
 
+def in_layer(m: Net, h: Tensor) -> Tensor:
+    return m.slope(h)
+
+
+def in_bound(m: Net, h: Tensor) -> Tensor:
+    return h.clamp(max=0.1 * math.log(m.width))
+
+
+def in_power(m: Net, h: Tensor) -> Tensor:
+    return h.abs() ** (0.2 * math.log(m.width))
+
+
+def in_choice(m: Net, h: Tensor) -> Tensor:
+    return torch.where(h > 0, h, 0.2 * math.log(m.width))
+
+
+def in_parameter(m: Net, h: Tensor) -> Tensor:
+    return h + m.shift * m.width
+
+
+def in_larger(m: Net, h: Tensor) -> Tensor:
+    return h * max(m.width, 16) ** -0.5
+
+
+def in_either(m: Net, h: Tensor) -> Tensor:
+    return h * m.either
+
+
+def in_ratio(m: Net, h: Tensor) -> Tensor:
+    return h * m.ratio
+
+
 SAID: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "torch": (in_torch, "3.26599"),
     "parts": (in_parts, "6"),
     "weight": (in_weight, "1024"),
     "error": (in_error, "32"),
     "pairs": (in_pairs, "992"),
+    "layer": (in_layer, "0.0104167"),
+    "bound": (in_bound, "0.346574"),
+    "power": (in_power, "0.693147"),
+    "choice": (in_choice, "0.693147"),
+    "parameter": (in_parameter, "32"),
+    "larger": (in_larger, "0.176777"),
+    "either": (in_either, "0.3"),
+    "ratio": (in_ratio, "32"),
 }
 
 
@@ -193,6 +246,23 @@ def test_a_number_that_may_be_of_a_width_is_said(
     file = "test_formulas_elsewhere.py"
     lines = [r for r in doll.plan.remarks if r.startswith(f"number: {number} at {file}:")]
     assert len(lines) == 1
+
+
+def by_length(m: Net, h: Tensor) -> Tensor:
+    return h / math.sqrt(m.max_len)
+
+
+def by_literal(_: Net, h: Tensor) -> Tensor:
+    return h * 32**-0.5
+
+
+@pytest.mark.parametrize("made", [by_length, by_literal])
+def test_a_number_that_equals_a_width_and_is_none_stays(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[[Net, Tensor], Tensor]
+) -> None:
+    monkeypatch.setitem(FORMS, "none", made)
+    doll, error = moved("none")
+    assert error < 1e-12 and not doll.plan.scalars
 
 
 class Handed(Net):
