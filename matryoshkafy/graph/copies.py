@@ -69,8 +69,11 @@ seed_torch = cast(
 def drawn_by_others() -> tuple[object, ...]:
     """Return a state that moves with each random number of Python or numpy."""
     numpy = sys.modules.get("numpy")
-    theirs = numpy.random.get_state() if numpy is not None else ("", b"", 0)
-    return random.getstate(), bytes(theirs[1]), theirs[2]
+    state: dict[str, Any] = {}
+    if numpy is not None:
+        state = numpy.random.get_state(legacy=False)["state"]
+    theirs = (v.tobytes() if hasattr(v, "tobytes") else v for v in state.values())
+    return random.getstate(), *theirs
 
 
 def reseed_others(seed: int) -> None:

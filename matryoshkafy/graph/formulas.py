@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -333,9 +333,11 @@ def _opaque(e: ast.expr, leaves: Iterable[str] = ("",)) -> Formula:
 
 def _of_numbers(name: str, read: list[tuple[Formula, ...]]) -> Iterator[Formula]:
     """Yield what a function of the math module makes of numbers."""
-    function = getattr(math, name, None)
+    function: Callable[..., float] | None = getattr(math, name, None)
     given = [[f.coefficient for f in each if not f.leaves] for each in read]
-    for numbers in product(*given) if callable(function) and read else ():
+    if function is None or not read:
+        return
+    for numbers in product(*given):
         try:
             yield Formula(float(function(*numbers)))
         except (TypeError, ValueError, OverflowError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 
@@ -65,18 +65,24 @@ def function_named(file: str, name: str) -> tuple[str, int]:
 @lru_cache(maxsize=1024)
 def users_of(file: str, name: str) -> tuple[str, ...]:
     """Return the files that hold the class `name` of `file`, this one first; no more than a few."""
-    held = _names_of(file).get(name)
-    modules = [m for m in list(sys.modules.values()) if held is not None]
-    using = (m for m in modules if getattr(m, "__dict__", {}).get(name) is held)
-    files = (getattr(m, "__file__", None) for m in using)
-    return tuple(dict.fromkeys((file, *filter(None, files))))[:FEW]
+    made = _names_of(file).get(name)
+    using = [names for _, names in _held() if made is not None and names.get(name) is made]
+    files = (names.get("__file__") for names in using)
+    return tuple(dict.fromkeys((file, *(f for f in files if isinstance(f, str)))))[:FEW]
+
+
+def _names_of(file: str) -> Mapping[str, object]:
+    return getattr(sys.modules.get(_module_of(file)), "__dict__", {})
 
 
 @lru_cache(maxsize=64)
-def _names_of(file: str) -> dict[str, object]:
-    modules = list(sys.modules.values())
-    found = next((m for m in modules if getattr(m, "__file__", None) == file), None)
-    return dict(vars(found)) if found else {}
+def _module_of(file: str) -> str:
+    return next((name for name, held in _held() if held.get("__file__") == file), "")
+
+
+def _held() -> list[tuple[str, Mapping[str, object]]]:
+    """Return {module: its names} of the process, and load none: some do when they are asked."""
+    return [(name, getattr(m, "__dict__", {})) for name, m in list(sys.modules.items())]
 
 
 def _file_of(module: str) -> str:

@@ -169,9 +169,8 @@ class Scope:
             return  # no name stands where it is called
         before = index - 1 if owner and index is not None else index  # self
         for file, call in calls_of(self.file, made or function.name, everywhere=bool(made)):
-            at = scope_at(file, call.lineno)
-            for value in argument(call, name, before) if at else ():
-                yield Bound(value, at, handed=True)
+            for value in argument(call, name, before):
+                yield from _bound_at(value, file, call)
 
     def _attribute(self, name: str) -> list[Bound]:
         for owners in (self.owner, _classes(self.module)):
@@ -187,18 +186,17 @@ class Scope:
     def _named(self, name: str) -> list[Bound]:
         """Return what a call hands over by the name, as a configuration is made: C(scale=0.1)."""
         given = keywords(self.module).get(name, ())
-        scopes = [(value, scope_at(self.file, call.lineno)) for value, call in given]
-        return [Bound(value, scope, handed=True) for value, scope in scopes if scope]
+        return [b for value, call in given for b in _bound_at(value, self.file, call)]
 
     def _imported(self, name: str) -> list[Bound]:
         owner = next((o.name for o in self.owner if isinstance(o, ast.ClassDef)), "")
         for file, named in classes_binding(self.file, owner, name):
             tree = parsed(file)
-            for each in (c for c in _classes(tree) if c.name == named) if tree else ():
-                scope = Scope(tree, (), [each], file)
+            found = [] if tree is None else [(tree, c) for c in _classes(tree) if c.name == named]
+            for module, each in found:
                 bound = _attributes(each).get(name, ()) or _returned(each, name)
                 if bound:
-                    return [Bound(v, replace(scope, function=[place])) for v, place in bound]
+                    return [Bound(v, Scope(module, [at], [each], file)) for v, at in bound]
         return []
 
 
@@ -218,6 +216,11 @@ class Bound:
         number = _number(self.value, self.scope, depth) if self.value else None
         width = self.handed and number is not None and number.is_integer()
         return None if width else number
+
+
+def _bound_at(value: ast.expr, file: str, call: ast.Call) -> list[Bound]:
+    scope = scope_at(file, call.lineno)
+    return [Bound(value, scope, handed=True)] if scope is not None else []
 
 
 # What a file binds is asked for each name of a line: once read, it is looked up.

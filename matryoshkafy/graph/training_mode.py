@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,19 +81,21 @@ class Watch(FunctionMode):
     flags: dict[str, list[bool]] = field(default_factory=dict[str, list[bool]])
 
     drawn: bool = False
+    before: tuple[object, ...] = ()
 
     WATCHED = frozenset((SDPA, F.multi_head_attention_forward, F.batch_norm, *DROPOUTS, *RANDOM))
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __enter__(self) -> Self:
-        self._before = drawn_by_others()
-        return super().__enter__()
+    def __enter__(self) -> Watch:
+        self.before = drawn_by_others()
+        super().__enter__()
+        return self
 
-    def __exit__(self, *raised: Any) -> None:
-        self.drawn |= drawn_by_others() != self._before
-        super().__exit__(*raised)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        self.drawn |= drawn_by_others() != self.before
+        super().__exit__(exc_type, exc_val, exc_tb)  # pyright: ignore[reportUnknownMemberType]
 
     def called(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
