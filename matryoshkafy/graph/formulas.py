@@ -59,14 +59,6 @@ def attributes_of(node: fx.Node) -> Iterator[tuple[Formula, ...]]:
     yield from (read for e, read in _read_at(node).items() if isinstance(e, ast.Attribute))
 
 
-def raised_in(node: fx.Node) -> Iterator[float]:
-    """Yield the numbers that the statement of a node computes of numbers alone: 32 ** -0.5."""
-    for e, read in _read_at(node).items():
-        names = (n.id for n in ast.walk(e) if isinstance(n, ast.Name))
-        if isinstance(e, (ast.BinOp, ast.Call)) and MODULES.issuperset(names):
-            yield from (f.coefficient for f in read if not f.leaves)
-
-
 def _read_at(node: fx.Node) -> dict[ast.expr, tuple[Formula, ...]]:
     place = PLACE.match(source_of(node) or "")
     return _read_line(place[1], int(place[2])) if place else {}

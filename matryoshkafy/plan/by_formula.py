@@ -23,6 +23,7 @@ NO_WIDTH = re.compile(
 )
 OF_UNITS = re.compile("dim|width|hidden|units|channel|feat|embd|embed(?!dings)|inner|latent|heads")
 NAMED = re.compile(r"[A-Za-z_]\w*(?![\w(.])")
+CALL = re.compile(re.escape(OPAQUE) + r"(?!(int|round|floor|ceil|max|min|divmod)\()[A-Za-z_]\w*\(")
 # Of no width, whatever stands near them.
 KNOWN = (2**0.5, 2**-0.5, math.pi, 2 * math.pi, math.pi**0.5, (2 / math.pi) ** 0.5, math.log(2))
 CLAMPS = re.compile(re.escape(OPAQUE) + r"(max\(|min\(|[\d.]+ \*\* )")
@@ -115,6 +116,11 @@ def _no_width(text: str) -> bool:
     """Tell whether all names in the text of a leaf count something else than units."""
     names = NAMED.findall(text.removeprefix(OPAQUE).removeprefix(ROUND))
     return bool(names) and all(NO_WIDTH.search(n) and not OF_UNITS.search(n) for n in names)
+
+
+def of_call(formula: Formula) -> bool:
+    """Tell whether a formula is what a function returns of which nothing is known."""
+    return any(CALL.match(name) for name, _ in formula.leaves)
 
 
 def undecided(

@@ -18,7 +18,7 @@ from matryoshkafy.graph.formula import Formula
 from matryoshkafy.graph.formulas import expressions_of
 from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import is_op, is_tensor, source_of, tensor_info
-from matryoshkafy.plan.by_formula import accounted, typed, undecided
+from matryoshkafy.plan.by_formula import accounted, of_call, typed, undecided
 from matryoshkafy.plan.near_widths import Search, summed_before, takes_number
 from matryoshkafy.plan.numbers import number_in, number_of
 from matryoshkafy.plan.text import place_of
@@ -96,7 +96,8 @@ class _Line:
         if constant[0] == 1:  # is a power of everything; alpha / rank may be 1 at one rank alone
             return [f for f in self.expressions if self.near and len(f.leaves) > 1]
         if self.near and (self.pointwise or not typed(constant)):
-            return [f for f in self.expressions if not f.plain]
+            short = typed(constant) and not constant[0].is_integer()
+            return [f for f in self.expressions if not f.plain and not (short and of_call(f))]
         if self.near or not self.floats:  # positions and masks of them
             return self._counting()
         single = [f for f in self.expressions if len(f.leaves) == 1]

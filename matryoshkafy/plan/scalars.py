@@ -28,7 +28,7 @@ from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.errors import PlanError
-from matryoshkafy.graph.formulas import attributes_of, expressions_of, formulas_of, raised_in
+from matryoshkafy.graph.formulas import attributes_of, expressions_of, formulas_of
 from matryoshkafy.graph.literals import computed, written_out
 from matryoshkafy.graph.nodes import bound_args, is_op, reached, source_of
 from matryoshkafy.graph.trace import Trace
@@ -153,10 +153,9 @@ def _elsewhere(node: fx.Node, constant: tuple[float, float], search: Search) -> 
     widths = all_widths(node, search)
     if explained([f for f in formulas if not names_none(f)], constant, widths):
         return False
-    typed = any(math.isclose(constant[0], n, rel_tol=EXACT) for n in raised_in(node))
     named = of_other_name(expressions_of(node), constant, search.group_sizes)
     hidden = clamped(formulas, constant, search.group_sizes) or of_quotient(attributes_of(node))
-    return typed or named or hidden
+    return named or hidden
 
 
 def _by_formula(
