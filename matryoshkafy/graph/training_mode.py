@@ -32,7 +32,7 @@ from matryoshkafy.graph.nodes import (
     source_of,
 )
 from matryoshkafy.graph.normalise import has_statistics, training_flag
-from matryoshkafy.graph.trace import NO_TRAINING, Trace
+from matryoshkafy.graph.trace import Trace
 from matryoshkafy.graph.user_lines import user_frame
 from matryoshkafy.graph.vocabulary import basics_of
 
@@ -63,8 +63,8 @@ RANDOM: Mapping[object, str] = {
 
 
 OTHERS = (
-    f"{NO_TRAINING}there the forward draws random numbers of Python or numpy, of which a graph "
-    "holds one draw, as of `random.random() < p` that leaves out a layer; train() is refused"
+    "training mode asks Python or numpy for random numbers (layers or spans that are left out by "
+    "chance): the doll trains without what they decide"
 )
 
 

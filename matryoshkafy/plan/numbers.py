@@ -74,7 +74,8 @@ def _run(node: fx.Node, state: Mapping[str, torch.Tensor]) -> torch.Tensor | Non
         return _run(node.all_input_nodes[0], state)
     if op_of(node).picks and all(type(a) is int for a in node.args[1:]) and len(node.args) > 1:
         held = _small(node.args[0], state)
-        return None if held is None else cast("Any", node.target)(held, *node.args[1:])
+        picked = None if held is None else cast("Any", node.target)(held, *node.args[1:])
+        return picked if isinstance(picked, torch.Tensor) and picked.numel() == 1 else None
     single = is_op(node) and op_of(node).elementwise and math.prod(tensor_info(node).shape) == 1
     values = {n: _run(n, state) for n in node.all_input_nodes} if single else {}
     if not values or not callable(node.target) or any(v is None for v in values.values()):
