@@ -248,6 +248,17 @@ def test_a_number_that_may_be_of_a_width_is_said(
     assert len(lines) == 1
 
 
+def by_row(_: Net, h: Tensor) -> Tensor:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=h.dtype)
+    return h + (h[:, :2].mean(-1) * rows[0]).sum(1)[:, None, None] * rows[1][0]
+
+
+def test_a_row_of_a_constant_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMS, "row", by_row)
+    doll, error = moved("row")
+    assert error < 1e-12 and not doll.plan.scalars
+
+
 def by_length(m: Net, h: Tensor) -> Tensor:
     return h / math.sqrt(m.max_len)
 
