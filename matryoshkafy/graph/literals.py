@@ -173,15 +173,19 @@ class Scope:
                 yield from _bound_at(value, file, call)
 
     def _attribute(self, name: str) -> list[Bound]:
-        for owners in (self.owner, _classes(self.module)):
-            found = [
-                Bound(value, replace(self, function=[place], owner=[owner]))
-                for owner in owners
-                for value, place in _attributes(owner).get(name, ())
-            ]
-            if found:
-                return found
-        return self._imported(name) or self._named(name)
+        own = self._of_classes(name, self.owner)
+        if own:
+            return own
+        # Whose attribute it is, is not known: that of any class that the file can see.
+        seen = [*self._of_classes(name, _classes(self.module)), *self._imported(name)]
+        return seen or self._named(name)
+
+    def _of_classes(self, name: str, owners: Sequence[ast.AST]) -> list[Bound]:
+        return [
+            Bound(value, replace(self, function=[place], owner=[owner]))
+            for owner in owners
+            for value, place in _attributes(owner).get(name, ())
+        ]
 
     def _named(self, name: str) -> list[Bound]:
         """Return what a call hands over by the name, as a configuration is made: C(scale=0.1)."""

@@ -19,7 +19,7 @@ AMPLIFIED = 8
 # Names of what counts something else than units, whatever it equals.
 NO_WIDTH = re.compile(
     "len|vocab|num_embeddings|class|depth|layer|step|temp|tau|warmup|window|epoch|patch|vox|pixel|"
-    "seq|token|time|batch|frame|kernel|stride|dist|bucket|exact|theta|base"
+    "seq|token|time|batch|frame|kernel|stride|dist|bucket|exact|theta|base|period|freq"
 )
 OF_UNITS = re.compile("dim|width|hidden|units|channel|feat|embd|embed(?!dings)|inner|latent|heads")
 NAMED = re.compile(r"[A-Za-z_]\w*(?![\w(.])")

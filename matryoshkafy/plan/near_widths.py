@@ -187,6 +187,9 @@ def _inputs_of_weight(node: fx.Node, search: Search) -> Iterator[Candidate]:
     nested = [f for dim in shape[1:] for f in dim if isinstance(f, dims.Nested)]
     if len(shape) > 2 and len(nested) == 1:
         yield nested[0], math.prod(map(dims.size, shape[1:])), ROOTS
+    elif len(shape) > 2:  # [1, out, in, k, k] of modulated convolutions: the inputs stand behind
+        whole = math.prod(dims.size(d) for d in shape if not dims.is_nested(d))
+        yield from ((factor, factor.size * whole, ROOTS) for factor in reversed(nested))
 
 
 def _inside_weights(node: fx.Node, search: Search) -> Iterator[tuple[dims.Nested, int]]:

@@ -269,6 +269,33 @@ def test_a_length_that_equals_a_width_is_none(monkeypatch: pytest.MonkeyPatch) -
     assert error < 1e-12 and not doll.plan.scalars
 
 
+class Modulated(nn.Module):
+    """A convolution whose weight is scaled by its fan and by a style (StyleGAN2)."""
+
+    def __init__(self, units: int, kernel: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(1, units, units, kernel, kernel))
+        self.scale, self.padding = 1 / math.sqrt(units * kernel**2), kernel // 2
+        self.first, self.last = nn.Conv2d(3, units, 1), nn.Conv2d(units, 4, 1)
+        self.style = nn.Linear(3, units)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [1, 3, H, W] -> [1, 4, H, W]"""
+        style = self.style(image.mean((2, 3)))
+        weight = self.scale * self.weight * style[:, None, :, None, None]
+        return self.last(F.conv2d(self.first(image), weight[0], padding=self.padding))
+
+
+def test_the_fan_of_a_modulated_convolution_follows_its_inputs() -> None:
+    image = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    model, small = Modulated(WIDTH).double().eval(), Modulated(SMALL).double().eval()
+    doll = mk.convert(model, (image,), sizes=[SMALL, WIDTH], nesting="sliced")
+    part = mk.slice(doll, SMALL)
+    small.load_state_dict(part.state_dict())
+    torch.testing.assert_close(part(image), small(image))
+
+
 class Handed(Net):
     """Is given a number that nobody computes where it can be read."""
 
