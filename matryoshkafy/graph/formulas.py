@@ -261,10 +261,17 @@ def _functions(tree: ast.Module) -> dict[str, list[ast.FunctionDef]]:
 
 @lru_cache(maxsize=1024)
 def _rounds(function: ast.AST) -> frozenset[str]:
-    """Return the names that count the rounds of a loop."""
+    """Return the names that count the rounds of a loop; those of a loop over widths are widths."""
     loops = (n for n in ast.walk(function) if isinstance(n, (ast.For, ast.comprehension)))
-    named = (n for loop in loops for n in ast.walk(loop.target))
+    named = (n for loop in loops for counter in _counters(loop) for n in ast.walk(counter))
     return frozenset(n.id for n in named if isinstance(n, ast.Name))
+
+
+def _counters(loop: ast.For | ast.comprehension) -> list[ast.expr]:
+    over = _called(loop.iter) if isinstance(loop.iter, ast.Call) else ""
+    if over == "enumerate" and isinstance(loop.target, ast.Tuple):
+        return loop.target.elts[:1]
+    return [loop.target] if over in ("range", "enumerate") else []
 
 
 def _of_one(formula: Formula) -> bool:

@@ -296,6 +296,42 @@ def test_the_fan_of_a_modulated_convolution_follows_its_inputs() -> None:
     torch.testing.assert_close(part(image), small(image))
 
 
+class Stages(nn.Module):
+    """Layers made in a loop over widths, each scaled by its own."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.stages = nn.ModuleList(Stage(into, out) for into, out in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, widths[0]] -> [N, widths[-1]]"""
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+class Stage(nn.Module):
+    """A layer, and a scale of its width."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(into, out), out**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, into] -> [N, out]"""
+        return self.layer(x).tanh() * self.scale
+
+
+def test_a_loop_over_widths_counts_no_rounds() -> None:
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model, small = Stages([6, 32, 32, 4]).double().eval(), Stages([6, 8, 8, 4]).double().eval()
+    part = mk.slice(mk.convert(model, (x,), sizes=[SMALL, WIDTH], nesting="sliced"), SMALL)
+    small.load_state_dict(part.state_dict())
+    torch.testing.assert_close(part(x), small(x))
+
+
 class Handed(Net):
     """Is given a number that nobody computes where it can be read."""
 
