@@ -230,8 +230,9 @@ class _Reader:
     def _bound(self, to: Bound, name: str) -> Iterator[Formula]:
         """Yield what a name is; a whole number that was handed over stays a name."""
         # The arguments of a helper are those of no other function.
-        given = self.given if list(to.scope.function) == list(self.scope.function) else {}
-        reader = replace(self, scope=to.scope, given=given, depth=self.depth - 1)
+        reader = replace(self, scope=to.scope, depth=self.depth - 1)
+        if list(to.scope.function) != list(self.scope.function):
+            reader = replace(reader, given={})
         for found in reader.read(to.value) if to.value else ():
             width = to.handed and not found.leaves and found.coefficient.is_integer()
             yield Formula(1.0, ((name, 1.0),)) if width else found

@@ -148,7 +148,8 @@ class Scope:
             return []
         places = (_names(place).get(name.id, ()) for place in (*self.function, self.module))
         found = next(filter(None, places), ())
-        return [*(Bound(value, self) for value in found), *self._given(name.id)]
+        handed = any(name.id in _argument_names(f) for f in self.function)
+        return [*(Bound(value, self, handed) for value in found), *self._given(name.id)]
 
     def _given(self, name: str) -> Iterator[Bound]:
         """Yield what is handed over as an argument: to the __init__ of a class by the calls that
@@ -220,6 +221,11 @@ class Bound:
         number = _number(self.value, self.scope, depth) if self.value else None
         width = self.handed and number is not None and number.is_integer()
         return None if width else number
+
+
+def _argument_names(function: ast.AST) -> set[str]:
+    given = getattr(function, "args", None)
+    return {a.arg for a in ast.walk(given) if isinstance(a, ast.arg)} if given else set()
 
 
 def _bound_at(value: ast.expr, file: str, call: ast.Call) -> list[Bound]:
@@ -317,11 +323,9 @@ def _own(place: ast.AST) -> Iterator[ast.AST]:
 
 
 def _unless_whole(value: ast.expr | None) -> ast.expr | None:
-    """Return a default, or what a class binds; None for a whole number or a name of one, which may
-    be a width.
-    """
+    """Return a default, or what a class binds; None for a whole number, which may be a width."""
     whole = isinstance(value, ast.Constant) and isinstance(value.value, int)
-    return None if whole or isinstance(value, (ast.Name, ast.Attribute)) else value
+    return None if whole else value
 
 
 def _arguments(given: ast.arguments) -> Iterator[tuple[str, ast.expr | None]]:
