@@ -78,9 +78,16 @@ def clamped(
     """Tell whether a line makes a constant of one of `sizes` by max(width, 16), 2 ** bits or
     the like alone: another width may be another case.
     """
-    leaves = [(f, f.leaf(constant[0])) for f in formulas if len(f.leaves) == 1]
-    found = [f.leaves[0][0] for f, leaf in leaves if any(_close(leaf, n, constant) for n in sizes)]
+    found = _solving(formulas, constant, sizes)
     return bool(found) and all(map(CLAMPS.match, found))
+
+
+def _solving(
+    formulas: Iterable[Formula], constant: tuple[float, float], sizes: Collection[int]
+) -> list[str]:
+    """Return the names that are one of `sizes` where a formula of one name is the constant."""
+    single = [(f.leaves[0][0], f.leaf(constant[0])) for f in formulas if len(f.leaves) == 1]
+    return [name for name, leaf in single if any(_close(leaf, n, constant) for n in sizes)]
 
 
 def of_quotient(attributes: Iterable[tuple[Formula, ...]]) -> bool:
@@ -102,8 +109,7 @@ def of_other_name(
     """Tell whether a line makes a constant of one of `sizes` by a name that says that it is none:
     max_len, vocab, temperature, and by no other.
     """
-    leaves = [(f, f.leaf(constant[0])) for f in expressions if f.known and len(f.leaves) == 1]
-    found = [f.leaves[0][0] for f, leaf in leaves if any(_close(leaf, n, constant) for n in sizes)]
+    found = _solving((f for f in expressions if f.known), constant, sizes)
     return bool(found) and all(map(_no_width, found))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
+from tests.plan import small_class
 
 WIDTH, SMALL = 32, 8
 
@@ -143,17 +144,7 @@ COUNTS = {**dict.fromkeys(OTHERS, 0), "rounds_beside": 2}
 
 def moved(form: str) -> tuple[mk.Doll, float]:
     """Return the doll, and how far its slice is off the small class with the same weights."""
-    ids = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(1))
-    doll = mk.convert(
-        Net(WIDTH, form).double().eval(), (ids,), sizes=[SMALL, WIDTH], nesting="sliced"
-    )
-    part, small = mk.slice(doll, SMALL), Net(SMALL, form).double().eval()
-    own = small.state_dict()
-    given = {k: v for k, v in part.state_dict().items() if own[k].shape == v.shape}
-    small.load_state_dict({**own, **given})
-    with torch.no_grad():
-        ours, theirs = part(ids), small(ids)
-    return doll, float((ours - theirs).abs().max() / theirs.abs().max())
+    return small_class.moved(lambda width: Net(width, form), WIDTH, SMALL)
 
 
 @pytest.mark.parametrize("form", FORMS)

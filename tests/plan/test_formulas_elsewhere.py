@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from tests.plan import constants_beside
+from tests.plan import constants_beside, small_class
 from tests.plan.constants_beside import Base, Config, Scaled, scale_of
 
 WIDTH, SMALL = 32, 8
@@ -145,16 +145,7 @@ FORMS: dict[str, Callable[[Net, Tensor], Tensor]] = {
 
 def moved(form: str) -> tuple[mk.Doll, float]:
     """Return the doll, and how far its slice is off the small class with the same weights."""
-    ids = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(1))
-    model = Net(WIDTH, form).double().eval()
-    doll = mk.convert(model, (ids,), sizes=[SMALL, WIDTH], nesting="sliced")
-    part, small = mk.slice(doll, SMALL), Net(SMALL, form).double().eval()
-    own = small.state_dict()
-    given = {k: v for k, v in part.state_dict().items() if own[k].shape == v.shape}
-    small.load_state_dict({**own, **given})
-    with torch.no_grad():
-        ours, theirs = part(ids), small(ids)
-    return doll, float((ours - theirs).abs().max() / theirs.abs().max())
+    return small_class.moved(lambda width: Net(width, form), WIDTH, SMALL)
 
 
 @pytest.mark.parametrize("form", FORMS)
