@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matryoshkafy.plan.plan import Plan as Plan
     from matryoshkafy.rules import Weight as Weight
     from matryoshkafy.rules import rule as rule
+    from matryoshkafy.units.add_dense import add_dense as add_dense
     from matryoshkafy.units.order import order as order
     from matryoshkafy.units.refit import refit as refit
     from matryoshkafy.units.rotate import rotate as rotate
@@ -36,6 +37,7 @@ _watch_imports()
 
 # Imported at first use (PEP 562): `python -m matryoshkafy --help` must not wait for torch.
 _HOMES = {
+    "add_dense": "units.add_dense",
     "load": "files.checkpoint",
     "save": "natives.saving",
     "pack": "files.packing",

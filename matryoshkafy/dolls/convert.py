@@ -22,7 +22,8 @@ from matryoshkafy.errors import PlanError, TraceError, first_line
 from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.quiet import silent, uncollected
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.plan.freeze import Request, output_plan
+from matryoshkafy.plan.freeze import Request
+from matryoshkafy.plan.output_scope import output_plan
 from matryoshkafy.plan.plan import Options, Plan
 from matryoshkafy.plan.policies import input_names
 from matryoshkafy.plan.solve import solve

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import fx
 
@@ -15,12 +15,8 @@ from matryoshkafy.axes.dims import Dim, Factor, Nested
 from matryoshkafy.axes.terms import COPIES, Axis, Sum, Term
 from matryoshkafy.errors import NothingNests
 from matryoshkafy.graph.nodes import (
-    bound_args,
-    is_tensor,
     op_key,
-    outputs_of,
     source_of,
-    tensor_info,
 )
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import free, held, is_reparametrised, nests
@@ -66,15 +62,15 @@ def freeze(trace: Trace, found: Findings, request: Request, solved: Solved) -> P
         raise NothingNests(_nothing(trace, parameters, found, request))
     order = list(dict.fromkeys(free(*(t for terms in parameters.values() for t in terms))))
     index = {axis: i for i, axis in enumerate(order)}
-    dim_of = _freezer(index)
+    dim_of = freezer(index)
     solved_parameters = {name: tuple(map(dim_of, terms)) for name, terms in parameters.items()}
     groups = tuple(_named(order, parameters, _tables(trace)))
-    nodes = {n.name: _frozen(found.terms[n], dim_of) for n in found.terms if n.op != "output"}
+    nodes = {n.name: frozen(found.terms[n], dim_of) for n in found.terms if n.op != "output"}
     stairs = stairs_of(solved_parameters, (d for s in nodes.values() for t in s for d in t))
     row = next((s for s in stairs if index[main] in s), None)
     unit = 1 if row else _main_unit(solved_parameters, index[main])
     width = sum(order[g].size for g in row) if row else main.size * unit
-    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
+    sizes = sizes_of(request, width)
     options = request.options
     full = held(found, masked=options.nesting == "masked" and options.scope == "full")
     plan = Plan(
@@ -132,8 +128,10 @@ class Solved:
     masking: Masking
 
 
-def _default(width: int) -> Rungs:
-    return DEFAULT_LADDER if width >= 4 else [width]
+def sizes_of(request: Request, width: int) -> tuple[int, ...]:
+    """Return the ladder that was asked for, or the default one."""
+    default = DEFAULT_LADDER if width >= 4 else [width]
+    return parse_sizes(request.sizes if request.sizes is not None else default, width)
 
 
 def _nothing(trace: Trace, parameters: ByName, found: Findings, request: Request) -> str:
@@ -167,7 +165,9 @@ def _nothing(trace: Trace, parameters: ByName, found: Findings, request: Request
     )
 
 
-def _freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
+def freezer(index: Mapping[Axis, int]) -> Callable[[Term], Dim]:
+    """Return what turns terms into dims in which the given axes nest."""
+
     def dim_of(term: Term) -> Dim:
         out: list[Factor] = []
         for factor in axes.resolve(term):
@@ -199,7 +199,8 @@ def _simple(factors: Iterable[Factor]) -> Dim:
     return tuple(out) or (1,)
 
 
-def _frozen(outputs: tuple[Terms, ...], dim_of: Callable[[Term], Dim]) -> tuple[Shape, ...]:
+def frozen(outputs: tuple[Terms, ...], dim_of: Callable[[Term], Dim]) -> tuple[Shape, ...]:
+    """Return the dims of each output of a node."""
     return tuple(tuple(map(dim_of, terms)) for terms in outputs)
 
 
@@ -297,57 +298,3 @@ def _place(node: fx.Node) -> str:
     stack = cast("Mapping[str, tuple[str, object]] | None", node.meta.get("nn_module_stack"))
     modules = [path for path, _ in (stack or {}).values()]
     return source_of(node) or (modules[-1] if modules else "")
-
-
-EMBEDDINGS = ("sentence_embedding", "text_embeds", "image_embeds", "pooler_output", "embedding")
-
-
-def output_plan(trace: Trace, request: Request) -> Plan:
-    """Return the plan of scope="output": only the last axis of the representation nests (MRL).
-
-    The representation is the output called one of EMBEDDINGS, else the first. Every output whose
-    last axis has its width is cut, and normalised again where it was; no weight changes.
-    """
-    outputs = outputs_of(trace.graph)
-    shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs]
-    named: Any = trace.signature.unflatten(list(range(len(outputs))))
-    names = cast("Mapping[str, object]", named if isinstance(named, Mapping) else {})
-    first = [names[n] for n in EMBEDDINGS if n in names]
-    order = [*[i for i in first if isinstance(i, int)], *range(len(outputs))]
-    width = next((shape[-1] for shape in (shapes[i] for i in order) if shape), None)
-    if width is None or width < 2:
-        raise NothingNests(
-            "the model returns no tensor with a last axis, so there is nothing to nest"
-        )
-    sizes = parse_sizes(request.sizes if request.sizes is not None else _default(width), width)
-    group = Group("output", width, ())
-    notes = {str(i): (Nested(0, width),) for i, s in enumerate(shapes) if s and s[-1] == width}
-    unit = {i: () for i in notes if is_unit_length(outputs[int(i)])}
-    plan = Plan(
-        options=request.options,
-        sizes=sizes,
-        main=0,
-        unit=1,
-        groups=(group,),
-        ladder=ladder_of((group,), sizes, width),
-        nodes={},
-        notes={"output": notes, "unit": unit} if unit else {"output": notes},
-        parameters={name: tuple((n,) for n in t.shape) for name, t in trace.state().items()},
-        remarks=trace.notes,
-    )
-    return decided(trace, plan)
-
-
-def is_unit_length(node: object) -> bool:
-    """Tell whether a value is x / |x| over its last axis, as torch.nn.functional.normalize is."""
-    if not isinstance(node, fx.Node) or op_of(node).algebra != "divide" or len(node.args) < 2:
-        return False
-    source, norm = node.args[:2]
-    while isinstance(norm, fx.Node) and op_of(norm).algebra in ("bound", "spread"):
-        norm = norm.args[0]
-    if not isinstance(norm, fx.Node) or op_of(norm).algebra != "length":
-        return False
-    given = bound_args(norm)
-    of, last = given.get("self", given.get("x")), len(tensor_info(node).shape) - 1
-    along = [d % (last + 1) for d in given.get("dim") or ()]
-    return of is source and along == [last] and given.get("ord", given.get("p", 2)) in (2, None)

@@ -61,6 +61,12 @@ def order(  # noqa: PLR0913  the public signature
     """
     batches = list(batches)
     left = checked(doll, batches, by, loss, unread)
+    if doll.plan.options.scope == "output":
+        raise OrderError(
+            'a doll of scope="output" was given: no weight of it nests, so no permutation can '
+            "reach its units. rotate turns the output where a weight writes it; or convert with "
+            'scope="full"'
+        )
     training = doll.training
     doll.eval()
     try:
@@ -92,15 +98,10 @@ def _check(doll: Doll, by: str, loss: Loss | None, unread: str) -> None:
         raise OrderError(
             f"a {type(doll).__name__} was given; expected the doll that convert returns"
         )
-    if doll.plan.masked:
+    if doll.plan.masked and doll.plan.options.scope != "output":
         raise OrderError(
             "a masked doll was given: masks change the full model, so there is no function to "
             'keep. Convert with nesting="sliced"'
-        )
-    if doll.plan.options.scope == "output":
-        raise OrderError(
-            'a doll of scope="output" was given: no weight of it nests, so no permutation can '
-            'reach its units. Convert with scope="full"'
         )
     if by not in known or unread not in UNREAD:
         raise OrderError(

@@ -137,12 +137,19 @@ def put_back(doll: Doll, orders: Orders, outputs: list[Any]) -> list[Any]:
 
 
 def changed(
-    doll: Doll, outputs: list[Any], change: Callable[[Tensor, tuple[Dim, ...]], Tensor]
+    doll: Doll,
+    outputs: list[Any],
+    change: Callable[[Tensor, tuple[Dim, ...]], Tensor],
+    plan: Plan | None = None,
 ) -> list[Any]:
-    """Return flat full-size outputs, each tensor whose dims are known changed by them."""
+    """Return flat full-size outputs, each tensor whose dims are known changed by them.
+
+    `plan` knows the dims, where the doll's own does not.
+    """
+    plan = plan or doll.plan
     out: list[Any] = []
     for source, value in zip(outputs_of(trace_of(doll).graph), outputs, strict=True):
-        shape = doll.plan.dims(getattr(source, "name", ""))
+        shape = plan.dims(getattr(source, "name", ""))
         known = isinstance(value, Tensor) and len(shape) == value.dim()
         out.append(change(value, shape) if known else value)
     return out

@@ -8,23 +8,21 @@ from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll, replan, trace_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.units.bases import mean_kept, principal, turn
+from matryoshkafy.units.exactly import turned_exactly
 from matryoshkafy.units.order import checked, order
+from matryoshkafy.units.output_basis import turned_output
 from matryoshkafy.units.permute import OrderError, in_tree, inverse, noted, put_back
 from matryoshkafy.units.post_norm import post_survey, turned_post_norm
 from matryoshkafy.units.report import OrderReport
 from matryoshkafy.units.survey import Survey, survey
-from matryoshkafy.units.turning import GroupBasis, energy_of, moment_of, turned_back
+from matryoshkafy.units.turning import GroupBasis, moment_of, turned_back
 
-TOLERANCE = 1e-4
 POST_NORM = ("permute", "diagonal")
 
 
@@ -34,26 +32,31 @@ class RotateReport:
 
     `rotated` rows of the groups in a new basis, `bases` their matrices [n, n] by group (new = basis
     @ old), `obstacles` (group, why) of those that were permuted instead, `order` what became of
-    these, `error` how far the full model moved on the first batch, `cost` how far it moved for the
-    diagonal gains of post-norm streams (0.0 without such).
+    these (None with scope="output", where nothing is permuted), `error` how far the full model
+    moved on the first batch, `cost` how far it moved for the diagonal gains of post-norm streams
+    (0.0 without such). `plan` has the dims that carry the output of scope="output".
     """
 
     sizes: tuple[int, ...]
     rotated: tuple[GroupBasis, ...]
     bases: Mapping[int, Tensor]
     obstacles: tuple[tuple[str, str], ...]
-    order: OrderReport
+    order: OrderReport | None
     error: float
     cost: float = 0.0
+    plan: Plan | None = None
 
     def put_back(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the doll in the old basis and order."""
-        return in_tree(partial(turned_back, doll, self.bases), self.order.put_back(doll, output))
+        output = output if self.order is None else self.order.put_back(doll, output)
+        return in_tree(partial(turned_back, doll, self.bases, plan=self.plan), output)
 
     def turn(self, doll: Doll, output: object) -> Any:
         """Return a full-size output of the old model in the doll's basis and order."""
         bases = {g: q.t() for g, q in self.bases.items()}
-        turned = in_tree(partial(turned_back, doll, bases), output)
+        turned = in_tree(partial(turned_back, doll, bases, plan=self.plan), output)
+        if self.order is None:
+            return turned
         return in_tree(partial(put_back, doll, inverse(self.order.permutations)), turned)
 
     def __str__(self) -> str:
@@ -67,7 +70,7 @@ class RotateReport:
             kept = "  ".join(f"{k:6.3f}" for k in row.kept)
             lines.append(f"{row.name:40}  {kept}")
         lines += [f"{name} is permuted: {why}" for name, why in self.obstacles]
-        return "\n".join([*lines, str(self.order)])
+        return "\n".join(lines if self.order is None else [*lines, str(self.order)])
 
 
 def rotate(  # noqa: PLR0913  the public signature
@@ -89,8 +92,13 @@ def rotate(  # noqa: PLR0913  the public signature
     One rotation serves the whole ladder. The full model computes the same function, in evaluation
     mode: dropout on a rotated stream falls on other units.
 
+    With scope="output" the vector that the model returns is turned into its principal directions,
+    where a weight writes it and no gain stands on it; `add_dense` gives a sentence encoder such a
+    weight. `by`, `keep`, `post_norm` and `outliers` have no meaning there.
+
     Args:
-        doll: a doll in sliced nesting; its parameters, which are the user's, change.
+        doll: a doll in sliced nesting, or of scope="output"; its parameters, which are the user's,
+            change.
         batches: calibration inputs, as for `order`.
         by: the score of the groups that are permuted.
         keep: patterns of group names that stay as they are.
@@ -105,7 +113,8 @@ def rotate(  # noqa: PLR0913  the public signature
         The report, which prints as a table.
 
     Raises:
-        OrderError: as for `order`; a word for `post_norm` that is not known.
+        OrderError: as for `order`; a word for `post_norm` that is not known; with scope="output",
+            what keeps the output from being turned.
     """
     if post_norm not in POST_NORM or outliers < 0:
         raise OrderError(
@@ -114,6 +123,8 @@ def rotate(  # noqa: PLR0913  the public signature
         )
     batches = list(batches)
     left = checked(doll, batches, by, None, unread)
+    if doll.plan.options.scope == "output":
+        return _of_output(doll, batches)
     training = doll.training
     doll.eval()
     try:
@@ -138,6 +149,17 @@ def rotate(  # noqa: PLR0913  the public signature
     replan(doll, plan)
     texts = tuple((plan.groups[g].name, why) for g, why in obstacles.items() if _stream(plan, g))
     return RotateReport(plan.sizes, rotated, bases, texts, ordered, error, cost)
+
+
+def _of_output(doll: Doll, batches: list[object]) -> RotateReport:
+    training = doll.training
+    doll.eval()
+    try:
+        made = turned_output(doll, batches)
+    finally:
+        doll.train(training)
+    sizes, (row, basis) = doll.plan.sizes, (made.row, made.basis)
+    return RotateReport(sizes, (row,), {0: basis}, (), None, made.error, plan=made.plan)
 
 
 def _stream(plan: Plan, group: int) -> bool:
@@ -167,64 +189,12 @@ def _rotated(
     """Fold and turn one group after the other; a group that moves the model is put back."""
     rows: list[GroupBasis] = []
     bases: dict[int, Tensor] = {}
-    probe = flat_inputs(doll, batches[0])
     for g, seen in found.items():
-        kept = _copies(doll, g, seen)
-        before = run_graph(doll, trace_of(doll).graph, probe)
-        _fold(doll, seen)
-        moment = moment_of(doll, batches, g)
-        widths = [w[g] for w in doll.plan.ladder]
-        basis = mean_kept(moment, widths) if seen.mean else principal(moment)
-        turn(trace_of(doll).state(), doll.plan, {g: basis}, seen.scales)
-        after = turned_back(doll, {g: basis}, run_graph(doll, trace_of(doll).graph, probe))
-        error = relative_error(after, before)
-        if not error <= TOLERANCE:
-            _restore(doll, kept)
-            obstacles[g] = f"the full model moves by {error:.0e}"
+        moment = partial(moment_of, doll, batches, g)
+        made = turned_exactly(doll, doll.plan, seen, batches[0], moment)
+        if isinstance(made, str):
+            obstacles[g] = made
             continue
-        bases[g] = basis
-        group = doll.plan.groups[g]
-        energy = energy_of(moment, basis, widths)
-        rows.append(GroupBasis(group.name, group.size, tuple(seen.gains), seen.mean, energy))
+        row, bases[g] = made
+        rows.append(row)
     return tuple(rows), bases
-
-
-def _copies(doll: Doll, group: int, seen: Survey) -> dict[str, Tensor]:
-    """Return copies of every tensor that folding and turning a group changes."""
-    names = {n for readers in seen.readers.values() for n, _ in readers} | set(seen.gains)
-    carrying = {
-        name
-        for name, shape in doll.plan.parameters.items()
-        if any(group in dims.groups_of(d) for d in shape)
-    }
-    state = trace_of(doll).state()
-    return {n: state[n].detach().clone() for n in names | carrying if n in state}
-
-
-def _restore(doll: Doll, copies: Mapping[str, Tensor]) -> None:
-    state = trace_of(doll).state()
-    for name, tensor in copies.items():
-        state[name].data.copy_(tensor)
-
-
-def _fold(doll: Doll, seen: Survey) -> None:
-    """g n + b read by W becomes n + b / g read by W diag(g): gains become ones, biases stay."""
-    state = trace_of(doll).state()
-    done: set[int] = set()
-    for name, gained in seen.gains.items():
-        gain = state[name].detach().to(torch.float64) + gained.offset
-        for weight, dim in seen.readers.get(name, ()):
-            tensor = state[weight]
-            if id(tensor) not in done:
-                done.add(id(tensor))
-                _scale(tensor, gain, dim)
-        if gained.bias:
-            # A unit of no gain has no bias either, or the survey would have refused.
-            _scale(state[gained.bias], torch.where(gain == 0, 0.0, 1 / gain), 0)
-        state[name].data.fill_(1.0 - gained.offset)
-
-
-def _scale(tensor: Tensor, factors: Tensor, dim: int) -> None:
-    shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
-    wide = tensor.data.to(torch.float64) * factors.view(shape)
-    tensor.data.copy_(wide)

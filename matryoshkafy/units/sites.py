@@ -215,7 +215,14 @@ def measure(
     """
     sites = sites_of(trace_of(doll).graph, doll.plan)
     wanted = [s for s in sites if groups is None or s.groups & set(groups)]
-    meter = _Meter(doll, wanted, moments=moments)
+    return measure_at(doll, batches, wanted, moments=moments)
+
+
+def measure_at(
+    doll: Doll, batches: Iterable[list[Any]], sites: Iterable[Site], *, moments: bool
+) -> dict[Site, Measured]:
+    """Stream flat batches through the full model and return what was measured at given sites."""
+    meter = _Meter(doll, sites, moments=moments)
     with torch.no_grad():
         for flat in batches:
             meter.run(*flat, enable_io_processing=False)

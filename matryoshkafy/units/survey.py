@@ -110,11 +110,12 @@ class _Walk:
                 self._begin(node)
             elif node.op == "call_function":
                 self._visit(node)
-        for value in outputs_of(self.graph):
-            if not isinstance(value, fx.Node):
-                continue
-            if not isinstance(self.states.get(value, Stream()), Stream | _Weight):
-                self.obstacle(value, "the gain of the last norm stands at the output")
+        for value in (v for v in outputs_of(self.graph) if isinstance(v, fx.Node)):
+            state = self.states.get(value, Stream())
+            if not isinstance(state, Stream | _Weight):
+                gained = isinstance(state, Gained)
+                what = "the gain of the last norm stands" if gained else "squares of it stand"
+                self.obstacle(value, f"{what} at the output")
         self._check_gains()
         return self.found
 

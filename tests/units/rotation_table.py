@@ -21,12 +21,15 @@ NAMES = """llama_gqa mistral qwen2 qwen3 phi3 mixtral olmo cohere gemma2 gemma3 
 
 @dataclass(frozen=True)
 class Row:
-    """One family: what its main group did, how far the full model moved, what stood in the way."""
+    """One family: what its main group did, how far the full model moved, what stood in the way, and
+    how many of its groups turned.
+    """
 
     name: str
     done: str
     error: float
     why: str
+    turned: int = 0
 
 
 def measured(entry: Entry) -> Row:
@@ -39,7 +42,7 @@ def measured(entry: Entry) -> Row:
     main = doll.plan.groups[doll.plan.main].name
     why = dict(report.obstacles).get(main, "").partition(", at ")[0]
     done = "rotated" if main in {row.name for row in report.rotated} else "permuted"
-    return Row(entry.name, done, error, why)
+    return Row(entry.name, done, error, why, len(report.rotated))
 
 
 def main() -> None:
@@ -47,11 +50,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     known = {e.name for e in entries()}
     for name in sys.argv[1:] or [n for n in NAMES if n in known]:
-        try:
-            row = measured(entries([name])[0])
-        except mk.MatryoshkafyError as error:
-            row = Row(name, "refused", 0.0, str(error).splitlines()[0][:90])
-        print(f"| {row.name} | {row.done} | {row.error:.0e} | {row.why} |", flush=True)
+        row = _safely(entries([name])[0])
+        cells = (row.name, row.done, f"{row.turned}", f"{row.error:.0e}", row.why)
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _safely(entry: Entry) -> Row:
+    """A crash of ours is a row of the table, not its end."""
+    try:
+        return measured(entry)
+    except mk.MatryoshkafyError as error:
+        return Row(entry.name, "refused", 0.0, str(error).splitlines()[0][:90])
+    except Exception as error:  # noqa: BLE001  the table reports whatever went wrong
+        return Row(entry.name, "broken", 0.0, f"{type(error).__name__}: {str(error)[:90]}")
 
 
 if __name__ == "__main__":

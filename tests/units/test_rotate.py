@@ -308,3 +308,39 @@ def test_a_library_model_turns(name: str) -> None:
     report = rotate(doll, [(tuple(args), dict(kwargs))], unread="leave")
     assert report.rotated and report.rotated[0].units == doll.plan.width
     assert relative_error(report.put_back(doll, doll(*args, **kwargs)), before) <= 1e-4
+
+
+class OneHead(nn.Module):
+    """Attention of a single head, whose inside nests: queries with keys, values with the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.norm = nn.Embedding(11, 16), nn.RMSNorm(16)
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.o, self.head = nn.Linear(16, 16, bias=False), nn.Linear(16, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        n = self.norm(h)
+        q, k, v = self.q(n), self.k(n), self.v(n)
+        weights = torch.softmax(q @ k.transpose(-1, -2) * 0.25, -1)
+        return self.head(h + self.o(weights @ v))
+
+
+def test_pairs_inside_a_head_turn_with_each_other() -> None:
+    model = OneHead()
+    doll = mk.convert(model, tokens(), sizes=[4, 8, 16], nesting="sliced")
+    before = doll(tokens(3)).detach()
+    with torch.no_grad():
+        n = model.norm(model.table(tokens(1)))
+        mixed = torch.softmax(model.q(n) @ model.k(n).transpose(-1, -2) * 0.25, -1) @ model.v(n)
+    shares = torch.linalg.svdvals(mixed.reshape(-1, 16).double()).square()
+    shares = shares.cumsum(0) / shares.sum()
+    report = rotate(doll, [tokens(1)])
+    found = {row.name: row for row in report.rotated}
+    assert {"q.out", "v.out"} <= set(found)
+    assert found["v.out"].kept == pytest.approx(
+        [float(shares[i - 1]) for i in (4, 8, 16)], rel=1e-4
+    )
+    torch.testing.assert_close(doll(tokens(3)).detach(), before, rtol=1e-4, atol=1e-5)
