@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.untrained [--what all] [--starts ordered,turned] [--sizes 96,192]
 
-`--what stream` narrows the residual stream alone, `all` the heads and hidden layers with it.
+`--what stream` narrows the residual stream alone, `all` the heads and hidden layers with it;
+`output` cuts the returned vector alone, as it is and turned by a matrix behind it.
 Starts: `as it is`, `ordered`, `turned` (`post_norm="diagonal"`), `dense` (gains as matrices, turned
 exactly). `--alone` makes a start for each size by itself. Cuts: the plain slice, with a factor per
 norm, gains and biases refitted, all weights refitted. Agreement with the full model on 600
@@ -46,6 +47,19 @@ class Start:
     report: OrderReport | RotateReport | None
 
 
+class Behind(torch.nn.Module):
+    """The encoder, and a matrix that writes its vector."""
+
+    def __init__(self, embedder: torch.nn.Module) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.dense = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        torch.nn.init.eye_(self.dense.weight)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.dense(self.embedder(input_ids=input_ids, attention_mask=attention_mask))
+
+
 @dataclass(frozen=True)
 class Bench:
     """An encoder, the sentences, and the full model's vectors of those to agree on."""
@@ -84,6 +98,22 @@ class Bench:
             mk.rotate(doll, self.batches, by="contribution")
         return Start(doll, doll, None)
 
+    def output_rows(self, sizes: Sequence[int]) -> list[str]:
+        """Return a row for each size of the vector: its first units, and its first directions."""
+        model, batch = Behind(copy.deepcopy(self.encoder.embedder)), self.batches[0]
+        doll = mk.convert(model, (), batch, sizes=sorted({*sizes, WIDTH}), scope="output").eval()
+        mk.rotate(doll, self.batches, unread="leave")
+        turned = embedded(doll, self.encoder, self.sentences)
+        return [
+            f"| {size} | "
+            + " | ".join(
+                "{:.3f} / {:.3f}".format(*agreement(v[:, :size], self.truth))
+                for v in (self.truth, turned)
+            )
+            + " |"
+            for size in sizes
+        ]
+
     def cells(self, start: Start, size: int, kinds: list[str]) -> str:
         """Return a cell for each way to cut a size."""
         return " | ".join(self.agreement(self.cut(start, size, kind)) for kind in kinds)
@@ -109,7 +139,7 @@ def bench() -> Bench:
 def main() -> None:
     """Print the rows of the table as they come."""
     parser = argparse.ArgumentParser(description="MiniLM cut without training")
-    parser.add_argument("--what", choices=("stream", "all"), default="all")
+    parser.add_argument("--what", choices=("stream", "all", "output"), default="all")
     parser.add_argument("--starts", default="as it is,ordered,turned")
     parser.add_argument("--sizes", default="96,192,288,384")
     parser.add_argument("--measured", default="", help="sizes of the ladder to measure; all")
@@ -118,6 +148,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes, kinds, own = list(map(int, options.sizes.split(","))), options.cuts.split(","), bench()
+    if options.what == "output":
+        print("| size | first units | turned |", "|---|---|---|", *own.output_rows(sizes), sep="\n")
+        return
     wanted = list(map(int, options.measured.split(","))) if options.measured else sizes
     print(f"| start | size | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 2)}")
     for name in options.starts.split(","):
