@@ -102,6 +102,13 @@ def find(  # noqa: PLR0913  all that can be said of a comparison
     holds the slice's own weights rather than copies.
     """
     _, plan = parts_of(small)
+    if plan.options.scope == "output" and plan.sizes[-1] < plan.width:
+        raise NativeError(
+            f'size {plan.sizes[-1]} of scope="output" was given; expected the largest, '
+            f"{plan.width}: the smaller ones are its first units, and no configuration says so. "
+            "Save the largest, or the model itself, and cut what it returns "
+            "(SentenceTransformer(folder, truncate_dim=n))."
+        )
     recipe = untied(recipe_of(like), state_of(small))
     space = Space(recipe, _wanted(small, plan))
     if not space.base:

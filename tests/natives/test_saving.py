@@ -284,6 +284,17 @@ def test_a_folder_of_sentence_transformers_encodes_at_every_size(tmp_path: Path)
     torch.testing.assert_close(found, full.encode(texts, convert_to_tensor=True), rtol=0, atol=1e-5)
 
 
+def test_a_shorter_vector_has_no_folder_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.natives.test_native import bert
+
+    model = bert(add_pooling_layer=False)
+    doll = mk.convert(model, IDS, sizes=[16, 32], scope="output")
+    with pytest.raises(NativeError, match="expected the largest, 32.*truncate_dim"):
+        mk.save(mk.slice(doll, 16), tmp_path / "small", to="hf", like=model)
+    assert not (tmp_path / "small").exists()
+
+
 def test_embedding_servers_are_told_only_what_holds(tmp_path: Path) -> None:
     """A prefix of the vector is the smaller size only where nothing but the output nests."""
     transformers = pytest.importorskip("transformers")
