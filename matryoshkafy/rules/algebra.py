@@ -6,6 +6,7 @@ for reading a model's last product.
     turn       the last two dims change places        t
     spread     one unit becomes many alike            expand
     carry      other dims are acted on                reshape, dropout, a sum over another dim
+    write      values are put in along other dims     pad, where, scatter_add
     add, subtract, multiply, divide, power            of two values, unit by unit
     length     the Euclidean length                   linalg_vector_norm
     bound      limits that nothing usual reaches      clamp_min
@@ -25,7 +26,11 @@ WORDS: Mapping[str, str] = {
     "spread": "expand expand_as broadcast_to",
     "carry": """dropout native_dropout feature_dropout view reshape permute unsqueeze squeeze select
         slice index index_select gather cat stack flatten unflatten movedim narrow embedding neg
-        split split_with_sizes chunk unbind repeat type_as sum mean""",
+        split split_with_sizes chunk unbind repeat type_as sum mean repeat_interleave roll flip
+        tile view_as reshape_as swapaxes moveaxis mT avg_pool1d avg_pool2d adaptive_avg_pool1d
+        adaptive_avg_pool2d""",
+    "write": """pad constant_pad_nd masked_fill where masked_scatter scatter scatter_add index_add
+        index_put index_copy slice_scatter select_scatter""",
     "add": "add",
     "subtract": "sub rsub",
     "multiply": "mul",

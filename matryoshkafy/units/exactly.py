@@ -13,7 +13,7 @@ from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.units.bases import mean_kept, principal, turn
-from matryoshkafy.units.survey import Survey
+from matryoshkafy.units.states import Survey
 from matryoshkafy.units.turning import GroupBasis, energy_of, turned_back
 
 TOLERANCE = 1e-4

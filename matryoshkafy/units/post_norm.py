@@ -20,7 +20,8 @@ from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.units.bases import outliers_kept, turn
 from matryoshkafy.units.normed import stream
-from matryoshkafy.units.survey import Survey, survey
+from matryoshkafy.units.states import Survey
+from matryoshkafy.units.survey import survey
 from matryoshkafy.units.turning import GroupBasis, energy_of, moment_of, turned_back
 
 

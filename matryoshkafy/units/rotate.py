@@ -20,7 +20,8 @@ from matryoshkafy.units.output_basis import turned_output
 from matryoshkafy.units.permute import OrderError, in_tree, inverse, noted, put_back
 from matryoshkafy.units.post_norm import post_survey, turned_post_norm
 from matryoshkafy.units.report import OrderReport
-from matryoshkafy.units.survey import Survey, survey
+from matryoshkafy.units.states import Survey
+from matryoshkafy.units.survey import survey
 from matryoshkafy.units.turning import GroupBasis, moment_of, turned_back
 
 POST_NORM = ("permute", "diagonal")

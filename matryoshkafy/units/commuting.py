@@ -1,0 +1,229 @@
+"""Which ops commute with a change of basis: by the word of an op's row, what its value is then.
+
+A handler returns the state of the value, None where the axis ends, or an obstacle's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor, fx
+
+from matryoshkafy.graph.nodes import bound_args, gives_several, is_item, op_key
+from matryoshkafy.rules import op_of
+from matryoshkafy.rules.weights import weight_places
+from matryoshkafy.units.states import Gained, Squared, State, Stream, Survey, Uniform, Weight
+
+
+class Walk(Protocol):
+    """What a handler asks of the walk."""
+
+    found: Survey
+    tensors: Mapping[str, Tensor]
+
+    def places(self, node: fx.Node) -> list[int] | None:
+        """Return the dims that are the group's axis; None where the axis is part of a dim."""
+        ...
+
+    def gained(self, gain: str | None, offset: float = 0.0, bias: str = "") -> State:
+        """Return what a stream becomes behind a gain; a gain of ones changes nothing."""
+        ...
+
+    def reader(self, node: fx.Node, weight: fx.Node, gained: Gained) -> str | None:
+        """Note that a weight reads a gained stream; return the obstacle where it cannot fold it."""
+        ...
+
+
+Known = dict[fx.Node, State]
+
+
+# Zeros are zeros in every basis.
+CONSTANT: Mapping[str, State] = dict.fromkeys(("zeros", "zeros_like", "new_zeros"), Stream())
+# Arguments that say where; they must be the same at every unit.
+SELECTORS = ("index", "indices", "mask", "condition", "repeats")
+# Ops whose second value gives a shape or a type alone.
+LIKE = ("type_as", "expand_as", "view_as", "reshape_as")
+
+
+def carried(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """The op acts on other dims: what comes in goes out."""
+    several = gives_several(node)
+    selectors = _selectors(node)
+    if any(not isinstance(known.get(n, Uniform()), Uniform) for n in selectors):
+        return f"{op_key(node)} picks among its units"
+    values = {n: s for n, s in known.items() if n not in selectors}
+    if op_key(node) in LIKE:
+        values = {n: s for n, s in values.items() if n is node.args[0]}
+    if not values:
+        return Uniform() if places else None
+    states = {Stream() if isinstance(s, Weight) and not s.offset else s for s in values.values()}
+    if not places and not several:
+        return _summed(walk, node, states)
+    if len(values) == 1 and op_of(node).algebra == "same":
+        return next(iter(values.values()))
+    if len(states) != 1:
+        return f"{op_key(node)} joins values in different bases"
+    return next(iter(states))
+
+
+def _selectors(node: fx.Node) -> set[fx.Node]:
+    named = {} if is_item(node) else bound_args(node)
+    given = [named[name] for name in SELECTORS if name in named]
+    flat = [n for one in given for n in (one if isinstance(one, list | tuple) else [one])]
+    return {n for n in flat if isinstance(n, fx.Node)}
+
+
+def _written(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """Values, or zeros, are written at places along other dims."""
+    selectors = _selectors(node)
+    numbers = [bound_args(node).get(name) for name in NUMBERS]
+    if any(isinstance(n, int | float) and n != 0 for n in numbers) or bound_args(node).get(
+        "reduce"
+    ):
+        return f"{op_key(node)} writes the same number at every unit"
+    if any(n not in known and n not in selectors for n in node.all_input_nodes):
+        return f"{op_key(node)} writes a value of another axis"
+    return carried(walk, node, known, places)
+
+
+# Arguments that may be written as a number.
+NUMBERS = ("value", "self", "other", "src")
+
+
+def _summed(walk: Walk, node: fx.Node, states: set[State]) -> str | None:
+    """The axis ends here: sums of squares stay, a mean asks for the direction of ones."""
+    if op_of(node).statistic not in ("sum", "mean") or len(states) != 1:
+        return f"{op_key(node)} picks among its units"
+    (state,) = states
+    if isinstance(state, Stream):
+        walk.found.mean = True
+    return None if isinstance(state, Stream | Squared | Uniform) else "a gained stream is summed"
+
+
+def _added(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """Streams add; one number for all units asks for the direction of ones."""
+    values = list(known.values())
+    if any(isinstance(s, Gained) for s in values):
+        return "the gain of a norm stands on the stream itself (post-norm)"
+    if any(isinstance(s, Squared | Uniform) for s in values):
+        return f"{op_key(node)} adds to squares"
+    other = [a for a in node.args[:2] if a not in known]
+    if len(values) == 1 and isinstance(values[0], Weight) and other:
+        if isinstance(other[0], int | float):
+            return Weight(values[0].name, values[0].offset + float(other[0]))
+        return "a number is added to a weight"
+    walk.found.mean = walk.found.mean or bool(other)
+    return Stream()
+
+
+def _multiplied(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """A stream times a number, a gain, or itself."""
+    states = [s for s in known.values() if not isinstance(s, Uniform)]
+    if len(node.args) > 1 and node.args[0] is node.args[1] and len(states) == 1:
+        return Squared() if isinstance(states[0], Stream) else "a square of a gained stream"
+    weights = [s for s in states if isinstance(s, Weight)]
+    streams = [s for s in states if not isinstance(s, Weight)]
+    if len(states) <= 1:
+        return states[0] if states else Uniform()
+    if len(weights) == 1 and len(streams) == 1 and isinstance(streams[0], Stream):
+        vector = walk.tensors[weights[0].name].dim() == 1
+        return (
+            walk.gained(weights[0].name, weights[0].offset) if vector else "a table multiplies it"
+        )
+    return "two values are multiplied unit by unit"
+
+
+def _divided(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """A stream by a number."""
+    numerator, denominator = (known.get(a) for a in node.args[:2])  # type: ignore[arg-type]
+    if denominator is not None and not isinstance(denominator, Uniform):
+        return "it divides unit by unit"
+    return numerator
+
+
+def _power(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """Squares."""
+    (state,) = known.values()
+    square = len(node.args) == 1 or node.args[1] == 2
+    return Squared() if square and isinstance(state, Stream) else "a power of its units"
+
+
+def norm(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """LayerNorm and RMSNorm over the axis; their gain and bias follow."""
+    args = bound_args(node)
+    state = known.get(args["input"])
+    if not isinstance(state, Stream) or len(args["normalized_shape"]) != 1:
+        return "a norm reads a gained stream" if state is not None else "a norm of other dims"
+    walk.found.mean = walk.found.mean or op_of(node).nested == "layer_norm"
+    gain, bias = args.get("weight"), args.get("bias")
+    named = [None if n is None else str(n.target) for n in (gain, bias)]
+    if any(n is not None and n.op != "get_attr" for n in (gain, bias)):
+        return "the gain of a norm is computed"
+    return walk.gained(named[0], 0.0, named[1] or "")
+
+
+def _length(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """The Euclidean length over the axis alone."""
+    args = bound_args(node)
+    (state,) = known.values()
+    plain = isinstance(state, Stream) and args.get("ord", args.get("p", 2)) == 2 and not places
+    return None if plain else "a norm that is not the length of the stream"
+
+
+def product(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """A contraction: over the axis on both sides, or over another dim."""
+    weights = {w: p for w, p in weight_places(node).items() if w in known}
+    into = [w for w, p in weights.items() if any(d in _own(walk, w) for d in p.into)]
+    outs = [w for w, p in weights.items() if any(d in _own(walk, w) for d in p.outs)]
+    args = bound_args(node)
+    reads = op_of(node).reads
+    # addmm adds `self` to the product; matmul reads it.
+    bias = args.get("bias", args.get("self") if reads and reads[0] != "self" else None)
+    values = {n: s for n, s in known.items() if n not in weights and n is not bias}
+    if any(not isinstance(s, Stream | Weight | Gained) for s in values.values()):
+        return "squares are multiplied by a weight"
+    if into:
+        walk.found.contracted = True
+        for state in values.values():
+            refused = _reads(walk, node, into[0], state)
+            if refused:
+                return refused
+        return Stream() if places else None
+    if outs:
+        return Stream() if not values else "a weight acts on each of its units (depthwise)"
+    return _met(walk, values, places)
+
+
+def _own(walk: Walk, node: fx.Node) -> list[int]:
+    return walk.places(node) or []
+
+
+def _reads(walk: Walk, node: fx.Node, weight: fx.Node, state: State) -> str | None:
+    return walk.reader(node, weight, state) if isinstance(state, Gained) else None
+
+
+def _met(walk: Walk, values: Known, places: list[int]) -> State | str | None:
+    """No weight carries the axis: it is kept by a product over positions, or summed on both
+    sides.
+    """
+    states = {Stream() if isinstance(s, Weight) else s for s in values.values()}
+    if len(values) == 1 and places:
+        return next(iter(states))
+    if len(values) in (1, 2) and not places and states == {Stream()}:
+        walk.found.contracted = True
+        return None
+    return "two values are multiplied behind a gain"
+
+
+Handler = Callable[[Walk, fx.Node, Known, list[int]], State | str | None]
+# By the word of the op's row.
+RULES: Mapping[str, Handler] = {
+    **dict.fromkeys(("carry", "same", "turn", "spread"), carried),
+    "write": _written,
+    **dict.fromkeys(("add", "subtract"), _added),
+    "multiply": _multiplied,
+    "divide": _divided,
+    "power": _power,
+    "length": _length,
+}

@@ -1,0 +1,62 @@
+"""What a walk knows of a value that carries a group, and what it found for the group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A value in the group's basis; rotating the group rotates it."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter in the group's basis, or `offset` + one: a gain, where it multiplies a stream."""
+
+    name: str
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gained:
+    """A stream whose units were multiplied by a gain: only weights may read it."""
+
+    gain: str
+    offset: float
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Squared:
+    """The squares of a stream, to be summed over the axis."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same number at every unit."""
+
+
+STEEP = 1e3  # a bias over its gain that float32 still adds to a normalised unit
+State = Stream | Weight | Gained | Squared | Uniform
+Reader = tuple[str, int]
+
+
+@dataclass
+class Survey:
+    """What the walk found for one group.
+
+    `obstacles`: why it cannot be rotated. `gains`: those to be folded into `readers` {gain:
+    {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `diagonal`
+    those that stay on the stream, of a post-norm survey. `mean`: the direction of ones must stay.
+    `contracted`: some weight reads it.
+    """
+
+    group: int
+    obstacles: list[str] = field(default_factory=list[str])
+    gains: dict[str, Gained] = field(default_factory=dict[str, Gained])
+    readers: dict[str, set[Reader]] = field(default_factory=dict[str, set[Reader]])
+    scales: set[str] = field(default_factory=set[str])
+    diagonal: dict[str, Gained] = field(default_factory=dict[str, Gained])
+    mean: bool = False
+    contracted: bool = False
