@@ -37,7 +37,7 @@ def number_of(argument: Any, state: Mapping[str, torch.Tensor]) -> tuple[float, 
         return float(argument), EXACT
     while isinstance(argument, fx.Node) and op_of(argument).casts:
         argument = argument.args[0]
-    if isinstance(argument, fx.Node) and op_of(argument).algebra == "uniform":
+    if isinstance(argument, fx.Node) and op_of(argument).uniform:
         filled = bound_args(argument).get("fill_value")
         if tensor_info(argument).shape == () and isinstance(filled, (int, float)):
             return float(filled), EXACT

@@ -1,8 +1,10 @@
 """What each op does to the units of an axis seen as a vector: one word a row, for rotating and
 for reading a model's last product.
 
-    uniform    every unit is one number               zeros, full
+    zero       every unit is nothing                  zeros
+    uniform    every unit is one number               ones, full
     same       the value itself                       clone, to
+    like       of the type or the shape of another    type_as, view_as
     turn       the last two dims change places        t
     spread     one unit becomes many alike            expand
     carry      other dims are acted on                reshape, dropout, a sum over another dim
@@ -19,15 +21,16 @@ from collections.abc import Mapping
 from matryoshkafy.rules.table import OPS, also
 
 WORDS: Mapping[str, str] = {
-    "uniform": """zeros ones full empty scalar_tensor zeros_like ones_like full_like new_zeros
-        new_ones new_full""",
+    "zero": "zeros zeros_like new_zeros",
+    "uniform": "ones full empty scalar_tensor ones_like full_like new_ones new_full",
     "same": "to _to_copy clone contiguous detach alias",
     "turn": "t numpy_T transpose",
+    "like": "type_as view_as reshape_as",
     "spread": "expand expand_as broadcast_to",
     "carry": """dropout native_dropout feature_dropout view reshape permute unsqueeze squeeze select
-        slice index index_select gather cat stack flatten unflatten movedim narrow embedding neg
-        split split_with_sizes chunk unbind repeat type_as sum mean repeat_interleave roll flip
-        tile view_as reshape_as swapaxes moveaxis mT avg_pool1d avg_pool2d adaptive_avg_pool1d
+        slice index index_select gather cat stack flatten unflatten movedim narrow embedding
+        neg split split_with_sizes chunk unbind repeat sum mean repeat_interleave roll flip
+        tile swapaxes moveaxis mT avg_pool1d avg_pool2d adaptive_avg_pool1d
         adaptive_avg_pool2d""",
     "write": """pad constant_pad_nd masked_fill where masked_scatter scatter scatter_add index_add
         index_put index_copy slice_scatter select_scatter""",

@@ -154,8 +154,8 @@ def _only_shapes_read(node: fx.Node) -> bool:
     """Tell whether tensors are made like this one (ones_like) or it is like any other of its shape
     (zeros_like(x)[..., 0]): no unit of its own is read.
     """
-    alike = op_of(node.all_input_nodes[0]).algebra == "uniform"
-    return alike or all(op_of(user).algebra == "uniform" for user in node.users)
+    alike = op_of(node.all_input_nodes[0]).uniform
+    return alike or all(op_of(user).uniform for user in node.users)
 
 
 def _sliced(walk: Walk, term: Term, piece: tuple[int, int, int]) -> Term:

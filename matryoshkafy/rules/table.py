@@ -225,6 +225,11 @@ class Op:
         return self.clamps or bool(self.weights) or reduces
 
     @property
+    def uniform(self) -> bool:
+        """Whether it gives one number at every unit."""
+        return self.algebra in ("zero", "uniform")
+
+    @property
     def totals(self) -> bool:
         """Whether what it gives over some units is compared with their number."""
         return self.adds or self.statistic in ("sum", "mean", "norm")

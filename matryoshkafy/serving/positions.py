@@ -89,7 +89,7 @@ def _rebuilt(trace: Trace, alone: set[fx.Node]) -> frozenset[str]:
     for node in trace.graph.nodes:
         inputs = node.all_input_nodes
         # zeros_like(x), x.new_full(...): the type of a tensor, and nothing of its values.
-        like = op_of(node).algebra == "uniform" and any(map(is_tensor, inputs))
+        like = op_of(node).uniform and any(map(is_tensor, inputs))
         if like or (inputs and node not in alone and all(n in made or n in alone for n in inputs)):
             made.add(node)
     return frozenset(node.name for node in made if node.op == "call_function")

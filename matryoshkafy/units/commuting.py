@@ -38,12 +38,8 @@ class Walk(Protocol):
 Known = dict[fx.Node, State]
 
 
-# Zeros are zeros in every basis.
-CONSTANT: Mapping[str, State] = dict.fromkeys(("zeros", "zeros_like", "new_zeros"), Stream())
 # Arguments that say where; they must be the same at every unit.
 SELECTORS = ("index", "indices", "mask", "condition", "repeats")
-# Ops whose second value gives a shape or a type alone.
-LIKE = ("type_as", "expand_as", "view_as", "reshape_as")
 
 
 def carried(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
@@ -53,10 +49,6 @@ def carried(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
     if any(not isinstance(known.get(n, Uniform()), Uniform) for n in selectors):
         return f"{op_key(node)} picks among its units"
     values = {n: s for n, s in known.items() if n not in selectors}
-    if op_key(node) in LIKE:
-        values = {n: s for n, s in values.items() if n is node.args[0]}
-    if not values:
-        return Uniform() if places else None
     states = {Stream() if isinstance(s, Weight) and not s.offset else s for s in values.values()}
     if not places and not several:
         return _summed(walk, node, states)
@@ -65,6 +57,16 @@ def carried(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
     if len(states) != 1:
         return f"{op_key(node)} joins values in different bases"
     return next(iter(states))
+
+
+def _first(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """The first value goes out, in the shape or the type of another."""
+    state = known.get(node.args[0])  # type: ignore[arg-type]
+    if state is None:
+        return Uniform() if places else None
+    if op_of(node).algebra == "like":
+        return state
+    return carried(walk, node, {n: s for n, s in known.items() if n is node.args[0]}, places)
 
 
 def _selectors(node: fx.Node) -> set[fx.Node]:
@@ -219,7 +221,8 @@ def _met(walk: Walk, values: Known, places: list[int]) -> State | str | None:
 Handler = Callable[[Walk, fx.Node, Known, list[int]], State | str | None]
 # By the word of the op's row.
 RULES: Mapping[str, Handler] = {
-    **dict.fromkeys(("carry", "same", "turn", "spread"), carried),
+    **dict.fromkeys(("carry", "same", "turn"), carried),
+    **dict.fromkeys(("spread", "like"), _first),
     "write": _written,
     **dict.fromkeys(("add", "subtract"), _added),
     "multiply": _multiplied,

@@ -191,7 +191,7 @@ def _meaning(node: fx.Node) -> str:
         return "it comes in with the input"
     constant = node.op == "call_function" and not node.all_input_nodes
     # The same at every index: such an axis has no order to lose.
-    uniform = op_of(node).algebra == "uniform"
+    uniform = op_of(node).uniform
     return "it is counted at" if constant and not uniform else ""
 
 

@@ -24,14 +24,13 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules import op_of
-from matryoshkafy.units.commuting import CONSTANT, RULES, carried, norm, product
+from matryoshkafy.units.commuting import RULES, carried, norm, product
 from matryoshkafy.units.normed import NORMS
 from matryoshkafy.units.states import Gained, State, Stream, Survey, Uniform, Weight
 
 STEEP = 1e3  # a bias over its gain that float32 still adds to a normalised unit
 # Through these a weight is read as it stands, or a part of it.
-FOLLOWED = ("turn", "same", "spread", "carry")
-LOOKUPS = ("embedding", "cat", "stack")
+FOLLOWED = ("turn", "same", "like", "spread", "carry")
 
 
 class _Walk:
@@ -109,9 +108,9 @@ class _Walk:
     ) -> State | str | None:
         """Return the state of a node's value, None without the axis, or an obstacle's text."""
         row = op_of(node)
-        if op_key(node) in CONSTANT:
-            return CONSTANT[op_key(node)]
-        if row.algebra == "uniform" or (not known and row.algebra in ("spread", "same")):
+        if row.algebra == "zero":
+            return Stream()  # in any basis
+        if row.algebra == "uniform" or (not known and row.algebra in ("spread", "same", "like")):
             return Uniform()
         if not is_tensor(node) and not gives_several(node):
             return None
@@ -148,7 +147,7 @@ class _Walk:
 
     def reader(self, node: fx.Node, weight: fx.Node, gained: Gained) -> str | None:
         """Note that a weight reads a gained stream; return the obstacle where it cannot fold it."""
-        while _passes(weight) and weight.all_input_nodes:
+        while _passes(weight):
             weight = weight.all_input_nodes[0]
         mine = self.places(weight) or []
         if weight.op != "get_attr" or len(mine) != 1:
@@ -179,7 +178,8 @@ class _Walk:
 
 def _passes(node: fx.Node) -> bool:
     """Tell whether a node gives what it reads as it stands, or a part of it."""
-    return is_item(node) or (op_of(node).algebra in FOLLOWED and op_key(node) not in LOOKUPS)
+    row, plain = op_of(node), bool(node.args) and isinstance(node.args[0], fx.Node)
+    return is_item(node) or (plain and row.algebra in FOLLOWED and (row.picks or not row.lookup))
 
 
 def _uses(node: fx.Node, walk: _Walk) -> int:
