@@ -13,7 +13,7 @@ from matryoshkafy.dolls.calls import Call, call_of, plain_attributes
 from matryoshkafy.dolls.check import refuse_broken, with_levels
 from matryoshkafy.dolls.doll import Doll, trace_of, unsaid
 from matryoshkafy.dolls.libraries import caches_off
-from matryoshkafy.dolls.obeys import check_sizes
+from matryoshkafy.dolls.obeys import REMEDY, check_sizes
 from matryoshkafy.dolls.optional import with_defaults
 from matryoshkafy.dolls.pretrained import nesting_of, remarked, say_how_far_off
 from matryoshkafy.dolls.tracing import traced
@@ -223,7 +223,7 @@ def convert(  # noqa: PLR0913  the public signature
         doll = Doll(found, plan, plain_attributes(model))
         if check:
             _refuse_specialised(doll, call)
-            refuse_broken(doll, call, Graphs(found, plan))
+            _refuse_broken(doll, call, Graphs(found, plan))
         say_how_far_off(doll, call)
     return doll
 
@@ -251,19 +251,37 @@ def _traced(call: Call, *, check: bool) -> Trace:
 
 def _refuse_specialised(doll: Doll, call: Call) -> None:
     """One path of a branching forward must keep the laws on its example."""
-    note = next((n for n in trace_of(doll).notes if n.startswith(SPECIALISED)), None)
-    if note:
-        check_sizes(Graphs(trace_of(doll), doll.plan))
-    failure = _failure(doll, call) if note else None
+    if not _path_of(doll):
+        return
+    check_sizes(Graphs(trace_of(doll), doll.plan))
+    failure = _failure(doll, call)
     unsaid(doll)
-    if note and failure:
-        reason = note.removeprefix(f"{SPECIALISED}the forward ").partition(";")[0]
-        raise TraceError(
-            f"the path that the example takes cannot be taken at every size:\n{failure}\n"
-            f"The forward {reason}; which rows it works on depends on values that differ between "
-            "the sizes. Rewrite that part with masks of a fixed shape (torch.where, one product "
-            "over all experts)."
-        )
+    if failure:
+        raise _one_path(doll, failure)
+
+
+def _refuse_broken(doll: Doll, call: Call, graphs: Graphs) -> None:
+    try:
+        refuse_broken(doll, call, graphs)
+    except PlanError as error:
+        if _path_of(doll):
+            raise _one_path(doll, str(error).partition(f". {REMEDY}")[0]) from error
+        raise
+
+
+def _path_of(doll: Doll) -> str:
+    """Return the note that one path of a branching forward was recorded, "" where none was."""
+    return next((n for n in trace_of(doll).notes if n.startswith(SPECIALISED)), "")
+
+
+def _one_path(doll: Doll, failure: str) -> TraceError:
+    reason = _path_of(doll).removeprefix(f"{SPECIALISED}the forward ").partition(";")[0]
+    return TraceError(
+        f"the path that the example takes cannot be taken at every size:\n{failure}\n"
+        f"The forward {reason}; which rows it works on depends on values that differ between "
+        "the sizes. Rewrite that part with masks of a fixed shape (torch.where, one product "
+        "over all experts)."
+    )
 
 
 def _failure(doll: Doll, call: Call) -> str | None:

@@ -240,11 +240,25 @@ def _agreements(doll: Doll, probe: list[Tensor]) -> list[float]:
     values: list[Tensor] = []
     for level in range(doll.plan.levels):
         graph = outputs_graph(trace_of(doll), doll.plan, [level])
-        values.append(_first(run_graph(doll, graph, probe)))
-    return [cka(value, values[-1]) for value in values]
+        found = run_graph(doll, graph, probe)
+        values.append(next(floats_of(found), torch.zeros(1, 1)))
+    return [_agreement(value, values[-1]) for value in values]
 
 
-def _first(outputs: list[object]) -> Tensor:
-    """Return the first floating output as rows [n, p], at most `ROWS` of them."""
-    value = next(floats_of(outputs), torch.zeros(1, 1))
-    return value.reshape(-1, value.shape[-1] if value.dim() else 1)[:ROWS]
+def _agreement(value: Tensor, full: Tensor) -> float:
+    """Return the linear CKA of two outputs over at most `ROWS` rows.
+
+    The features are the dims in which the two differ (channels may stand in the middle); where none
+    does, the last.
+    """
+    pairs = enumerate(zip(value.shape, full.shape, strict=True))
+    wide = [i for i, (a, b) in pairs if a != b] or [value.dim() - 1]
+    return cka(*(_rows(one, wide) for one in (value, full)))
+
+
+def _rows(value: Tensor, features: list[int]) -> Tensor:
+    if not value.dim():
+        return value.reshape(1, 1)
+    count = len(features)
+    last = value.movedim(features, list(range(-count, 0))).flatten(-count)
+    return last.reshape(-1, last.shape[-1])[:ROWS]

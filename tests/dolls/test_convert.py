@@ -284,6 +284,33 @@ def test_a_recorded_path_that_no_smaller_model_can_take_is_refused() -> None:
         mk.convert(Uneven(), (x,), sizes=[0.25, 1.0], nesting="sliced")
 
 
+class Routed(nn.Module):
+    """Experts on the rows that ask for them; a small model asks for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.router, self.last = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        chosen, out = self.router(h).argmax(-1), torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == i)
+            if rows.shape[0] == 0:
+                continue
+            out = out.index_add(0, rows, expert(h[rows]))
+        return self.last(h + out)
+
+
+def test_experts_that_small_sizes_choose_otherwise_are_refused_with_what_to_do() -> None:
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(TraceError, match="(?s)test_convert.py.*one product over all") as found:
+        mk.convert(Routed(), (x,), sizes=[0.25, 1.0], nesting="sliced")
+    assert "mk.rule" not in str(found.value)
+
+
 class Readied(nn.Module):
     """Takes its shift from the first inputs that it sees; a buffer or an attribute says so."""
 

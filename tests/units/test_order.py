@@ -317,3 +317,31 @@ def test_moved_follows_every_dim() -> None:
     tensor = torch.arange(9).view(3, 3)
     shape = ((Nested(0, 3),), (Nested(0, 3),))
     assert moved(tensor, shape, orders).tolist() == [[4, 3, 5], [1, 0, 2], [7, 6, 8]]
+
+
+class Channels(nn.Module):
+    """Returns [n, channels, 5, 5]: the axis that nests stands in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return torch.tanh(h + self.b(h))
+
+
+def test_channels_agree_by_place_not_by_column() -> None:
+    """The CKA of rows [n 5 5, channels], by Kornblith et al. 2019, eq. 4 on Gram matrices."""
+    x = torch.randn(4, 3, 7, 7, generator=torch.Generator().manual_seed(2))
+    doll = mk.convert(Channels(), x, sizes=[2, 8], nesting="sliced")
+    report = order(doll, [x])
+    small, full = (
+        v.detach().double().movedim(1, -1).flatten(0, 2) for v in doll.outputs(x).values()
+    )
+    centre = torch.eye(len(full), dtype=torch.float64) - 1 / len(full)
+    k, m = (centre @ (v @ v.t()) @ centre for v in (small, full))
+    wanted = (k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt()
+    assert report.agreement[0][1] == pytest.approx(float(wanted), rel=1e-5)
+    assert report.agreement[1] == (pytest.approx(1.0), pytest.approx(1.0))
