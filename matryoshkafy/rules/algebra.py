@@ -31,7 +31,9 @@ WORDS: Mapping[str, str] = {
         slice index index_select gather cat stack flatten unflatten movedim narrow embedding
         neg split split_with_sizes chunk unbind repeat sum mean repeat_interleave roll flip
         tile swapaxes moveaxis mT avg_pool1d avg_pool2d adaptive_avg_pool1d
-        adaptive_avg_pool2d""",
+        adaptive_avg_pool2d avg_pool3d adaptive_avg_pool3d upsample_nearest1d
+        upsample_nearest2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+        _upsample_bilinear2d_aa _upsample_bicubic2d_aa""",
     "write": """pad constant_pad_nd masked_fill where masked_scatter scatter scatter_add index_add
         index_put index_copy slice_scatter select_scatter""",
     "add": "add",

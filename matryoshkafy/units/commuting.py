@@ -13,7 +13,16 @@ from torch import Tensor, fx
 from matryoshkafy.graph.nodes import bound_args, gives_several, is_item, op_key
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
-from matryoshkafy.units.states import Gained, Squared, State, Stream, Survey, Uniform, Weight
+from matryoshkafy.units.states import (
+    Gained,
+    Squared,
+    State,
+    Stream,
+    Survey,
+    Uniform,
+    Weight,
+    Written,
+)
 
 
 class Walk(Protocol):
@@ -49,14 +58,21 @@ def carried(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
     if any(not isinstance(known.get(n, Uniform()), Uniform) for n in selectors):
         return f"{op_key(node)} picks among its units"
     values = {n: s for n, s in known.items() if n not in selectors}
-    states = {Stream() if isinstance(s, Weight) and not s.offset else s for s in values.values()}
+    states = set(map(_plain, values.values()))
     if not places and not several:
         return _summed(walk, node, states)
-    if len(values) == 1 and op_of(node).algebra == "same":
-        return next(iter(values.values()))
+    (only,) = values.values() if len(values) == 1 else (None,)
+    if only is not None and (op_of(node).algebra == "same" or isinstance(only, Written)):
+        return only
     if len(states) != 1:
         return f"{op_key(node)} joins values in different bases"
     return next(iter(states))
+
+
+def _plain(state: State) -> State:
+    """Return what a value is where several meet: a weight, or what a product wrote, is a stream."""
+    stream = isinstance(state, Written) or (isinstance(state, Weight) and not state.offset)
+    return Stream() if stream else state
 
 
 def _first(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
@@ -129,11 +145,29 @@ def _multiplied(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> S
     if len(states) <= 1:
         return states[0] if states else Uniform()
     if len(weights) == 1 and len(streams) == 1 and isinstance(streams[0], Stream):
-        vector = walk.tensors[weights[0].name].dim() == 1
-        return (
-            walk.gained(weights[0].name, weights[0].offset) if vector else "a table multiplies it"
-        )
+        if walk.tensors[weights[0].name].dim() != 1:
+            return "a table multiplies it"
+        if isinstance(streams[0], Written) and _alone(node, streams[0], known):
+            _fold_before(walk, weights[0], streams[0])
+            return Stream()
+        return walk.gained(weights[0].name, weights[0].offset)
     return "two values are multiplied unit by unit"
+
+
+def _alone(node: fx.Node, written: Written, known: Known) -> bool:
+    """Tell whether nothing but this op reads what a product wrote."""
+    value = next(n for n, s in known.items() if s is written)
+    while value is not written.product:
+        if len(value.users) != 1:
+            return False
+        value = value.all_input_nodes[0]
+    return len(value.users) == 1
+
+
+def _fold_before(walk: Walk, gain: Weight, written: Written) -> None:
+    """A gain behind a product (LayerScale, Touvron et al. 2021) is one of its weight and bias."""
+    walk.found.scales.add(gain.name)
+    walk.found.written.setdefault(gain.name, (gain.offset, set()))[1].add(written)
 
 
 def _divided(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
@@ -148,6 +182,8 @@ def _power(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State 
     """Squares."""
     (state,) = known.values()
     square = len(node.args) == 1 or node.args[1] == 2
+    if isinstance(state, Gained):
+        return "a norm reads a gained stream"
     return Squared() if square and isinstance(state, Stream) else "a power of its units"
 
 
@@ -192,9 +228,27 @@ def product(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
             if refused:
                 return refused
         return Stream() if places else None
+    if outs and values:
+        return "a weight acts on each of its units (depthwise)"
     if outs:
-        return Stream() if not values else "a weight acts on each of its units (depthwise)"
+        return _wrote(walk, node, outs[0], bias)
     return _met(walk, values, places)
+
+
+def _wrote(walk: Walk, node: fx.Node, weight: fx.Node, bias: object) -> Stream:
+    """Return the stream that a weight writes; a gain may be folded into one that is used once."""
+    tensors = [n for n in (weight, bias) if isinstance(n, fx.Node)]
+    plain = all(n.op == "get_attr" and len(_readers(n)) == 1 for n in tensors)
+    dims = _own(walk, weight)
+    if not plain or len(dims) != 1:
+        return Stream()
+    named = str(bias.target) if isinstance(bias, fx.Node) else ""
+    return Written(node, str(weight.target), dims[0], named)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Return who reads the numbers of a tensor, not its type or its device."""
+    return [user for user in node.users if user.target is not getattr]
 
 
 def _own(walk: Walk, node: fx.Node) -> list[int]:
@@ -209,7 +263,7 @@ def _met(walk: Walk, values: Known, places: list[int]) -> State | str | None:
     """No weight carries the axis: it is kept by a product over positions, or summed on both
     sides.
     """
-    states = {Stream() if isinstance(s, Weight) else s for s in values.values()}
+    states = {Stream() if isinstance(s, Weight) else _plain(s) for s in values.values()}
     if len(values) == 1 and places:
         return next(iter(states))
     if len(values) in (1, 2) and not places and states == {Stream()}:

@@ -41,7 +41,8 @@ def turned_exactly(
         _restore(doll, kept)
         return f"the full model moves by {error:.0e}"
     group, energy = plan.groups[g], energy_of(found, basis, widths)
-    return GroupBasis(group.name, group.size, tuple(seen.gains), seen.mean, energy), basis
+    folded = (*seen.gains, *seen.written)
+    return GroupBasis(group.name, group.size, folded, seen.mean, energy), basis
 
 
 def _copies(doll: Doll, plan: Plan, seen: Survey) -> dict[str, Tensor]:
@@ -63,8 +64,11 @@ def _restore(doll: Doll, copies: Mapping[str, Tensor]) -> None:
 
 
 def _fold(doll: Doll, seen: Survey) -> None:
-    """g n + b read by W becomes n + b / g read by W diag(g): gains become ones, biases stay."""
+    """g n + b read by W becomes n + b / g read by W diag(g), g (W x + b) what diag(g) W writes:
+    gains become ones, biases stay.
+    """
     state = trace_of(doll).state()
+    _fold_before(state, seen)
     done: set[int] = set()
     for name, gained in seen.gains.items():
         gain = state[name].detach().to(torch.float64) + gained.offset
@@ -77,6 +81,16 @@ def _fold(doll: Doll, seen: Survey) -> None:
             # A unit of no gain has no bias either, or the survey would have refused.
             _scale(state[gained.bias], torch.where(gain == 0, 0.0, 1 / gain), 0)
         state[name].data.fill_(1.0 - gained.offset)
+
+
+def _fold_before(state: Mapping[str, Tensor], seen: Survey) -> None:
+    for name, (offset, writers) in seen.written.items():
+        gain = state[name].detach().to(torch.float64) + offset
+        for one in writers:
+            _scale(state[one.weight], gain, one.dim)
+            if one.bias:
+                _scale(state[one.bias], gain, 0)
+        state[name].data.fill_(1.0 - offset)
 
 
 def _scale(tensor: Tensor, factors: Tensor, dim: int) -> None:

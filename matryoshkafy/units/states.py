@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
 
 
 @dataclass(frozen=True)
 class Stream:
     """A value in the group's basis; rotating the group rotates it."""
+
+
+@dataclass(frozen=True)
+class Written(Stream):
+    """A stream that one product wrote, with the dim of its weight and its bias: a gain that nothing
+    else reads before can be folded into them.
+    """
+
+    product: fx.Node
+    weight: str
+    dim: int
+    bias: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,8 @@ class Survey:
     """What the walk found for one group.
 
     `obstacles`: why it cannot be rotated. `gains`: those to be folded into `readers` {gain:
-    {(weight, dim)}}; `scales`: every gain, those of ones too, none of which is turned. `diagonal`
+    {(weight, dim)}}, `written` those to be folded into what writes the stream {gain: (its offset,
+    writers)}; `scales`: every gain, those of ones too, none of which is turned. `diagonal`
     those that stay on the stream, of a post-norm survey. `mean`: the direction of ones must stay.
     `contracted`: some weight reads it.
     """
@@ -56,6 +72,7 @@ class Survey:
     obstacles: list[str] = field(default_factory=list[str])
     gains: dict[str, Gained] = field(default_factory=dict[str, Gained])
     readers: dict[str, set[Reader]] = field(default_factory=dict[str, set[Reader]])
+    written: dict[str, tuple[float, set[Written]]] = field(default_factory=dict[str, Any])
     scales: set[str] = field(default_factory=set[str])
     diagonal: dict[str, Gained] = field(default_factory=dict[str, Gained])
     mean: bool = False

@@ -1,35 +1,57 @@
-"""What rotates, what is permuted, and why, on pre-norm families of the zoo.
+"""What rotates, what is permuted, and why, on the whole zoo.
 
-python -m tests.units.rotation_table [names ...]
+python -m tests.units.rotation_table [names ...] [--rows build/rotation.jsonl] [-o PAGE.md]
+
+Rows are appended to the jsonl file as they come and are not measured again.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
 import warnings
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.units.rotate import rotate
 from tests.zoo.registry import Entry, entries
 
-NAMES = """llama_gqa mistral qwen2 qwen3 phi3 mixtral olmo cohere gemma2 gemma3 gpt2 gpt_neox opt
-    bloom t5 bart whisper bert modernbert vit dinov2 clip siglip timm_vit timm_mixer timm_convnext
-    sasrec nn_transformer_encoder""".split()
+HEAD = """# What rotates
+
+`rotate` on every architecture of the zoo (a small random config, sizes 1/2 and 1, one batch): what
+became of its main group, how many of its groups turned, how far the full model moved once its
+outputs were put back (relative to the largest), and what stood in the way of the main group. The
+others of its groups are permuted, or keep their order. Made by
+`python -m tests.units.rotation_table -o PAGE`.
+
+*rotated untied*: after `mk.untie(model)`, which gives a head that is its model's table a weight of
+its own.
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family: what its main group did, how far the full model moved, what stood in the way, and
-    how many of its groups turned.
+    """One architecture: what its main group did, how many of its groups turned, how far the full
+    model moved, what stood in the way.
     """
 
     name: str
+    family: str
     done: str
-    error: float
-    why: str
     turned: int = 0
+    error: float = 0.0
+    why: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The obstacle without the names of tensors."""
+        words = ("." in word for word in self.why.split())
+        kept = [w for w, named in zip(self.why.split(), words, strict=True) if not named]
+        return " ".join(kept)
 
 
 def measured(entry: Entry, *, untie: bool = False) -> Row:
@@ -48,17 +70,7 @@ def measured(entry: Entry, *, untie: bool = False) -> Row:
         if other.done == "rotated":
             return replace(other, done="rotated untied")
     done = "rotated" if main in {row.name for row in report.rotated} else "permuted"
-    return Row(entry.name, done, error, why, len(report.rotated))
-
-
-def main() -> None:
-    """Print a Markdown row per family."""
-    warnings.simplefilter("ignore")
-    known = {e.name for e in entries()}
-    for name in sys.argv[1:] or [n for n in NAMES if n in known]:
-        row = _safely(entries([name])[0])
-        cells = (row.name, row.done, f"{row.turned}", f"{row.error:.0e}", row.why)
-        print(f"| {' | '.join(cells)} |", flush=True)
+    return Row(entry.name, entry.family, done, len(report.rotated), error, why)
 
 
 def _safely(entry: Entry) -> Row:
@@ -66,9 +78,47 @@ def _safely(entry: Entry) -> Row:
     try:
         return measured(entry)
     except mk.MatryoshkafyError as error:
-        return Row(entry.name, "refused", 0.0, str(error).splitlines()[0][:90])
+        return Row(entry.name, entry.family, "refused", why=str(error).splitlines()[0][:90])
     except Exception as error:  # noqa: BLE001  the table reports whatever went wrong
-        return Row(entry.name, "broken", 0.0, f"{type(error).__name__}: {str(error)[:90]}")
+        why = f"{type(error).__name__}: {str(error)[:90]}"
+        return Row(entry.name, entry.family, "broken", why=why)
+
+
+def page(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of the page."""
+    yield HEAD
+    yield "| main group | architectures | worst error |\n|---|---|---|"
+    for done, count in Counter(row.done for row in rows).most_common():
+        worst = max(row.error for row in rows if row.done == done)
+        yield f"| {done} | {count} | {worst:.0e} |"
+    yield "\n| what stood in the way | architectures |\n|---|---|"
+    for why, count in Counter(r.reason for r in rows if r.done == "permuted").most_common():
+        yield f"| {why or 'nothing reads it as a vector'} | {count} |"
+    yield "\n| architecture | library | main group | turned | error | why not |"
+    yield "|---|---|---|---|---|---|"
+    for r in sorted(rows, key=lambda r: (r.family, r.name)):
+        yield f"| {r.name} | {r.family} | {r.done} | {r.turned} | {r.error:.0e} | {r.why} |"
+
+
+def main() -> None:
+    """Measure what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--rows", type=Path, default=Path("build/rotation.jsonl"))
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
+    rows = {row.name: row for row in (Row(**json.loads(line)) for line in lines)}
+    for entry in entries(options.names or None):
+        if entry.name not in rows and "large" not in entry.tags:
+            rows[entry.name] = row = _safely(entry)
+            with options.rows.open("a") as sink:
+                sink.write(json.dumps(asdict(row)) + "\n")
+            print(f"{row.name:28} {row.done:14} {row.error:.0e} {row.why[:90]}", flush=True)
+    if options.output:
+        options.output.write_text("\n".join(page(list(rows.values()))) + "\n")
 
 
 if __name__ == "__main__":

@@ -344,3 +344,106 @@ def test_pairs_inside_a_head_turn_with_each_other() -> None:
         [float(shares[i - 1]) for i in (4, 8, 16)], rel=1e-4
     )
     torch.testing.assert_close(doll(tokens(3)).detach(), before, rtol=1e-4, atol=1e-5)
+
+
+class Scaled(PreNorm):
+    """LayerScale: a learned gain on what each block adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList([nn.Parameter(torch.randn(16)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        for norm, up, down, gain in zip(self.norms, self.ups, self.downs, self.gains, strict=False):
+            h = h + gain * torch.dropout(down(torch.relu(up(norm(h)))), 0.1, self.training)
+        return self.head(self.norms[-1](h))
+
+
+class ReadTwice(Scaled):
+    """What the product wrote is read before its gain, too, so that the gain cannot be folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        wrote = self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
+        return self.head(self.norms[-1](h + self.gains[0] * wrote + wrote))
+
+
+class Experts(PreNorm):
+    """Stacked weights of four experts, picked for each token; the norm's gain is read by them all,
+    through a type of their own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.wide = nn.Parameter(torch.randn(4, 24, 16) / 4)
+        self.back = nn.Parameter(torch.randn(4, 16, 24) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        n = self.norms[0](h).flatten(0, 1)
+        chosen = self.router(n).topk(2, -1).indices.flatten()
+        rows = n.repeat_interleave(2, 0)[..., None]
+        out = self.back[chosen] @ torch.relu(self.wide[chosen].to(rows.dtype) @ rows)
+        summed = torch.zeros_like(n).index_add(
+            0, torch.arange(len(n)).repeat_interleave(2), out[..., 0]
+        )
+        return self.head(self.norms[-1](h + summed.view_as(h)))
+
+
+class Elsewhere(PreNorm):
+    """Rows are padded, masked, shifted, pooled and written elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.nn.functional.pad(self.table(x), (0, 0, 1, 0)).roll(1, 1)
+        h = h.masked_fill((torch.arange(6) == 2)[:, None], 0.0)
+        h = torch.where((x.sum(1) % 2 == 0)[:, None, None], h, h.flip(1)).type_as(h)
+        h = h + self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
+        h = torch.nn.functional.avg_pool1d(h.transpose(1, 2), 2).transpose(1, 2)
+        return self.head(self.norms[-1](h))
+
+
+class Filled(PreNorm):
+    """Masked rows hold the same number at every unit: no rotation keeps them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x).masked_fill((x == 3)[..., None], 0.5)
+        return self.head(self.norms[-1](h + self.downs[0](torch.relu(self.ups[0](h)))))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Experts, Elsewhere])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_what_only_moves_rows_and_gains_that_fold_stand_in_no_way(
+    kind: type[PreNorm], norm: type[nn.Module]
+) -> None:
+    model = kind().eval()
+    model.norms = PreNorm(norm).norms
+    doll = made(model)
+    before, kept = doll(tokens(3)).detach(), copy.deepcopy(model.state_dict())
+    report = rotate(doll, [tokens(1), tokens(2)], unread="leave")
+    assert [row.units for row in report.rotated] == [MAIN], report.obstacles
+    assert relative_error(doll(tokens(3)).detach(), before) <= 1e-5
+    assert relative_error(doll(tokens(4)).detach(), _fresh(model, kept, tokens(4))) <= 1e-5
+    assert mk.verify(doll, tokens()).passed
+
+
+def _fresh(model: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return what the model computed with the weights that it had."""
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    with torch.no_grad():
+        return other(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(ReadTwice, "post-norm"), (Filled, "same number at every unit")]
+)
+def test_a_gain_read_before_and_a_number_written_are_obstacles(
+    kind: type[PreNorm], why: str
+) -> None:
+    doll = made(kind().eval())
+    before = doll(tokens(3)).detach()
+    report = rotate(doll, [tokens(1)], unread="leave")
+    assert not report.rotated and why in str(report)
+    assert relative_error(report.put_back(doll, doll(tokens(3)).detach()), before) <= 1e-5
