@@ -30,6 +30,7 @@ class Walk(Protocol):
 
     found: Survey
     tensors: Mapping[str, Tensor]
+    states: dict[fx.Node, State]
 
     def places(self, node: fx.Node) -> list[int] | None:
         """Return the dims that are the group's axis; None where the axis is part of a dim."""
@@ -49,6 +50,8 @@ Known = dict[fx.Node, State]
 
 # Arguments that say where; they must be the same at every unit.
 SELECTORS = ("index", "indices", "mask", "condition", "repeats")
+# Arguments that may be written as a number.
+NUMBERS = ("value", "self", "other", "src")
 
 
 def carried(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
@@ -94,19 +97,13 @@ def _selectors(node: fx.Node) -> set[fx.Node]:
 
 def _written(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
     """Values, or zeros, are written at places along other dims."""
-    selectors = _selectors(node)
-    numbers = [bound_args(node).get(name) for name in NUMBERS]
-    if any(isinstance(n, int | float) and n != 0 for n in numbers) or bound_args(node).get(
-        "reduce"
-    ):
+    args, selectors = bound_args(node), _selectors(node)
+    numbers = [n for name in NUMBERS if isinstance(n := args.get(name), int | float)]
+    if any(numbers) or args.get("reduce"):
         return f"{op_key(node)} writes the same number at every unit"
     if any(n not in known and n not in selectors for n in node.all_input_nodes):
         return f"{op_key(node)} writes a value of another axis"
     return carried(walk, node, known, places)
-
-
-# Arguments that may be written as a number.
-NUMBERS = ("value", "self", "other", "src")
 
 
 def _summed(walk: Walk, node: fx.Node, states: set[State]) -> str | None:
@@ -147,21 +144,20 @@ def _multiplied(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> S
     if len(weights) == 1 and len(streams) == 1 and isinstance(streams[0], Stream):
         if walk.tensors[weights[0].name].dim() != 1:
             return "a table multiplies it"
-        if isinstance(streams[0], Written) and _alone(node, streams[0], known):
+        if isinstance(streams[0], Written) and _alone(walk, node, streams[0]):
             _fold_before(walk, weights[0], streams[0])
             return Stream()
         return walk.gained(weights[0].name, weights[0].offset)
     return "two values are multiplied unit by unit"
 
 
-def _alone(node: fx.Node, written: Written, known: Known) -> bool:
+def _alone(walk: Walk, node: fx.Node, written: Written) -> bool:
     """Tell whether nothing but this op reads what a product wrote."""
-    value = next(n for n, s in known.items() if s is written)
-    while value is not written.product:
-        if len(value.users) != 1:
+    while node is not written.product:
+        node = next(n for n in node.all_input_nodes if walk.states.get(n) is written)
+        if len(node.users) != 1:
             return False
-        value = value.all_input_nodes[0]
-    return len(value.users) == 1
+    return True
 
 
 def _fold_before(walk: Walk, gain: Weight, written: Written) -> None:

@@ -352,11 +352,13 @@ class Scaled(PreNorm):
     def __init__(self) -> None:
         super().__init__()
         self.gains = nn.ParameterList([nn.Parameter(torch.randn(16)) for _ in range(2)])
+        self.share = nn.Parameter(torch.tensor(0.7))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.table(x)
         for norm, up, down, gain in zip(self.norms, self.ups, self.downs, self.gains, strict=False):
-            h = h + gain * torch.dropout(down(torch.relu(up(norm(h)))), 0.1, self.training)
+            wrote = torch.dropout(down(torch.relu(up(norm(h)))), 0.1, self.training)
+            h = h + gain * (self.share * wrote / 2)
         return self.head(self.norms[-1](h))
 
 
