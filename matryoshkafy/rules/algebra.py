@@ -8,6 +8,7 @@ for reading a model's last product.
     turn       the last two dims change places        t
     spread     one unit becomes many alike            expand
     carry      other dims are acted on                reshape, dropout, a sum over another dim
+    attend     queries meet keys, values are mixed    scaled_dot_product_attention
     write      values are put in along other dims     pad, where, scatter_add
     add, subtract, multiply, divide, power            of two values, unit by unit
     length     the Euclidean length                   linalg_vector_norm
@@ -36,6 +37,7 @@ WORDS: Mapping[str, str] = {
         _upsample_bilinear2d_aa _upsample_bicubic2d_aa""",
     "write": """pad constant_pad_nd masked_fill where masked_scatter scatter scatter_add index_add
         index_put index_copy slice_scatter select_scatter""",
+    "attend": "scaled_dot_product_attention",
     "add": "add",
     "subtract": "sub rsub",
     "multiply": "mul",

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, fx
 
-from matryoshkafy.graph.nodes import bound_args, gives_several, is_item, op_key
+from matryoshkafy.graph.nodes import bound_args, gives_several, is_item, is_tensor, op_key
 from matryoshkafy.rules import op_of
 from matryoshkafy.rules.weights import weight_places
 from matryoshkafy.units.states import (
@@ -101,7 +101,8 @@ def _written(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> Stat
     numbers = [n for name in NUMBERS if isinstance(n := args.get(name), int | float)]
     if any(numbers) or args.get("reduce"):
         return f"{op_key(node)} writes the same number at every unit"
-    if any(n not in known and n not in selectors for n in node.all_input_nodes):
+    others = (n for n in node.all_input_nodes if n not in known and n not in selectors)
+    if any(map(is_tensor, others)):
         return f"{op_key(node)} writes a value of another axis"
     return carried(walk, node, known, places)
 
@@ -164,6 +165,19 @@ def _fold_before(walk: Walk, gain: Weight, written: Written) -> None:
     """A gain behind a product (LayerScale, Touvron et al. 2021) is one of its weight and bias."""
     walk.found.scales.add(gain.name)
     walk.found.written.setdefault(gain.name, (gain.offset, set()))[1].add(written)
+
+
+def _attended(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
+    """softmax(q k') v: q meets k over the axis, or positions of v are mixed along it."""
+    args = bound_args(node)
+    query, key, value = (known.get(args[name]) for name in ("query", "key", "value"))
+    given = [state for state in (query, key, value) if state is not None]
+    if len(given) != len(known) or any(_plain(state) != Stream() for state in given):
+        return "attention reads a gained stream"
+    if (query is None) != (key is None):
+        return "queries and keys are in different bases"
+    walk.found.contracted = walk.found.contracted or query is not None
+    return None if value is None else Stream()
 
 
 def _divided(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:
@@ -275,6 +289,7 @@ RULES: Mapping[str, Handler] = {
     **dict.fromkeys(("spread", "like"), _first),
     "write": _written,
     **dict.fromkeys(("add", "subtract"), _added),
+    "attend": _attended,
     "multiply": _multiplied,
     "divide": _divided,
     "power": _power,

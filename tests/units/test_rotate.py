@@ -313,8 +313,9 @@ def test_a_library_model_turns(name: str) -> None:
 class OneHead(nn.Module):
     """Attention of a single head, whose inside nests: queries with keys, values with the output."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         torch.manual_seed(0)
         self.table, self.norm = nn.Embedding(11, 16), nn.RMSNorm(16)
         self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
@@ -324,6 +325,9 @@ class OneHead(nn.Module):
         h = self.table(x)
         n = self.norm(h)
         q, k, v = self.q(n), self.k(n), self.v(n)
+        if self.fused:
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.head(h + self.o(mixed))
         weights = torch.softmax(q @ k.transpose(-1, -2) * 0.25, -1)
         return self.head(h + self.o(weights @ v))
 
@@ -344,6 +348,15 @@ def test_pairs_inside_a_head_turn_with_each_other() -> None:
         [float(shares[i - 1]) for i in (4, 8, 16)], rel=1e-4
     )
     torch.testing.assert_close(doll(tokens(3)).detach(), before, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_attention_turns_as_its_parts_do() -> None:
+    doll = mk.convert(OneHead(fused=True), tokens(), sizes=[4, 8, 16], nesting="sliced")
+    before = doll(tokens(3)).detach()
+    report = rotate(doll, [tokens(1)])
+    assert {"q.out", "v.out"} <= {row.name for row in report.rotated}
+    torch.testing.assert_close(doll(tokens(3)).detach(), before, rtol=1e-4, atol=1e-5)
+    assert mk.verify(doll, tokens()).passed
 
 
 class Scaled(PreNorm):
@@ -398,7 +411,8 @@ class Elsewhere(PreNorm):
     """Rows are padded, masked, shifted, pooled and written elsewhere."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.nn.functional.pad(self.table(x), (0, 0, 1, 0)).roll(1, 1)
+        length = 6 - x.shape[1]
+        h = torch.nn.functional.pad(self.table(x), (0, 0, length, 0)).roll(1, 1)
         h = h.masked_fill((torch.arange(6) == 2)[:, None], 0.0)
         h = torch.where((x.sum(1) % 2 == 0)[:, None, None], h, h.flip(1)).type_as(h)
         h = h + self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
