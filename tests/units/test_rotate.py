@@ -420,6 +420,16 @@ class Elsewhere(PreNorm):
         return self.head(self.norms[-1](h))
 
 
+class Cosine(PreNorm):
+    """Scores are cosines with the rows of a table."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        h = h + self.downs[0](torch.relu(self.ups[0](self.norms[0](h))))
+        unit = torch.nn.functional.normalize
+        return unit(h, dim=-1) @ unit(self.head.weight, dim=-1).t()
+
+
 class Filled(PreNorm):
     """Masked rows hold the same number at every unit: no rotation keeps them."""
 
@@ -428,7 +438,7 @@ class Filled(PreNorm):
         return self.head(self.norms[-1](h + self.downs[0](torch.relu(self.ups[0](h)))))
 
 
-@pytest.mark.parametrize("kind", [Scaled, Experts, Elsewhere])
+@pytest.mark.parametrize("kind", [Scaled, Experts, Elsewhere, Cosine])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_what_only_moves_rows_and_gains_that_fold_stand_in_no_way(
     kind: type[PreNorm], norm: type[nn.Module]
