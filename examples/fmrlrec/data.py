@@ -177,17 +177,13 @@ def training_batches(
 
 def pack(windows: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
     """Puts windows [W, 2] into rows of `length` inputs: longest first, into the first that fits."""
-    rows: list[list[tuple[int, int]]] = []
-    free: list[int] = []
+    rows: list[list[tuple[int, int]]] = [[] for _ in windows]
+    free = [length + 1] * len(windows)
     for start, end in sorted(windows.tolist(), key=lambda bounds: bounds[0] - bounds[1]):
-        needed = end - start - 1
-        row = next((i for i, left in enumerate(free) if left > needed), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(length + 1)
+        row = next(i for i, left in enumerate(free) if left >= end - start)
         rows[row].append((start, end))
-        free[row] -= needed + 1
-    return rows
+        free[row] -= end - start
+    return [row for row in rows if row]
 
 
 def steps(items: np.ndarray, rows: list[list[tuple[int, int]]]) -> Batch:

@@ -150,15 +150,10 @@ def standardise(vectors: np.ndarray, like: np.ndarray) -> np.ndarray:
 
     Theirs then have a mean of zero and a mean square of 1. [items, F] -> float32 [items, F].
     """
-    known = like[_present(like)]
+    known = like[like.any(axis=1)]
     mean = known.mean(0) if len(known) else np.zeros(like.shape[1])
     scale = max(float(np.sqrt(np.square(known - mean).mean())) if len(known) else 1.0, 1e-12)
-    return ((vectors - mean) / scale * _present(vectors)[:, None]).astype(np.float32)
-
-
-def _present(vectors: np.ndarray) -> np.ndarray:
-    """Which rows are not zero."""
-    return np.abs(vectors).sum(1) > 0
+    return ((vectors - mean) / scale * vectors.any(axis=1, keepdims=True)).astype(np.float32)
 
 
 # Texts.
@@ -200,9 +195,9 @@ def learn_words(texts: list[str], config: Config) -> Fit:
         # scikit-learn raises where no text has a word; such a catalogue has nothing to tell.
         return {}
     size = min(config.encoder_size, min(table.shape) - 1)
-    reduced = TruncatedSVD(size, random_state=0).fit(table).components_ if size else None
+    svd = TruncatedSVD(size, random_state=0).fit(table) if size else None
+    axes = np.eye(table.shape[1]) if svd is None else np.array(svd.components_)
     words = "\n".join(counts.get_feature_names_out()).encode()
-    axes = np.eye(table.shape[1]) if reduced is None else reduced
     return {"words": np.frombuffer(words, np.uint8), "idf": counts.idf_, "axes": axes}
 
 
@@ -239,7 +234,7 @@ def encode_images(paths: list[str | None], config: Config, each: Each, fit: Fit 
     problems = Counter(row for row in found if isinstance(row, str))
     width = next((len(row) for row in found if not isinstance(row, str)), 1)
     raw = np.array([np.zeros(width) if isinstance(row, str) else row for row in found])
-    present = _present(raw)
+    present = np.any(raw, axis=1)
     if config.image_encoder != "pixels":
         return Encoded(raw, {}, problems)
     if fit is None:

@@ -53,13 +53,14 @@ def open_run(folder: Path, config: Config) -> Run:
     What can be told of a wrong setting is told here, before any data are read.
     """
     stored = folder / "config.json"
-    if stored.exists():
-        before = Config.from_json(stored.read_text(encoding="utf-8")).model_dump()
-        after = config.model_dump()
-        changed = [n for n in before if before[n] != after[n] and n not in ADJUSTABLE]
-        if changed:
-            told = ", ".join(f"{n}={after[n]!r} (there: {before[n]!r})" for n in changed)
-            raise RunError(f"{folder} holds a run with other settings: {told}; use another --run")
+    there = Config.from_json(stored.read_text(encoding="utf-8")) if stored.exists() else config
+    changed = ", ".join(
+        f"{name}={value!r} (there: {before!r})"
+        for (name, value), (_, before) in zip(config, there, strict=True)
+        if value != before and name not in ADJUSTABLE
+    )
+    if changed:
+        raise RunError(f"{folder} holds a run with other settings: {changed}; use another --run")
     nesting.per_size(config, "weights", nesting.sizes_of(config))
     nesting.intervals(config, nesting.sizes_of(config))
     encoders.check(config)
@@ -67,6 +68,15 @@ def open_run(folder: Path, config: Config) -> Run:
         raise DataError(f"no data at {config.data}; give a folder or a file, or --data synthetic")
     reporting.write_environment(config, folder)
     return Run(folder, config)
+
+
+def reopen(folder: Path) -> tuple[Run, Material]:
+    """A run that exists, its settings its own, and what its models were trained on."""
+    stored = folder / "config.json"
+    if not stored.exists():
+        raise RunError(f"no run in {folder}; make one with `run`, or name another with --run")
+    opened = open_run(folder, Config.from_json(stored.read_text(encoding="utf-8")))
+    return opened, prepared(opened)
 
 
 # Data and features.
@@ -80,12 +90,11 @@ def prepare(run: Run) -> data.Dataset:
     """
     folder = run.folder / "data"
     changed, digests = _changed(run)
-    there = data.is_prepared(folder)
-    if there and changed:
+    if data.is_prepared(folder) and changed:
         print(f"note: {changed} changed since it was prepared; prepared again")
         _put_aside(run)
-    if changed or not there:
-        (folder / data.REPORT).unlink(missing_ok=True)
+        (folder / data.REPORT).unlink()
+    if not data.is_prepared(folder):
         source = formats.read(data_path(run), folder / "lines")
         data.prepare(source, folder, run.config, each_of(run.config))
     write_text(folder / INPUTS, json.dumps(digests, indent=0))

@@ -173,7 +173,7 @@ class Session:
             self._step(batch)
             progress.seconds = time.monotonic() - started
             if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
-                self._save()
+                save_run(self.folder / STATE, self.parts, vars(progress))
         self._close_epoch()
 
     def _step(self, batch: Batch) -> None:
@@ -219,7 +219,7 @@ class Session:
         progress.history = (*progress.history, row)
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.seconds = {}, 0.0
-        self._save()
+        save_run(self.folder / STATE, self.parts, vars(progress))
 
     def _validate(self) -> dict[str, Table]:
         objective = self.objective.eval()
@@ -232,9 +232,6 @@ class Session:
         if isinstance(objective, FSDPModule):
             objective.reshard()
         return found
-
-    def _save(self) -> None:
-        save_run(self.folder / STATE, self.parts, vars(self.progress))
 
 
 def _share(own: Processes, batch: Batch) -> tuple[Tensor, Tensor, float]:
