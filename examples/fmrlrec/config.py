@@ -150,8 +150,8 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns `config` with `changes`, each converted to its setting's type."""
     for name in changes:
         if name not in Config.model_fields:
-            known = ", ".join(Config.model_fields)
-            raise ConfigError(f"no setting {name!r}; the settings are {known}")
+            names = ", ".join(Config.model_fields)
+            raise ConfigError(f"no setting {name!r}; the settings are {names}")
     try:
         return Config(**{**config.model_dump(), **changes})
     except pydantic.ValidationError as error:

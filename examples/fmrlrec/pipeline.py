@@ -15,7 +15,7 @@ from examples.fmrlrec import data, encoders, formats, nesting, reporting, synthe
 from examples.fmrlrec.config import MODALITIES, Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate, module_scorer, popularity_scorer
 from examples.fmrlrec.training import BEST, load_weights, train
-from examples.fmrlrec.workers import device, each_of, first_process_first
+from examples.fmrlrec.workers import device, each_on, first_process_first
 
 INPUTS, NESTED = "inputs.json", "nested"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
@@ -96,7 +96,7 @@ def prepare(run: Run) -> data.Dataset:
         (folder / data.REPORT).unlink()
     if not data.is_prepared(folder):
         source = formats.read(data_path(run), folder / "lines")
-        data.prepare(source, folder, run.config, each_of(run.config))
+        data.prepare(source, folder, run.config, each_on(run.config.workers))
     write_text(folder / INPUTS, json.dumps(digests, indent=0))
     found = data.load(folder)
     counts = data.statistics(found)
@@ -109,8 +109,8 @@ def prepare(run: Run) -> data.Dataset:
 def materials(run: Run) -> Material:
     """Prepared data, and texts and pictures encoded or found in the cache."""
     with first_process_first():
-        found, cache = prepare(run), run.folder / "cache"
-        features = encoders.encode(found.catalogue, run.config, cache, each_of(run.config))
+        found, each = prepare(run), each_on(run.config.workers)
+        features = encoders.encode(found.catalogue, run.config, run.folder / "cache", each)
     for name, vectors in features.vectors.items():
         print(f"{name}: {len(vectors) - 1} items x {vectors.shape[1]}")
     _tell_problems(features.problems)

@@ -126,9 +126,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def learning_rate(step: int, total: int, config: Config) -> float:
     """Rises over `warmup` steps; then stays, or falls as a cosine until the last of `total`."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-    if config.schedule == "constant":
-        return rate
-    return rate * cosine(min(1.0, step / total))
+    return rate if config.schedule == "constant" else rate * cosine(min(1.0, step / total))
 
 
 def cosine(share: float) -> float:
@@ -205,8 +203,7 @@ class Session:
         found = {size: table["all"]["NDCG@10"] for size, table in self._validate().items()}
         self.log.record("NDCG@10", {int(size): v for size, v in found.items()}, progress.step)
         values = [*found.values()]
-        by_largest = self.config.select_by == "largest"
-        value = values[-1] if by_largest else sum(values) / len(values)
+        value = values[-1] if self.config.select_by == "largest" else sum(values) / len(values)
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
             state = full_state(self.objective.doll)
