@@ -149,11 +149,7 @@ def _read_folder(
 
 
 def _table(
-    paths: list[Path],
-    names: tuple[str, ...],
-    lines: Lines,
-    scratch: Path,
-    problems: dict[str, int],
+    paths: list[Path], names: tuple[str, ...], lines: Lines, scratch: Path, problems: dict[str, int]
 ) -> pl.LazyFrame:
     """The rows of files; of lines by way of parquet, what cannot be read is added to `problems`.
 
