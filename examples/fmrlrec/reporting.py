@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -21,11 +22,11 @@ from matryoshkafy.report.pictures.svg import svg, text
 
 METRICS = [f"{name}@{cutoff}" for name in GAINS for cutoff in CUTOFFS]
 SHORT = ("NDCG@10", "Recall@10", "MRR@10", "NDCG@50", "Recall@50")
-PRINTED = pl.Config(
-    tbl_formatting="ASCII_MARKDOWN", tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True,
-    tbl_rows=-1, tbl_cols=-1, fmt_str_lengths=10_000, float_precision=4,
-    apply_on_context_enter=True,
-)  # fmt: skip
+# How polars shows a table as Markdown, with all of its rows and columns.
+SHOWN: dict[str, Any] = {
+    "tbl_formatting": "ASCII_MARKDOWN", "tbl_rows": -1, "tbl_cols": -1, "float_precision": 4,
+    "tbl_hide_column_data_types": True, "tbl_hide_dataframe_shape": True, "fmt_str_lengths": 10_000,
+}  # fmt: skip
 
 
 def metric_table(found: Mapping[str, Table]) -> pl.DataFrame:
@@ -40,14 +41,14 @@ def metric_table(found: Mapping[str, Table]) -> pl.DataFrame:
 def write_table(table: pl.DataFrame, title: str, file: Path) -> None:
     """Writes `file`.csv and `file`.md, and prints the metrics that fit a terminal."""
     write_text(file.with_suffix(".csv"), table.write_csv())
-    with PRINTED, pl.Config(tbl_width_chars=-1):
+    with pl.Config(**SHOWN, tbl_width_chars=-1):
         write_text(file.with_suffix(".md"), f"# {title}\n\n{table}\n")
     print_table(table.select(n for n in table.columns if n not in METRICS or n in SHORT), title)
 
 
 def print_table(table: pl.DataFrame, title: str) -> None:
     """Prints the table to the terminal."""
-    with PRINTED:
+    with pl.Config(**SHOWN):
         print(f"{title}\n\n{table}\n")
 
 
