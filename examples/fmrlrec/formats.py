@@ -95,15 +95,13 @@ def read(path: Path, scratch: Path) -> Source:
 def survey(source: Source) -> Survey:
     """Counts a source before anything of it is prepared."""
     counts = source.interactions.select(
-        pl.col("user_id").n_unique().alias("users"), pl.col("item_id").n_unique().alias("items"),
-        pl.len().alias("interactions"),
-    ).collect(engine="streaming")  # fmt: skip
+        users=pl.n_unique("user_id"), items=pl.n_unique("item_id"), interactions=pl.len()
+    ).collect(engine="streaming")
     names = [] if source.items is None else source.items.collect_schema().names()
     texts = bool({"title", "brand", "categories"} & set(names))
     pictures = "image" in names or (source.root / "images").is_dir()
     modality = {(1, 1): "both", (1, 0): "text", (0, 1): "image", (0, 0): "id"}[texts, pictures]
-    users, items, interactions = counts.row(0)
-    return Survey(users, items, interactions, modality)
+    return Survey(**counts.row(0, named=True), modality=modality)
 
 
 def digests(path: Path, known: Digests, run: Path) -> Digests:
@@ -126,13 +124,11 @@ def read_sequences(path: Path) -> Source:
     """Opens a text of one user a line, `user item item ...` in time order."""
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; expected one user a line: user item item ...")
-    words = _lines(path).select(pl.col("line").str.split(" ").alias("words"))
-    rows = words.select(
-        pl.col("words").list.first().alias("user_id"),
-        pl.col("words").list.slice(1).alias("item_id"),
-        pl.int_ranges(0, pl.col("words").list.len() - 1).alias("timestamp"),
-    ).filter(pl.col("item_id").list.len() > 0)
-    return Source(rows.explode("item_id", "timestamp"), None, path.parent)
+    words = pl.col("line").str.split(" ").list
+    times = pl.int_ranges(0, words.len() - 1)
+    rows = _lines(path).select(user_id=words.first(), item_id=words.slice(1), timestamp=times)
+    bought = rows.filter(pl.col("item_id").list.len() > 0).explode("item_id", "timestamp")
+    return Source(bought, None, path.parent)
 
 
 def _read_folder(
@@ -153,11 +149,7 @@ def _read_folder(
 
 
 def _table(
-    paths: list[Path],
-    names: tuple[str, ...],
-    lines: Lines,
-    scratch: Path,
-    problems: dict[str, int],
+    paths: list[Path], names: tuple[str, ...], lines: Lines, scratch: Path, problems: dict[str, int]
 ) -> pl.LazyFrame:
     """The rows of files; of lines by way of parquet, what cannot be read is added to `problems`.
 
@@ -184,24 +176,21 @@ def _table(
 
 
 def _convert(path: Path, names: tuple[str, ...], lines: Lines, target: Path) -> None:
-    keys = [lines.keys.get(name, name) for name in names]
     schema = {**dict.fromkeys(names, pl.String), "readable": pl.Boolean}
 
-    def row(line: str) -> list[str | bool | None]:
+    def row(line: str) -> dict[str, str | bool | None]:
         try:
             parsed = lines.parse(line)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             parsed = None
         known = parsed if isinstance(parsed, dict) else {}
-        return [*(_text(known.get(key)) for key in keys), isinstance(parsed, dict)]
+        texts = {name: _text(known.get(lines.keys.get(name, name))) for name in names}
+        return {**texts, "readable": isinstance(parsed, dict)}
 
-    def rows(texts: pl.Series) -> pl.Series:
-        return pl.DataFrame(list(map(row, texts)), schema, orient="row").to_struct("line")
-
-    parsed = pl.col("line").map_batches(rows, pl.Struct(schema), is_elementwise=True)
+    rows = _lines(path).select(pl.col("line").map_elements(row, pl.Struct(schema)))
     try:
         with whole_file(target) as fresh:
-            _lines(path).select(parsed).unnest("line").sink_parquet(fresh)
+            rows.unnest("line").sink_parquet(fresh)
     except (OSError, pl.exceptions.ComputeError) as error:
         raise DataError(f"{path} cannot be read to its end ({error}); fetch it again") from error
 

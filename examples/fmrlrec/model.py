@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,7 @@ class FeatureItems(nn.Module):
     def __init__(self, features: Tensor, width: int, *, trainable: bool = False) -> None:
         """`features` [items + 1, F] are kept as a parameter if trainable, else as a buffer."""
         super().__init__()
-        if trainable:
-            self.features = nn.Parameter(features)
-        else:
-            self.register_buffer("features", features)
+        self.features = nn.Parameter(features) if trainable else nn.Buffer(features)
         self.project = nn.Linear(features.shape[1], width)
 
     def forward(self) -> Tensor:
@@ -70,20 +68,13 @@ class LinearRecurrentUnit(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(width, 2 * states)
         self.out_proj = nn.Linear(2 * states, width)
-        self.nu_log = nn.Parameter(torch.empty(states))
-        self.theta_log = nn.Parameter(torch.empty(states))
-        self.gamma_log = nn.Parameter(torch.empty(states))
-        self.reset_ring(r_min, r_min + RING)
-
-    @torch.no_grad()
-    def reset_ring(self, r_min: float, r_max: float) -> None:
-        """Draws the eigenvalues uniformly from the ring between two radii (Orvieto et al.)."""
-        area, turn = torch.rand_like(self.nu_log), torch.rand_like(self.theta_log)
-        # The open interval keeps both logarithms finite where a radius is 0 or a draw is 0.
+        # Eigenvalues uniform in the ring between two radii (Orvieto et al.); the open interval
+        # keeps both logarithms finite where a radius is 0 or a draw is 0.
+        area, turn, r_max = torch.rand(states), torch.rand(states), r_min + RING
         squared = (area * (r_max**2 - r_min**2) + r_min**2).clamp(1e-8, 1 - 1e-8)
-        self.nu_log.copy_(torch.log(-0.5 * torch.log(squared)))
-        self.theta_log.copy_(torch.log(2 * math.pi * turn.clamp_min(1e-8)))
-        self.gamma_log.copy_(0.5 * torch.log1p(-squared))
+        self.nu_log = nn.Parameter(torch.log(-0.5 * torch.log(squared)))
+        self.theta_log = nn.Parameter(torch.log(2 * math.pi * turn.clamp_min(1e-8)))
+        self.gamma_log = nn.Parameter(0.5 * torch.log1p(-squared))
 
     def transition(self) -> Tensor:
         """Returns lambda as (re, im), [N, 2]; its modulus is below 1 whatever the parameters."""
@@ -165,7 +156,8 @@ class Recommender(nn.Module):
         )
         self.norm_in = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(shape.dropout)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
+        # Any: a ModuleList does not tell the type of its modules.
+        self.blocks: Any = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
         self.norm_out = nn.LayerNorm(shape.width)
         self.bias = nn.Parameter(torch.zeros(shape.items + 1))
         self.apply(_initialise)
@@ -183,14 +175,9 @@ class Recommender(nn.Module):
             x = block(x, real)
         return self.norm_out(x)
 
-    @property
-    def stepping(self) -> list[Block]:
-        """The blocks, as what they are."""
-        return [block for block in self.blocks if isinstance(block, Block)]
-
     def start(self, batch: int) -> list[Tensor]:
         """Returns the states before the first step: zeros [B, N, 2] for each block."""
-        units = [block.mix.nu_log for block in self.stepping]
+        units = [block.mix.nu_log for block in self.blocks]
         return [unit.new_zeros(batch, len(unit), 2) for unit in units]
 
     def advance(
@@ -199,7 +186,7 @@ class Recommender(nn.Module):
         """items int64 [B] and the states before them -> hidden states [B, D], the next states."""
         real, moved = items != 0, []
         x = self.dropout(self.norm_in(functional.embedding(items, table)))
-        for block, state in zip(self.stepping, states, strict=True):
+        for block, state in zip(self.blocks, states, strict=True):
             x, state = block.step(x, real, state)
             moved.append(state)
         return self.norm_out(x), moved

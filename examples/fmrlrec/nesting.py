@@ -137,15 +137,14 @@ def per_size(config: Config, setting: str, sizes: Sequence[int]) -> list[float]:
     exceed, or the last one.
     """
     text = getattr(config, setting) or "1:1"
+    pairs = (word.split(":") for word in text.split(","))
     try:
-        rows = [(Fraction(share), float(value)) for share, value in
-                (word.split(":") for word in text.split(","))]  # fmt: skip
+        shares = sorted((Fraction(share), float(value)) for share, value in pairs)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{setting}={text!r} are no numbers by share of the width; write for example "
             f"--set {setting}=1/8:4,1:1"
         ) from error
-    shares = sorted(rows)
     wanted = [Fraction(size, max(sizes)) for size in sizes]
     return [next((v for share, v in shares if share >= w), shares[-1][1]) for w in wanted]
 

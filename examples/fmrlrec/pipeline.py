@@ -15,7 +15,7 @@ from examples.fmrlrec import data, encoders, formats, nesting, reporting, synthe
 from examples.fmrlrec.config import MODALITIES, Config, DataError, RunError, replace, write_text
 from examples.fmrlrec.evaluation import Scorer, Table, evaluate, module_scorer, popularity_scorer
 from examples.fmrlrec.training import BEST, load_weights, train
-from examples.fmrlrec.workers import device, each_of, first_process_first
+from examples.fmrlrec.workers import device, each_on, first_process_first
 
 INPUTS, NESTED = "inputs.json", "nested"
 LEARNT = ("nested", "alone", "ablation", "slices", "checkpoint", "serving", "tables", "plots")
@@ -53,13 +53,14 @@ def open_run(folder: Path, config: Config) -> Run:
     What can be told of a wrong setting is told here, before any data are read.
     """
     stored = folder / "config.json"
-    if stored.exists():
-        before = Config.from_json(stored.read_text(encoding="utf-8")).model_dump()
-        after = config.model_dump()
-        changed = [n for n in before if before[n] != after[n] and n not in ADJUSTABLE]
-        if changed:
-            told = ", ".join(f"{n}={after[n]!r} (there: {before[n]!r})" for n in changed)
-            raise RunError(f"{folder} holds a run with other settings: {told}; use another --run")
+    there = Config.from_json(stored.read_text(encoding="utf-8")) if stored.exists() else config
+    changed = ", ".join(
+        f"{name}={value!r} (there: {before!r})"
+        for (name, value), (_, before) in zip(config, there, strict=True)
+        if value != before and name not in ADJUSTABLE
+    )
+    if changed:
+        raise RunError(f"{folder} holds a run with other settings: {changed}; use another --run")
     nesting.per_size(config, "weights", nesting.sizes_of(config))
     nesting.intervals(config, nesting.sizes_of(config))
     encoders.check(config)
@@ -67,6 +68,15 @@ def open_run(folder: Path, config: Config) -> Run:
         raise DataError(f"no data at {config.data}; give a folder or a file, or --data synthetic")
     reporting.write_environment(config, folder)
     return Run(folder, config)
+
+
+def reopen(folder: Path) -> tuple[Run, Material]:
+    """A run that exists, its settings its own, and what its models were trained on."""
+    stored = folder / "config.json"
+    if not stored.exists():
+        raise RunError(f"no run in {folder}; make one with `run`, or name another with --run")
+    opened = open_run(folder, Config.from_json(stored.read_text(encoding="utf-8")))
+    return opened, prepared(opened)
 
 
 # Data and features.
@@ -80,14 +90,13 @@ def prepare(run: Run) -> data.Dataset:
     """
     folder = run.folder / "data"
     changed, digests = _changed(run)
-    there = data.is_prepared(folder)
-    if there and changed:
+    if data.is_prepared(folder) and changed:
         print(f"note: {changed} changed since it was prepared; prepared again")
         _put_aside(run)
-    if changed or not there:
-        (folder / data.REPORT).unlink(missing_ok=True)
+        (folder / data.REPORT).unlink()
+    if not data.is_prepared(folder):
         source = formats.read(data_path(run), folder / "lines")
-        data.prepare(source, folder, run.config, each_of(run.config))
+        data.prepare(source, folder, run.config, each_on(run.config.workers))
     write_text(folder / INPUTS, json.dumps(digests, indent=0))
     found = data.load(folder)
     counts = data.statistics(found)
@@ -100,8 +109,8 @@ def prepare(run: Run) -> data.Dataset:
 def materials(run: Run) -> Material:
     """Prepared data, and texts and pictures encoded or found in the cache."""
     with first_process_first():
-        found, cache = prepare(run), run.folder / "cache"
-        features = encoders.encode(found.catalogue, run.config, cache, each_of(run.config))
+        found, each = prepare(run), each_on(run.config.workers)
+        features = encoders.encode(found.catalogue, run.config, run.folder / "cache", each)
     for name, vectors in features.vectors.items():
         print(f"{name}: {len(vectors) - 1} items x {vectors.shape[1]}")
     _tell_problems(features.problems)

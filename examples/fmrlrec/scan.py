@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,11 +20,6 @@ def lru_scan(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
     states = _working(u, transition) * real[:, :, None, None]
     _carry(torch.view_as_complex(states), _as_complex(transition, states), real)
     return states.to(u.dtype)
-
-
-@lru_scan.register_fake
-def _(u: Tensor, transition: Tensor, real: Tensor) -> Tensor:
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("fmrlrec::lru_scan_backward", mutates_args=())
@@ -47,21 +40,17 @@ def lru_scan_backward(
     return flowing.to(grad.dtype), moved.to(transition.dtype)
 
 
-@lru_scan_backward.register_fake
-def _(grad: Tensor, states: Tensor, transition: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return torch.empty_like(grad, memory_format=contiguous), torch.empty_like(transition)
-
-
-def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, *inputs[1:])
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return (*lru_scan_backward(grad, *ctx.saved_tensors), None)
-
-
-lru_scan.register_autograd(_differentiate, setup_context=_remember)
+lru_scan.register_fake(lambda u, transition, real: u.new_empty(u.shape))
+lru_scan_backward.register_fake(
+    lambda grad, states, transition, real: (
+        grad.new_empty(grad.shape),
+        torch.empty_like(transition),
+    )
+)
+lru_scan.register_autograd(
+    lambda ctx, grad: (*lru_scan_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs[1:]),
+)
 
 
 def scan_step(u: Tensor, transition: Tensor, real: Tensor, state: Tensor) -> Tensor:

@@ -65,11 +65,10 @@ def _items(count: int, random: np.random.Generator) -> pl.DataFrame:
     nouns = [NOUNS[theme] for theme in themes]
     adjectives = [ADJECTIVES[n].title() for n in random.integers(0, len(ADJECTIVES), count)]
     models = random.integers(100, 1000, count).tolist()
-    names = zip(adjectives, nouns, models, strict=True)
     return pl.DataFrame(
         {
             "item_id": range(1, count + 1),
-            "title": [" ".join(map(str, name)) for name in names],
+            "title": [f"{a} {n} {m}" for a, n, m in zip(adjectives, nouns, models, strict=True)],
             "price": np.round(random.lognormal(3.0, 0.7, count), 2),
             "brand": [f"House of {n.title()}s {m % 3}" for n, m in zip(nouns, models, strict=True)],
             "categories": [f"Goods|{noun}" for noun in nouns],

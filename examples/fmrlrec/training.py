@@ -126,9 +126,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def learning_rate(step: int, total: int, config: Config) -> float:
     """Rises over `warmup` steps; then stays, or falls as a cosine until the last of `total`."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-    if config.schedule == "constant":
-        return rate
-    return rate * cosine(min(1.0, step / total))
+    return rate if config.schedule == "constant" else rate * cosine(min(1.0, step / total))
 
 
 def cosine(share: float) -> float:
@@ -173,7 +171,7 @@ class Session:
             self._step(batch)
             progress.seconds = time.monotonic() - started
             if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
-                self._save()
+                save_run(self.folder / STATE, self.parts, vars(progress))
         self._close_epoch()
 
     def _step(self, batch: Batch) -> None:
@@ -205,8 +203,7 @@ class Session:
         found = {size: table["all"]["NDCG@10"] for size, table in self._validate().items()}
         self.log.record("NDCG@10", {int(size): v for size, v in found.items()}, progress.step)
         values = [*found.values()]
-        by_largest = self.config.select_by == "largest"
-        value = values[-1] if by_largest else sum(values) / len(values)
+        value = values[-1] if self.config.select_by == "largest" else sum(values) / len(values)
         if value > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
             state = full_state(self.objective.doll)
@@ -219,7 +216,7 @@ class Session:
         progress.history = (*progress.history, row)
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.losses, progress.seconds = {}, 0.0
-        self._save()
+        save_run(self.folder / STATE, self.parts, vars(progress))
 
     def _validate(self) -> dict[str, Table]:
         objective = self.objective.eval()
@@ -232,9 +229,6 @@ class Session:
         if isinstance(objective, FSDPModule):
             objective.reshard()
         return found
-
-    def _save(self) -> None:
-        save_run(self.folder / STATE, self.parts, vars(self.progress))
 
 
 def _share(own: Processes, batch: Batch) -> tuple[Tensor, Tensor, float]:

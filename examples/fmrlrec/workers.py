@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from examples.fmrlrec.config import Config, ConfigError
+from examples.fmrlrec.config import ConfigError
 
 # each(function, parts, *shared): function(part, *shared) of every part, the results in order.
 Each = Callable[..., list[Any]]
@@ -23,8 +22,13 @@ def serially(function: Callable[..., Any], parts: Sequence[Any], *shared: Any) -
     return [function(part, *shared) for part in parts]
 
 
-def by_ray(workers: int | None = None) -> Each:
-    """Parts on the workers of Ray: of the cluster that is there, or `workers` on this machine."""
+def each_on(workers: int) -> Each:
+    """Parts on the workers of Ray: of the cluster that is there, or `workers` on this machine.
+
+    With 0 they stay in this process.
+    """
+    if not workers:
+        return serially
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -41,11 +45,6 @@ def by_ray(workers: int | None = None) -> Each:
     return each
 
 
-def each_of(config: Config) -> Each:
-    """How this configuration applies functions to parts."""
-    return by_ray(config.workers) if config.workers else serially
-
-
 def device() -> str:
     """Where a process computes."""
     import torch
@@ -53,8 +52,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(frozen=True)
-class Processes:
+class Processes(NamedTuple):
     """Which of how many processes this one is; `wait` returns when all have come to it."""
 
     rank: int = 0

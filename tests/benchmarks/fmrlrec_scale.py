@@ -20,7 +20,7 @@ import polars as pl
 
 from examples.fmrlrec import data, formats
 from examples.fmrlrec.config import Config, replace
-from examples.fmrlrec.workers import Each, by_ray, serially
+from examples.fmrlrec.workers import Each, each_on, serially
 
 CHUNK = 1_000_000
 
@@ -101,7 +101,7 @@ def main() -> None:
         print(f"{given.interactions:,} interactions, {stored:.0f} MB of parquet: {seconds:.0f} s, "
               f"peak {peak_mb():.0f} MB, of which {before:.0f} MB before it began")  # fmt: skip
         if given.workers:
-            other, theirs = measure(parts, folder / "ray", config, by_ray(given.workers))
+            other, theirs = measure(parts, folder / "ray", config, each_on(given.workers))
             told = "equal" if same(prepared, other) else "UNEQUAL"
             print(f"{given.workers} workers of Ray: {theirs:.0f} s, {told} to one, row by row")
     if given.plan:

@@ -38,7 +38,7 @@ def test_texts_take_the_type_of_their_setting() -> None:
         ("alone=perhaps", "Input should be a valid boolean"),
         ("norm=layer", "norm='layer': Input should be 'block' or 'prefix'"),
         ("epochs", "has no '='"),
-        ("batch=0", "batch='0': Input should be greater than or equal to 1"),
+        ("batch=0", "batch='0': Input should be greater than 0"),
         ("lr=nan", "lr='nan': Input should be a finite number"),
         ("dropout=1", "Input should be less than 1"),
         ("max_length=1", "Input should be greater than or equal to 2"),

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from examples.fmrlrec import data, encoders, formats, synthetic, training
 from examples.fmrlrec.config import Config, replace
 from examples.fmrlrec.pipeline import Material
-from examples.fmrlrec.workers import by_ray, serially
+from examples.fmrlrec.workers import each_on, serially
 from tests.benchmarks import fmrlrec_scale as scale
 from tests.fmrlrec.test_training import objective_of
 
@@ -83,7 +83,7 @@ def test_workers_of_ray_prepare_the_same_rows(tmp_path: Path) -> None:
     config = replace(Config(), {"partition_rows": 3_000})
     try:
         one, _ = scale.measure(parts, tmp_path / "one", config, serially)
-        two, _ = scale.measure(parts, tmp_path / "two", config, by_ray(2))
+        two, _ = scale.measure(parts, tmp_path / "two", config, each_on(2))
     finally:
         ray.shutdown()
     assert scale.same(one, two) and len(one.items) > 1000
