@@ -13,6 +13,8 @@ from typing import Any
 
 import polars as pl
 import torch
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from examples.fmrlrec.config import Config, write_text
 from examples.fmrlrec.evaluation import CUTOFFS, GAINS, PROTOCOLS, Table
@@ -24,9 +26,15 @@ METRICS = [f"{name}@{cutoff}" for name in GAINS for cutoff in CUTOFFS]
 SHORT = ("NDCG@10", "Recall@10", "MRR@10", "NDCG@50", "Recall@50")
 # How polars shows a table as Markdown, with all of its rows and columns.
 SHOWN: dict[str, Any] = {
-    "tbl_formatting": "ASCII_MARKDOWN", "tbl_rows": -1, "tbl_cols": -1, "float_precision": 4,
-    "tbl_hide_column_data_types": True, "tbl_hide_dataframe_shape": True, "fmt_str_lengths": 10_000,
-}  # fmt: skip
+    "tbl_formatting": "ASCII_MARKDOWN",
+    "tbl_rows": -1,
+    "tbl_cols": -1,
+    "tbl_width_chars": -1,
+    "float_precision": 4,
+    "tbl_hide_column_data_types": True,
+    "tbl_hide_dataframe_shape": True,
+    "fmt_str_lengths": 10_000,
+}
 
 
 def metric_table(found: Mapping[str, Table]) -> pl.DataFrame:
@@ -41,15 +49,17 @@ def metric_table(found: Mapping[str, Table]) -> pl.DataFrame:
 def write_table(table: pl.DataFrame, title: str, file: Path) -> None:
     """Writes `file`.csv and `file`.md, and prints the metrics that fit a terminal."""
     write_text(file.with_suffix(".csv"), table.write_csv())
-    with pl.Config(**SHOWN, tbl_width_chars=-1):
+    with pl.Config(**SHOWN):
         write_text(file.with_suffix(".md"), f"# {title}\n\n{table}\n")
     print_table(table.select(n for n in table.columns if n not in METRICS or n in SHORT), title)
 
 
 def print_table(table: pl.DataFrame, title: str) -> None:
-    """Prints the table to the terminal."""
-    with pl.Config(**SHOWN):
-        print(f"{title}\n\n{table}\n")
+    """Prints the table as wide as the terminal is, which polars would leave."""
+    drawn = RichTable(*table.columns, title=title, title_justify="left")
+    for row in table.iter_rows():
+        drawn.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+    Console().print(drawn)
 
 
 def print_files(paths: Iterable[Path]) -> None:

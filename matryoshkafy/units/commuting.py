@@ -215,7 +215,9 @@ def _length(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
     """The Euclidean length over the axis alone."""
     args = bound_args(node)
     (state,) = known.values()
-    plain = isinstance(_plain(state), Stream) and args.get("ord", args.get("p", 2)) == 2 and not places
+    plain = (
+        isinstance(_plain(state), Stream) and args.get("ord", args.get("p", 2)) == 2 and not places
+    )
     return None if plain else "a norm that is not the length of the stream"
 
 
