@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 import matryoshkafy as mk
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.units.rotate import rotate
@@ -60,8 +62,10 @@ def measured(entry: Entry, *, untie: bool = False) -> Row:
     if untie:
         mk.untie(model, args, kwargs)
     doll = mk.convert(model, args, kwargs, sizes=[0.5, 1.0], nesting="sliced")
+    torch.manual_seed(0)  # ViLT draws its patches
     before = doll(*args, **kwargs)
     report = rotate(doll, [(tuple(args), dict(kwargs))], unread="leave")
+    torch.manual_seed(0)
     error = relative_error(report.put_back(doll, doll(*args, **kwargs)), before)
     main = doll.plan.groups[doll.plan.main].name
     why = dict(report.obstacles).get(main, "").partition(", at ")[0]
