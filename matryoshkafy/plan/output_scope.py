@@ -33,7 +33,8 @@ def output_plan(trace: Trace, request: Request) -> Plan:
     outputs = outputs_of(trace.graph)
     shapes = [tensor_info(v).shape if is_tensor(v) else () for v in outputs]
     place = representation(trace)
-    width = 0 if place is None else shapes[place][-1]
+    node = outputs[place] if place is not None else None
+    width = tensor_info(node).shape[-1] if isinstance(node, fx.Node) else 0
     if width < 2:
         raise NothingNests(
             "the model returns no tensor with a last axis, so there is nothing to nest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,12 +43,12 @@ def add_dense(model: nn.Module) -> str:
     return f"{place}.linear.weight"
 
 
-def _identity(model: nn.Module, width: int) -> Any:
+def _identity(model: nn.Module, width: int) -> nn.Module:
     try:
-        from sentence_transformers.sentence_transformer.modules import Dense
+        library = import_module("sentence_transformers.sentence_transformer.modules")
     except ImportError:  # before version 6
-        from sentence_transformers.models import Dense
+        library = import_module("sentence_transformers.models")
     like = next(model.parameters())
-    dense = Dense(width, width, bias=False, activation_function=nn.Identity())
+    dense: Any = library.Dense(width, width, bias=False, activation_function=nn.Identity())
     dense.linear.weight = nn.Parameter(torch.eye(width))
     return dense.to(like.device, like.dtype).train(model.training)

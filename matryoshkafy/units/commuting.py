@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.graph.nodes import bound_args, gives_several, is_item, is_tensor, op_key
 from matryoshkafy.rules import op_of
@@ -91,8 +92,7 @@ def _first(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State 
 def _selectors(node: fx.Node) -> set[fx.Node]:
     named = {} if is_item(node) else bound_args(node)
     given = [named[name] for name in SELECTORS if name in named]
-    flat = [n for one in given for n in (one if isinstance(one, list | tuple) else [one])]
-    return {n for n in flat if isinstance(n, fx.Node)}
+    return {n for n in pytree.tree_leaves(given) if isinstance(n, fx.Node)}
 
 
 def _written(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State | str | None:

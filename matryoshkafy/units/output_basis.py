@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
@@ -60,8 +60,8 @@ def turned_output(doll: Doll, batches: list[object]) -> TurnedOutput:
 def _moment(doll: Doll, plan: Plan, batches: list[object]) -> Tensor:
     """Return [n, n] the second moment of every output that carries the axis, each alike."""
     sites: list[Site] = []
-    for node in outputs_of(trace_of(doll).graph):
-        shape = plan.dims(getattr(node, "name", ""))
+    for node in (n for n in outputs_of(trace_of(doll).graph) if isinstance(n, fx.Node)):
+        shape = plan.dims(node.name)
         if shape and dims.is_nested(shape[-1]):
             sites.append(Site(node.name, len(shape) - 1, shape[-1]))
     flat = (flat_inputs(doll, batch) for batch in batches)
