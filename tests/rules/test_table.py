@@ -174,6 +174,24 @@ UNIFORM = {
     "new_full": lambda op, x: op(x, [5], 0.5),
     "scalar_tensor": lambda op, x: op(0.5),
 }
+AA, SCATTERS = (("", ""), ("_", "_aa")), ("scatter", "scatter_add")
+POOLS_2D, POOLS_3D = ("avg_pool2d", "adaptive_avg_pool2d"), ("avg_pool3d", "adaptive_avg_pool3d")
+UPSAMPLES = tuple(
+    f"{start}upsample_{kind}2d{end}" for kind in ("bilinear", "bicubic") for start, end in AA
+)
+MASK = torch.tensor([True, False, True, False])[:, None]
+# Values written along the rows of x [4, 6].
+WRITE = {
+    **{n: lambda op, x: op(x, [0, 0, 1, 2]) for n in ("pad", "constant_pad_nd")},
+    "masked_fill": lambda op, x: op(x, MASK, 0.0),
+    "where": lambda op, x: op(MASK, x, x.flip(0)),
+    "masked_scatter": lambda op, x: op(x, MASK.expand(4, 6), x.flip(0)),
+    **{n: lambda op, x: op(x, 0, ROW_IDS[:, None].expand(2, 6), x[2:]) for n in SCATTERS},
+    **{n: lambda op, x: op(x, 0, ROW_IDS, x[2:]) for n in ("index_add", "index_copy")},
+    "index_put": lambda op, x: op(x, [ROW_IDS], x[2:]),
+    "slice_scatter": lambda op, x: op(x, x[2:], 0, 0, 2),
+    "select_scatter": lambda op, x: op(x, x[2], 0, 1),
+}
 # On the rows of x [4, 6]: what they do passes through a matrix on the columns.
 CARRY = {
     "dropout": lambda op, x: op(x, 0.0, False),
@@ -202,7 +220,20 @@ CARRY = {
     "chunk": lambda op, x: op(x, 2, 0)[1],
     "unbind": lambda op, x: op(x, 0)[1],
     "repeat": lambda op, x: op(x, [2, 1]),
-    "type_as": lambda op, x: op(x, x),
+    "repeat_interleave": lambda op, x: op(x, 2, 0),
+    "roll": lambda op, x: op(x, [1], [0]),
+    "flip": lambda op, x: op(x, [0]),
+    "tile": lambda op, x: op(x, [2, 1]),
+    "swapaxes": lambda op, x: op(x.reshape(2, 2, 6), 0, 1),
+    "moveaxis": lambda op, x: op(x.reshape(2, 2, 6), 0, 1),
+    "mT": lambda op, x: op(x.mT),
+    **{n: lambda op, x: op(x.mT[None], [2]).mT for n in ("avg_pool1d", "adaptive_avg_pool1d")},
+    **{n: lambda op, x: op(maps(x), [2, 1]).movedim(1, -1) for n in POOLS_2D},
+    **{n: lambda op, x: op(maps(x)[:, :, None], [1, 2, 1]).movedim(1, -1) for n in POOLS_3D},
+    "upsample_nearest1d": lambda op, x: op(x.mT[None], [7]).mT,
+    "upsample_linear1d": lambda op, x: op(x.mT[None], [7], False).mT,
+    "upsample_nearest2d": lambda op, x: op(maps(x), [3, 4]).movedim(1, -1),
+    **{n: lambda op, x: op(maps(x), [3, 4], False).movedim(1, -1) for n in UPSAMPLES},
     "sum": lambda op, x: op(x, [0]),
     "mean": lambda op, x: op(x, [0]),
 }
@@ -227,6 +258,43 @@ def of(word: str) -> set[str]:
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def maps(x: Tensor) -> Tensor:
+    """Return the columns of x [4, 6] as channels of a picture of two by two."""
+    return x.mT.reshape(1, 6, 2, 2)
+
+
+def test_what_is_zero_is_nothing() -> None:
+    assert of("zero") == {"zeros", "zeros_like", "new_zeros"}
+    for key in of("zero"):
+        assert not UNIFORM[key](getattr(torch.ops.aten, key), drawn(5)).any(), key
+
+
+def test_what_writes_passes_a_change_of_basis() -> None:
+    x, basis = drawn(4, 6), torch.linalg.qr(drawn(6, 6))[0]
+    assert of("write") == set(WRITE)
+    for key, call in WRITE.items():
+        op = getattr(torch.ops.aten, key)
+        torch.testing.assert_close(call(op, x @ basis), call(op, x) @ basis, msg=key)
+
+
+def test_what_is_like_another_has_its_own_values() -> None:
+    x, other = drawn(4, 6), drawn(2, 2, 6).float()
+    assert of("like") == {"type_as", "view_as", "reshape_as"}
+    assert torch.equal(torch.ops.aten.type_as(x, other), x.float())
+    for key in ("view_as", "reshape_as"):
+        assert torch.equal(getattr(torch.ops.aten, key)(x, other), x.reshape(2, 2, 6))
+
+
+def test_attention_turns_queries_with_keys_and_values_alone() -> None:
+    q, k, v = drawn(3, 4, 6)
+    basis = torch.linalg.qr(drawn(6, 6))[0]
+    assert of("attend") == {"scaled_dot_product_attention"}
+    op = torch.ops.aten.scaled_dot_product_attention
+    q, k, v = (one[None, None] for one in (q, k, v))
+    torch.testing.assert_close(op(q @ basis, k @ basis, v), op(q, k, v))
+    torch.testing.assert_close(op(q, k, v @ basis), op(q, k, v) @ basis)
 
 
 def test_what_is_uniform_has_one_value() -> None:
