@@ -218,13 +218,20 @@ def convert(  # noqa: PLR0913  the public signature
     with uncollected():
         found = _traced(call, check=check)
         plan = asked.plan(found) if plan is None else _fit(plan, found)
-        if check:
-            found, plan = with_levels(found, plan, call)
-        doll = Doll(found, plan, plain_attributes(model))
-        if check:
-            _refuse_specialised(doll, call)
-            _refuse_broken(doll, call, Graphs(found, plan))
+        own = plain_attributes(model)
+        doll = checked(found, plan, call, own) if check else Doll(found, plan, own)
         say_how_far_off(doll, call)
+    return doll
+
+
+def checked(
+    found: Trace, plan: Plan, call: Call, attributes: Mapping[str, object] | None = None
+) -> Doll:
+    """Return the doll of a trace and a plan; raises where it breaks a law on its example."""
+    found, plan = with_levels(found, plan, call)
+    doll = Doll(found, plan, attributes)
+    _refuse_specialised(doll, call)
+    _refuse_broken(doll, call, Graphs(found, plan))
     return doll
 
 

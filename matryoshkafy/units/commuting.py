@@ -235,11 +235,9 @@ def product(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
         return "squares are multiplied by a weight"
     if into:
         walk.found.contracted = True
-        for state in values.values():
-            refused = _reads(walk, node, into[0], state)
-            if refused:
-                return refused
-        return Stream() if places else None
+        gained = (s for s in values.values() if isinstance(s, Gained))
+        refused = next(filter(None, (walk.reader(node, into[0], s) for s in gained)), None)
+        return refused or (Stream() if places else None)
     if outs and values:
         return "a weight acts on each of its units (depthwise)"
     if outs:
@@ -250,7 +248,7 @@ def product(walk: Walk, node: fx.Node, known: Known, places: list[int]) -> State
 def _wrote(walk: Walk, node: fx.Node, weight: fx.Node, bias: object) -> Stream:
     """Return the stream that a weight writes; a gain may be folded into one that is used once."""
     tensors = [n for n in (weight, bias) if isinstance(n, fx.Node)]
-    plain = all(n.op == "get_attr" and len(_readers(n)) == 1 for n in tensors)
+    plain = all(n.op == "get_attr" and len(readers_of(n)) == 1 for n in tensors)
     dims = _own(walk, weight)
     if not plain or len(dims) != 1:
         return Stream()
@@ -258,17 +256,13 @@ def _wrote(walk: Walk, node: fx.Node, weight: fx.Node, bias: object) -> Stream:
     return Written(node, str(weight.target), dims[0], named)
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers_of(node: fx.Node) -> list[fx.Node]:
     """Return who reads the numbers of a tensor, not its type or its device."""
     return [user for user in node.users if user.target is not getattr]
 
 
 def _own(walk: Walk, node: fx.Node) -> list[int]:
     return walk.places(node) or []
-
-
-def _reads(walk: Walk, node: fx.Node, weight: fx.Node, state: State) -> str | None:
-    return walk.reader(node, weight, state) if isinstance(state, Gained) else None
 
 
 def _met(walk: Walk, values: Known, places: list[int]) -> State | str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +20,19 @@ from matryoshkafy.units.turning import GroupBasis, energy_of, turned_back
 TOLERANCE = 1e-4
 
 
+@dataclass(frozen=True)
+class Turned:
+    """A group in a new basis: its row, the matrix [n, n], how far the full model moved."""
+
+    row: GroupBasis
+    basis: Tensor
+    error: float
+
+
 def turned_exactly(
     doll: Doll, plan: Plan, seen: Survey, batch: object, moment: Callable[[], Tensor]
-) -> tuple[GroupBasis, Tensor] | str:
-    """Turn a group in place; return its row and basis, or why it was put back as it had been.
+) -> Turned | str:
+    """Turn a group in place; return what was done, or why it was put back as it had been.
 
     plan: of the group's dims; moment: measures [n, n] the second moment after the gains are folded.
     """
@@ -30,7 +40,7 @@ def turned_exactly(
     probe = flat_inputs(doll, batch)
     kept = _copies(doll, plan, seen)
     before = run_graph(doll, trace_of(doll).graph, probe)
-    _fold(doll, seen)
+    fold(doll, seen)
     found = moment()
     widths = [w[g] for w in plan.ladder]
     basis = mean_kept(found, widths) if seen.mean else principal(found)
@@ -42,7 +52,7 @@ def turned_exactly(
         return f"the full model moves by {error:.0e}"
     group, energy = plan.groups[g], energy_of(found, basis, widths)
     folded = (*seen.gains, *seen.written)
-    return GroupBasis(group.name, group.size, folded, seen.mean, energy), basis
+    return Turned(GroupBasis(group.name, group.size, folded, seen.mean, energy), basis, error)
 
 
 def _copies(doll: Doll, plan: Plan, seen: Survey) -> dict[str, Tensor]:
@@ -63,7 +73,7 @@ def _restore(doll: Doll, copies: Mapping[str, Tensor]) -> None:
         state[name].data.copy_(tensor)
 
 
-def _fold(doll: Doll, seen: Survey) -> None:
+def fold(doll: Doll, seen: Survey) -> None:
     """g n + b read by W becomes n + b / g read by W diag(g), g (W x + b) what diag(g) W writes:
     gains become ones, biases stay.
     """

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, fx
 
 from matryoshkafy.axes import dims
-from matryoshkafy.dolls.batches import flat_inputs, run_graph
+from matryoshkafy.dolls.batches import flat_inputs
 from matryoshkafy.dolls.doll import Doll, trace_of
-from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import PlanError
 from matryoshkafy.graph.nodes import outputs_of
 from matryoshkafy.plan.output_scope import axis_plan
 from matryoshkafy.plan.plan import Plan
-from matryoshkafy.units.exactly import turned_exactly
+from matryoshkafy.units.exactly import Turned, turned_exactly
 from matryoshkafy.units.permute import OrderError
 from matryoshkafy.units.sites import Site, measure_at
 from matryoshkafy.units.survey import survey
-from matryoshkafy.units.turning import GroupBasis, moment_from, turned_back
+from matryoshkafy.units.turning import moment_from
 
 
-@dataclass(frozen=True)
-class TurnedOutput:
-    """What was done: the group's row, its basis [n, n], how far the full model moved, and the plan
-    that knows which outputs carry the axis.
-    """
-
-    row: GroupBasis
-    basis: Tensor
-    error: float
-    plan: Plan
-
-
-def turned_output(doll: Doll, batches: list[object]) -> TurnedOutput:
-    """Turn the output of a doll of scope="output" in place.
+def turned_output(doll: Doll, batches: list[object]) -> tuple[Turned, Plan]:
+    """Turn the output of a doll of scope="output" in place; return what was done, and the plan that
+    knows which outputs carry the axis.
 
     Raises:
         OrderError: what stands in the way; nothing has changed then.
@@ -47,14 +33,10 @@ def turned_output(doll: Doll, batches: list[object]) -> TurnedOutput:
     seen = survey(trace.graph, plan, trace.state(), 0)
     if seen.obstacles:
         raise _refused(seen.obstacles[0])
-    probe = flat_inputs(doll, batches[0])
-    before = run_graph(doll, trace.graph, probe)
     made = turned_exactly(doll, plan, seen, batches[0], lambda: _moment(doll, plan, batches))
     if isinstance(made, str):
         raise _refused(made)
-    row, basis = made
-    after = turned_back(doll, {0: basis}, run_graph(doll, trace.graph, probe), plan)
-    return TurnedOutput(row, basis, relative_error(after, before), plan)
+    return made, plan
 
 
 def _moment(doll: Doll, plan: Plan, batches: list[object]) -> Tensor:

@@ -19,6 +19,7 @@ from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.units.bases import outliers_kept, turn
+from matryoshkafy.units.exactly import fold
 from matryoshkafy.units.normed import stream
 from matryoshkafy.units.states import Survey
 from matryoshkafy.units.survey import survey
@@ -41,6 +42,7 @@ def turned_post_norm(
     before = run_graph(doll, trace_of(doll).graph, probe)
     state, size = trace_of(doll).state(), doll.plan.groups[group].size
     widths = [w[group] for w in doll.plan.ladder]
+    fold(doll, seen)
     moment, spreads = moment_of(doll, batches, group), _Spreads()
     stream(doll, batches, spreads.add)
     gains = {n: state[n].detach().double() + g.offset for n, g in seen.diagonal.items()}

@@ -124,11 +124,11 @@ def rotate(  # noqa: PLR0913  the public signature
         )
     batches = list(batches)
     left = checked(doll, batches, by, None, unread)
-    if doll.plan.options.scope == "output":
-        return _of_output(doll, batches)
     training = doll.training
     doll.eval()
     try:
+        if doll.plan.options.scope == "output":
+            return _of_output(doll, batches)
         probe = flat_inputs(doll, batches[0])
         reference = run_graph(doll, trace_of(doll).graph, probe)
         found, obstacles = _surveyed(doll, keep)
@@ -153,14 +153,8 @@ def rotate(  # noqa: PLR0913  the public signature
 
 
 def _of_output(doll: Doll, batches: list[object]) -> RotateReport:
-    training = doll.training
-    doll.eval()
-    try:
-        made = turned_output(doll, batches)
-    finally:
-        doll.train(training)
-    sizes, (row, basis) = doll.plan.sizes, (made.row, made.basis)
-    return RotateReport(sizes, (row,), {0: basis}, (), None, made.error, plan=made.plan)
+    made, plan = turned_output(doll, batches)
+    return RotateReport(plan.sizes, (made.row,), {0: made.basis}, (), None, made.error, plan=plan)
 
 
 def _stream(plan: Plan, group: int) -> bool:
@@ -196,6 +190,6 @@ def _rotated(
         if isinstance(made, str):
             obstacles[g] = made
             continue
-        row, bases[g] = made
-        rows.append(row)
+        bases[g] = made.basis
+        rows.append(made.row)
     return tuple(rows), bases

@@ -52,7 +52,6 @@ class Uniform:
     """The same number at every unit."""
 
 
-STEEP = 1e3  # a bias over its gain that float32 still adds to a normalised unit
 State = Stream | Weight | Gained | Squared | Uniform
 Reader = tuple[str, int]
 

@@ -24,7 +24,7 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rules import op_of
-from matryoshkafy.units.commuting import RULES, carried, norm, product
+from matryoshkafy.units.commuting import RULES, carried, norm, product, readers_of
 from matryoshkafy.units.normed import NORMS
 from matryoshkafy.units.states import Gained, State, Stream, Survey, Uniform, Weight
 
@@ -185,9 +185,7 @@ def _passes(node: fx.Node) -> bool:
 def _uses(node: fx.Node, walk: _Walk) -> int:
     """Count the uses of a weight other than reading a gained stream."""
     count = 0
-    for user in node.users:
-        if user.target is getattr:  # its type or its device
-            continue
+    for user in readers_of(node):
         if _passes(user) and user.all_input_nodes[0] is node:
             count += _uses(user, walk)
         elif not any(isinstance(walk.states.get(n), Gained) for n in user.all_input_nodes):

@@ -200,6 +200,33 @@ def test_diagonal_gains_are_exact_where_gains_are_alike() -> None:
     assert mk.verify(doll, tokens()).passed
 
 
+class PostNormScaled(PostNorm):
+    """Post-norm, and LayerScale on what each block adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList([nn.Parameter(torch.randn(16)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        for norm, up, down, gain in zip(self.norms, self.ups, self.downs, self.gains, strict=False):
+            h = norm(h + gain * down(torch.relu(up(h))))
+        return self.head(h)
+
+
+def test_a_gain_behind_a_product_costs_a_post_norm_stream_nothing() -> None:
+    model = PostNormScaled()
+    with torch.no_grad():
+        for norm in model.norms:
+            norm.weight.fill_(1.5)
+    before = made(copy.deepcopy(model))(tokens(3)).detach()
+    doll = made(model)
+    report = rotate(doll, [tokens(1), tokens(2)], unread="leave", post_norm="diagonal", outliers=0)
+    assert [row.units for row in report.rotated] == [MAIN] and report.cost <= 1e-5
+    assert relative_error(doll(tokens(3)).detach(), before) <= 1e-5
+    assert mk.verify(doll, tokens()).passed
+
+
 def test_diagonal_gains_say_what_they_cost() -> None:
     """Other gains do not commute: diagonal and bias are least squares over the inputs."""
     model = PostNorm()

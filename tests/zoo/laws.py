@@ -13,15 +13,13 @@ from torch import nn
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.calls import Call
-from matryoshkafy.dolls.check import with_levels
-from matryoshkafy.dolls.convert import Asked, _refuse_broken, _refuse_specialised
+from matryoshkafy.dolls.convert import Asked, checked
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.freeze import Request
 from matryoshkafy.plan.plan import Options
-from matryoshkafy.rewrite.graphs import Graphs
 from tests.zoo.judge import Wrong, snapshot, unchanged
 from tests.zoo.registry import Entry
 
@@ -85,12 +83,8 @@ def _row(entry: Entry, built: Any, found: Trace, nesting: str) -> Row:
     model, args, kwargs = built
     before = snapshot(model)
     try:
-        call = Call(model, tuple(args), dict(kwargs))
         plan = Asked(Request(Options(nesting), list(RATIOS)), (), "").plan(found)
-        own, plan = with_levels(found, plan, call)
-        doll = Doll(own, plan)
-        _refuse_specialised(doll, call)
-        _refuse_broken(doll, call, Graphs(own, plan))
+        doll = checked(found, plan, Call(model, tuple(args), dict(kwargs)))
     except mk.MatryoshkafyError as error:
         return Row(entry.name, entry.family, nesting, "refused", str(error).splitlines()[0])
     report = mk.verify(doll, args, kwargs)
