@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -109,3 +112,28 @@ def converted(name: str, nesting: str) -> mk.Doll:
     """Return a doll of one of the models, one for all tests: none may change it."""
     model, inputs = build(name)
     return mk.convert(model, inputs, sizes=SIZES, nesting=nesting)
+
+
+def sentence_encoder(folder: Path) -> Any:
+    """Return a SentenceTransformer of six words: a BERT of width 16 without dropout, and mean
+    pooling. Its encoder is written to the folder.
+    """
+    library = pytest.importorskip("sentence_transformers")
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"one two three four five six".split()]
+    vocabulary = {w: i for i, w in enumerate(words)}
+    transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.4,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return library.SentenceTransformer(str(folder), device="cpu")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import matryoshkafy as mk
 from matryoshkafy.training import NestedSentenceLoss, SentenceLossError
+from tests.small_models import sentence_encoder
 
 library = pytest.importorskip("sentence_transformers")
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -21,26 +22,7 @@ TEXTS = ["one two", "three four five", "six", "two five three"]
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A BERT of width 16 with mean pooling, no dropout."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"one two three four five six".split()]
-    vocabulary = {w: i for i, w in enumerate(words)}
-    transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.4,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return library.SentenceTransformer(str(folder), device="cpu")
+    return sentence_encoder(tmp_path_factory.mktemp("bert"))
 
 
 def features(model: Any) -> list[dict[str, Tensor]]:

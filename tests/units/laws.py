@@ -32,6 +32,12 @@ class Row:
     groups: int = 0
     kept: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name:28} {self.status:8} output {self.output:.0e} gradient {self.gradient:.0e} "
+            f"groups {self.groups} kept {len(self.kept)} {self.message[:90]}"
+        )
+
 
 def measure(entry: Entry, by: str = "activation") -> Row:
     """Return the row of one architecture."""

@@ -8,11 +8,9 @@ Rows are appended to the jsonl file as they come and are not measured again.
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +18,8 @@ import torch
 import matryoshkafy as mk
 from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.units.rotate import rotate
-from tests.zoo.registry import Entry, entries
+from tests.units.rows import measured_rows
+from tests.zoo.registry import Entry
 
 HEAD = """# What rotates
 
@@ -47,6 +46,9 @@ class Row:
     turned: int = 0
     error: float = 0.0
     why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name:28} {self.done:14} {self.error:.0e} {self.why[:90]}"
 
     @property
     def reason(self) -> str:
@@ -111,18 +113,9 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("build/rotation.jsonl"))
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    options.rows.parent.mkdir(parents=True, exist_ok=True)
-    warnings.simplefilter("ignore")
-    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
-    rows = {row.name: row for row in (Row(**json.loads(line)) for line in lines)}
-    for entry in entries(options.names or None):
-        if entry.name not in rows and "large" not in entry.tags:
-            rows[entry.name] = row = _safely(entry)
-            with options.rows.open("a") as sink:
-                sink.write(json.dumps(asdict(row)) + "\n")
-            print(f"{row.name:28} {row.done:14} {row.error:.0e} {row.why[:90]}", flush=True)
+    rows = measured_rows(options.names, options.rows, Row, _safely)
     if options.output:
-        options.output.write_text("\n".join(page(list(rows.values()))) + "\n")
+        options.output.write_text("\n".join(page(rows)) + "\n")
 
 
 if __name__ == "__main__":

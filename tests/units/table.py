@@ -8,13 +8,11 @@ Rows are appended to the jsonl file as they come and are not measured again.
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 from tests.units.laws import Row, measure
-from tests.zoo.registry import Entry, entries
+from tests.units.rows import measured_rows
+from tests.zoo.registry import Entry
 
 
 def main() -> None:
@@ -23,20 +21,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--rows", type=Path, default=Path("build/order.jsonl"))
     options = parser.parse_args()
-    options.rows.parent.mkdir(parents=True, exist_ok=True)
-    warnings.simplefilter("ignore")
-    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
-    known = {json.loads(line)["name"] for line in lines}
-    for entry in entries(options.names or None):
-        if entry.name not in known and "large" not in entry.tags:
-            row = _safely(entry)
-            with options.rows.open("a") as sink:
-                sink.write(json.dumps(asdict(row)) + "\n")
-            print(
-                f"{row.name:28} {row.status:8} output {row.output:.0e} gradient {row.gradient:.0e} "
-                f"groups {row.groups} kept {len(row.kept)} {row.message[:90]}",
-                flush=True,
-            )
+    measured_rows(options.names, options.rows, Row, _safely)
 
 
 def _safely(entry: Entry) -> Row:

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.units.permute import OrderError
-
-WIDTH = 16
+from tests.small_models import WIDTH, sentence_encoder
 
 
 def rows(seed: int = 0, n: int = 64) -> Tensor:
@@ -180,23 +179,7 @@ class TestAddDense:
 
     @pytest.fixture
     def encoder(self, tmp_path: Path) -> Any:
-        library = pytest.importorskip("sentence_transformers")
-        transformers = pytest.importorskip("transformers")
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"one two three four five".split()]
-        vocabulary = {w: i for i, w in enumerate(words)}
-        transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            max_position_embeddings=16,
-            initializer_range=0.4,
-        )
-        transformers.BertModel(config).save_pretrained(tmp_path)
-        model = library.SentenceTransformer(str(tmp_path), device="cpu")
+        model = sentence_encoder(tmp_path)
         modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
         model.append(modules.Normalize())
         return model
