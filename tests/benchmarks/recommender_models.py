@@ -42,7 +42,10 @@ class Recipe:
     `tokens` are ids beside the items (0 pads, BERT4Rec's mask is the last one). `batches` turns
     training rows [B, T + 1] into inputs and targets. `pads_right`: histories begin at the first
     position, so that a causal model never sees padding and a batch is as long as its longest
-    history; `asks_by_mask`: the next item is asked for by a mask behind the history;
+    history; `skips_padding`: what pads at the left changes nothing, so it is left out where batches
+    are of histories of like length; `lengths`: a trace of the model takes one length alone, so it is
+    converted at these, too; `asks_by_mask`: the next item is asked for by a mask behind the
+    history;
     `every_position` has scores, else the last one alone, and every prefix of a history is a row.
     """
 
@@ -50,6 +53,8 @@ class Recipe:
     batches: Callable[[np.ndarray, np.random.Generator], Pairs]
     tokens: int = 1
     pads_right: bool = False
+    skips_padding: bool = False
+    lengths: tuple[int, ...] = ()
     asks_by_mask: bool = False
     every_position: bool = True
     dropout: float = 0.5
@@ -145,8 +150,8 @@ def fmrlrec(items: int, width: int, length: int) -> nn.Module:
 RECIPES = {
     "sasrec": Recipe(sasrec, shifted_right, pads_right=True, epochs=40),
     "hstu": Recipe(hstu, shifted_right, pads_right=True, epochs=40),
-    "lrurec": Recipe(lrurec, shifted, epochs=40),
-    "fmrlrec": Recipe(fmrlrec, shifted, epochs=40),
+    "lrurec": Recipe(lrurec, shifted, skips_padding=True, lengths=(8, 16, 32), epochs=40),
+    "fmrlrec": Recipe(fmrlrec, shifted, skips_padding=True, epochs=40),
     "bert4rec": Recipe(bert4rec, cloze, tokens=2, asks_by_mask=True, dropout=0.2, epochs=150),
     "fmlprec": Recipe(fmlp_rec, last_item, every_position=False, batch=512, epochs=40),
 }
@@ -183,13 +188,13 @@ def epoch_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of one epoch, a function of seed and epoch alone.
 
-    `alike`: where padding is at the right, batches are of histories of like length, in random
-    order, and as long as their longest; the last one may be smaller. Otherwise all batches are
-    random ones of one shape.
+    `alike`: where padding is at the right or skipped, batches are of histories of like length, in
+    random order, and as long as their longest; the last one may be smaller. Otherwise all batches
+    are random ones of one shape.
     """
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(rows))
-    sort = alike and recipe.pads_right
+    sort = alike and (recipe.pads_right or recipe.skips_padding)
     if sort:
         lengths = (rows > 0).sum(1)[order]
         order = order[np.argsort(lengths, kind="stable")]
@@ -198,5 +203,6 @@ def epoch_batches(
         pair = recipe.batches(rows[order[start : start + recipe.batch]], random)
         if sort:
             longest = int((pair[0] > 0).sum(1).max())
-            pair = pair[0][:, :longest], pair[1][:, :longest]
+            kept = slice(longest) if recipe.pads_right else slice(-longest, None)
+            pair = pair[0][:, kept], pair[1][:, kept]
         yield torch.from_numpy(pair[0]), torch.from_numpy(pair[1])

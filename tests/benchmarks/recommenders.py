@@ -112,7 +112,37 @@ class Training:
         return int(parse_ladder(self.sizes).rungs[-1])
 
 
-def doll_of(training: Training) -> Any:
+class Lengths:
+    """Dolls of one model, which share its parameters, traced at lengths of a history.
+
+    Where they are `fixed`, a batch goes to the shortest that holds it. `longest` stands for all of
+    them elsewhere.
+    """
+
+    def __init__(self, dolls: dict[int, Any], *, fixed: bool) -> None:
+        self.dolls, self.longest = dict(sorted(dolls.items())), dolls[max(dolls)]
+        self.fixed = fixed
+
+    def outputs(self, sequences: Tensor) -> Any:
+        """Outputs at every size of histories [B, T], padded at the left where a length is fixed."""
+        if not self.fixed:
+            return self.longest.outputs(sequences)
+        length = next(n for n in self.dolls if n >= sequences.shape[1])
+        return self.dolls[length].outputs(padded(sequences, length))
+
+    def train(self, mode: bool = True) -> Lengths:
+        """Switch the dropout of all."""
+        for doll in self.dolls.values():
+            doll.train(mode)
+        return self
+
+
+def padded(sequences: Tensor, length: int) -> Tensor:
+    """Histories [B, T] with padding at the left up to a length."""
+    return nn.functional.pad(sequences, (length - sequences.shape[1], 0))
+
+
+def dolls_of(training: Training) -> Lengths:
     """The converted model; of one size it computes what the plain model does."""
     recipe, length = training.recipe, training.config.max_length
     if training.features is None:
@@ -121,12 +151,15 @@ def doll_of(training: Training) -> Any:
         shape = Shape(training.dataset.item_count, training.width, r_min=0.8)
         model = Recommender(shape, training.features)
     model = small(model, training.nested.dropout or recipe.dropout, training.seed)
-    example = torch.ones(3, length, dtype=torch.int64)
-    if training.sizes.isdigit() or training.nested.nesting == "sliced":
-        doll = mk.convert(model, (example,), sizes=training.sizes, nesting="sliced")
-    else:
-        doll = mk.convert(model, (example,), sizes=training.sizes, nesting="masked", norm="prefix")
-    return doll.to(training.device)
+    shorter = {n for n in recipe.lengths if n < length} if training.device == "cpu" else set()
+    masked = not training.sizes.isdigit() and training.nested.nesting == "masked"
+    how: dict[str, Any] = {"nesting": "masked", "norm": "prefix"} if masked else {}
+    dolls: dict[int, Any] = {}
+    for each in (*shorter, length):
+        example = torch.ones(3, each, dtype=torch.int64)
+        doll = mk.convert(model, (example,), sizes=training.sizes, **{"nesting": "sliced", **how})
+        dolls[each] = doll.to(training.device)
+    return Lengths(dolls, fixed=bool(recipe.lengths))
 
 
 def loss_of(doll: Any, nested: Nested) -> mk.MatryoshkaLoss:
@@ -157,7 +190,8 @@ def optimizer_of(doll: Any, loss: nn.Module, recipe: Recipe) -> torch.optim.Opti
 
 def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     """Trains to the last epoch, from where an earlier call got to; returns the history."""
-    doll = doll_of(training)
+    dolls = dolls_of(training)
+    doll = dolls.longest
     loss = loss_of(doll, training.nested)
     optimizer = optimizer_of(doll, loss, training.recipe)
     parts = {"doll": doll, "loss": loss, "optimizer": optimizer}
@@ -170,16 +204,16 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
         rows = listed(rows)
     # Whom the largest size teaches is asked of the device, so such a step is not recorded.
     records = not training.nested.distill
-    step = Replayed(backward_of(training, doll, loss), optimizer, CLIP, records=records)
+    step = Replayed(backward_of(training, dolls, loss), optimizer, CLIP, records=records)
     for epoch in range(len(history), training.epochs):
         started, clock = time.process_time(), time.perf_counter()
-        doll.train()
+        dolls.train()
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": epoch_loss(training, step, rows, epoch)}
         row["cpu seconds"] = time.process_time() - started
         row["seconds"] = time.perf_counter() - clock
         measures = (epoch + 1) % training.validate == 0 or epoch + 1 == training.epochs
         if measures:
-            row["validation"] = measured(doll, training, "validation")
+            row["validation"] = measured(dolls, training, "validation")
         history.append(row)
         if measures:
             save_run(folder / "state", parts, {"history": history})
@@ -187,7 +221,7 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def backward_of(training: Training, doll: Any, loss: mk.MatryoshkaLoss) -> Backward:
+def backward_of(training: Training, dolls: Lengths, loss: mk.MatryoshkaLoss) -> Backward:
     """(inputs, targets, the positions that learn) -> the loss, after its backward.
 
     A step that is recorded cannot ask which positions count, so there they are given.
@@ -196,7 +230,7 @@ def backward_of(training: Training, doll: Any, loss: mk.MatryoshkaLoss) -> Backw
     def backward(inputs: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
         kind, half = training.device, training.precision == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):
-            outputs = doll.outputs(masked_ids(inputs, training))
+            outputs = dolls.outputs(masked_ids(inputs, training))
             found: Any = loss(outputs.at(*places) if places else outputs, targets)
         found.backward()
         return found.detach()
@@ -238,14 +272,15 @@ def masked_ids(inputs: Tensor, training: Training) -> Tensor:
     return inputs.masked_fill(inputs < 0, mask)
 
 
-def measured(doll: Any, training: Training, split: str) -> dict[str, Table]:
+def measured(dolls: Lengths, training: Training, split: str) -> dict[str, Table]:
     """Metrics of every size under both protocols."""
     with torch.inference_mode():
-        scorer, data, where = scorer_of(doll.eval(), training), training.dataset, training.device
+        scorer = scorer_of(dolls.train(False), training)
+        data, where = training.dataset, training.device
         return evaluate(scorer, data, split, training.config, device=where)
 
 
-def scorer_of(doll: Any, training: Training) -> Scorer:
+def scorer_of(dolls: Lengths, training: Training) -> Scorer:
     """Scores of every size where a recipe asks for the next item."""
     recipe, items = training.recipe, training.dataset.item_count + 1
 
@@ -255,13 +290,12 @@ def scorer_of(doll: Any, training: Training) -> Scorer:
         if recipe.pads_right:
             last = (sequences != 0).sum(1) - 1
             sequences = moved_left(sequences)
-        elif sequences.shape[1] < training.config.max_length:
-            missing = training.config.max_length - sequences.shape[1]
-            sequences = nn.functional.pad(sequences, (missing, 0))
+        elif not recipe.skips_padding:
+            sequences = padded(sequences, training.config.max_length)
         if recipe.asks_by_mask:
             asked = masked_ids(torch.full_like(sequences[:, :1], -1), training)
             sequences = torch.cat((sequences[:, 1:], asked), dim=1)
-        outputs = doll.outputs(sequences)
+        outputs = dolls.outputs(sequences)
         index = (rows, last) if recipe.every_position else (slice(None),)
         for size, found in outputs.scores_at(*index):
             yield str(size), found[:, :items]
@@ -294,11 +328,11 @@ def train_command(given: argparse.Namespace) -> None:
     folder = run_folder(given, nested)
     folder.mkdir(parents=True, exist_ok=True)
     history = train(training, folder)
-    doll = doll_of(training)
-    loss = loss_of(doll, training.nested)
+    dolls = dolls_of(training)
+    doll, loss = dolls.longest, loss_of(dolls.longest, training.nested)
     parts = {"doll": doll, "loss": loss, "optimizer": optimizer_of(doll, loss, recipe)}
     resume_run(folder / "state", parts)
-    found = {"epochs": len(history), "test": measured(doll, training, "test")}
+    found = {"epochs": len(history), "test": measured(dolls, training, "test")}
     (folder / "test.json").write_text(json.dumps(found, indent=1))
     print(line_of({**history[-1], "validation": found["test"]}), "(test)")
 
