@@ -43,8 +43,8 @@ class Recipe:
     training rows [B, T + 1] into inputs and targets. `pads_right`: histories begin at the first
     position, so that a causal model never sees padding and a batch is as long as its longest
     history; `skips_padding`: what pads at the left changes nothing, so it is left out where batches
-    are of histories of like length; `lengths`: a trace of the model takes one length alone, so it is
-    converted at these, too; `asks_by_mask`: the next item is asked for by a mask behind the
+    are of histories of like length; `lengths`: a trace of the model takes one length alone, so it
+    is converted at these, too; `asks_by_mask`: the next item is asked for by a mask behind the
     history;
     `every_position` has scores, else the last one alone, and every prefix of a history is a row.
     """
