@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 import matryoshkafy
 from matryoshkafy.deploy.profile import device_of, size_of
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.training import Recipe, Term, distil
+from matryoshkafy.training import Corrections, Recipe, Term, distil
+from matryoshkafy.units.norm_scales import norm_scales
 from matryoshkafy_cli.screen import CommandError, table
 
 START, RUN, REPORT = "start", "run", "report.json"
@@ -66,8 +67,8 @@ class Task:
     """What a family is made of: its sizes, how long it is distilled, where it goes.
 
     `untie`: a head that is its table gets a weight of its own first. `device`: where it is
-    distilled, which is where the time goes. Without steps each size below the largest gets weights
-    of its own, fitted to the full model.
+    distilled, which is where the time goes; each size learns corrections of its own, too. Without
+    steps each size below the largest gets weights of its own, fitted to the full model.
     """
 
     sizes: str
@@ -135,11 +136,12 @@ def make(subject: Subject, task: Task, step: Step) -> list[SizeRow]:
         doll = converted(subject, task)
     with step("ordering the units"):
         started(doll, subject, task)
+    own = None
     if task.steps:
         with step("distilling"):
-            distilled(doll, teacher, subject, task)
+            own = distilled(doll, teacher, subject, task)
     with step("cutting, writing and measuring the sizes"):
-        rows = measured(doll, teacher, subject, task)
+        rows = measured(doll, teacher, subject, task, own)
     found = {"sizes": [r.as_json() for r in rows], "steps": task.steps, "seed": task.seed}
     (task.output / REPORT).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return rows
@@ -187,10 +189,13 @@ def _take(doll: Doll, saved: nn.Module, place: Path) -> None:
             state[name].copy_(tensor)
 
 
-def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> None:
-    """Let every size learn from the full model, or go on where a run was killed."""
+def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> Corrections | None:
+    """Let every size learn from the full model, or go on where a run was killed; return what each
+    size has of its own.
+    """
     batch = min(64, len(subject.train))
     recipe = Recipe(task.steps, batch, terms=subject.terms(doll), seed=task.seed, save=50)
+    own = Corrections.start(doll, scales=norm_scales(doll, calibration(subject)))
     report = distil(
         doll.to(task.device),
         teacher.to(task.device),
@@ -199,19 +204,23 @@ def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> N
         collate=subject.batch,
         lengths=subject.lengths,
         folder=task.place(RUN),
+        corrections=own,
     )
     for module in (doll, teacher):
         module.cpu()
     (task.output / "distil.txt").write_text(f"{report}\n", encoding="utf-8")
+    return report.corrections
 
 
-def measured(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> list[SizeRow]:
+def measured(
+    doll: Doll, teacher: nn.Module, subject: Subject, task: Task, own: Corrections | None
+) -> list[SizeRow]:
     """Write the folder of every size and return its row."""
     _, truth = subject.quality(teacher, None)
     rows = []
     for size in doll.sizes:
         folder = task.output / f"size-{size}"
-        cut = matryoshkafy.slice(doll, size)
+        cut = own.slice(doll, size) if own else matryoshkafy.slice(doll, size)
         if not task.steps and size < doll.sizes[-1]:
             matryoshkafy.refit(cut, doll, calibration(subject))
         small = subject.write(doll, cut, folder)

@@ -9,6 +9,7 @@ from matryoshkafy.training.all_sizes import own_loss as own_loss
 from matryoshkafy.training.blaming import Blame as Blame
 from matryoshkafy.training.blaming import NonFiniteLoss as NonFiniteLoss
 from matryoshkafy.training.blaming import first_non_finite as first_non_finite
+from matryoshkafy.training.corrections import Corrections as Corrections
 from matryoshkafy.training.distil import distil as distil
 from matryoshkafy.training.initialising import scale_rows as scale_rows
 from matryoshkafy.training.recipes import DistilError as DistilError

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from matryoshkafy.dolls.batches import arguments_of, moved
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.training.live_scales import LiveScales
+from matryoshkafy.training.corrections import Corrections
+from matryoshkafy.training.live_corrections import LiveCorrections
 from matryoshkafy.training.recipes import DistilError, Recipe
 from matryoshkafy.training.replaying import Replayed
 from matryoshkafy.training.resuming import batches, is_first, resume_run, save_run
@@ -24,7 +25,6 @@ from matryoshkafy.training.rota import Rota, Share
 from matryoshkafy.training.rows import alike
 from matryoshkafy.training.taught import Taught
 from matryoshkafy.training.watching import RunLog
-from matryoshkafy.units.norm_scales import NormScales
 
 Prepare = Callable[[nn.Module], nn.Module]
 # {size: weight of its loss}, the batch, and what the teacher says of it for each term.
@@ -34,13 +34,13 @@ Pass = tuple[dict[int, float], Any, list[Tensor]]
 @dataclass(frozen=True)
 class DistilReport:
     """Steps done in all, and per size the mean loss over its first and its last ten steps; the
-    learnt `scales`, where distillation began with some.
+    learnt `corrections`, where distillation began with some.
     """
 
     steps: int
     first: Mapping[int, float]
     last: Mapping[int, float]
-    scales: NormScales | None = None
+    corrections: Corrections | None = None
 
     def __str__(self) -> str:
         if all(math.isnan(loss) for loss in self.last.values()):
@@ -61,7 +61,7 @@ def distil(  # noqa: PLR0913  the public signature
     events: str | os.PathLike[str] | None = None,
     watch: Callable[[int], object] | None = None,
     prepare: Prepare | None = None,
-    scales: NormScales | None = None,
+    corrections: Corrections | None = None,
 ) -> DistilReport:
     """Train every size of a doll on a frozen teacher's outputs, in place.
 
@@ -87,11 +87,12 @@ def distil(  # noqa: PLR0913  the public signature
         prepare: module -> module, what several processes need around the one that is trained:
             `accelerator.prepare`, DistributedDataParallel, or FSDP2's fully_shard. Each process
             computes its part of the rows of a batch, and only they are compared with each other.
-        scales: `norm_scales` of the doll: each size learns with its own factors of the norms, and
-            they learn too. Fold the report's into the slices; the doll itself is without.
+        corrections: `Corrections.start(doll)`: each size learns with a few numbers of its own, too.
+            Cut slices with the report's (`report.corrections.slice(doll, size)`); the doll itself
+            is without.
 
     Returns:
-        The losses per size of the steps done in this call, and the scales as they are then.
+        The losses per size of the steps done in this call, and the corrections as they are then.
 
     Raises:
         DistilError: rows, teacher or recipe do not fit.
@@ -113,7 +114,7 @@ def distil(  # noqa: PLR0913  the public signature
         raise DistilError(
             f"{len(lengths)} lengths were given for {len(data)} rows; give one for each row"
         )
-    live = None if scales is None else LiveScales(doll, scales)
+    live = None if corrections is None else LiveCorrections(doll, corrections)
     student = Student(doll, teacher, live)
     run = _Run(student, Rows(data, collate, lengths, world), recipe, prepare)
     return run.carried_out(Places(folder, events), watch or _nobody)
@@ -121,11 +122,11 @@ def distil(  # noqa: PLR0913  the public signature
 
 @dataclass(frozen=True)
 class Student:
-    """Who learns from whom, and with which factors of its norms."""
+    """Who learns from whom, and with which corrections."""
 
     doll: Doll
     teacher: nn.Module | Tensor | None
-    scales: LiveScales | None = None
+    corrections: LiveCorrections | None = None
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,10 @@ class _Run:
         # A copy of the doll has the doll's order of units, every other teacher the user's own.
         self.teacher = _frozen(doll, teacher)
         self.device = next(doll.parameters()).device.type
-        self.rota = Rota(tuple(doll.sizes), recipe.sizes, recipe.weights, recipe.widen, recipe.last)
+        self.rota = Rota(tuple(doll.sizes), recipe.mode, recipe.weights, recipe.widen, recipe.last)
         foreign = teacher is not None
-        self.taught = Taught(doll, recipe.terms, foreign=foreign, scales=student.scales)
+        live = student.corrections
+        self.taught = Taught(doll, recipe.terms, foreign=foreign, corrections=live)
         first = torch.arange(min(8, len(rows.data)))
         batch = moved(rows.batch(first), doll)
         self.taught.project(batch, self.lessons(first, batch))
@@ -213,9 +215,9 @@ class _Run:
         """Do the steps that are left."""
         recipe = self.recipe
         losses: dict[int, list[float]] = {m: [] for m in self.doll.sizes}
-        projections, scales = self.taught.projections, self.taught.scales
+        projections, own = self.taught.projections, self.taught.corrections
         parts = {"model": self.doll, "projections": projections, "optimizer": self.optimizer}
-        parts |= {} if scales is None else {"scales": scales}
+        parts |= {} if own is None else {"corrections": own}
         position = None if places.run is None else resume_run(places.run, parts)
         self.replayed.hold_rates()
         start = 0 if position is None else position["step"]
@@ -231,7 +233,7 @@ class _Run:
                     watch(step + 1)
         first = {m: _mean(values[:10]) for m, values in losses.items()}
         last = {m: _mean(v[-10:]) for m, v in losses.items()}
-        return DistilReport(recipe.steps, first, last, None if scales is None else scales.found())
+        return DistilReport(recipe.steps, first, last, None if own is None else own.found())
 
     def _saved(
         self, folder: str | os.PathLike[str] | None, parts: Mapping[str, object], done: int

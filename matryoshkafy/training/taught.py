@@ -13,24 +13,25 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.batches import arguments_of
 from matryoshkafy.dolls.doll import Doll, tables_of
 from matryoshkafy.losses.distillation import KINDS
-from matryoshkafy.training.live_scales import LiveScales
+from matryoshkafy.training.live_corrections import LiveCorrections
 from matryoshkafy.training.recipes import PROJECTED, DistilError, Term
 from matryoshkafy.units.permute import users_order
 
-PROJECTIONS, SCALES = "matryoshka_projections", "matryoshka_scales"
+PROJECTIONS, CORRECTIONS = "matryoshka_projections", "matryoshka_corrections"
 _norm = cast("Callable[[Tensor], Tensor]", Tensor.norm)  # pyright: ignore[reportUnknownMemberType]
 
 
 class Taught(nn.Module):
     """`losses = Taught(doll, terms)(sizes, batch, lessons)`: what these sizes have yet to learn.
 
-    It holds the doll's own parameters under the user's own names, the projections and the scales
-    under names of ours. `foreign`: the teacher's units stand in the user's order, not the doll's.
+    It holds the doll's own parameters under the user's own names, the projections and the
+    corrections under names of ours. `foreign`: the teacher's units stand in the user's order, not
+    the doll's.
     """
 
     terms: tuple[Term, ...]
     foreign: bool
-    scales: LiveScales | None
+    corrections: LiveCorrections | None
 
     def __init__(
         self,
@@ -38,11 +39,12 @@ class Taught(nn.Module):
         terms: Sequence[Term],
         *,
         foreign: bool,
-        scales: LiveScales | None = None,
+        corrections: LiveCorrections | None = None,
     ) -> None:
         super().__init__()
         self.__dict__.update(tables_of(doll))
-        self.__dict__.update(doll=doll, terms=tuple(terms), foreign=foreign, scales=scales)
+        self.__dict__.update(doll=doll, terms=tuple(terms), foreign=foreign)
+        self.__dict__.update(corrections=corrections)
         self._hold(nn.ModuleDict())
         self.training = doll.training
 
@@ -55,7 +57,9 @@ class Taught(nn.Module):
 
     def _hold(self, made: nn.ModuleDict) -> None:
         # Past nn.Module's __setattr__: the doll's own table is not to hold them.
-        ours = {PROJECTIONS: made} | ({SCALES: self.scales} if self.scales is not None else {})
+        ours: dict[str, nn.Module] = {PROJECTIONS: made}
+        if self.corrections is not None:
+            ours[CORRECTIONS] = self.corrections
         self.__dict__["_modules"] = {**self.__dict__["doll"]._modules, **ours}
 
     def forward(self, sizes: Sequence[int], batch: object, lessons: Sequence[Tensor]) -> Tensor:
@@ -66,19 +70,20 @@ class Taught(nn.Module):
             for m, out in zip(sizes, outputs, strict=True)
         ]
         # Wrappers want every parameter in every pass.
-        ours = [*self.projections.parameters(), *(self.scales.parameters() if self.scales else ())]
+        own = () if self.corrections is None else self.corrections.parameters()
+        ours = [*self.projections.parameters(), *own]
         return torch.stack(found) + sum(0.0 * p.sum() for p in ours)
 
     def _outputs(self, sizes: Sequence[int], batch: object) -> list[object]:
-        """Return the output of each size, with its own scales where there are some."""
+        """Return the output of each size, with its own corrections where there are some."""
         args, kwargs = arguments_of(batch)
         doll = self.__dict__["doll"]
-        if self.scales is None:
+        if self.corrections is None:
             outputs = doll.outputs(*args, **kwargs)
             return [outputs[m] for m in sizes]
         found: list[object] = []
         for size in sizes:
-            with self.scales.applied(size):
+            with self.corrections.applied(size):
                 found.append(doll.outputs(*args, **kwargs)[size])
         return found
 

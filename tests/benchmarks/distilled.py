@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from torch import Tensor
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.doll import Doll
-from matryoshkafy.training import Recipe, Term, distil
-from matryoshkafy.units.norm_scales import NormScales, norm_scales
+from matryoshkafy.training import Corrections, Recipe, Term, distil
+from matryoshkafy.units.norm_scales import norm_scales
 
 LENGTH, VALIDATION, CALIBRATION = 64, 300, 256
 TERMS = (Term("similarity", 10.0), Term("cosine"))
+OWN = "own.safetensors"  # corrections, beside the doll
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def same_section(documents: Tensor, sections: list[str]) -> float:
 
 def started(
     out: Path, encoder: TextEncoder, pairs: Pairs, options: argparse.Namespace
-) -> tuple[Doll, Tensor, NormScales | None]:
-    """Return the doll with its units as the start asks, the lessons in its basis, its factors."""
+) -> tuple[Doll, Tensor, Corrections | None]:
+    """Return the doll with its units as the start asks, the lessons in its basis, and what its
+    sizes have of their own.
+    """
     sizes = [float(s) if "." in s else int(s) for s in options.sizes.split(",")]
     example = encoder.batch(["one text", "and another, longer text"])
     doll = mk.convert(
@@ -146,7 +149,7 @@ def started(
     texts = pairs.texts()
     drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
     batches = [encoder.batch([texts[int(i)] for i in part]) for part in drawn.split(32)]
-    lessons, scales = pairs.vectors(), None
+    lessons, own = pairs.vectors(), None
     if options.start == "ordered":
         (out / "order.txt").write_text(str(mk.order(doll, batches, by="contribution")))
     elif options.start == "rotated":
@@ -155,9 +158,9 @@ def started(
         lessons = report.turn(doll, lessons)
     if options.after is not None:
         doll.load_state_dict(mk.load(options.after).state_dict())
-    if options.scales:
-        scales = norm_scales(doll, batches)
-    return doll.to(options.device), lessons, scales
+    if options.own is not None:
+        own = Corrections.start(doll, options.own, norm_scales(doll, batches))
+    return doll.to(options.device), lessons, own
 
 
 class Curve:
@@ -168,10 +171,10 @@ class Curve:
         self.start = time.process_time()
         self.full = reciprocal_rank(pairs.queries, pairs.documents)
 
-    def __call__(self, step: int, scales: NormScales | None = None) -> None:
+    def __call__(self, step: int, own: Corrections | None = None) -> None:
         seconds, found = time.process_time() - self.start, {}
         for size in self.doll.sizes:
-            with factors(scales, self.doll, size):
+            with corrected(own, self.doll, size):
                 both = [
                     embedded(at(self.doll, size), self.encoder, texts)
                     for texts in (self.pairs.summaries, self.pairs.descriptions)
@@ -189,9 +192,9 @@ def at(doll: Doll, size: int) -> object:
     return lambda **batch: doll.outputs(**batch)[size]
 
 
-def factors(scales: NormScales | None, doll: Doll, size: int) -> AbstractContextManager[object]:
-    """A context in which the doll's norms have a size's own factors, where it learnt some."""
-    return nullcontext() if scales is None else scales.applied(doll, size)
+def corrected(own: Corrections | None, doll: Doll, size: int) -> AbstractContextManager[object]:
+    """A context in which the doll has a size's own corrections, where it learnt some."""
+    return nullcontext() if own is None else own.applied(doll, size)
 
 
 def ends(count: int) -> list[float]:
@@ -203,7 +206,7 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     """Distil, and save the doll."""
     parts = read(options.descriptions, options.packages, options.documents)
     pairs, val = (taught(options.teacher, encoder, n, parts[n]) for n in ("train", "val"))
-    doll, lessons, scales = started(out, encoder, pairs, options)
+    doll, lessons, own = started(out, encoder, pairs, options)
     texts = pairs.texts()
     given = [float(w) for w in options.chances.split(",") if w] or ends(len(doll.sizes))
     weights = dict(zip(doll.sizes, given, strict=True))
@@ -222,7 +225,7 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     )
     curve = Curve(out, doll, encoder, val)
     if not (out / "run").exists():
-        curve(0, scales)
+        curve(0, own)
     lengths = [len(encoder.tokenizer(t, truncation=True, max_length=LENGTH)[0]) for t in texts]
     report = distil(
         doll,
@@ -232,13 +235,13 @@ def train(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
         collate=partial(encoder.batch, multiple=16 if options.device == "cuda" else 1),
         lengths=lengths,
         folder=out / "run",
-        watch=curve if scales is None else None,  # the factors are known at the end
-        scales=scales,
+        watch=curve if own is None else None,  # the corrections are known at the end
+        corrections=own,
     )
     print(report)
-    if report.scales is not None:
-        curve(options.steps, report.scales)
-        (out / "scales.json").write_text(json.dumps(asdict(report.scales)))
+    if report.corrections is not None:
+        curve(options.steps, report.corrections)
+        report.corrections.save(out / OWN)
     mk.save(doll, out / "doll", force=True)
 
 
@@ -256,12 +259,9 @@ def test(out: Path, encoder: TextEncoder, options: argparse.Namespace) -> None:
     )
     print(f"| full model | {full[0]:.1f} | {full[1]:.1f} | | |", flush=True)
     doll = mk.load(out / "doll").to(options.device)
-    scales = None
-    if (out / "scales.json").exists():
-        read_back = json.loads((out / "scales.json").read_text())
-        scales = NormScales(read_back["sizes"], read_back["factors"])
+    own = Corrections.load(out / OWN) if (out / OWN).exists() else None
     for size in [options.alone] if options.alone else doll.sizes:
-        with factors(scales, doll, size):
+        with corrected(own, doll, size):
             queries, documents = (
                 embedded(at(doll, size), encoder, texts)
                 for texts in (pairs.summaries, pairs.descriptions)
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--start", choices=("ordered", "rotated", "as it is"), default="ordered")
     parser.add_argument("--after", type=Path, help="go on from this doll, of the same start")
     parser.add_argument("--chances", default="", help="of a row to go to each size: 12,4,1,1")
-    parser.add_argument("--scales", action="store_true", help="sizes learn factors of norms too")
+    parser.add_argument("--own", type=int, help="sizes learn corrections of this rank, too")
     parser.add_argument("--alone", type=int, help="this size alone learns")
     parser.add_argument("--model", type=Path, help="a folder with MiniLM; else its package")
     parser.add_argument("--device", default="cpu")
