@@ -1,0 +1,89 @@
+"""LiveCorrections: the corrections of a doll's sizes while they are learnt beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from matryoshkafy.dolls.doll import Doll, root_of, trace_of
+from matryoshkafy.training.corrections import Corrections, Own, added
+from matryoshkafy.training.recipes import DistilError
+
+Table = dict[str, Any]  # the parameters of a module, or what stands for them
+
+
+class LiveCorrections(nn.Module):
+    """`with live.applied(size):` the doll's weights are those of a size, and both parts learn."""
+
+    def __init__(self, doll: Doll, start: Corrections) -> None:
+        super().__init__()
+        if doll.plan.masked or list(start.sizes) != doll.sizes:
+            raise DistilError(
+                f"corrections of the sizes {list(start.sizes)} were given for a "
+                f"{doll.plan.options.nesting} doll of {doll.sizes}; expected "
+                "Corrections.start(doll) of this doll in sliced nesting"
+            )
+        if doll.recomputes:
+            raise DistilError(
+                "corrections were given for a doll that computes parts of itself again in the "
+                "backward, when the weights are the doll's own; leave out checkpoint_gradients, "
+                "or the corrections"
+            )
+        self.sizes = start.sizes
+        self.names = {
+            size: {name: len(own) for name, own in each.items()} for size, each in start.own.items()
+        }
+        tensors = (t for size in start.own for own in start.at(size).values() for t in own)
+        self.tensors = nn.ParameterList(t.detach().clone().to(doll.device) for t in tensors)
+        state = trace_of(doll).state()
+        # A tensor that is tied is replaced wherever it is read.
+        self.ties = {
+            name: [other for other, tensor in state.items() if tensor is state[name]]
+            for name in {name for own in start.own.values() for name in own}
+        }
+        self.__dict__["root"] = root_of(doll)  # not a part of ours
+
+    def at(self, size: int) -> dict[str, Own]:
+        """Return what a size has of its own, as parameters."""
+        left = iter(self.tensors)
+        found = {
+            each: {name: tuple(next(left) for _ in range(count)) for name, count in names.items()}
+            for each, names in self.names.items()
+        }
+        return found.get(size, {})
+
+    @contextmanager
+    def applied(self, size: int) -> Generator[None, None, None]:
+        """The weights of a size, while the context lasts; read no other size in it."""
+        kept: list[tuple[Table, str, nn.Parameter]] = []
+        try:
+            for name, own in self.at(size).items():
+                places = [self._place(tied) for tied in self.ties[name]]
+                table, leaf = places[0]
+                kept += [(table, leaf, table[leaf]) for table, leaf in places]
+                corrected = table[leaf] + added(own, table[leaf])
+                for table, leaf in places:
+                    table[leaf] = corrected
+            yield
+        finally:
+            for table, leaf, shared in kept:
+                table[leaf] = shared
+
+    def _place(self, name: str) -> tuple[Table, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.__dict__["root"].get_submodule(path)._parameters, leaf
+
+    def found(self) -> Corrections:
+        """Return the corrections as they are now."""
+        own = {
+            size: {name: _values(each) for name, each in self.at(size).items()}
+            for size in self.names
+        }
+        return Corrections(self.sizes, own)
+
+
+def _values(own: Own) -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone() for t in own)
