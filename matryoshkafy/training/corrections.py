@@ -62,7 +62,7 @@ class Corrections:
                 + ("" if scales is None else f", with scales of {list(scales.sizes)}")
                 + "; expected sliced nesting, and norm_scales(doll, batches) of this doll"
             )
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(5)
         own: dict[int, dict[str, Own]] = {}
         for size, widths in zip(doll.sizes[:-1], doll.plan.ladder, strict=False):
             found = {
@@ -171,8 +171,8 @@ def _none(tensor: Tensor, extent: list[int], rank: int, generator: torch.Generat
     if len(extent) == 1:
         return (tensor.new_zeros(extent),)
     out, into = extent
-    drawn = torch.randn(rank, into, generator=generator) / into**0.5
-    return tensor.new_zeros(out, rank), drawn.to(tensor)
+    drawn = torch.randn(rank, tensor.shape[1], generator=generator) / tensor.shape[1] ** 0.5
+    return tensor.new_zeros(out, rank), drawn[:, :into].to(tensor)
 
 
 def _scaled(doll: Doll, own: Mapping[str, Own], factors: Mapping[str, float]) -> dict[str, Own]:

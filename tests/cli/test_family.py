@@ -80,6 +80,12 @@ def test_a_family_is_made_and_a_rerun_takes_up_what_is_there(
         "word_embedding_dimension": 8,
         "pooling_mode_mean_tokens": True,
     }
+    # The table is shared, norms are corrected.
+    whole = transformers.AutoModel.from_pretrained(out / "size-32")
+    tables = [m.get_parameter("embeddings.word_embeddings.weight") for m in (small, whole)]
+    gains = [m.get_parameter("encoder.layer.0.output.LayerNorm.weight") for m in (small, whole)]
+    assert torch.equal(tables[0], tables[1][:, :8])
+    assert not torch.allclose(gains[0], gains[1][:8], rtol=0.01)
     made = (out / "start" / "matryoshka.json").stat().st_mtime_ns
     again = run(*words, "--steps", 3)
     assert again.exit_code == 0, again.output
