@@ -12,24 +12,24 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Widths
 from matryoshkafy.dolls.doll import Doll, trace_of
 from matryoshkafy.dolls.slice import slice as cut
+from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.files.folders import whole_file
+from matryoshkafy.files.tensors import TensorFile, entry_of, write_tensors
 from matryoshkafy.training.recipes import DistilError
 from matryoshkafy.units.norm_scales import NormScales
 
-Own = tuple[Tensor, ...]  # (difference,) of a vector; (out [m, r], into [r, n]) of a matrix
-PARTS = ("difference",), ("out", "into")
+# (difference [m],) of a vector; (left [m, rank], right [rank, n]) of a matrix
+Own = tuple[Tensor, ...]
+PARTS, SIZES = ("left", "right"), "sizes"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Corrections:
 
     Attributes:
         sizes: of the doll, ascending; the last one has no corrections.
-        own: (difference,) of a vector, and (out, into) of a matrix, which adds out @ into.
+        own: (difference,) of a vector, and (left, right) of a matrix, which adds left @ right.
     """
 
     sizes: tuple[int, ...]
@@ -80,6 +80,21 @@ class Corrections:
             )
         return self.own.get(size, {})
 
+    def check(self, doll: Doll) -> None:
+        """Raises DistilError where these are not of this doll: of other sizes, names or widths."""
+        wrong = "" if list(self.sizes) == doll.sizes and not doll.plan.masked else "another ladder"
+        for size, widths in zip(doll.sizes[:-1], doll.plan.ladder, strict=False):
+            for name, own in self.at(size).items() if not wrong else ():
+                shape = doll.plan.parameters.get(name)
+                if shape is None or _shape(own) != _extent(shape, widths):
+                    wrong = f"{name} of another shape at size {size}"
+        if wrong:
+            raise DistilError(
+                f"corrections of the sizes {list(self.sizes)} were given for a "
+                f"{doll.plan.options.nesting} doll of {doll.sizes}, with {wrong}; expected those "
+                "that Corrections.start(doll) of this doll in sliced nesting began"
+            )
+
     def numbers(self, size: int) -> int:
         """Return how many numbers a size has of its own."""
         return sum(t.numel() for own in self.at(size).values() for t in own)
@@ -87,6 +102,7 @@ class Corrections:
     @contextmanager
     def applied(self, doll: Doll, size: int) -> Generator[Doll, None, None]:
         """The doll with a size's weights, while the context lasts; read no other size there."""
+        self.check(doll)
         state, own = trace_of(doll).state(), self.at(size)
         kept = {name: state[name].detach().clone() for name in own}
         with torch.no_grad():
@@ -106,14 +122,13 @@ class Corrections:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write them as one safetensors file, whole or not at all."""
-        tensors = {
-            f"{size}/{part}/{name}": tensor.contiguous().cpu()
-            for size, each in self.own.items()
-            for name, own in each.items()
-            for part, tensor in zip(PARTS[len(own) - 1], own, strict=True)
-        }
+        entries = [entry_of(SIZES, torch.tensor(self.sizes))]
+        for size, each in self.own.items():
+            for name, own in each.items():
+                parts = zip(PARTS[: len(own)], own, strict=True)
+                entries += [entry_of(f"{size}/{part}/{name}", tensor) for part, tensor in parts]
         with whole_file(file) as fresh:
-            save_file(tensors, fresh, {"sizes": ",".join(map(str, self.sizes))})
+            write_tensors(fresh, entries)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Corrections:
@@ -123,19 +138,35 @@ class Corrections:
             DistilError: no such file, or not one of `save`.
         """
         try:
-            with safe_open(file, "pt") as opened:
-                sizes = tuple(int(s) for s in (opened.metadata() or {})["sizes"].split(","))
-            found = load_file(file)
-            keys = sorted((key.split("/", 2) for key in found), key=lambda key: key[1] == "into")
+            with TensorFile(file) as opened:
+                found = {name: opened.read(name) for name in opened.names}
+            sizes = [int(size) for size in found.pop(SIZES)]
             own: dict[int, dict[str, Own]] = {size: {} for size in sizes[:-1]}
-            for size, part, name in keys:
-                level = own[int(size)]
-                level[name] = (*level.get(name, ()), found[f"{size}/{part}/{name}"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            for key in sorted(found):  # the first part of a matrix comes before the second
+                size, part, name = key.split("/", 2)
+                before = own[int(size)].get(name, ())
+                own[int(size)][name] = _grown(before, part, found[key])
+        except (MatryoshkafyError, KeyError, ValueError, TypeError) as error:
             raise DistilError(
                 f"{file} holds no corrections: {error}. Give a file that Corrections.save wrote"
             ) from error
-        return cls(sizes, own)
+        return cls(tuple(sizes), own)
+
+
+def _shape(own: Own) -> list[int]:
+    """Return the shape of what is added; of parts that do not fit together, none."""
+    if len(own) == 1:
+        return list(own[0].shape) if own[0].dim() == 1 else []
+    left, right = own
+    fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
+    return [left.shape[0], right.shape[1]] if fits else []
+
+
+def _grown(own: Own, part: str, tensor: Tensor) -> Own:
+    """Return a correction with its next part."""
+    if PARTS.index(part) != len(own):
+        raise ValueError(f"{part} is not the part that comes next")
+    return (*own, tensor)
 
 
 def added(own: Own, like: Tensor) -> Tensor:
@@ -182,5 +213,5 @@ def _scaled(doll: Doll, own: Mapping[str, Own], factors: Mapping[str, float]) ->
     for name, factor in factors.items():
         if name in own:
             gain = state[name].detach()[: len(own[name][0])]
-            found[name] = (cast("Tensor", gain * (factor - 1)),)
+            found[name] = (gain * (factor - 1),)
     return found

@@ -20,12 +20,7 @@ class LiveCorrections(nn.Module):
 
     def __init__(self, doll: Doll, start: Corrections) -> None:
         super().__init__()
-        if doll.plan.masked or list(start.sizes) != doll.sizes:
-            raise DistilError(
-                f"corrections of the sizes {list(start.sizes)} were given for a "
-                f"{doll.plan.options.nesting} doll of {doll.sizes}; expected "
-                "Corrections.start(doll) of this doll in sliced nesting"
-            )
+        start.check(doll)
         if doll.recomputes:
             raise DistilError(
                 "corrections were given for a doll that computes parts of itself again in the "

@@ -205,7 +205,11 @@ def test_they_come_back_from_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "own.safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "foreign", "key"])
+DAMAGES = ["missing", "cut", "foreign", "sizes", "5/left/up.weight", "4/right/up.weight",
+           "4/middle/up.weight", "4/left"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_another_file_is_refused(tmp_path: Path, damage: str) -> None:
     from safetensors.torch import save_file
 
@@ -215,8 +219,10 @@ def test_another_file_is_refused(tmp_path: Path, damage: str) -> None:
         file.write_bytes(file.read_bytes()[:-9])
     elif damage == "foreign":
         save_file({"weight": torch.ones(2)}, file)
-    elif damage == "key":
-        save_file({"5/out/up.weight": torch.ones(2)}, file, {"sizes": "4,8,16"})
+    elif damage in ("5/left/up.weight", "4/right/up.weight", "4/middle/up.weight", "4/left"):
+        save_file({damage: torch.ones(2), "sizes": torch.tensor([4, 8, 16])}, file)
+    elif damage == "sizes":
+        save_file({"sizes": torch.ones(2, 2)}, file)
     with pytest.raises(DistilError, match="holds no corrections"):
         Corrections.load(file)
 
@@ -229,6 +235,11 @@ def test_those_of_another_doll_are_refused() -> None:
     for wrong in (masked, other):
         with pytest.raises(DistilError, match="of this doll in sliced nesting"):
             distil(wrong, None, ROWS, RECIPE, corrections=start)
+    alone = {size: {"up.weight": start.at(size)["up.weight"][:1]} for size in (4, 8)}
+    wide = {size: {"up.bias": (torch.ones(32),)} for size in (4, 8)}
+    for own in (alone, wide, {4: {"other": (torch.ones(4),)}, 8: {}}):
+        with pytest.raises(DistilError, match="of another shape at size 4"):
+            Corrections(start.sizes, own).slice(doll, 8)
     with pytest.raises(DistilError, match="a masked doll of"):
         Corrections.start(masked)
     with pytest.raises(DistilError, match="with scales of"):
