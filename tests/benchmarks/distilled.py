@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", default="96,192,288,384")
     parser.add_argument("--scope", default="full")
-    parser.add_argument("--shares", default="rows")
+    parser.add_argument("--shares", default="rows", help="what a step gives to the sizes")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=3e-4)
