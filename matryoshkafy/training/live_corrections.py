@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.training.corrections import Corrections, Own, added
 from matryoshkafy.training.recipes import DistilError
+from matryoshkafy.training.sharding import whole
 
 Table = dict[str, Any]  # the parameters of a module, or what stands for them
 
@@ -72,7 +73,7 @@ class LiveCorrections(nn.Module):
         return self.__dict__["root"].get_submodule(path)._parameters, leaf
 
     def found(self) -> Corrections:
-        """Return the corrections as they are now."""
+        """Return the corrections as they are now; sharded ones are gathered, by every process."""
         own = {
             size: {name: _values(each) for name, each in self.at(size).items()}
             for size in self.names
@@ -81,4 +82,4 @@ class LiveCorrections(nn.Module):
 
 
 def _values(own: Own) -> tuple[Tensor, ...]:
-    return tuple(t.detach().clone() for t in own)
+    return tuple(whole(t.detach()).clone() for t in own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import matryoshkafy as mk
 from matryoshkafy.training import (
     AllSizes,
+    Corrections,
     Recipe,
     Term,
     distil,
@@ -130,6 +132,15 @@ def distilled(folder: Path) -> None:
         state = full_state(doll)
         if dist.get_rank() == 0:
             torch.save(state, folder / f"distilled {name}.pt")
+        corrected(way).save(folder / f"own {name} {dist.get_rank()}.safetensors")
+
+
+def corrected(way: Callable[[torch.nn.Module], torch.nn.Module] | None = None) -> Corrections:
+    """What the sizes have of their own after a distillation."""
+    doll = small_doll(nesting="sliced")
+    report = distil(doll, *lesson(), RECIPE, prepare=way, corrections=Corrections.start(doll, 2))
+    assert report.corrections is not None
+    return report.corrections
 
 
 def lesson() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -153,6 +164,17 @@ def test_a_distillation_takes_the_steps_of_one_process(runs: Path, way: str) -> 
     distil(resumed, *lesson(), RECIPE, folder=runs / f"run {way}")
     for name, tensor in resumed.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["accelerate", "fsdp"])
+def test_corrections_are_those_of_one_process(runs: Path, way: str) -> None:
+    expected = corrected()
+    for rank in range(WORLD):
+        found = Corrections.load(runs / f"own {way} {rank}.safetensors")
+        for size in expected.sizes:
+            for name, own in expected.at(size).items():
+                for mine, theirs in zip(own, found.at(size)[name], strict=True):
+                    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)
 
 
 def with_ddp(folder: Path) -> list[float]:
