@@ -194,7 +194,10 @@ def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> C
     size has of its own.
     """
     batch = min(64, len(subject.train))
-    recipe = Recipe(task.steps, batch, terms=subject.terms(doll), seed=task.seed, save=50)
+    terms, save = subject.terms(doll), 50
+    # Each size learns for about as long: the small ones cost less.
+    chances = {size: doll.sizes[-1] / size for size in doll.sizes}
+    recipe = Recipe(task.steps, batch, terms=terms, weights=chances, seed=task.seed, save=save)
     own = Corrections.start(doll, scales=norm_scales(doll, calibration(subject)))
     report = distil(
         doll.to(task.device),
