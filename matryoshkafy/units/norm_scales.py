@@ -8,8 +8,7 @@ gain is right, and a slice that holds it is still a plain model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
-from matryoshkafy.dolls.doll import Doll, trace_of
+from matryoshkafy.dolls.doll import Doll
 from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.units.normed import stream
@@ -39,21 +38,6 @@ class NormScales:
             for name, factor in self.at(size).items():
                 state[name].mul_(factor)
         return small
-
-    @contextmanager
-    def applied(self, doll: Doll, size: int) -> Generator[Doll, None, None]:
-        """The doll with the gains of a size, while the context lasts; read no other size there."""
-        state = trace_of(doll).state()
-        kept = {name: state[name].detach().clone() for name in self.factors}
-        with torch.no_grad():
-            for name, factor in self.at(size).items():
-                state[name].mul_(factor)
-        try:
-            yield doll
-        finally:
-            with torch.no_grad():
-                for name, tensor in kept.items():
-                    state[name].copy_(tensor)
 
     def at(self, size: int) -> dict[str, float]:
         """Return {gain: factor} of a size."""

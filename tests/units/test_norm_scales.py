@@ -61,15 +61,6 @@ def test_a_slice_with_them_is_the_full_norm_cut_short() -> None:
     torch.testing.assert_close(normed, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_doll_with_them_is_the_slice_with_them() -> None:
-    doll = mk.convert(Stream(nn.LayerNorm), X, sizes=[4, 16], nesting="sliced")
-    found, before = norm_scales(doll, [X]), doll.outputs(X)[4].detach()
-    small = found.fold(mk.slice(doll, 4), 4)
-    with found.applied(doll, 4):
-        torch.testing.assert_close(doll.outputs(X)[4], small(X))
-    torch.testing.assert_close(doll.outputs(X)[4], before)
-
-
 def test_refusals_say_what_to_do() -> None:
     masked = mk.convert(Stream(nn.LayerNorm), X, sizes=[4, 16], nesting="masked")
     with pytest.raises(OrderError, match="sliced"):
