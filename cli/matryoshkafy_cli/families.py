@@ -27,6 +27,8 @@ START, RUN, REPORT = "start", "run", "report.json"
 # Steps that bring a full model back whose post-norm streams were turned: after 200, most of
 # MiniLM's smaller sizes stand above those of a permuted start.
 SETTLED = 200
+# Steps from which one size a step is ahead of one size a row: behind after 100, level after 600.
+LONG = 1000
 CALIBRATION, HELD_OUT, BATCH = 256, 400, 32
 
 Step = Callable[[str], AbstractContextManager[Any]]
@@ -194,10 +196,14 @@ def distilled(doll: Doll, teacher: nn.Module, subject: Subject, task: Task) -> C
     size has of its own.
     """
     batch = min(64, len(subject.train))
-    terms, save = subject.terms(doll), 50
-    # Each size learns for about as long: the small ones cost less.
-    chances = {size: doll.sizes[-1] / size for size in doll.sizes}
-    recipe = Recipe(task.steps, batch, terms=terms, weights=chances, seed=task.seed, save=save)
+    terms = subject.terms(doll)
+    how: dict[str, Any] = {}
+    if task.steps >= LONG and any(term.kind == "similarity" for term in terms):
+        # A similarity of all rows of a step; each size learns for about as long, small ones cost
+        # less.
+        chances = {size: doll.sizes[-1] / size for size in doll.sizes}
+        how = {"sizes": "one", "weights": chances}
+    recipe = Recipe(task.steps, batch, terms=terms, seed=task.seed, save=50, **how)
     own = Corrections.start(doll, scales=norm_scales(doll, calibration(subject)))
     report = distil(
         doll.to(task.device),

@@ -197,7 +197,7 @@ class _Run:
         # A copy of the doll has the doll's order of units, every other teacher the user's own.
         self.teacher = _frozen(doll, teacher)
         self.device = next(doll.parameters()).device.type
-        self.rota = Rota(tuple(doll.sizes), recipe.mode, recipe.weights, recipe.widen, recipe.last)
+        self.rota = Rota(tuple(doll.sizes), recipe.sizes, recipe.weights, recipe.widen, recipe.last)
         foreign = teacher is not None
         live = student.corrections
         self.taught = Taught(doll, recipe.terms, foreign=foreign, corrections=live)

@@ -37,7 +37,7 @@ def main() -> None:
     rows = Rows(list(ids), lambda part: _batch(torch.stack(part)))
     with torch.no_grad():
         lessons = encoder.embedder(**_batch(ids))
-    recipe = Recipe(options.rounds, options.batch, terms=(Term("similarity"),), sizes="rows")
+    recipe = Recipe(options.rounds, options.batch, terms=(Term("similarity"),))
     runs = {}
     for name, sizes in WAYS.items():
         model = copy.deepcopy(encoder.embedder)

@@ -238,7 +238,7 @@ def test_a_run_by_length_resumes_and_is_watched(tmp_path: Path) -> None:
 def test_events_have_a_curve_for_each_size(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     doll, teacher = made()
-    distil(doll, teacher, rows(), Recipe(12, 16, sizes="rows"), events=tmp_path)
+    distil(doll, teacher, rows(), Recipe(12, 16), events=tmp_path)
     found = events.EventAccumulator(str(tmp_path))
     found.Reload()
     tags = " ".join(found.Tags()["scalars"])
