@@ -62,12 +62,12 @@ class Corrections:
                 + ("" if scales is None else f", with scales of {list(scales.sizes)}")
                 + "; expected sliced nesting, and norm_scales(doll, batches) of this doll"
             )
-        generator = torch.Generator().manual_seed(5)
+        shared, generator = _corrected(doll, rank), torch.Generator().manual_seed(5)
         own: dict[int, dict[str, Own]] = {}
         for size, widths in zip(doll.sizes[:-1], doll.plan.ladder, strict=False):
             found = {
                 name: _none(tensor, _extent(doll.plan.parameters[name], widths), rank, generator)
-                for name, tensor in _corrected(doll, rank).items()
+                for name, tensor in shared.items()
             }
             own[size] = found | _scaled(doll, found, {} if scales is None else scales.at(size))
         return cls(tuple(doll.sizes), own)

@@ -29,10 +29,12 @@ class LiveCorrections(nn.Module):
                 "or the corrections"
             )
         self.sizes = start.sizes
-        self.names = {
-            size: {name: len(own) for name, own in each.items()} for size, each in start.own.items()
-        }
-        tensors = (t for size in start.own for own in start.at(size).values() for t in own)
+        tensors: list[Tensor] = []
+        self.indices: dict[int, dict[str, list[int]]] = {size: {} for size in start.sizes}
+        for size, each in start.own.items():
+            for name, own in each.items():
+                self.indices[size][name] = list(range(len(tensors), len(tensors) + len(own)))
+                tensors += own
         self.tensors = nn.ParameterList(t.detach().clone().to(doll.device) for t in tensors)
         state = trace_of(doll).state()
         # A tensor that is tied is replaced wherever it is read.
@@ -44,12 +46,10 @@ class LiveCorrections(nn.Module):
 
     def at(self, size: int) -> dict[str, Own]:
         """Return what a size has of its own, as parameters."""
-        left = iter(self.tensors)
-        found = {
-            each: {name: tuple(next(left) for _ in range(count)) for name, count in names.items()}
-            for each, names in self.names.items()
+        return {
+            name: tuple(self.tensors[i] for i in indices)
+            for name, indices in self.indices[size].items()
         }
-        return found.get(size, {})
 
     @contextmanager
     def applied(self, size: int) -> Generator[None, None, None]:
@@ -76,7 +76,7 @@ class LiveCorrections(nn.Module):
         """Return the corrections as they are now; sharded ones are gathered, by every process."""
         own = {
             size: {name: _values(each) for name, each in self.at(size).items()}
-            for size in self.names
+            for size in self.sizes[:-1]
         }
         return Corrections(self.sizes, own)
 

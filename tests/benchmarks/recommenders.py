@@ -153,11 +153,11 @@ def dolls_of(training: Training) -> Lengths:
     model = small(model, training.nested.dropout or recipe.dropout, training.seed)
     shorter = {n for n in recipe.lengths if n < length} if training.device == "cpu" else set()
     masked = not training.sizes.isdigit() and training.nested.nesting == "masked"
-    how: dict[str, Any] = {"nesting": "masked", "norm": "prefix"} if masked else {}
+    how: Any = {"nesting": "masked", "norm": "prefix"} if masked else {"nesting": "sliced"}
     dolls: dict[int, Any] = {}
     for each in (*shorter, length):
         example = torch.ones(3, each, dtype=torch.int64)
-        doll = mk.convert(model, (example,), sizes=training.sizes, **{"nesting": "sliced", **how})
+        doll = mk.convert(model, (example,), sizes=training.sizes, **how)
         dolls[each] = doll.to(training.device)
     return Lengths(dolls, fixed=bool(recipe.lengths))
 

@@ -115,6 +115,20 @@ def order(step: int) -> Iterator[Tensor]:
         start = 0
 
 
+class Killed(list[Tensor]):
+    """Rows that stop the run when one more than `left` is read, as a kill does."""
+
+    def __init__(self, given: list[Tensor], left: int) -> None:
+        super().__init__(given)
+        self.left = left
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
 def killed(folder: str, step: str, event: str) -> None:
     """Train, and be killed: at the n-th event of the first save after a step."""
     count = itertools.count()

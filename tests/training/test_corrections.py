@@ -15,6 +15,7 @@ from matryoshkafy.dolls.slice import state_of
 from matryoshkafy.training import Corrections, DistilError, Recipe, Term, distil
 from matryoshkafy.training.live_corrections import LiveCorrections
 from matryoshkafy.units.norm_scales import NormScales, norm_scales
+from tests.training.runs import Killed
 
 
 class Stream(nn.Module):
@@ -59,11 +60,10 @@ def drawn(doll: Doll, rank: int = 3) -> Corrections:
     return Corrections(start.sizes, own)
 
 
-def corrected(size: int, own: Corrections) -> tuple[Stream, Doll]:
-    """The full model with the corrections of a size added by hand, and its doll."""
-    doll = made()
+def corrected(size: int, own: Corrections) -> Doll:
+    """The doll of the full model with the corrections of a size added by hand."""
     model = Stream()
-    model.load_state_dict(doll.state_dict())
+    model.load_state_dict(made().state_dict())
     with torch.no_grad():
         for name, each in own.at(size).items():
             tensor = model.get_parameter(name)
@@ -72,15 +72,14 @@ def corrected(size: int, own: Corrections) -> tuple[Stream, Doll]:
             else:
                 out, into = each
                 tensor[: len(out), : into.shape[1]] += torch.einsum("ir,rj->ij", out, into)
-    return model, mk.convert(copy.deepcopy(model), X, sizes=[4, 8, 16], nesting="sliced")
+    return mk.convert(model, X, sizes=[4, 8, 16], nesting="sliced")
 
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_a_slice_is_that_of_the_model_with_them_added_by_hand(size: int) -> None:
     doll = made()
     own = drawn(doll)
-    _, by_hand = corrected(size, own)
-    small, expected = own.slice(doll, size), mk.slice(by_hand, size)
+    small, expected = own.slice(doll, size), mk.slice(corrected(size, own), size)
     assert {n: t.shape for n, t in state_of(small).items()} == {
         n: t.shape for n, t in state_of(mk.slice(doll, size)).items()
     }
@@ -162,7 +161,8 @@ def test_they_learn_and_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
         teacher, start = copy.deepcopy(doll).eval(), Corrections.start(doll)
         for steps in stops:
             again = doll if steps == stops[0] else made()
-            given = ROWS if steps == 12 else _Stopping(ROWS, 5 * 16)
+            # A look at the first eight comes before the first step.
+            given = ROWS if steps == 12 else Killed(ROWS, 8 + 5 * 16)
             try:
                 report = distil(again, teacher, given, RECIPE, folder=folder, corrections=start)
             except KeyboardInterrupt:
@@ -172,20 +172,6 @@ def test_they_learn_and_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert one is not None and other is not None
     assert _equal(one, other) and not _equal(one, start)
     assert all(torch.equal(t, second[n]) for n, t in first.items())
-
-
-class _Stopping(list[Tensor]):
-    """Rows that run out: as a killed run."""
-
-    def __init__(self, rows: list[Tensor], left: int) -> None:
-        super().__init__(rows)
-        self.left = left + 8  # a look at the first eight comes before the first step
-
-    def __getitem__(self, at: object) -> Tensor:  # type: ignore[override]
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().__getitem__(at)  # type: ignore[call-overload, no-any-return]
 
 
 def _equal(one: Corrections, other: Corrections) -> bool:

@@ -17,6 +17,7 @@ from matryoshkafy.training import DistilError, Recipe, Term, distil
 from matryoshkafy.training.distil import Rows, Student, _Run
 from matryoshkafy.training.rota import ROTAS, Rota
 from matryoshkafy.training.rows import alike
+from tests.training.runs import Killed
 
 
 class Encoder(nn.Module):
@@ -108,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> No
         distil(
             first,
             teacher,
-            _Killed(rows(), 7 * 16 + 2),
+            Killed(rows(), 7 * 16 + 2),
             Recipe(12, 16, 1e-2, save=5, terms=terms),
             folder=tmp_path / "run",
         )
@@ -123,20 +124,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> No
     )
     assert all(v != v for v in again.last.values())  # no step was left
     assert str(again) == "12 steps, all of them done before this call"
-
-
-class _Killed(list):
-    """Rows that stop the run when one more than `left` is read."""
-
-    def __init__(self, given: list[Tensor], left: int) -> None:
-        super().__init__(given)
-        self.left = left
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().__getitem__(index)
 
 
 def test_outputs_computed_once_teach_as_the_teacher_does() -> None:
@@ -224,7 +211,7 @@ def test_a_run_by_length_resumes_and_is_watched(tmp_path: Path) -> None:
         distil(
             part,
             teacher,
-            _Killed(rows(), 4 * 16 + 2),
+            Killed(rows(), 4 * 16 + 2),
             recipe,
             lengths=lengths,
             folder=tmp_path / "run",
