@@ -331,3 +331,25 @@ def test_a_batch_is_the_users_own_object_and_follows_the_doll() -> None:
     there = moved(encoding, doll.to("meta"))
     assert type(there) is type(encoding) and there.x.device.type == "meta"
     assert encoding.x.device.type == "cpu"
+
+
+def test_bfloat16_is_autocast_around_float32_weights() -> None:
+    doll, teacher = made()
+    own, taught, data = copy.deepcopy(doll), copy.deepcopy(teacher), rows()[:16]
+    recipe = Recipe(1, 16, terms=(Term("similarity"),), sizes="all", precision="bfloat16")
+    report = distil(doll, teacher, data, recipe)
+    assert {p.dtype for p in doll.parameters()} == {torch.float32}
+    expected = {}
+    for half in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            student, lesson = own.outputs(torch.stack(data)), taught(torch.stack(data))
+            each = [F.normalize(student[size].float(), dim=-1) for size in doll.sizes]
+            known = F.normalize(lesson.float(), dim=-1)
+            wanted = known @ known.t()
+            expected[half] = [float((x @ x.t() - wanted).square().mean()) for x in each]
+    found = [report.first[size] for size in doll.sizes]
+    assert found == pytest.approx(expected[True], rel=1e-2, abs=1e-5)
+    errors = [
+        sum(abs(a - b) for a, b in zip(found, expected[h], strict=True)) for h in (True, False)
+    ]
+    assert errors[0] < errors[1]
