@@ -80,9 +80,13 @@ def cosine(student: Tensor, lesson: Tensor, _: float) -> Tensor:
 
 
 def cosines(outputs: Tensor, _: float) -> Tensor:
-    """Of each row with each [N, N]."""
-    rows = F.normalize(outputs, dim=-1)
-    return rows @ rows.t()
+    """Of each row with each [N, N], at least in float32 whatever autocast prefers.
+
+    Rows that are nearly alike differ in what bfloat16 rounds off.
+    """
+    rows = F.normalize(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), dim=-1)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ rows.t()
 
 
 def _similarity(student: Tensor, lesson: Tensor, temperature: float) -> Tensor:

@@ -124,11 +124,14 @@ class Lengths:
         self.fixed = fixed
 
     def outputs(self, sequences: Tensor) -> Any:
-        """Outputs at every size of histories [B, T], padded at the left where a length is fixed."""
-        if not self.fixed:
-            return self.longest.outputs(sequences)
-        length = next(n for n in self.dolls if n >= sequences.shape[1])
-        return self.dolls[length].outputs(padded(sequences, length))
+        """Outputs at every size of histories [B, T], at the positions of `fitted` ones."""
+        found = self.fitted(sequences)
+        return self.dolls.get(found.shape[1], self.longest).outputs(found)
+
+    def fitted(self, rows: Tensor) -> Tensor:
+        """Inputs or targets [B, T] as long as a doll takes them, padded at the left."""
+        longer = (n for n in self.dolls if n >= rows.shape[1])
+        return padded(rows, next(longer)) if self.fixed else rows
 
     def train(self, mode: bool = True) -> Lengths:
         """Switch the dropout of all."""
@@ -145,6 +148,7 @@ def padded(sequences: Tensor, length: int) -> Tensor:
 def dolls_of(training: Training) -> Lengths:
     """The converted model; of one size it computes what the plain model does."""
     recipe, length = training.recipe, training.config.max_length
+    torch.manual_seed(training.seed)
     if training.features is None:
         model = recipe.build(training.dataset.item_count + recipe.tokens, training.width, length)
     else:
@@ -231,7 +235,8 @@ def backward_of(training: Training, dolls: Lengths, loss: mk.MatryoshkaLoss) -> 
         kind, half = training.device, training.precision == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):
             outputs = dolls.outputs(masked_ids(inputs, training))
-            found: Any = loss(outputs.at(*places) if places else outputs, targets)
+            wanted = targets if places else dolls.fitted(targets)
+            found: Any = loss(outputs.at(*places) if places else outputs, wanted)
         found.backward()
         return found.detach()
 

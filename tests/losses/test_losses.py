@@ -20,6 +20,7 @@ from matryoshkafy.losses import (
     nested_cross_entropy,
     nested_sampled_softmax,
 )
+from matryoshkafy.losses.distillation import divergences
 from matryoshkafy.outputs import Late, Outputs
 from tests.kernels import reference
 
@@ -601,6 +602,16 @@ def test_embeddings_are_normalised_per_size():
         for m in SIZES
     )
     torch.testing.assert_close(loss, expected)
+
+
+def test_similarities_are_summed_in_float32_under_autocast():
+    torch.manual_seed(0)
+    outputs = {8: torch.randn(6, 8), 16: torch.randn(6, 16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = divergences(outputs, Distillation(kind="similarity"), None)
+    small, large = (F.normalize(out.double(), dim=-1) for out in outputs.values())
+    expected = (small @ small.t() - large @ large.t()).square().mean()
+    assert found[8].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_similarity_distillation_of_embeddings():
