@@ -299,7 +299,8 @@ def scorer_of(dolls: Lengths, training: Training) -> Scorer:
             sequences = padded(sequences, training.config.max_length)
         if recipe.asks_by_mask:
             asked = masked_ids(torch.full_like(sequences[:, :1], -1), training)
-            sequences = torch.cat((sequences[:, 1:], asked), dim=1)
+            longer = min(sequences.shape[1] + 1, training.config.max_length)
+            sequences = torch.cat((padded(sequences, longer)[:, 1:], asked), dim=1)
         outputs = dolls.outputs(sequences)
         index = (rows, last) if recipe.every_position else (slice(None),)
         for size, found in outputs.scores_at(*index):

@@ -29,7 +29,7 @@ def training(model: str) -> Training:
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("longest", (3, 11))
-@pytest.mark.parametrize("model", ("lrurec", "fmrlrec"))
+@pytest.mark.parametrize("model", ("lrurec", "fmrlrec", "bert4rec"))
 def test_a_short_batch_has_the_loss_of_its_padded_histories(model: str, longest: int) -> None:
     random = np.random.default_rng(longest)
     rows = torch.from_numpy(random.integers(1, ITEMS + 1, (4, longest + 1)))
@@ -42,7 +42,9 @@ def test_a_short_batch_has_the_loss_of_its_padded_histories(model: str, longest:
     found = backward_of(own, dolls.train(False), loss)(inputs, targets)
 
     torch.manual_seed(own.seed)
-    plain = small(own.recipe.build(ITEMS + 1, 16, LENGTH), own.recipe.dropout, own.seed).eval()
+    plain = small(
+        own.recipe.build(ITEMS + own.recipe.tokens, 16, LENGTH), own.recipe.dropout, own.seed
+    ).eval()
     pads = (LENGTH - longest, 0)
     scores = plain(functional.pad(inputs, pads)) * (64 / 16)
     wanted = functional.cross_entropy(
