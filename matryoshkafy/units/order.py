@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from matryoshkafy.axes import dims
 from matryoshkafy.dolls.batches import flat_inputs, run_graph
 from matryoshkafy.dolls.doll import Doll, replan, trace_of
-from matryoshkafy.dolls.measure import floats_of, relative_error, tolerance_of
+from matryoshkafy.dolls.measure import doubled, floats_of, relative_error, tolerance_of
 from matryoshkafy.rewrite.graphs import outputs_graph
 from matryoshkafy.rules import op_of
 from matryoshkafy.units import scores as scoring
@@ -23,6 +23,7 @@ from matryoshkafy.units.sites import measure
 
 UNREAD = ("refuse", "leave")
 ROWS = 4096
+WIDENED = 2 << 30  # bytes of parameters of which a copy in float64 is made
 
 
 def order(  # noqa: PLR0913  the public signature
@@ -200,29 +201,49 @@ def _applied(
 ) -> tuple[dict[int, Tensor], float, dict[int, str]]:
     """Permute; return the orders applied, the full model's error, and the groups left out."""
     reference = run_graph(doll, trace_of(doll).graph, probe)
-    tolerance = tolerance_of(doll)
     error = _tried(doll, wanted, probe, reference)
-    if error <= tolerance:
+    if error <= tolerance_of(doll):
         return dict(wanted), error, {}
     _undo(doll, wanted)
-    alone: dict[int, float] = {}
+    fine, out = _separated(_widened(doll, probe), wanted, tolerance_of(doll))
+    return fine, _tried(doll, fine, probe, reference), out
+
+
+def _separated(
+    judge: tuple[Doll, list[Tensor]], wanted: Orders, tolerance: float
+) -> tuple[dict[int, Tensor], dict[int, str]]:
+    """Return the orders that keep the full model what it is, and why others do not; apply none."""
+    doll, probe = judge
+    reference, out = run_graph(doll, trace_of(doll).graph, probe), dict[int, str]()
     for group, one in wanted.items():
-        alone[group] = _tried(doll, {group: one}, probe, reference)
+        error = _tried(doll, {group: one}, probe, reference)
         _undo(doll, {group: one})
-    out = {
-        g: f"its order carries meaning (the full model moves by {e:.0e} without it)"
-        for g, e in alone.items()
-        if not e <= tolerance
-    }
+        if not error <= tolerance:
+            out[group] = f"its order carries meaning (the full model moves by {error:.0e} without)"
     fine = {g: one for g, one in wanted.items() if g not in out}
     error = _tried(doll, fine, probe, reference)
+    _undo(doll, fine)
     if not error <= 10 * tolerance:
-        _undo(doll, fine)
         raise OrderError(
             f"the full model moves by {error:.1e} when all groups are ordered together though none "
             "moves it alone; nothing was changed. Name the groups to leave out in keep="
         )
-    return fine, error, out
+    return fine, out
+
+
+def _widened(doll: Doll, probe: list[Tensor]) -> tuple[Doll, list[Tensor]]:
+    """Return a copy in float64, where rounding does not pass for meaning; else the doll itself.
+
+    Large models and those with an operator that has no float64 are judged in their own type.
+    """
+    if sum(t.nbytes for t in doll.parameters()) > WIDENED:
+        return doll, probe
+    wide, inputs = doubled(doll, probe)
+    try:
+        run_graph(wide, trace_of(wide).graph, inputs)
+    except RuntimeError:
+        return doll, probe
+    return wide, inputs
 
 
 def _undo(doll: Doll, orders: Orders) -> None:

@@ -316,7 +316,7 @@ def run_folder(given: argparse.Namespace, nested: Nested) -> Path:
 
 def replaced(recipe: Recipe, given: argparse.Namespace) -> Recipe:
     """The recipe with what was given instead of its own."""
-    own = {"batch": given.batch, "rate": given.rate}
+    own = {"batch": given.batch, "rate": given.rate, "decay": given.decay}
     return dataclasses.replace(recipe, **{k: v for k, v in own.items() if v is not None})
 
 
@@ -385,6 +385,7 @@ def main() -> None:
             command.add_argument("--epochs", type=int, help="instead of the recipe's")
             command.add_argument("--batch", type=int, help="instead of the recipe's")
             command.add_argument("--rate", type=float, help="instead of the recipe's")
+            command.add_argument("--decay", type=float, help="instead of the recipe's")
             command.add_argument("--validate", type=int, default=4, help="epochs between measures")
             command.add_argument("--distill", type=float, default=0.0, help="by the largest size")
             command.add_argument("--precision", default="float32", help="or bfloat16")

@@ -39,13 +39,16 @@ class Row:
         )
 
 
-def measure(entry: Entry, by: str = "activation") -> Row:
-    """Return the row of one architecture."""
+def measure(entry: Entry, by: str = "activation", *, double: bool = False) -> Row:
+    """Return the row of one architecture, `double` in float64."""
     model, args, kwargs = entry.build()
     try:
         doll = mk.convert(model, args, kwargs, sizes=RATIOS, nesting="sliced")
     except mk.MatryoshkafyError as error:
         return Row(entry.name, "refused", str(error).splitlines()[0])
+    if double:
+        doll = doll.double()
+        args, kwargs = pytree.tree_map(_doubled, (tuple(args), dict(kwargs)))
     before = _run(doll, args, kwargs)
     report = order(doll, [(tuple(args), dict(kwargs))], by=by, unread="leave")
     after = _run(doll, args, kwargs, report)
@@ -53,6 +56,10 @@ def measure(entry: Entry, by: str = "activation") -> Row:
     return Row(
         entry.name, "ok", "", *_errors(doll, report, before, after), len(doll.plan.groups), kept
     )
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def orders_of(report: OrderReport) -> dict[int, Tensor]:

@@ -1,13 +1,15 @@
 """Measure the law of ordering on the whole zoo.
 
-python -m tests.units.table [names ...] [--rows build/order.jsonl]
+python -m tests.units.table [names ...] [--rows build/order.jsonl] [--double]
 
-Rows are appended to the jsonl file as they come and are not measured again.
+Rows are appended to the jsonl file as they come and are not measured again. With --double in
+float64, which tells rounding from an error.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from tests.units.laws import Row, measure
@@ -20,14 +22,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--rows", type=Path, default=Path("build/order.jsonl"))
+    parser.add_argument("--double", action="store_true")
     options = parser.parse_args()
-    measured_rows(options.names, options.rows, Row, _safely)
+    safely = partial(_safely, double=options.double)
+    measured_rows(options.names, options.rows, Row, safely)
 
 
-def _safely(entry: Entry) -> Row:
+def _safely(entry: Entry, *, double: bool) -> Row:
     """A crash of ours is a row of the table, not its end."""
     try:
-        return measure(entry)
+        return measure(entry, double=double)
     except Exception as error:  # noqa: BLE001  the table reports whatever went wrong
         return Row(entry.name, "broken", f"{type(error).__name__}: {str(error)[:200]}")
 
