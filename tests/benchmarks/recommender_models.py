@@ -200,21 +200,42 @@ def epoch_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of one epoch, a function of seed and epoch alone.
 
-    `alike`: where padding is at the right or skipped, batches are of histories of like length, in
-    random order, and as long as their longest; the last one may be smaller. Otherwise all batches
-    are random ones of one shape.
+    `alike`: where padding is at the right or skipped, batches are of histories of like length and
+    as long as their longest. Otherwise all are random ones of one shape.
     """
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(rows))
     sort = alike and (recipe.pads_right or recipe.skips_padding)
-    if sort:
-        lengths = (rows > 0).sum(1)[order]
-        order = order[np.argsort(lengths, kind="stable")]
-    starts = np.arange(0, len(rows) if alike else len(rows) - recipe.batch + 1, recipe.batch)
-    for start in random.permutation(starts) if sort else starts:
-        pair = recipe.batches(rows[order[start : start + recipe.batch]], random)
+    for some in (
+        alike_parts(rows, recipe.batch, random)
+        if sort
+        else random_parts(len(rows), recipe.batch, random, whole=not alike)
+    ):
+        pair = recipe.batches(rows[some], random)
         if sort:
             longest = int((pair[0] != 0).sum(1).max())
             kept = slice(longest) if recipe.pads_right else slice(-longest, None)
             pair = pair[0][:, kept], pair[1][:, kept]
         yield torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+
+
+def random_parts(
+    count: int, batch: int, random: np.random.Generator, *, whole: bool
+) -> list[np.ndarray]:
+    """Rows in random order, `batch` in each part; `whole` leaves out what fills none."""
+    order = random.permutation(count)
+    order = order[: count - count % batch] if whole else order
+    return np.split(order, range(batch, len(order), batch))
+
+
+def alike_parts(rows: np.ndarray, batch: int, random: np.random.Generator) -> list[np.ndarray]:
+    """Rows of like length, in parts with about as many items as `batch` random rows have.
+
+    In parts of as many rows, an item of a short history would count several times one of a long.
+    """
+    counts = (rows > 0).sum(1)
+    order = random.permutation(len(rows))
+    order = order[np.argsort(counts[order], kind="stable")]
+    total, parts = np.cumsum(counts[order] - 1), max(1, round(len(rows) / batch))
+    cuts = np.searchsorted(total, total[-1] * np.arange(1, parts) / parts)
+    found = [part for part in np.split(order, cuts) if len(part)]
+    return [found[i] for i in random.permutation(len(found))]
