@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from examples.fmrlrec.config import Config, DataError, RunError, write_text
-from examples.fmrlrec.formats import ITEMS, Source
+from examples.fmrlrec.formats import ITEMS, Source, text_of
 from examples.fmrlrec.workers import Each, serially
 
 PADDING = 0
@@ -280,9 +280,12 @@ def _known_items(
     seen = pl.scan_parquet(parts).select("item_id").unique().collect(engine="streaming")
     if source.items is None:
         return seen.with_columns(pl.lit(None, dtype=pl.String).alias(n) for n in ITEMS[1:]), {}
-    there = source.items.collect_schema().names()
+    kinds = source.items.collect_schema()
     ids = pl.col("item_id").cast(seen["item_id"].dtype, strict=False)
-    texts = {n: (pl.col(n) if n in there else pl.lit(None)).cast(pl.String) for n in ITEMS[1:]}
+    texts = {
+        name: text_of(pl.col(name), kinds[name]) if name in kinds else pl.lit(None, pl.String)
+        for name in ITEMS[1:]
+    }
     items = source.items.select(ids, **texts).collect(engine="streaming")
     described = items.drop_nulls("item_id").unique("item_id", keep="first", maintain_order=True)
     drops = config.unknown_items == "drop"

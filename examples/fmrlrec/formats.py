@@ -161,7 +161,7 @@ def _table(
     if paths[0].suffix == ".parquet":
         return pl.scan_parquet(paths)
     if paths[0].suffix == ".csv":
-        return pl.scan_csv(paths, encoding="utf8-lossy", infer_schema_length=None)
+        return scan_csv(paths)
     scratch.mkdir(parents=True, exist_ok=True)
     targets = [scratch / f"{p.name}-{'-'.join(map(str, _stamp(p)))}.parquet" for p in paths]
     for stale in {*scratch.iterdir()} - {*targets}:
@@ -175,6 +175,20 @@ def _table(
     return rows.filter("readable").drop("readable")
 
 
+def scan_csv(paths: list[Path]) -> pl.LazyFrame:
+    """The rows of CSV files; ids that begin with a zero stay texts, for 007 is not 7."""
+    how: Any = {"encoding": "utf8-lossy", "infer_schema_length": None}
+    rows = pl.scan_csv(paths, **how)
+    ids = [name for name in INTERACTIONS[:2] if name in rows.collect_schema()]
+    texts = dict.fromkeys(ids, pl.String)
+    zeros = pl.scan_csv(paths, **how, schema_overrides=texts).select(
+        pl.col(ids).str.contains(r"^[+-]?0\d").any()
+    )
+    found = zeros.collect(engine="streaming").row(0, named=True) if ids else {}
+    kept = {name: pl.String for name, zero in found.items() if zero}
+    return pl.scan_csv(paths, **how, schema_overrides=kept) if kept else rows
+
+
 def _convert(path: Path, names: tuple[str, ...], lines: Lines, target: Path) -> None:
     schema = {**dict.fromkeys(names, pl.String), "readable": pl.Boolean}
 
@@ -184,7 +198,7 @@ def _convert(path: Path, names: tuple[str, ...], lines: Lines, target: Path) -> 
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             parsed = None
         known = parsed if isinstance(parsed, dict) else {}
-        texts = {name: _text(known.get(lines.keys.get(name, name))) for name in names}
+        texts = {name: text(known.get(lines.keys.get(name, name))) for name in names}
         return {**texts, "readable": isinstance(parsed, dict)}
 
     rows = _lines(path).select(pl.col("line").map_elements(row, pl.Struct(schema)))
@@ -206,12 +220,21 @@ def _lines(path: Path) -> pl.LazyFrame:
     return stripped.filter(pl.col("line") != "")
 
 
-def _text(value: Any) -> str | None:
+def text(value: Any) -> str | None:
     """A list, or a list of lists, is one text with bars."""
     if isinstance(value, list | tuple):
-        parts = [_text(part) for part in value]
+        parts = [text(part) for part in value]
         return "|".join(part for part in parts if part is not None)
     return None if value is None else str(value)
+
+
+def text_of(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """The same of a column of a table."""
+    if isinstance(kind, pl.Array):
+        return text_of(column.arr.to_list(), pl.List(kind.inner))
+    if isinstance(kind, pl.List):
+        return column.list.eval(text_of(pl.element(), kind.inner)).list.join("|")
+    return column.cast(pl.String)
 
 
 def _stamp(file: Path) -> list[int | str]:

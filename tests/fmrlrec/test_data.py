@@ -94,6 +94,13 @@ def test_items_without_metadata(policy: str, left: list[int], tmp_path: Path) ->
     }
 
 
+def test_categories_may_be_lists(tmp_path: Path) -> None:
+    rows = [(1, 1, 0), (1, 2, 1)]
+    items = pl.DataFrame({"item_id": [1, 2], "categories": [["a", "b/c"], None]})
+    found = data.prepare(source_of(rows, items), tmp_path, replace(Config(), {"min_count": 1}))
+    assert found.catalogue["categories"].to_list() == ["a|b/c", None]
+
+
 @pytest.mark.parametrize(
     "times",
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -108,6 +109,14 @@ def test_ids_may_turn_into_texts_late_in_a_table(tmp_path: Path) -> None:
     assert len(found) == 11_001 and found["item_id"][-1] == "7a"
 
 
+def test_ids_keep_their_zeros(tmp_path: Path) -> None:
+    table = "user_id,item_id,timestamp\n1,007,1\n2,10,2\n"
+    (tmp_path / "interactions.csv").write_text(table)
+    rows = formats.read(tmp_path, tmp_path / "scratch").interactions.collect()
+    assert rows["item_id"].to_list() == ["007", "10"]
+    assert rows["user_id"].to_list() == [1, 2]
+
+
 def test_literal_lines_are_never_executed(tmp_path: Path) -> None:
     target = tmp_path / "touched"
     attack = f"__import__('pathlib').Path({str(target)!r}).touch()"
@@ -123,6 +132,21 @@ def test_categories_are_flattened_with_bars(tmp_path: Path) -> None:
     items = formats.read(tmp_path, tmp_path / "scratch").items
     assert items is not None
     assert set(items.select("categories").collect()["categories"]) == {"X|Y"}
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1.5, None], pl.Float64),
+        ([["X", None, "Y"], [], None], pl.List(pl.String)),
+        ([[["X", "Y"], ["Z"]], [[], ["A"]]], pl.List(pl.List(pl.String))),
+        ([[1, 2], [3, 4]], pl.Array(pl.Int64, 2)),
+    ],
+)
+def test_lists_in_a_table_are_the_same_texts(values: list[Any], kind: Any) -> None:
+    column = pl.Series("a", values, dtype=kind)
+    found = column.to_frame().select(formats.text_of(pl.col("a"), column.dtype))["a"].to_list()
+    assert found == [formats.text(value) for value in values]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def new_items(run: Run, material: Material, path: Path) -> NewItems:
     if not path.is_file():
         raise DataError(f"no table of items at {path}; expected CSV or parquet with title, image")
     try:
-        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(
-            path, encoding="utf8-lossy", infer_schema_length=None)  # fmt: skip
+        parquet = path.suffix == ".parquet"
+        table = pl.read_parquet(path) if parquet else formats.scan_csv([path]).collect()
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{path} is neither CSV nor parquet that can be read: {error}") from error
     return encode_items(run, material, table.to_dicts(), path.parent)
@@ -57,10 +57,7 @@ def new_items(run: Run, material: Material, path: Path) -> NewItems:
 
 def encode_items(run: Run, material: Material, rows: list[dict[str, Any]], root: Path) -> NewItems:
     """Titles and features of items described as rows with the columns of items.csv."""
-    texts = {
-        name: [None if row.get(name) in (None, "") else str(row[name]) for row in rows]
-        for name in formats.ITEMS
-    }
+    texts = {name: [formats.text(row.get(name)) or None for row in rows] for name in formats.ITEMS}
     table = pl.DataFrame(texts, schema=dict.fromkeys(formats.ITEMS, pl.String))
     table = table.with_columns(data.image_path(root))
     cache = run.folder / "cache"
@@ -69,7 +66,10 @@ def encode_items(run: Run, material: Material, rows: list[dict[str, Any]], root:
         raise DataError("this run knows items by id alone; new ones need --set modality=both")
     empty = np.flatnonzero(~features.any(axis=1))
     if empty.size:
-        raise DataError(f"new item {empty[0] + 1} has neither text nor picture that can be read")
+        raise DataError(
+            f"new item {empty[0] + 1} has no picture that can be read, and no text or none with a "
+            "word of the catalogue's"
+        )
     names = [
         row["title"] or f"item {row['item_id'] or n}" for n, row in enumerate(table.to_dicts())
     ]
