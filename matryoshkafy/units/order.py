@@ -234,14 +234,15 @@ def _separated(
 def _widened(doll: Doll, probe: list[Tensor]) -> tuple[Doll, list[Tensor]]:
     """Return a copy in float64, where rounding does not pass for meaning; else the doll itself.
 
-    Large models and those with an operator that has no float64 are judged in their own type.
+    Large models, and those that cannot be copied or have an operator without float64, are judged
+    in their own type.
     """
     if sum(t.nbytes for t in doll.parameters()) > WIDENED:
         return doll, probe
-    wide, inputs = doubled(doll, probe)
     try:
+        wide, inputs = doubled(doll, probe)
         run_graph(wide, trace_of(wide).graph, inputs)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return doll, probe
     return wide, inputs
 
