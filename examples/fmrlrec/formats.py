@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
+from polars.datatypes import DataTypeClass
 
 from examples.fmrlrec.config import DataError
 from matryoshkafy.files.folders import digest_file, whole_file
@@ -228,7 +229,7 @@ def text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def text_of(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
+def text_of(column: pl.Expr, kind: pl.DataType | DataTypeClass) -> pl.Expr:
     """The same of a column of a table."""
     if isinstance(kind, pl.Array):
         return text_of(column.arr.to_list(), pl.List(kind.inner))
