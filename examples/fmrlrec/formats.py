@@ -181,10 +181,8 @@ def scan_csv(paths: list[Path]) -> pl.LazyFrame:
     how: Any = {"encoding": "utf8-lossy", "infer_schema_length": None}
     rows = pl.scan_csv(paths, **how)
     ids = [name for name in INTERACTIONS[:2] if name in rows.collect_schema()]
-    texts = dict.fromkeys(ids, pl.String)
-    zeros = pl.scan_csv(paths, **how, schema_overrides=texts).select(
-        pl.col(ids).str.contains(r"^[+-]?0\d").any()
-    )
+    texts = pl.scan_csv(paths, encoding="utf8-lossy", infer_schema_length=0)  # all of them
+    zeros = texts.select(pl.col(ids).str.contains(r"^[+-]?0\d").any())
     found = zeros.collect(engine="streaming").row(0, named=True) if ids else {}
     kept = {name: pl.String for name, zero in found.items() if zero}
     return pl.scan_csv(paths, **how, schema_overrides=kept) if kept else rows

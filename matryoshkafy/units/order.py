@@ -205,16 +205,20 @@ def _applied(
     if error <= tolerance_of(doll):
         return dict(wanted), error, {}
     _undo(doll, wanted)
-    fine, out = _separated(_widened(doll, probe), wanted, tolerance_of(doll))
+    fine, out = _separated(_widened(doll, probe, reference), wanted, tolerance_of(doll))
     return fine, _tried(doll, fine, probe, reference), out
 
 
+# A model, its inputs and what it makes of them in the users' order.
+Judge = tuple[Doll, list[Tensor], list[object]]
+
+
 def _separated(
-    judge: tuple[Doll, list[Tensor]], wanted: Orders, tolerance: float
+    judge: Judge, wanted: Orders, tolerance: float
 ) -> tuple[dict[int, Tensor], dict[int, str]]:
     """Return the orders that keep the full model what it is, and why others do not; apply none."""
-    doll, probe = judge
-    reference, out = run_graph(doll, trace_of(doll).graph, probe), dict[int, str]()
+    doll, probe, reference = judge
+    out: dict[int, str] = {}
     for group, one in wanted.items():
         error = _tried(doll, {group: one}, probe, reference)
         _undo(doll, {group: one})
@@ -231,20 +235,19 @@ def _separated(
     return fine, out
 
 
-def _widened(doll: Doll, probe: list[Tensor]) -> tuple[Doll, list[Tensor]]:
+def _widened(doll: Doll, probe: list[Tensor], reference: list[object]) -> Judge:
     """Return a copy in float64, where rounding does not pass for meaning; else the doll itself.
 
     Large models, and those that cannot be copied or have an operator without float64, are judged
     in their own type.
     """
     if sum(t.nbytes for t in doll.parameters()) > WIDENED:
-        return doll, probe
+        return doll, probe, reference
     try:
         wide, inputs = doubled(doll, probe)
-        run_graph(wide, trace_of(wide).graph, inputs)
+        return wide, inputs, run_graph(wide, trace_of(wide).graph, inputs)
     except (RuntimeError, TypeError):
-        return doll, probe
-    return wide, inputs
+        return doll, probe, reference
 
 
 def _undo(doll: Doll, orders: Orders) -> None:

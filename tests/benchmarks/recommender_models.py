@@ -205,11 +205,11 @@ def epoch_batches(
     """
     random = np.random.default_rng((seed, epoch))
     sort = alike and (recipe.pads_right or recipe.skips_padding)
-    for some in (
-        alike_parts(rows, recipe.batch, random)
-        if sort
-        else random_parts(len(rows), recipe.batch, random, whole=not alike)
-    ):
+    if sort:
+        parts = alike_parts(rows, recipe.batch, random)
+    else:
+        parts = random_parts(len(rows), recipe.batch, random, whole=not alike)
+    for some in parts:
         pair = recipe.batches(rows[some], random)
         if sort:
             longest = int((pair[0] != 0).sum(1).max())

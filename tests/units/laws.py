@@ -15,6 +15,7 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.units.order import order
 from matryoshkafy.units.permute import moved, put_back
 from matryoshkafy.units.report import OrderReport
+from tests.zoo.judge import widened
 from tests.zoo.registry import Entry
 
 RATIOS = [0.25, 0.5, 1.0]
@@ -48,7 +49,7 @@ def measure(entry: Entry, by: str = "activation", *, double: bool = False) -> Ro
         return Row(entry.name, "refused", str(error).splitlines()[0])
     if double:
         doll = doll.double()
-        args, kwargs = pytree.tree_map(_doubled, (tuple(args), dict(kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, widened, (tuple(args), dict(kwargs)))
     before = _run(doll, args, kwargs)
     report = order(doll, [(tuple(args), dict(kwargs))], by=by, unread="leave")
     after = _run(doll, args, kwargs, report)
@@ -56,10 +57,6 @@ def measure(entry: Entry, by: str = "activation", *, double: bool = False) -> Ro
     return Row(
         entry.name, "ok", "", *_errors(doll, report, before, after), len(doll.plan.groups), kept
     )
-
-
-def _doubled(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def orders_of(report: OrderReport) -> dict[int, Tensor]:

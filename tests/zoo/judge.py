@@ -103,7 +103,7 @@ def doubled(entry: Entry) -> Entry:
 
     def build() -> Built:
         model, args, kwargs = entry.build()
-        args, kwargs = pytree.tree_map_only(Tensor, _wide, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, widened, (args, kwargs))
         return model.double(), args, kwargs
 
     remade = entry.rebuild
@@ -111,7 +111,8 @@ def doubled(entry: Entry) -> Entry:
     return replace(entry, build=build, rebuild=rebuild)
 
 
-def _wide(value: Tensor) -> Tensor:
+def widened(value: Tensor) -> Tensor:
+    """Return a floating tensor in float64, any other as it is."""
     return value.double() if value.is_floating_point() else value
 
 
