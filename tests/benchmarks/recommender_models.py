@@ -43,6 +43,26 @@ class LastPositions(PositionalEmbedding):
         return self.pe.weight[-x.size(1) :].unsqueeze(0)
 
 
+class TiedBERT4Rec(BERT4Rec):
+    """BERT4Rec whose scores are those of the paper's equation 7: by the table of its inputs.
+
+    The zoo's, as in its authors' later code, learns a second table of items, which so few
+    interactions do not teach.
+    """
+
+    def __init__(self, width: int, longest: int, items: int) -> None:
+        super().__init__(width, max(1, width // 8), 4 * width, longest, items)
+        self.bert.embedding.position = LastPositions(longest, width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(items))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T] -> [B, T, items]."""
+        hidden = self.norm(F.gelu(self.out(self.bert(ids))))
+        return F.linear(hidden, self.bert.embedding.token.weight, self.bias)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one of the models is made and trained; the same nested and alone.
@@ -136,9 +156,7 @@ def lrurec(items: int, width: int, length: int) -> nn.Module:
 
 def bert4rec(items: int, width: int, length: int) -> nn.Module:
     """BERT4Rec of two blocks with heads of eight units, so that a size is a number of heads."""
-    model = BERT4Rec(width, max(1, width // 8), 4 * width, length, items)
-    model.bert.embedding.position = LastPositions(length, width)
-    return model
+    return TiedBERT4Rec(width, length, items)
 
 
 def fmlp_rec(items: int, width: int, length: int) -> nn.Module:
@@ -173,7 +191,7 @@ RECIPES = {
 def small(model: nn.Module, dropout: float, seed: int) -> nn.Module:
     """Draws matrices and tables small, as LRURec does, and sets the dropout everywhere.
 
-    Complex weights and eigenvalues keep what their authors draw.
+    Complex weights and eigenvalues keep what torch and their authors draw.
     """
     torch.manual_seed(seed)
     for module in model.modules():
