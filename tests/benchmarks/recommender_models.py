@@ -46,7 +46,7 @@ class LastPositions(PositionalEmbedding):
 class TiedBERT4Rec(BERT4Rec):
     """BERT4Rec whose scores are those of the paper's equation 7: by the table of its inputs.
 
-    The zoo's, as in its authors' later code, learns a second table of items, which so few
+    The zoo's, as the PyTorch code that it follows, learns a second table of items, which so few
     interactions do not teach.
     """
 
