@@ -109,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 12, "patience": 4, "warmup": 50, "windows": "all", "schedule": "cosine",
         "learn_scales": True, "score_scale": 64.0,
     },
-    # Ids alone: the recipe of LRURec, and what keeps its small sizes as good as models alone.
+    # Ids alone: the recipe of LRURec, and weights and scales that let its small sizes learn.
     "beauty": {
         "sizes": "8..64", "modality": "id", "batch": 128, "dropout": 0.5, "windows": "all",
         "r_min": 0.8, "nesting": "sliced", "weights": "1/8:4,1/4:2,1:1",

@@ -47,11 +47,11 @@ class TiedBERT4Rec(BERT4Rec):
     """BERT4Rec whose scores are those of the paper's equation 7: by the table of its inputs.
 
     The zoo's, as the PyTorch code that it follows, learns a second table of items, which so few
-    interactions do not teach.
+    interactions do not teach. A norm stands before the table, as in BERT's own head.
     """
 
-    def __init__(self, width: int, longest: int, items: int) -> None:
-        super().__init__(width, max(1, width // 8), 4 * width, longest, items)
+    def __init__(self, width: int, heads: int, longest: int, items: int) -> None:
+        super().__init__(width, heads, 4 * width, longest, items)
         self.bert.embedding.position = LastPositions(longest, width)
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
@@ -156,7 +156,7 @@ def lrurec(items: int, width: int, length: int) -> nn.Module:
 
 def bert4rec(items: int, width: int, length: int) -> nn.Module:
     """BERT4Rec of two blocks with heads of eight units, so that a size is a number of heads."""
-    return TiedBERT4Rec(width, length, items)
+    return TiedBERT4Rec(width, max(1, width // 8), length, items)
 
 
 def fmlp_rec(items: int, width: int, length: int) -> nn.Module:
