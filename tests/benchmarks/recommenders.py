@@ -44,6 +44,7 @@ from tests.benchmarks.recommender_models import (
     small,
     training_rows,
 )
+from tests.benchmarks.recommender_seen import UnseenLoss, seen_items
 
 SIZES, SCALE, CLIP = "8..64", 64.0, 5.0
 PARTS = 16  # positions that learn are padded to so many parts of a batch: few steps are recorded
@@ -72,6 +73,7 @@ class Nested:
     factor: float = 1.0  # of the recipe's rate
     dropout: float | None = None  # instead of the recipe's
     distill: float = 0.0  # of the largest size's scores, beside the targets
+    seen: float = 1.0  # how many times the items of a history count against the target
 
     @property
     def name(self) -> str:
@@ -81,7 +83,9 @@ class Nested:
         rate = "" if self.factor == 1 else f"x{self.factor:g}"
         dropout = "" if self.dropout is None else f"d{self.dropout:g}"
         taught = f"kd{self.distill:g}" if self.distill else ""
-        return "-".join(part for part in (kind, how, self.weights, rate, dropout, taught) if part)
+        seen = "" if self.seen == 1 else f"seen{self.seen:g}"
+        parts = kind, how, self.weights, rate, dropout, taught, seen
+        return "-".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,12 @@ def loss_of(doll: Any, nested: Nested) -> mk.MatryoshkaLoss:
     given = [float(w) for w in nested.weights.split(",") if w] or [1.0] * len(doll.sizes)
     weights = [w * len(given) / sum(given) for w in given]
     taught = Distillation(nested.distill) if nested.distill else None
-    loss = mk.MatryoshkaLoss(
-        criterion, sizes=doll.sizes, weights=weights, learn_scales=scales, distill=taught
+    how: Any = {"weights": weights, "learn_scales": scales, "distill": taught}
+    plain = nested.seen == 1
+    loss = (
+        mk.MatryoshkaLoss(criterion, doll.sizes, **how)
+        if plain
+        else UnseenLoss(doll.sizes, nested.seen, **how)
     )
     return loss.to(next(doll.parameters()).device)
 
@@ -231,12 +239,19 @@ def backward_of(training: Training, dolls: Lengths, loss: mk.MatryoshkaLoss) -> 
     A step that is recorded cannot ask which positions count, so there they are given.
     """
 
+    def seen(inputs: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
+        if training.nested.seen == 1:
+            return ()
+        found = seen_items(inputs, causal=not training.recipe.asks_by_mask)
+        return (found[places] if places else found,)
+
     def backward(inputs: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
         kind, half = training.device, training.precision == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):
             outputs = dolls.outputs(masked_ids(inputs, training))
             wanted = targets if places else dolls.fitted(targets)
-            found: Any = loss(outputs.at(*places) if places else outputs, wanted)
+            extra = seen(dolls.fitted(inputs), *places)
+            found: Any = loss(outputs.at(*places) if places else outputs, wanted, *extra)
         found.backward()
         return found.detach()
 
@@ -325,7 +340,7 @@ def train_command(given: argparse.Namespace) -> None:
     config = replace(Config(), {"max_length": given.length})
     dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
     recipe = RECIPES[given.model]
-    how = given.nesting, given.weights, given.factor, given.dropout, given.distill
+    how = given.nesting, given.weights, given.factor, given.dropout, given.distill, given.seen
     nested = Nested(str(given.alone or given.sizes), *how)
     epochs = given.epochs or recipe.epochs
     features = load_file(given.features)["features"].float() if given.features else None
@@ -388,6 +403,7 @@ def main() -> None:
             command.add_argument("--decay", type=float, help="instead of the recipe's")
             command.add_argument("--validate", type=int, default=4, help="epochs between measures")
             command.add_argument("--distill", type=float, default=0.0, help="by the largest size")
+            command.add_argument("--seen", type=float, default=1.0, help="weight of items had")
             command.add_argument("--precision", default="float32", help="or bfloat16")
             command.add_argument("--features", type=Path, help="of fmrlrec's items, safetensors")
             command.add_argument("--seed", type=int, default=0)
