@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
+from PIL import Image
 
 from examples.fmrlrec.config import Config, DataError, RunError, write_text
 from examples.fmrlrec.formats import ITEMS, Source, text_of
@@ -318,12 +319,13 @@ def _part_sequences(part: Path, keys: pl.DataFrame, count: int) -> pl.DataFrame:
 
 
 def image_path(root: Path) -> pl.Expr:
-    """Where each picture should lie: the given path, or images/<item id>.jpg when there is one."""
+    """Where each picture lies: the given path, or images/<item id> with the suffix of any kind."""
+    folder, kinds = root / "images", Image.registered_extensions()
+    # Reversed, so that of several pictures of one item the first by name is kept.
+    files = [file for file in sorted(folder.rglob("*"))[::-1] if file.suffix.lower() in kinds]
+    lying = {file.relative_to(folder).with_suffix("").as_posix(): str(file) for file in files}
 
     def locate(row: dict[str, str | None]) -> str | None:
-        if row["image"]:
-            return str(root / row["image"])
-        guess = root / "images" / f"{row['item_id']}.jpg"
-        return str(guess) if guess.exists() else None
+        return str(root / row["image"]) if row["image"] else lying.get(str(row["item_id"]))
 
     return pl.struct("item_id", "image").map_elements(locate, return_dtype=pl.String).alias("image")

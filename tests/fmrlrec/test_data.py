@@ -230,3 +230,18 @@ def test_real_counts_are_those_of_the_paper(name: str, tmp_path: Path) -> None:
         pytest.skip(f"no {path.name}: the real data is not part of the repository")
     found = data.prepare(formats.read(path, tmp_path), tmp_path, Config())
     assert (found.users, found.item_count) == TABLE_1[name]
+
+
+def test_a_picture_is_found_by_the_id_of_its_item_whatever_its_kind(tmp_path: Path) -> None:
+    for name in ("7.jpg", "8.PNG", "9.webp", "9.jpg", "x.1.jpeg", "10.txt", "user/3.gif"):
+        file = tmp_path / "images" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    ids = ["7", "8", "9", "x.1", "10", "user/3", "11", "12"]
+    items = pl.DataFrame({"item_id": ids, "image": [*[None] * 7, "elsewhere/a.jpg"]})
+
+    found = items.with_columns(data.image_path(tmp_path))["image"].to_list()
+
+    names = ["7.jpg", "8.PNG", "9.jpg", "x.1.jpeg", None, "user/3.gif", None]
+    wanted = [name and str(tmp_path / "images" / name) for name in names]
+    assert found == [*wanted, str(tmp_path / "elsewhere/a.jpg")]
