@@ -23,7 +23,7 @@ DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 class OutputsError(MatryoshkafyError):
-    """An output is read when what it is computed from has changed."""
+    """An output is read when what it is computed from has changed, or at no positions of it."""
 
 
 class Late:
@@ -93,8 +93,9 @@ class Outputs(MutableMapping[int, Any]):
         """Yield (size, scores of chosen positions), ascending; the other scores are not computed.
 
         index selects positions as it would of the output: `scores_at(slice(None), -1)` the last of
-        each row, `scores_at(rows, last)` one of each. In masked nesting each size costs what it
-        adds. An output that ends in no linear is computed whole and then indexed.
+        each row, `scores_at(rows, last)` one of each; choose among the scores afterwards. In masked
+        nesting each size costs what it adds. An output that ends in no linear is computed whole and
+        then indexed.
         """
         chosen = self.at(*index)
         readout = chosen.readout
@@ -289,7 +290,16 @@ class Readout:
         return self.hidden if plain else self.hidden * self.scale
 
     def at(self, *index: Place) -> Readout:
-        """The readout of chosen positions: of hidden[index]."""
+        """The readout of chosen positions: of hidden[index].
+
+        Raises OutputsError where the index chooses on the last axis, which here is that of units.
+        """
+        if reaches_last_axis(index, self.hidden.ndim):
+            raise OutputsError(
+                f"an index of {len(index)} parts chooses on the last axis of scores "
+                f"{[*self.hidden.shape[:-1], len(self.table)]}; choose positions alone, and then "
+                "among their scores: {size: scores[..., 1:] for size, scores in scores_at(...)}"
+            )
         return replace(self, hidden=self.hidden[index])
 
     def logits(self, size: int) -> Tensor:
@@ -302,6 +312,21 @@ class Readout:
         sizes = sorted(self.widths, key=lambda size: (self.widths[size], size))
         widths = [self.widths[size] for size in sizes]
         yield from zip(sizes, running(self.scaled, self.table, widths, self.bias), strict=True)
+
+
+def reaches_last_axis(index: Sequence[object], axes: int) -> bool:
+    """Whether an index chooses on the last of so many axes; to take all of it is no choice."""
+    parts = [part for part in index if part is not None]
+    open_end = not any(part is Ellipsis for part in parts) and sum(map(_axes_of, parts)) < axes
+    if not parts or open_end or parts[-1] is Ellipsis:
+        return False
+    return not isinstance(parts[-1], slice) or parts[-1] != slice(None)
+
+
+def _axes_of(part: object) -> int:
+    """How many axes a part of an index takes; a mask as many as it has."""
+    is_mask = isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
+    return part.ndim if is_mask else 1
 
 
 def running(

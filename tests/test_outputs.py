@@ -270,6 +270,28 @@ def test_scores_at_chosen_positions_are_those_of_the_whole_output(tail: str, nes
 
 
 @NESTINGS
+def test_a_place_of_any_form_chooses_as_it_does_of_the_output(nesting: str) -> None:
+    doll = doll_of("linear", nesting).eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    whole = {size: scores_of(output) for size, output in doll.outputs(ids).items()}
+    everything = slice(None)
+    for index in ((0,), (ids > 2,), (None, 1), (..., -1, everything), (everything, None, 0), ()):
+        for size, scores in doll.outputs(ids).scores_at(*index):
+            torch.testing.assert_close(scores, whole[size][index])
+
+
+@NESTINGS
+@pytest.mark.parametrize("classes", (slice(0, 20), slice(1, None), 3, torch.tensor([1, 2])))
+def test_a_choice_among_scores_is_no_place(nesting: str, classes: object) -> None:
+    outputs = doll_of("linear", nesting).outputs(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    everything = slice(None)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for index in ((everything, -1, classes), (..., classes), (mask, classes)):
+        with pytest.raises(OutputsError, match=r"last axis of scores \[2, 3, 11\]; choose"):
+            list(outputs.scores_at(*index))  # pyright: ignore[reportArgumentType]
+
+
+@NESTINGS
 def test_scores_at_chosen_positions_compute_no_others(nesting: str) -> None:
     doll = doll_of("linear", nesting)
     outputs = doll.outputs(torch.ones(4, 50, dtype=torch.int64))
