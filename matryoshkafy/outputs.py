@@ -325,8 +325,7 @@ def reaches_last_axis(index: Sequence[object], axes: int) -> bool:
 
 def _axes_of(part: object) -> int:
     """How many axes a part of an index takes; a mask as many as it has."""
-    is_mask = isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
-    return part.ndim if is_mask else 1
+    return part.ndim if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) else 1
 
 
 def running(
