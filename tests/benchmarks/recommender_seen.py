@@ -7,7 +7,7 @@ has to learn it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import matryoshkafy as mk
 from matryoshkafy.losses import nested_cross_entropy
+from matryoshkafy.losses.matryoshka import Weights
 
 PADDING = 0
 
@@ -35,11 +36,15 @@ class UnseenLoss(mk.MatryoshkaLoss):
 
     -log(exp(z_target) / (sum of exp(z) over all + (times - 1) * sum of exp(z) over seen ones)):
     scores are adjusted in training alone (Menon et al. 2021, arXiv 2007.07314). Called with outputs
-    [B, T, items], targets [B, T] and seen items [B, T, K], 0 for none in both.
+    [B, T, items], targets [B, T] and seen items [B, T, K], 0 for none in both; an item that stands
+    twice counts twice.
     """
 
-    def __init__(self, sizes: list[int], times: float, **options: object) -> None:
-        super().__init__(nn.CrossEntropyLoss(ignore_index=PADDING), sizes, **options)  # pyright: ignore[reportArgumentType]
+    def __init__(
+        self, sizes: Sequence[int], times: float, weights: Weights, scales: Weights
+    ) -> None:
+        criterion = nn.CrossEntropyLoss(ignore_index=PADDING)
+        super().__init__(criterion, sizes, weights, learn_scales=scales)
         self.times = times
 
     def criteria(
@@ -67,9 +72,10 @@ class UnseenLoss(mk.MatryoshkaLoss):
         assert isinstance(plain, Tensor)
         over_all = plain + scores_of(hidden, table, bias, target[..., None])[..., 0]
         theirs = scores_of(hidden, table, bias, seen)
-        counts = (seen != PADDING) & (seen != target[..., None])
-        share = (theirs - over_all[..., None]).exp().masked_fill(~counts, 0.0).sum(-1)
         real = target != PADDING
+        counts = (seen != PADDING) & (seen != target[..., None]) & real[..., None]
+        # Filled before exp, whose gradient would be nan where it overflows.
+        share = (theirs - over_all[..., None]).masked_fill(~counts, -torch.inf).exp().sum(-1)
         return ((plain + torch.log1p((self.times - 1) * share)) * real).sum() / real.sum()
 
 

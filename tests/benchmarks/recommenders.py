@@ -177,13 +177,12 @@ def loss_of(doll: Any, nested: Nested) -> mk.MatryoshkaLoss:
     given = [float(w) for w in nested.weights.split(",") if w] or [1.0] * len(doll.sizes)
     weights = [w * len(given) / sum(given) for w in given]
     taught = Distillation(nested.distill) if nested.distill else None
-    how: Any = {"weights": weights, "learn_scales": scales, "distill": taught}
-    plain = nested.seen == 1
-    loss = (
-        mk.MatryoshkaLoss(criterion, doll.sizes, **how)
-        if plain
-        else UnseenLoss(doll.sizes, nested.seen, **how)
-    )
+    if nested.seen == 1:
+        loss = mk.MatryoshkaLoss(
+            criterion, doll.sizes, weights, learn_scales=scales, distill=taught
+        )
+    else:
+        loss = UnseenLoss(doll.sizes, nested.seen, weights, scales)
     return loss.to(next(doll.parameters()).device)
 
 
@@ -239,19 +238,16 @@ def backward_of(training: Training, dolls: Lengths, loss: mk.MatryoshkaLoss) -> 
     A step that is recorded cannot ask which positions count, so there they are given.
     """
 
-    def seen(inputs: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
-        if training.nested.seen == 1:
-            return ()
-        found = seen_items(inputs, causal=not training.recipe.asks_by_mask)
-        return (found[places] if places else found,)
+    weighs_seen, causal = training.nested.seen != 1, not training.recipe.asks_by_mask
 
     def backward(inputs: Tensor, targets: Tensor, *places: Tensor) -> Tensor:
         kind, half = training.device, training.precision == "bfloat16"
         with torch.autocast(kind, torch.bfloat16, enabled=half, cache_enabled=False):
             outputs = dolls.outputs(masked_ids(inputs, training))
-            wanted = targets if places else dolls.fitted(targets)
-            extra = seen(dolls.fitted(inputs), *places)
-            found: Any = loss(outputs.at(*places) if places else outputs, wanted, *extra)
+            wanted = [targets if places else dolls.fitted(targets)]
+            if weighs_seen:
+                wanted.append(seen_items(dolls.fitted(inputs), causal=causal)[places])
+            found: Any = loss(outputs.at(*places) if places else outputs, *wanted)
         found.backward()
         return found.detach()
 
@@ -337,6 +333,8 @@ def replaced(recipe: Recipe, given: argparse.Namespace) -> Recipe:
 
 def train_command(given: argparse.Namespace) -> None:
     """Trains one model and writes its test metrics."""
+    if given.seen != 1 and given.distill:
+        raise SystemExit("--seen weighs items of the targets' loss alone; leave out --distill")
     config = replace(Config(), {"max_length": given.length})
     dataset = dataset_of(given.data, given.run / given.data.stem / "data", config)
     recipe = RECIPES[given.model]

@@ -33,7 +33,7 @@ def test_the_loss_and_gradients_are_those_of_adjusted_scores(nesting: str) -> No
     targets[2, 3] = inputs[2, 1]  # bought again: not counted against itself
     doll = mk.convert(model, (inputs,), sizes=SIZES, nesting=nesting).eval()
     weights, scales = {4: 0.5, 8: 2.0}, {4: 3.0, 8: 0.7}
-    loss = UnseenLoss(SIZES, TIMES, weights=weights, learn_scales=scales).double()
+    loss = UnseenLoss(SIZES, TIMES, weights, scales).double()
     seen = seen_items(inputs, causal=True)
 
     found = loss(doll.outputs(inputs), targets, seen)
@@ -57,3 +57,17 @@ def test_the_loss_and_gradients_are_those_of_adjusted_scores(nesting: str) -> No
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     for own, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
+
+
+def test_what_has_no_target_counts_nothing_however_large_its_scores() -> None:
+    table = torch.eye(4)[1:].repeat(2, 1).requires_grad_()
+    hidden = torch.tensor([[1.0, 0, 0, 0], [500.0, 500, 500, 500]], requires_grad=True)
+    loss = UnseenLoss([4], TIMES, {4: 1.0}, {4: 1.0})
+
+    found = loss.mean(hidden, table, None, torch.tensor([2, 0]), torch.tensor([[1], [3]]))
+    found.backward()
+
+    # All six scores are 0; item 1 is seen.
+    torch.testing.assert_close(found.item(), math.log(6 + TIMES - 1))
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+    assert table.grad is not None and table.grad.isfinite().all()
