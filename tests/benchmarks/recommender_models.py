@@ -143,6 +143,23 @@ def cloze(rows: np.ndarray, random: np.random.Generator) -> Pairs:
     return np.where(hidden, -1, whole), np.where(hidden, whole, 0)
 
 
+def ended_anywhere(rows: np.ndarray, random: np.random.Generator, share: float = 0.75) -> Pairs:
+    """As `cloze`; but so many of the sequences end anywhere, and their last item alone is masked.
+
+    That is what evaluation asks, of as many histories as a causal model learns from.
+    """
+    inputs, targets = cloze(rows, random)
+    chosen = random.random(len(rows)) < share
+    whole = rows[chosen, 1:]
+    left_out = random.integers(np.maximum((whole > 0).sum(1) - 1, 1))
+    before = np.arange(whole.shape[1]) - left_out[:, None]
+    whole = np.where(before < 0, 0, np.take_along_axis(whole, before.clip(0), axis=1))
+    targets[chosen], targets[chosen, -1] = 0, whole[:, -1]
+    whole[:, -1] = -1
+    inputs[chosen] = whole
+    return inputs, targets
+
+
 def sasrec(items: int, width: int, length: int) -> nn.Module:
     """SASRec with the authors' two blocks and one head."""
     return Next(width, longest=length, items=items)
@@ -182,6 +199,9 @@ RECIPES = {
     "fmrlrec": Recipe(fmrlrec, shifted, skips_padding=True, epochs=40),
     "bert4rec": Recipe(
         bert4rec, cloze, tokens=2, skips_padding=True, asks_by_mask=True, dropout=0.2, epochs=150
+    ),
+    "bert4rec-next": Recipe(
+        bert4rec, ended_anywhere, tokens=2, skips_padding=True, asks_by_mask=True, dropout=0.2
     ),
     "fmlprec": Recipe(fmlp_rec, last_item, every_position=False, batch=512, epochs=40),
 }

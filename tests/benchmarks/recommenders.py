@@ -102,6 +102,7 @@ class Training:
     validate: int = 4
     precision: str = "float32"
     features: Tensor | None = None
+    start: Path | None = None  # the folder of a training whose weights this one begins with
 
     @property
     def sizes(self) -> str:
@@ -208,6 +209,10 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     parts = {"doll": doll, "loss": loss, "optimizer": optimizer}
     position = resume_run(folder / "state", parts)
     history: list[dict[str, Any]] = position["history"] if position else []
+    if position is None and training.start:
+        unused = optimizer_of(doll, loss, training.recipe)
+        if resume_run(training.start / "state", {**parts, "optimizer": unused}) is None:
+            raise SystemExit(f"--start {training.start} holds no training")
     if position is None:
         torch.manual_seed(training.seed + 1)
     rows = training_rows(training.dataset, training.config.max_length)
@@ -342,7 +347,7 @@ def train_command(given: argparse.Namespace) -> None:
     nested = Nested(str(given.alone or given.sizes), *how)
     epochs = given.epochs or recipe.epochs
     features = load_file(given.features)["features"].float() if given.features else None
-    run = given.seed, epochs, given.device, given.validate, given.precision, features
+    run = given.seed, epochs, given.device, given.validate, given.precision, features, given.start
     training = Training(dataset, replaced(recipe, given), nested, config, *run)
     folder = run_folder(given, nested)
     folder.mkdir(parents=True, exist_ok=True)
@@ -403,6 +408,7 @@ def main() -> None:
             command.add_argument("--distill", type=float, default=0.0, help="by the largest size")
             command.add_argument("--seen", type=float, default=1.0, help="weight of items had")
             command.add_argument("--precision", default="float32", help="or bfloat16")
+            command.add_argument("--start", type=Path, help="the folder of an earlier training")
             command.add_argument("--features", type=Path, help="of fmrlrec's items, safetensors")
             command.add_argument("--seed", type=int, default=0)
         command.add_argument("--length", type=int, default=50, help="items of a history that count")
