@@ -37,7 +37,9 @@ def test_the_loss_and_gradients_are_those_of_adjusted_scores(nesting: str) -> No
     seen = seen_items(inputs, causal=True)
 
     found = loss(doll.outputs(inputs), targets, seen)
-    gradients = torch.autograd.grad(found, [*doll.parameters(), loss.log_scales])
+    assert loss.log_scales is not None
+    learnt = [*doll.parameters(), loss.log_scales]
+    gradients = torch.autograd.grad(found, learnt)
 
     counted = torch.zeros(*inputs.shape, ITEMS, dtype=torch.bool).scatter_(2, seen, True)
     counted[..., 0] = False
@@ -53,7 +55,7 @@ def test_the_loss_and_gradients_are_those_of_adjusted_scores(nesting: str) -> No
         for size in SIZES
     )
     assert isinstance(wanted, torch.Tensor)
-    expected = torch.autograd.grad(wanted, [*doll.parameters(), loss.log_scales])
+    expected = torch.autograd.grad(wanted, learnt)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     for own, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
