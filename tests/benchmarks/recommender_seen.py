@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
+from examples.fmrlrec.data import PADDING
 from matryoshkafy.losses import nested_cross_entropy
 from matryoshkafy.losses.matryoshka import Weights
-
-PADDING = 0
 
 
 def seen_items(inputs: Tensor, *, causal: bool) -> Tensor:
@@ -70,8 +69,8 @@ class UnseenLoss(mk.MatryoshkaLoss):
             reduction="none",
         )  # fmt: skip
         assert isinstance(plain, Tensor)
-        over_all = plain + scores_of(hidden, table, bias, target[..., None])[..., 0]
-        theirs = scores_of(hidden, table, bias, seen)
+        over_all = plain + scores_among(hidden, table, bias, target[..., None])[..., 0]
+        theirs = scores_among(hidden, table, bias, seen)
         real = target != PADDING
         counts = (seen != PADDING) & (seen != target[..., None]) & real[..., None]
         # Filled before exp, whose gradient would be nan where it overflows.
@@ -79,7 +78,7 @@ class UnseenLoss(mk.MatryoshkaLoss):
         return ((plain + torch.log1p((self.times - 1) * share)) * real).sum() / real.sum()
 
 
-def scores_of(hidden: Tensor, table: Tensor, bias: Tensor | None, items: Tensor) -> Tensor:
+def scores_among(hidden: Tensor, table: Tensor, bias: Tensor | None, items: Tensor) -> Tensor:
     """The scores [..., K] of some items [..., K] for hidden values [..., D]."""
     scores = (F.embedding(items, table) @ hidden[..., None])[..., 0]
     return scores if bias is None else scores + bias[items]

@@ -209,11 +209,8 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
     parts = {"doll": doll, "loss": loss, "optimizer": optimizer}
     position = resume_run(folder / "state", parts)
     history: list[dict[str, Any]] = position["history"] if position else []
-    if position is None and training.start:
-        unused = optimizer_of(doll, loss, training.recipe)
-        if resume_run(training.start / "state", {**parts, "optimizer": unused}) is None:
-            raise SystemExit(f"--start {training.start} holds no training")
     if position is None:
+        begin(training, parts)
         torch.manual_seed(training.seed + 1)
     rows = training_rows(training.dataset, training.config.max_length)
     if not training.recipe.every_position:
@@ -235,6 +232,15 @@ def train(training: Training, folder: Path) -> list[dict[str, Any]]:
             save_run(folder / "state", parts, {"history": history})
         print(line_of(row), flush=True)
     return history
+
+
+def begin(training: Training, parts: dict[str, Any]) -> None:
+    """Weights and scales of the training that this one starts with, if any; not its optimizer."""
+    if training.start is None:
+        return
+    unused = optimizer_of(parts["doll"], parts["loss"], training.recipe)
+    if resume_run(training.start / "state", {**parts, "optimizer": unused}) is None:
+        raise SystemExit(f"--start {training.start} holds no training")
 
 
 def backward_of(training: Training, dolls: Lengths, loss: mk.MatryoshkaLoss) -> Backward:
