@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 import matryoshkafy as mk
 from examples.fmrlrec.config import Config, ConfigError
@@ -18,7 +18,7 @@ from examples.fmrlrec.data import PADDING
 from examples.fmrlrec.encoders import Features
 from examples.fmrlrec.evaluation import Scorer
 from examples.fmrlrec.model import Recommender, Shape
-from matryoshkafy.losses import nested_sampled_softmax
+from matryoshkafy.losses import SampledMatryoshkaLoss
 from matryoshkafy.rules.table import Args, Walk, rule
 from matryoshkafy.sizes import parse_ladder
 from matryoshkafy.training import AllSizes
@@ -63,11 +63,10 @@ def scan_axes(walk: Walk, node: fx.Node, args: Args) -> Any:
     return *shared, walk.unify(states, own_states), walk.unify(parts, own_parts)
 
 
-class StaggeredLoss(mk.MatryoshkaLoss):
+class StaggeredLoss(SampledMatryoshkaLoss):
     """Equation 14: the sum of the cross entropies of all sizes; some learn at every nth step.
 
-    With `config.negatives` the scores are those of the target and of as many items drawn at random,
-    the same for all rows and processes of a step, instead of all items.
+    With `config.negatives` a step scores the target and so many items drawn at random.
     """
 
     def __init__(self, config: Config, sizes: Sequence[int]) -> None:
@@ -75,52 +74,28 @@ class StaggeredLoss(mk.MatryoshkaLoss):
         scales = {size: config.score_scale / size or 1.0 for size in sizes}
         super().__init__(
             nn.CrossEntropyLoss(ignore_index=PADDING),
+            config.negatives,
             sizes,
             per_size(config, "weights", sizes),
             learn_scales=scales if config.learn_scales else False,
+            generator=torch.Generator(),
         )
         self.every = dict(zip(sizes, intervals(config, sizes), strict=True))
-        self.seed, self.negatives, self.step = config.seed, config.negatives, 0
+        self.seed, self.step = config.seed, 0
+
+    def at_step(self, step: int) -> None:
+        """Which sizes learn, and from which items, is a function of the step alone."""
+        self.step = step
+        cast("torch.Generator", self.generator).manual_seed(self.seed * 1_000_003 + step)
 
     def drawn(self, weights: dict[int, float]) -> dict[int, float]:
         """The sizes that learn at this step."""
         return {m: weight for m, weight in weights.items() if self.step % self.every[m] == 0}
 
-    def criteria(
-        self, outputs: Mapping[int, object], targets: tuple[object, ...], weights: dict[int, float]
-    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, object] | None]:
-        """The weighted sum, the cross entropy of each size, and the scores where they are kept."""
-        if not self.negatives:
-            return super().criteria(outputs, targets, weights)
-        target, scales, losses = cast("Tensor", targets[0]), self.scales(), {}
-        for size, readout in self.readouts(outputs, targets, weights).items():
-            # Drawn by the step: the same for every size and process.
-            draws = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-            others = torch.randint(1, len(readout.table), (self.negatives,), generator=draws)
-            width, scale = readout.widths[size], scales.get(size, 1.0)
-            assert readout.bias is not None, "every item has a bias"
-            losses[size] = nested_sampled_softmax(
-                readout.scaled[..., :width] * scale,
-                readout.table[:, :width],
-                target,
-                others.to(target.device),
-                [width],
-                bias=readout.bias * scale,
-                ignore_index=PADDING,
-            )
-        total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum()
-        return total, {size: loss.detach() for size, loss in losses.items()}, None
-
 
 def objective(doll: mk.Doll, config: Config) -> AllSizes:
     """What a step calls: (inputs [B, T], labels=targets [B, T]) -> the loss, {size: loss}."""
     return AllSizes(doll, StaggeredLoss(config, doll.sizes), shift_labels=False)
-
-
-def tell_step(objective: AllSizes, step: int) -> None:
-    """Which sizes learn, and from which items, depends on the step."""
-    if isinstance(objective.loss, StaggeredLoss):
-        objective.loss.step = step
 
 
 def nested_scorer(doll: mk.Doll) -> Scorer:

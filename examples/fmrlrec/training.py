@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from examples.fmrlrec.config import Config, DataError, RunError
 from examples.fmrlrec.data import PADDING, Batch, Dataset, training_batches, training_windows
 from examples.fmrlrec.evaluation import Table, evaluate
-from examples.fmrlrec.nesting import nested_scorer, tell_step
+from examples.fmrlrec.nesting import StaggeredLoss, nested_scorer
 from examples.fmrlrec.workers import Processes, device, processes
 from matryoshkafy.files.folders import whole_file
 from matryoshkafy.report.page.numbers import timed
@@ -179,7 +179,7 @@ class Session:
         inputs, targets, share = _share(self.own, batch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(progress.step, self.steps, self.config)
-        tell_step(objective, progress.step)
+        cast("StaggeredLoss", objective.loss).at_step(progress.step)
         with autocast(self.config):
             loss, per_size = objective(inputs, labels=targets)
         self.optimizer.zero_grad()

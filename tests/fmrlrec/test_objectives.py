@@ -66,7 +66,7 @@ def test_nested_loss_is_the_weighted_sum_over_sizes(weights: str, material, tiny
 def test_a_sampled_loss_is_that_of_the_drawn_items(nesting_of: str, material, tiny) -> None:
     config = replace(tiny, {"nesting": nesting_of, "negatives": 9, "score_scale": 4.0})
     nested = learning(nest(plain(material, config), config).eval(), config)
-    nesting.tell_step(nested, 5)
+    nested.loss.at_step(5)
     _, per_size = nested(INPUTS, labels=TARGETS)
     draws = torch.Generator().manual_seed(config.seed * 1_000_003 + 5)
     drawn = torch.randint(1, 41, (9,), generator=draws).tolist()
@@ -79,7 +79,7 @@ def test_a_sampled_loss_is_that_of_the_drawn_items(nesting_of: str, material, ti
             for scores, target in rows
         ]
         torch.testing.assert_close(per_size[size], -torch.stack(found).mean().detach())
-    nesting.tell_step(nested, 6)
+    nested.loss.at_step(6)
     assert nested(INPUTS, labels=TARGETS)[1] != per_size, "other items at another step"
 
 
