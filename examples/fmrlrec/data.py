@@ -251,7 +251,10 @@ def _partition(
     )
     total = frame.select(pl.len()).collect(engine="streaming").item()
     if total == 0:
-        raise DataError(f"no interactions in {source.root}; every line was empty or unreadable")
+        raise DataError(
+            f"no interactions in the data of {source.root}: expected user_id, item_id and "
+            "timestamp in a row of a table, or `user item item ...` in a line of a text"
+        )
     count = max(1, math.ceil(total / config.partition_rows))
     parts = [folder / f"{number:05}.parquet" for number in range(count)]
     rows = each(_write_part, list(enumerate(parts)), frame.drop_nulls(), count)

@@ -76,6 +76,10 @@ def read(path: Path, scratch: Path) -> Source:
     """
     if not path.exists():
         raise DataError(f"no data at {path}; give a folder or a file, or --data synthetic")
+    if path.is_file() and path.suffix != ".txt":
+        raise DataError(
+            f"{path} is no sequence text (.txt); give the folder of a table, {path.parent}"
+        )
     if path.is_file():
         return read_sequences(path)
     if reviews := sorted(path.glob("reviews_*.json.gz")):
@@ -125,7 +129,7 @@ def read_sequences(path: Path) -> Source:
     """Opens a text of one user a line, `user item item ...` in time order."""
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; expected one user a line: user item item ...")
-    words = pl.col("line").str.split(" ").list
+    words = pl.col("line").str.extract_all(r"\S+").list
     times = pl.int_ranges(0, words.len() - 1)
     rows = _lines(path).select(user_id=words.first(), item_id=words.slice(1), timestamp=times)
     bought = rows.filter(pl.col("item_id").list.len() > 0).explode("item_id", "timestamp")
@@ -177,15 +181,22 @@ def _table(
 
 
 def scan_csv(paths: list[Path]) -> pl.LazyFrame:
-    """The rows of CSV files; ids that begin with a zero stay texts, for 007 is not 7."""
-    how: Any = {"encoding": "utf8-lossy", "infer_schema_length": None}
-    rows = pl.scan_csv(paths, **how)
+    """The rows of CSV files, between commas, semicolons or tabs as in their first line.
+
+    Ids that begin with a zero stay texts, for 007 is not 7.
+    """
+    with paths[0].open(encoding="utf-8", errors="replace") as file:
+        head = file.readline()
+    mark = next((mark for mark in ",;\t" if mark in head), ",")
+    how: Any = {"encoding": "utf8-lossy", "separator": mark}
+    rows = pl.scan_csv(paths, **how, infer_schema_length=None)
     ids = [name for name in INTERACTIONS[:2] if name in rows.collect_schema()]
-    texts = pl.scan_csv(paths, encoding="utf8-lossy", infer_schema_length=0)  # all of them
+    texts = pl.scan_csv(paths, **how, infer_schema_length=0)  # all of them
     zeros = texts.select(pl.col(ids).str.contains(r"^[+-]?0\d").any())
     found = zeros.collect(engine="streaming").row(0, named=True) if ids else {}
     kept = {name: pl.String for name, zero in found.items() if zero}
-    return pl.scan_csv(paths, **how, schema_overrides=kept) if kept else rows
+    again: Any = {"infer_schema_length": None, "schema_overrides": kept}
+    return pl.scan_csv(paths, **how, **again) if kept else rows
 
 
 def _convert(path: Path, names: tuple[str, ...], lines: Lines, target: Path) -> None:

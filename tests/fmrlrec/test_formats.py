@@ -77,7 +77,7 @@ def test_every_format_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
 
 def test_sequence_text_keeps_the_order_of_the_line(tmp_path: Path) -> None:
     path = tmp_path / "seq.txt"
-    path.write_text("7 30 10 20\n8 10\n\n9\n", "utf-8")
+    path.write_text("7 30 10  20\n8\t10\n\n9\n", "utf-8")
     found = formats.read(path, tmp_path).interactions.collect().rows()
     assert found == [("7", "30", 0), ("7", "10", 1), ("7", "20", 2), ("8", "10", 0)]
 
@@ -115,6 +115,25 @@ def test_ids_keep_their_zeros(tmp_path: Path) -> None:
     rows = formats.read(tmp_path, tmp_path / "scratch").interactions.collect()
     assert rows["item_id"].to_list() == ["007", "10"]
     assert rows["user_id"].to_list() == [1, 2]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_columns_stand_between_the_marks_of_the_first_line(mark: str, tmp_path: Path) -> None:
+    rows = [
+        ("user_id", "item_id", "timestamp", "note"),
+        ("1", "007", "1", "a|b"),
+        ("2", "10", "2", "c"),
+    ]
+    (tmp_path / "interactions.csv").write_text("\n".join(map(mark.join, rows)) + "\n")
+    found = formats.read(tmp_path, tmp_path / "scratch").interactions.collect()
+    assert found.rows() == [(1, "007", 1, "x|y"), (2, "10", 2, "z")]
+
+
+@pytest.mark.parametrize("name", ["interactions.csv", "interactions.parquet", "log.jsonl"])
+def test_a_table_is_no_sequence_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("user_id,item_id,timestamp\n1 2,3,4\n")
+    with pytest.raises(DataError, match="no sequence text .*give the folder"):
+        formats.read(tmp_path / name, tmp_path / "scratch")
 
 
 def test_literal_lines_are_never_executed(tmp_path: Path) -> None:
