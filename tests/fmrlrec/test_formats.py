@@ -126,7 +126,7 @@ def test_columns_stand_between_the_marks_of_the_first_line(mark: str, tmp_path: 
     ]
     (tmp_path / "interactions.csv").write_text("\n".join(map(mark.join, rows)) + "\n")
     found = formats.read(tmp_path, tmp_path / "scratch").interactions.collect()
-    assert found.rows() == [(1, "007", 1, "x|y"), (2, "10", 2, "z")]
+    assert found.rows() == [(1, "007", 1, "a|b"), (2, "10", 2, "c")]
 
 
 @pytest.mark.parametrize("name", ["interactions.csv", "interactions.parquet", "log.jsonl"])
