@@ -128,6 +128,15 @@ class Signature:
         self.guards.check(flat)
         return flat
 
+    def by_position(self, values: Sequence[object]) -> list[torch.Tensor]:
+        """Return the flat tensors of a call without names: keywords follow in the traced order."""
+        names = [item.name for item in self.inputs]
+        tensors = [item.name for item in self.inputs if any(item.is_tensor)]
+        bound = next((n for n in (tensors, names) if len(n) == len(values)), None)
+        if bound is None or set(tensors) <= set(self.positional[: len(values)]):
+            return self.flatten(values, {})
+        return self.flatten((), dict(zip(bound, values, strict=True)))
+
     def _completed(self, given: dict[str, object], known: Collection[str]) -> dict[str, object]:
         """Fill in what is missing, and leave out a default that the trace does without."""
         for default in self.filled:

@@ -64,6 +64,16 @@ class CallCodeGen(StateCodeGen):
             f"    {flat} = _call_signature.flatten(args, kwargs)"
         )
 
+    # torch.export and every other fx.Interpreter run the graph itself, between these two.
+
+    def process_inputs(self, *args: Any) -> list[Any]:
+        """The flat inputs of a call by position"""
+        return self.signature.by_position(args)
+
+    def process_outputs(self, outputs: Any) -> Any:
+        """The flat outputs in the user's structure"""
+        return outputs if self.flat else self.signature.unflatten(outputs)
+
     def generate_output(self, output_args: object, *args: object, **kwargs: object) -> str:
         """return the outputs in the user's structure"""
         del args, kwargs
