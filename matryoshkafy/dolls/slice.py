@@ -186,6 +186,8 @@ def assemble(
     graph, root = _parts(trace, plan, tensors, kinds)
     _mention(graph, [free_name(name) for name in tensors])
     module = SubModel(root, graph, class_name="SubModel")
+    # Each module has a class of its own, so its forward may say what the user's takes.
+    vars(type(module))["forward"].__signature__ = trace.signature.of_forward()
     module.meta["matryoshka"] = (replace(trace, root=nn.Module()), plan)
     module.train(root.training and not why_untrained(plan))
     caveats = Caveats(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,9 +162,34 @@ class Signature:
             args.append(values.pop(name))
         return tuple(args), values
 
+    def of_forward(self) -> inspect.Signature:
+        """Return what tools that look at a forward see: the names of the user's, after `self`."""
+        kind, inputs = inspect.Parameter, {item.name: item for item in self.inputs}
+        made, spared = [kind("self", kind.POSITIONAL_ONLY)], {item.name for item in self.filled}
+        names = dict.fromkeys([*self.positional, *inputs])
+        said = [name for name in names if name.isidentifier() and not keyword.iskeyword(name)]
+        optional = False
+        for name in said:
+            needed = name in inputs and any(inputs[name].is_tensor) and name not in spared
+            positional = name in self.positional
+            # Whatever follows an optional argument by position is optional, too.
+            optional = not needed or (positional and optional)
+            how = kind.POSITIONAL_OR_KEYWORD if positional else kind.KEYWORD_ONLY
+            default = _constant(inputs.get(name)) if optional else kind.empty
+            made.append(kind(name, how, default=default))
+        rest = [kind("kwargs", kind.VAR_KEYWORD)] if len(said) < len(names) else []
+        return inspect.Signature([*made, *rest])
+
     def unflatten(self, outputs: Sequence[object]) -> Any:
         """Return the outputs in the structure of the user's model."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _constant(item: Input | None) -> object:
+    """The traced value of an argument without tensors, else None."""
+    if item is None or any(item.is_tensor):
+        return None
+    return pytree.tree_unflatten(item.leaves, item.spec)
 
 
 def _value(item: Input, tensors: Iterator[object]) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import matryoshkafy as mk
+from matryoshkafy.dolls.caveats import RecordedPathWarning
 
 
 class Structured(nn.Module):
@@ -76,6 +78,36 @@ def test_an_interpreter_runs_a_slice(args: Any, kwargs: Any) -> None:
     torch.testing.assert_close(found, expected(small, *args, **kwargs))
 
 
+def test_a_slice_says_what_it_takes() -> None:
+    made = {(args[1:], *kwargs): sliced(args, kwargs) for args, kwargs in CALLS}
+    assert {call: str(inspect.signature(small.forward)) for call, small in made.items()} == {
+        ((),): "(batch, scale=None)",
+        ((), "mask"): "(batch, scale=None, *, mask)",
+        ((), "mask", "bias"): "(batch, scale=None, *, mask, bias)",
+        ((3.0,), "bias"): "(batch, scale=3.0, *, bias)",
+        ((3.0,), "bias", "mask"): "(batch, scale=3.0, *, bias, mask)",
+    }
+
+
+class ByName(nn.Module):
+    """Takes whatever it is given, as many wrappers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(batch["x"]))) * batch["class"]
+
+
+def test_a_name_that_no_signature_can_hold_is_taken_still() -> None:
+    batch = {"x": BATCH["x"], "class": torch.ones(3, 1)}
+    small = mk.slice(mk.convert(ByName().eval(), kwargs=batch, sizes=[4, 8, 16]), 8)
+    assert str(inspect.signature(small.forward)) == "(*, x, **kwargs)"
+    with pytest.warns(RecordedPathWarning):  # torch.export takes no such name, either
+        assert small(**batch).shape == (3, 4)
+
+
 class Positions(nn.Module):
     """Knows histories of five alone."""
 
@@ -92,8 +124,8 @@ def test_what_a_slice_is_right_for_goes_with_its_program() -> None:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     ids = torch.randint(10, (3, 5))
     small = mk.slice(mk.convert(Positions().eval(), (ids,), sizes=[4, 8, 16]), 8)
-    program = torch.export.export(small, (ids,), dynamic_shapes=(({0: batch},),))
+    program = torch.export.export(small, (ids,), dynamic_shapes=({0: batch},))
     more = torch.randint(10, (7, 5))
     torch.testing.assert_close(program.module()(more), small(more))
     with pytest.raises(Exception, match="specialized it to be a constant"):
-        torch.export.export(small, (ids,), dynamic_shapes=(({0: batch, 1: length},),))
+        torch.export.export(small, (ids,), dynamic_shapes=({0: batch, 1: length},))
