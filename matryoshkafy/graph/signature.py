@@ -163,9 +163,9 @@ class Signature:
         return tuple(args), values
 
     def of_forward(self) -> inspect.Signature:
-        """Return what tools that look at a forward see: the names of the user's, after `self`."""
+        """Return what tools that look at a forward see: after the module, the user's arguments."""
         kind, inputs = inspect.Parameter, {item.name: item for item in self.inputs}
-        made, spared = [kind("self", kind.POSITIONAL_ONLY)], {item.name for item in self.filled}
+        spared, made = {item.name for item in self.filled}, list[inspect.Parameter]()
         names = dict.fromkeys([*self.positional, *inputs])
         said = [name for name in names if name.isidentifier() and not keyword.iskeyword(name)]
         optional = False
@@ -178,7 +178,8 @@ class Signature:
             default = _constant(inputs.get(name)) if optional else kind.empty
             made.append(kind(name, how, default=default))
         rest = [kind("kwargs", kind.VAR_KEYWORD)] if len(said) < len(names) else []
-        return inspect.Signature([*made, *rest])
+        module = max(["self", *said], key=len) + "_"  # an argument may be called self
+        return inspect.Signature([kind(module, kind.POSITIONAL_ONLY), *made, *rest])
 
     def unflatten(self, outputs: Sequence[object]) -> Any:
         """Return the outputs in the structure of the user's model."""

@@ -89,6 +89,21 @@ def test_a_slice_says_what_it_takes() -> None:
     }
 
 
+class Selfish(nn.Linear):
+    """Calls its input self."""
+
+    def forward(this, self: Tensor) -> Tensor:  # pyright: ignore[reportSelfClsParameterName]
+        return nn.functional.linear(self, this.weight, this.bias)
+
+
+def test_an_argument_may_be_called_self() -> None:
+    model = nn.Sequential(Selfish(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    alone = mk.convert(Selfish(8, 16).eval(), (BATCH["x"],), sizes=[4, 8, 16], scope="output")
+    assert str(inspect.signature(mk.slice(alone, 8).forward)) == "(self)"
+    small = mk.slice(mk.convert(model, (BATCH["x"],), sizes=[4, 8, 16]), 8)
+    assert str(inspect.signature(small.forward)) == "(input)"
+
+
 class ByName(nn.Module):
     """Takes whatever it is given, as many wrappers do."""
 
