@@ -219,6 +219,8 @@ class _Reader:
             return [Formula(1.0, ((ROUND + text, 1.0),))]
         bound = self.scope.bindings(e)
         values = [b for b in bound if b.value is not None]
+        if isinstance(e, ast.Attribute):  # units=config.units says nothing of config.units
+            values = [b for b in values if b.value and ast.unparse(b.value) != text]
         if values:
             return [f for b in values for f in self._bound(b, text)] if self.depth else []
         if isinstance(e, ast.Attribute) and (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -366,3 +367,31 @@ def test_the_scale_of_a_head_that_stays_whole_is_not_spoken_of() -> None:
     doll = mk.convert(Heads(64), (torch.randint(0, 30, (2, 5)),), sizes=[16, 64], nesting="sliced")
     assert not [r for r in doll.plan.remarks if r.startswith("number:")]
     assert not doll.plan.scalars
+
+
+@dataclass
+class Shape:
+    """A configuration."""
+
+    units: int = 2560
+    spread: float = 0.0177
+
+
+class Handing(nn.Module):
+    """Keeps shape.units under its own name, beside a number that is computed of it."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.units, self.gain = shape.units, shape.units**0.25 / shape.spread
+        self.table, self.layer = nn.Embedding(30, self.units), nn.Linear(self.units, self.units)
+        self.head = nn.Linear(self.units, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        return self.head(torch.tanh(self.layer(self.table(ids)) * self.gain / 100))
+
+
+def test_a_width_that_is_kept_under_its_own_name_is_still_a_name() -> None:
+    _, error = small_class.moved(lambda width: Handing(Shape(width)), WIDTH, SMALL)
+    assert error < 1e-12
