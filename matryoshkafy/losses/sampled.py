@@ -199,21 +199,22 @@ def nested_losses(
     asked: Asked,
     candidates: Candidates,
     widths: Sequence[int],
-    scales: Sequence[Tensor | float] | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The summed loss of each of ascending widths, from running logits [N, 1] and [N, K]."""
     hidden, positive, negatives = asked
     hit = negatives == positive[:, None]
     good, bad = candidates.rows(positive)[:, None], candidates.rows(negatives)
-    offsets = candidates.offset(positive)[:, None], candidates.offset(negatives)
-    owns = running(hidden, good, widths, offsets[0])
-    others = running(hidden, bad, widths, offsets[1].expand(hit.shape))
+    start = candidates.offset(negatives).expand(hit.shape)
+    if scales is None:
+        start = start.masked_fill(hit, -torch.inf)
+    owns = running(hidden, good, widths, candidates.offset(positive)[:, None])
+    pairs = zip(owns, running(hidden, bad, widths, start), strict=True)
     losses: list[Tensor] = []
-    for own, other, scale in zip(owns, others, scales or [1.0] * len(widths), strict=True):
-        norm = score = (own * scale)[:, 0]
-        if hit.shape[1]:
+    for rank, (own, others) in enumerate(pairs):
+        if scales is not None:
             # Masked last: a scale that multiplied -inf would have a gradient of nan.
-            masked = (other * scale).masked_fill(hit, -torch.inf)
-            norm = torch.logaddexp(score, masked.logsumexp(1))
-        losses.append((norm - score).sum())
+            own, others = own * scales[rank], (others * scales[rank]).masked_fill(hit, -torch.inf)
+        norm = torch.logaddexp(own[:, 0], others.logsumexp(1)) if hit.shape[1] else own[:, 0]
+        losses.append((norm - own[:, 0]).sum())
     return torch.stack(losses)
