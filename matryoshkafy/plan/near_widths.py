@@ -67,7 +67,7 @@ def takes_number(node: fx.Node) -> bool:
 def all_widths(node: fx.Node, search: Search) -> list[tuple[dims.Nested, int]]:
     """Return the widths that a formula at a node may be of, the likeliest first."""
     near = ((factor, width) for factor, width, _ in _near(node, search))
-    return list(dict.fromkeys((*near, *_inside_weights(node, search))))
+    return list(dict.fromkeys((*near, *_inside_weights(node, search), *_of_gains(node, search))))
 
 
 def summed_before(node: fx.Node, search: Search) -> Iterator[Dim]:
@@ -203,6 +203,25 @@ def _inside_weights(node: fx.Node, search: Search) -> Iterator[tuple[dims.Nested
         for factor in filter(None, map(alone, shape)):
             yield factor, factor.size
             yield factor, factor.size * fixed
+
+
+def _of_gains(node: fx.Node, search: Search) -> Iterator[tuple[dims.Nested, int]]:
+    """Yield what the products were summed over that a scaled weight multiplies: a gain of nGPT
+    (arXiv 2410.01131) makes up for rows of length 1.
+    """
+    if _of_weights(node):
+        gains = reached([node], lambda n: filter(_of_weights, n.users))
+        users = [u for u in node.graph.nodes if not gains.isdisjoint(u.all_input_nodes)]
+        for value in (v for u in users if op_of(u).scaling for v in u.all_input_nodes):
+            for dim in search.summed.get(value.name, ()):
+                yield from ((factor, width) for factor, width, _ in _factors(dim))
+
+
+def _of_weights(node: fx.Node) -> bool:
+    """Tell whether a value is elementwise of weights alone."""
+    made = made_of(node)
+    plain = all(n.op == "get_attr" or op_of(n).elementwise for n in made)
+    return plain and any(n.op == "get_attr" for n in made)
 
 
 def _factors(dim: Dim, powers: tuple[float, ...] = ROOTS) -> Iterator[Candidate]:

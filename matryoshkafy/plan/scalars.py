@@ -9,7 +9,8 @@ convolution sums over whose weight is scaled (equalised rates); or p one of 1, -
 of a head or of all heads under scores of attention (q k / d of muP); or p one of 1/4, -1/4, where
 both operands of a product are scaled by it. An integer counts: it is n or n - 1, also as a factor
 of a count of all that was summed (x.sum() / x.numel()). Or its line computes it of such a width by
-another formula (plan/by_formula.py): sqrt(3 * n), n * log(2 * pi). A number that the user's code
+another formula (plan/by_formula.py): sqrt(3 * n), n * log(2 * pi); beside a gain, which is a weight
+that multiplies a product, n is also what that product sums over. A number that the user's code
 holds as such (x * 0.25, a default of 0.25, that of a class or a configuration), or computes of
 something else (sqrt(2 * layers)), is none of these. What is found is reported in the plan and
 rewritten at each size, unless keep=["scalar:model.py:31"], the line that the plan prints, holds it.

@@ -395,3 +395,29 @@ class Handing(nn.Module):
 def test_a_width_that_is_kept_under_its_own_name_is_still_a_name() -> None:
     _, error = small_class.moved(lambda width: Handing(Shape(width)), WIDTH, SMALL)
     assert error < 1e-12
+
+
+class Gains(nn.Module):
+    """Gains of nGPT: numbers of the units that a product sums over, beside gains of its outputs."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.units, inner = shape.units, shape.units // 2
+        self.rooted, self.gain = shape.units**0.5, shape.units**0.25 / shape.spread
+        self.table, self.up = nn.Embedding(30, self.units), nn.Linear(self.units, inner)
+        self.down, self.head = nn.Linear(inner, self.units), nn.Linear(self.units, 5)
+        self.of_up = nn.Parameter(torch.linspace(0.5, 1, inner))
+        self.of_gate = nn.Parameter(torch.linspace(0.01, 0.02, inner))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        hidden = self.up(self.table(ids))
+        gate = torch.sigmoid(hidden * (self.of_gate * self.gain).square())
+        return self.head(self.down(torch.tanh(hidden * (self.of_up * self.rooted)) * gate))
+
+
+def test_a_number_beside_a_gain_may_be_of_the_width_that_its_product_sums() -> None:
+    doll, error = small_class.moved(lambda width: Gains(Shape(width)), WIDTH, SMALL)
+    assert error < 1e-12
+    assert len(doll.plan.scalars) == 2
