@@ -10,6 +10,7 @@ import ast
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,15 +189,14 @@ def scan_csv(paths: list[Path]) -> pl.LazyFrame:
     with paths[0].open(encoding="utf-8", errors="replace") as file:
         head = file.readline()
     mark = next((mark for mark in ",;\t" if mark in head), ",")
-    how: Any = {"encoding": "utf8-lossy", "separator": mark}
-    rows = pl.scan_csv(paths, **how, infer_schema_length=None)
+    scan = partial(pl.scan_csv, paths, encoding="utf8-lossy", separator=mark)
+    rows = scan(infer_schema_length=None)
     ids = [name for name in INTERACTIONS[:2] if name in rows.collect_schema()]
-    texts = pl.scan_csv(paths, **how, infer_schema_length=0)  # all of them
+    texts = scan(infer_schema_length=0)  # all of them
     zeros = texts.select(pl.col(ids).str.contains(r"^[+-]?0\d").any())
     found = zeros.collect(engine="streaming").row(0, named=True) if ids else {}
     kept = {name: pl.String for name, zero in found.items() if zero}
-    again: Any = {"infer_schema_length": None, "schema_overrides": kept}
-    return pl.scan_csv(paths, **how, **again) if kept else rows
+    return scan(infer_schema_length=None, schema_overrides=kept) if kept else rows
 
 
 def _convert(path: Path, names: tuple[str, ...], lines: Lines, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -169,8 +169,7 @@ class MatryoshkaLoss(nn.Module):
             return *fused(readouts, target, weights, settings, self.scales()), None
         scores = {size: self.scores(size, outputs) for size in weights}
         losses = {size: self.at_size(out, targets, size) for size, out in scores.items()}
-        total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
-        return total, {size: loss.detach() for size, loss in losses.items()}, scores
+        return *weighed(losses, weights), scores
 
     def fuses(self, outputs: Mapping[int, object], *targets: object) -> bool:
         """Whether nested_cross_entropy computes the loss of these outputs.
@@ -335,6 +334,20 @@ def real_rows(
     return None if settings is None or classes is None else classes != settings.ignore_index
 
 
+def weighed(
+    losses: Mapping[int, Tensor], weights: Mapping[int, float]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The weighted sum over {size: loss}, and the losses, detached."""
+    total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum(0)
+    return total, {size: loss.detach() for size, loss in losses.items()}
+
+
+def by_readout(readouts: Mapping[int, Readout]) -> Iterator[tuple[Readout, list[int]]]:
+    """Yield each readout once, with the sizes that share it."""
+    for readout in {id(r): r for r in readouts.values()}.values():
+        yield readout, [size for size in readouts if readouts[size] is readout]
+
+
 def fused(
     readouts: Mapping[int, Readout],
     target: Tensor,
@@ -345,9 +358,9 @@ def fused(
     """The cross entropies of {size: readout}: sizes that share one are computed together."""
     totals: list[Tensor] = []
     losses: dict[int, Tensor] = {}
-    for readout in {id(r): r for r in readouts.values()}.values():
-        sizes = {m: weights[m] for m in weights if readouts[m] is readout}
-        total, found = fused_group(readout, target, sizes, settings, scales)
+    for readout, sizes in by_readout(readouts):
+        mine = {m: weights[m] for m in sizes}
+        total, found = fused_group(readout, target, mine, settings, scales)
         totals.append(total)
         losses |= found
     return torch.stack(totals).sum(0), {size: losses[size] for size in weights}

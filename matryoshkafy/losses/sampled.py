@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matryoshkafy.losses.fused import LossError, options_of
-from matryoshkafy.losses.matryoshka import MatryoshkaLoss, Targets, Weights, settings_of
+from matryoshkafy.losses.matryoshka import (
+    MatryoshkaLoss,
+    Targets,
+    Weights,
+    by_readout,
+    settings_of,
+    weighed,
+)
 from matryoshkafy.outputs import Readout, running
 
 
@@ -118,8 +125,7 @@ class SampledMatryoshkaLoss(MatryoshkaLoss):
             )
         classes = len(next(iter(readouts.values())).table)
         losses = self.sampled(readouts, target, self.others(classes).to(target.device))
-        total = torch.stack([weights[size] * losses[size] for size in weights]).sum()
-        return total, {size: losses[size].detach() for size in weights}, None
+        return *weighed({size: losses[size] for size in weights}, weights), None
 
     def others(self, classes: int) -> Tensor:
         """Classes drawn among so many, [negatives]."""
@@ -135,9 +141,8 @@ class SampledMatryoshkaLoss(MatryoshkaLoss):
     ) -> dict[int, Tensor]:
         """{size: its loss against others [K]}; sizes of one readout in one pass."""
         scales, losses = self.scales(), dict[int, Tensor]()
-        for readout in {id(r): r for r in readouts.values()}.values():
-            mine = [size for size in readouts if readouts[size] is readout]
-            mine.sort(key=readout.widths.__getitem__)
+        for readout, sizes in by_readout(readouts):
+            mine = sorted(sizes, key=readout.widths.__getitem__)
             asked = asked_of(readout.scaled, target, others, self.settings.ignore_index)
             found = nested_losses(
                 asked,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import matryoshkafy as mk
 from examples.fmrlrec.data import PADDING
 from matryoshkafy.losses import nested_cross_entropy
-from matryoshkafy.losses.matryoshka import Weights
+from matryoshkafy.losses.matryoshka import Weights, weighed
 
 
 def seen_items(inputs: Tensor, *, causal: bool) -> Tensor:
@@ -57,8 +57,7 @@ class UnseenLoss(mk.MatryoshkaLoss):
             bias = None if readout.bias is None else readout.bias * scale
             hidden = readout.scaled[..., :width] * scale
             losses[size] = self.mean(hidden, readout.table[:, :width], bias, target, seen)
-        total = torch.stack([weights[size] * loss for size, loss in losses.items()]).sum()
-        return total, {size: loss.detach() for size, loss in losses.items()}, None
+        return *weighed(losses, weights), None
 
     def mean(
         self, hidden: Tensor, table: Tensor, bias: Tensor | None, target: Tensor, seen: Tensor
