@@ -12,19 +12,20 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.dolls.doll import Doll, root_of, trace_of
 from matryoshkafy.graph.copies import forked, seed_torch
+from matryoshkafy.graph.holders import holds
 
 
 def arguments_of(batch: object) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments and keywords of a batch.
 
     Args:
-        batch: a tensor (the one argument), a mapping (keywords), a pair (tuple of arguments,
-            mapping of keywords), or a sequence of arguments.
+        batch: a tensor or an object that holds some (the one argument), a mapping (keywords), a
+            pair (tuple of arguments, mapping of keywords), or a sequence of arguments.
     """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
     if isinstance(batch, Mapping):
         return (), dict(cast("Mapping[str, object]", batch))
+    if isinstance(batch, Tensor) or holds(batch):
+        return (batch,), {}
     parts = tuple(cast("Sequence[object]", batch))
     if len(parts) == 2 and isinstance(parts[0], tuple) and isinstance(parts[1], Mapping):
         args, kwargs = cast("tuple[tuple[object, ...], Mapping[str, object]]", parts)
@@ -46,7 +47,13 @@ def moved(batch: object, doll: Doll) -> Any:
         if hasattr(own, "to"):
             return own.to(device)
         batch = dict(own)
-    return pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), batch)
+
+    def there(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if holds(leaf) and hasattr(leaf, "to") else leaf
+
+    return pytree.tree_map(there, batch)
 
 
 def flat_inputs(doll: Doll, batch: object) -> list[Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from matryoshkafy.dolls.doll import tables_of
 from matryoshkafy.dolls.libraries import made_inputs
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.copies import spare
+from matryoshkafy.graph.holders import Rebuilt, holds, reads_of, taken_apart
+from matryoshkafy.graph.quiet import silent
 from matryoshkafy.graph.signature import as_inputs
 
 STATE = (Tensor, nn.Module, torch.Generator)
@@ -49,14 +52,27 @@ def call_of(
             "the module itself, not its class, its path or its output."
         )
     if method != "forward":
-        model = Method(model, method)
+        model = Another(model, _method_of(model, method))
     if args is None and kwargs is None:
         call = Call(model, *made_inputs(model))
     else:
         names = inspect.signature(model.forward).parameters
         call = Call(model, *as_inputs(args, kwargs, names))
+    call = _taken_apart(call)
     refuse_meta(model, (call.args, call.kwargs))
     return call
+
+
+def _taken_apart(call: Call) -> Call:
+    """Return the call with its objects as named tuples, on a module that takes these."""
+    given = call.args, dict(call.kwargs)
+    if not any(map(holds, pytree.tree_leaves(given))):
+        return call
+    with silent(), spare(call.model) as twin:
+        reads = reads_of(twin, *given)
+    kinds: dict[type, type] = {}
+    args, kwargs = cast("tuple[Any, Any]", taken_apart(given, reads, kinds))
+    return Call(Another(call.model, Rebuilt(call.model.forward, kinds)), args, kwargs)
 
 
 def refuse_meta(model: nn.Module, inputs: object) -> None:
@@ -80,23 +96,21 @@ def refuse_meta(model: nn.Module, inputs: object) -> None:
         )
 
 
-class Method(nn.Module):
-    """A module whose forward is another method of the user's, over the user's own state.
+class Another(nn.Module):
+    """A module with another forward than the user's, over the user's own state.
 
     It shares the tables of the user's module, so names stay as they are; the mode is the user's.
+
+    Args:
+        owner: the user's module.
+        forward: what it computes.
     """
 
-    def __init__(self, owner: nn.Module, method: str) -> None:
-        found = getattr(owner, method, None)
-        if not callable(found) or isinstance(found, nn.Module):
-            raise TraceError(
-                f"method={method!r} was given, but {type(owner).__name__} has no such method; "
-                f"expected the name of one that computes with the model: {_methods(owner)}"
-            )
+    def __init__(self, owner: nn.Module, forward: Callable[..., Any]) -> None:
         self.__dict__["owner"] = owner
         super().__init__()
         self.__dict__.update(tables_of(owner))
-        self.__dict__["forward"] = found
+        self.__dict__["forward"] = forward
 
     @property
     def training(self) -> bool:
@@ -113,6 +127,16 @@ class Method(nn.Module):
         return getattr(self.__dict__["owner"], name)
 
 
+def _method_of(owner: nn.Module, method: str) -> Callable[..., Any]:
+    found = getattr(owner, method, None)
+    if callable(found) and not isinstance(found, nn.Module):
+        return found
+    raise TraceError(
+        f"method={method!r} was given, but {type(owner).__name__} has no such method; "
+        f"expected the name of one that computes with the model: {_methods(owner)}"
+    )
+
+
 def _methods(owner: nn.Module) -> str:
     own = [n for n, v in vars(type(owner)).items() if callable(v) and not n.startswith("_")]
     return ", ".join(own[:8]) or "it has none of its own"
@@ -123,7 +147,7 @@ def plain_attributes(model: nn.Module) -> dict[str, object]:
 
     `config` of transformers is one; private names, functions and the mode are none.
     """
-    model = model.__dict__["owner"] if isinstance(model, Method) else model
+    model = model.__dict__["owner"] if isinstance(model, Another) else model
     public = {n: v for n, v in vars(model).items() if not n.startswith("_") and n != "training"}
     return {
         name: value

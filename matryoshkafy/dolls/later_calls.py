@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +17,7 @@ from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.copies import copied_inputs, reseed_others, seed_torch, spare, untouched
 from matryoshkafy.graph.quiet import modes_kept
+from matryoshkafy.graph.signature import tensor_names
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 
 State = Mapping[str, Tensor]
@@ -147,6 +149,22 @@ def refuse_new_parameters(model: nn.Module, twin: nn.Module) -> None:
         )
 
 
+@contextlib.contextmanager
+def inputs_watched(inputs: Mapping[str, object], notes: list[str]) -> Generator[None]:
+    """Note which entries of its inputs a call within sets: a doll leaves its inputs as they are.
+
+    Args:
+        inputs: the inputs of that call, by name.
+        notes: gets a remark.
+    """
+    before = dict(tensor_names(inputs))
+    yield
+    after = dict(tensor_names(inputs))
+    changed = [n for n in after | before if after.get(n) is not before.get(n)]
+    if changed:
+        notes.append(f"a call sets its input {changed[0]}, which the doll leaves as it is")
+
+
 def numbers_kept(before: nn.Module, after: nn.Module) -> tuple[str, ...]:
     """Return a remark on the plain attributes that count calls, or hold more after one; a few
     calls do not show what a later one makes of them.
@@ -180,14 +198,20 @@ def answer(
     twin: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], *, training: bool = False
 ) -> object:
     """Return what a spare answers in a mode, with inputs and random numbers of its own."""
-    given, named = copied_inputs(args, kwargs)
+    return answer_to(twin, *copied_inputs(args, kwargs), training=training)
+
+
+def answer_to(
+    twin: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], *, training: bool = False
+) -> object:
+    """Return what a spare answers to inputs that it may write into."""
     if not training:
         twin.eval()
     elif not twin.training:
         twin.train()
     seed_torch(0)
     reseed_others(0)  # what they drew while it was traced is a constant of the graph
-    return twin(*given, **named)
+    return twin(*args, **kwargs)
 
 
 def _fresh(

@@ -20,7 +20,9 @@ from matryoshkafy.dolls.gradients import (
 )
 from matryoshkafy.dolls.later_calls import (
     answer,
+    answer_to,
     call,
+    inputs_watched,
     memory,
     numbers_kept,
     refuse_memory,
@@ -31,13 +33,14 @@ from matryoshkafy.dolls.verify import relative_error
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.copies import (
     chance_kept,
+    copied_inputs,
     copied_tensor,
     seed_torch,
     spare,
 )
 from matryoshkafy.graph.opened import Example
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
-from matryoshkafy.graph.signature import as_tensor
+from matryoshkafy.graph.signature import as_tensor, named_args
 from matryoshkafy.graph.storage import refuse_shared
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
@@ -92,7 +95,7 @@ def _traced(
     flat = found.signature.flatten(args, dict(kwargs or {}))
     if any(t.is_meta for t in (*found.state().values(), *flat)):
         return found
-    kept = numbers_kept(model, first.twin) if first else ()
+    kept = (*first.written, *numbers_kept(model, first.twin)) if first else ()
     found = replace(found, notes=(*found.notes, *kept))
     if check:
         found = _tied(found, model, flat)
@@ -116,10 +119,13 @@ def _tied(found: Trace, model: nn.Module, flat: Sequence[torch.Tensor]) -> Trace
 
 @dataclass(frozen=True)
 class First:
-    """A spare after its first call, on the example and in evaluation mode, and what it answered."""
+    """A spare after its first call, on the example and in evaluation mode, what it answered, and a
+    remark on the inputs that it wrote to.
+    """
 
     twin: nn.Module
     answer: object
+    written: tuple[str, ...] = ()
 
 
 def _first(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> First | None:
@@ -132,13 +138,17 @@ def _first(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object
     leaves = (*tensors_of(model).values(), *pytree.tree_leaves(given))
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
         return None
+    written: list[str] = []
     with torch.no_grad(), spare(model) as twin:
+        own, named = copied_inputs(*given)
         try:
-            said = pytree.tree_map_only(torch.Tensor, copied_tensor, answer(twin, *given))
+            with inputs_watched(named_args(model, own) | named, written):
+                found = answer_to(twin, own, named)
+            said = pytree.tree_map_only(torch.Tensor, copied_tensor, found)
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
     refuse_new_parameters(model, twin)
-    return First(twin, said)
+    return First(twin, said, tuple(written))
 
 
 def _checked(beside: Beside, flat: Sequence[torch.Tensor]) -> Trace:

@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec
 
 from matryoshkafy.files.json_text import JsonError, is_list, is_object, shown
 from matryoshkafy.files.values_json import MAX_DEPTH, Values, is_name
+from matryoshkafy.graph.holders import named_tuple
 
 PLACE = "the structure of the inputs or outputs"
 # The modules that define output classes; importing no other keeps a file from choosing what runs.
@@ -155,12 +156,7 @@ def _read_namedtuple(saved: Any, count: int) -> type:
     name, fields = saved["name"], tuple(saved["fields"])
     if not all(map(is_name, (name, *fields))) or len(fields) != count:
         raise ValueError(saved)
-    return _namedtuple(name, fields)
-
-
-@lru_cache(maxsize=256)
-def _namedtuple(name: str, fields: tuple[str, ...]) -> type:
-    return namedtuple(name, fields)  # pyright: ignore[reportUntypedNamedTuple]  a file names them
+    return named_tuple(name, fields)
 
 
 def _write_defaultdict(context: Any) -> dict[str, object]:

@@ -16,6 +16,7 @@ from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.assumptions import assumed, example_only
 from matryoshkafy.graph.copies import copied_inputs, copied_tensor, spare
 from matryoshkafy.graph.guards import Guard, Size
+from matryoshkafy.graph.holders import holds, refuse_opaque
 from matryoshkafy.graph.nodes import (
     TORCH_FOLDER,
     TRACING_FOLDER,
@@ -30,7 +31,6 @@ from matryoshkafy.graph.opened import (
     open_sizes,
 )
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
-from matryoshkafy.graph.signature import conceals
 from matryoshkafy.graph.storage import aliases_of, mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
 
@@ -243,7 +243,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             result = torch.func.functional_call(twin, state, args, kwargs)
             leaves, out_spec = pytree.tree_flatten(result)
             out_specs.append(out_spec)
-            opaque.update(type(leaf).__name__ for leaf in leaves if conceals(leaf))
+            opaque.update(type(leaf).__name__ for leaf in leaves if holds(leaf))
             return leaves
 
         record = make_fx(
@@ -255,13 +255,9 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
         try:
             module = record(list(named.values()), flat)
         except Exception as second:  # noqa: BLE001  the user's forward may raise anything
+            refuse_opaque(opaque)
             raise TraceError(_explain(model, call, second)) from second
-    if opaque:
-        raise TraceError(
-            f"the forward returns {', '.join(sorted(opaque))}, whose tensors a graph does not see. "
-            "Expected tensors in tuples, lists, dictionaries or named tuples; register a dataclass "
-            "once (torch.export.register_dataclass), then convert again."
-        )
+    refuse_opaque(opaque)
     for hole, value in zip(
         module.graph.find_nodes(op="placeholder")[len(named) :], flat, strict=True
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import keyword
 import math
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.guards import Guards
+from matryoshkafy.graph.holders import like
 
 
 def parameter_names(model: nn.Module) -> tuple[list[str], bool]:
@@ -47,8 +47,11 @@ def as_inputs(
     named = dict(kwargs or {})
     if isinstance(args, Mapping):
         given = cast("Mapping[str, object]", args)
-        known = not set(names).isdisjoint(given)
-        return ((), {**given, **named}) if known else ((dict(given),), named)
+        if not set(names).isdisjoint(given):
+            return (), {**given, **named}
+        # What a tokenizer returns becomes a plain one; a dictionary of a class of its own does not.
+        own = isinstance(given, dict) and any(v is given for v in pytree.tree_leaves(given))
+        return (given if own else dict(given),), named
     if isinstance(args, (tuple, list)):
         return tuple(cast("Sequence[object]", args)), named
     return () if args is None else (args,), named
@@ -210,18 +213,20 @@ def _leaves_of(item: Input, given: Mapping[str, object]) -> list[Any]:
                 "own default is another or not known; give that value, or convert again without it"
             )
         return []
-    leaves, spec = pytree.tree_flatten(given[item.name])
+    found = like(given[item.name], item.spec)
+    leaves, spec = pytree.tree_flatten(found)
     if spec != item.spec:
         raise TraceError(
             f"argument {item.name!r} has structure {spec}, the model was traced with {item.spec}"
         )
     tensors: list[Any] = []
-    for value, traced, is_tensor in zip(leaves, item.leaves, item.is_tensor, strict=True):
-        if is_tensor:
+    for i, (value, traced) in enumerate(zip(leaves, item.leaves, strict=True)):
+        if item.is_tensor[i]:
             tensors.append(as_tensor(value))
         elif not _same(value, traced):
+            where = item.name + pytree.keystr(pytree.tree_flatten_with_path(found)[0][i][0])
             raise TraceError(
-                f"argument {item.name!r} is {value!r}, the model was traced with {traced!r}; "
+                f"argument {where!r} is {value!r}, the model was traced with {traced!r}; "
                 "convert again with the value you need"
             )
     return tensors
@@ -272,11 +277,3 @@ def _bounds(value: object) -> tuple[float, float] | None:
         return None
     low, high = (float(n) for n in torch.aminmax(value.detach().to(torch.float64)))
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
-
-
-def conceals(leaf: object) -> bool:
-    """Tell whether an output is a dataclass with tensors, which would be those of the example."""
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-        return False
-    values = [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
-    return any(isinstance(v, torch.Tensor) or conceals(v) for v in pytree.tree_leaves(values))

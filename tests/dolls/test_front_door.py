@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
-from matryoshkafy.dolls.calls import Method
+from matryoshkafy.dolls.calls import Another, _method_of
 from matryoshkafy.errors import PlanError, TraceError
 
 
@@ -151,7 +151,7 @@ def test_another_method_is_converted(model: Scorer, ids: Tensor, nesting: str, m
 
 def test_a_method_follows_the_mode_of_its_owner(model: Scorer, ids: Tensor) -> None:
     model.train()
-    method = Method(model, "predict")
+    method = Another(model, _method_of(model, "predict"))
     assert method.training and method.config is model.config
     method.eval()
     assert not model.training and not model.drop.training
