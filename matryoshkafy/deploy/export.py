@@ -32,6 +32,7 @@ from matryoshkafy.dolls.measure import tensor_error
 from matryoshkafy.dolls.slice import parts_of
 from matryoshkafy.dolls.slice import slice as cut
 from matryoshkafy.errors import MatryoshkafyError, first_line
+from matryoshkafy.graph.paths import checks_of
 from matryoshkafy.graph.signature import Signature
 from matryoshkafy.graph.trace import attach, tensors_of
 from matryoshkafy.kernels import ops as _ops
@@ -102,6 +103,8 @@ def export(
     given = example_inputs(small) if args is None and kwargs is None else (args or (), kwargs or {})
     trace, _ = parts_of(small)
     flat = trace.signature.flatten(*given)
+    if checks_of(small.graph):
+        _check_path(small, given, to)
     plain = plain_module(small).eval()
     with _beside(target) as folder, torch.no_grad():
         expected = _tensors(plain(*flat))
@@ -132,6 +135,20 @@ def check_file(path: str | os.PathLike[str], to: str, *, force: bool = False) ->
     if to not in FORMATS:
         raise ExportError(f"to={to!r} was given; expected one of {', '.join(FORMATS)}")
     return _free(Path(path), force)
+
+
+def _check_path(
+    small: nn.Module, given: tuple[Sequence[object], Mapping[str, object]], to: str
+) -> None:
+    """Refuse a format that cannot check a recorded path, and inputs of another path."""
+    if to != "pt2":
+        raise ExportError(
+            "the forward was recorded along the path of its example inputs, and an ONNX file "
+            "cannot check that a call takes it; export to pt2 instead, or convert a forward of "
+            "one path (torch.where, masks)"
+        )
+    with torch.no_grad():
+        small(*given[0], **given[1])
 
 
 def plain_module(model: fx.GraphModule) -> fx.GraphModule:

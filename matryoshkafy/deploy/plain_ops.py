@@ -1,5 +1,7 @@
 """The nested operators written with plain ones, for formats that know nothing of ours."""
 
+# torch has no public names for some of what is asked of it here.
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import warnings
@@ -9,8 +11,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.node import Argument
+from torch.fx.node import Argument, has_side_effect
 
+from matryoshkafy.graph import paths
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.kernels.levels import levels_of
 from matryoshkafy.kernels.reductions import level_reduce
@@ -108,6 +111,18 @@ def masked_weight(weight: Tensor, out: int, into: int, keep: Tensor) -> Tensor:
     return torch.where(turned, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
 
+@has_side_effect
+def plain_path(value: Tensor, expected: list[float], where: str) -> None:
+    """matryoshkafy::path in plain ATen."""
+    torch.ops.aten._assert_async.msg(paths.same(value, expected), paths.refusal(where))
+
+
+@has_side_effect
+def plain_path_size(size: int, expected: int, where: str) -> None:
+    """matryoshkafy::path_size as a condition on a size."""
+    torch._check(size == expected, lambda: paths.refusal(where))
+
+
 def _single(runs: list[int]) -> bool:
     return len({level for count, level in zip(runs[::2], runs[1::2], strict=True) if count}) <= 1
 
@@ -140,11 +155,13 @@ MASKED: Mapping[object, tuple[Callable[..., Tensor], Order]] = {
 }
 
 
-PLAIN: Mapping[object, Callable[..., Tensor]] = {
+PLAIN: Mapping[object, Callable[..., Tensor | None]] = {
     nested.layer_norm.default: plain_layer_norm,
     nested.rms_norm.default: plain_rms_norm,
     nested.group_norm.default: plain_group_norm,
     nested.level_reduce.default: level_reduce,
+    paths.PATH: plain_path,
+    paths.PATH_SIZE: plain_path_size,
 }
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.casts import ONE_TYPE
+from matryoshkafy.graph.paths import CHECKED
 from matryoshkafy.graph.trace import NO_GRADIENTS, NO_TRAINING
 from matryoshkafy.plan.plan import Plan
 
@@ -62,7 +63,8 @@ class Caveats:
 
     def __init__(self, plan: Plan) -> None:
         note = next((note for note in plan.remarks if note.startswith(SPECIALISED)), "")
-        self.path = note.removeprefix(SPECIALISED).partition(";")[0]
+        # Where what it read is checked, a call of another path is refused.
+        self.path = "" if CHECKED in note else note.removeprefix(SPECIALISED).partition(";")[0]
         self.types = [note for note in plan.remarks if note.startswith(ONE_TYPE)]
 
     def __bool__(self) -> bool:

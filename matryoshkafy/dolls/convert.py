@@ -18,7 +18,7 @@ from matryoshkafy.dolls.optional import with_defaults
 from matryoshkafy.dolls.pretrained import nesting_of, remarked, say_how_far_off
 from matryoshkafy.dolls.tracing import traced
 from matryoshkafy.dolls.verify import verify
-from matryoshkafy.errors import PlanError, TraceError, first_line
+from matryoshkafy.errors import GuardError, PlanError, TraceError, first_line
 from matryoshkafy.graph.capture import SPECIALISED
 from matryoshkafy.graph.quiet import silent, uncollected
 from matryoshkafy.graph.trace import Trace
@@ -296,7 +296,7 @@ def _failure(doll: Doll, call: Call) -> str | None:
     try:
         with silent():
             report = verify(doll, call.args, call.kwargs)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, GuardError) as error:
         return first_line(error)
     return None if report.passed else str(report)
 

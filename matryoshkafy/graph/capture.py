@@ -30,6 +30,7 @@ from matryoshkafy.graph.opened import (
     is_open,
     open_sizes,
 )
+from matryoshkafy.graph.paths import CHECKED, check_path
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
 from matryoshkafy.graph.storage import aliases_of, mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
@@ -233,7 +234,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     flat, spec = pytree.tree_flatten((call.args, call.kwargs))
     out_specs: list[pytree.TreeSpec] = []
     opaque: set[str] = set()
-    with _prepared(model) as spared:
+    with _prepared(model, recorded=True) as spared:
         twin = spared.twin
         named = dict(twin.named_parameters()) | dict(twin.named_buffers())
 
@@ -280,8 +281,9 @@ def _lifted(
         why = "branches on the values of tensors"
     elif isinstance(error, Transformed):
         why = "differentiates or maps itself (torch.autograd.grad, torch.func)"
+    how = f", and {CHECKED}" if check_path(module.graph, place) else ""
     note = f"{SPECIALISED}the forward {why} at {place}; the path of the example inputs was recorded"
-    notes = (note, *ATTEMPTS[2][1])
+    notes = (note + how, *ATTEMPTS[2][1])
     guards = example_only(_inputs(module.graph, state), place)
     return Captured(module, state, tuple(range(count)), out_spec, {}, guards, (), notes)
 
@@ -296,10 +298,10 @@ class Spared:
 
 @contextlib.contextmanager
 def _prepared(
-    model: nn.Module, *, above: bool = False, gradients: bool = True
+    model: nn.Module, *, above: bool = False, gradients: bool = True, recorded: bool = False
 ) -> Generator[Spared]:
     """Yield a spare in evaluation mode, with plain attention kernels and experts as one batched
-    product; see `watched` for `above` and `gradients`.
+    product; see `watched` for the rest.
     """
     with plain_attention(), spare(model) as twin:
         experts = list(_expert_configs(twin))
@@ -309,7 +311,7 @@ def _prepared(
             twin.eval()
             # Under the caller's no_grad, the model's own would leave no trace.
             bare = contextlib.nullcontext() if gradients else _without_gradients(twin)
-            watch = watched(twin, above=above, gradients=gradients)
+            watch = watched(twin, above=above, gradients=gradients, recorded=recorded)
             with torch.enable_grad(), bare, watch as noted:
                 yield Spared(twin, noted)
         finally:

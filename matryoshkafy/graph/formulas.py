@@ -59,6 +59,18 @@ def attributes_of(node: fx.Node) -> Iterator[tuple[Formula, ...]]:
     yield from (read for e, read in _read_at(node).items() if isinstance(e, ast.Attribute))
 
 
+def function_of(node: fx.Node) -> ast.AST | None:
+    """Return the function of the user's that made a node, None where it is not known."""
+    place = PLACE.match(source_of(node) or "")
+    return _function_at(place[1], int(place[2])) if place else None
+
+
+@lru_cache(maxsize=4096)
+def _function_at(file: str, line: int) -> ast.AST | None:
+    scope = scope_at(file, line)
+    return next(iter(scope.function), None) if scope else None
+
+
 def _read_at(node: fx.Node) -> dict[ast.expr, tuple[Formula, ...]]:
     place = PLACE.match(source_of(node) or "")
     return _read_line(place[1], int(place[2])) if place else {}

@@ -22,6 +22,7 @@ from torch import nn
 from matryoshkafy.graph.casts import CASTS, GET_DTYPE, TYPED, asks_type, cast
 from matryoshkafy.graph.function_mode import FunctionMode
 from matryoshkafy.graph.nodes import TORCH_FOLDER
+from matryoshkafy.graph.paths import READERS, note_read
 from matryoshkafy.graph.splits import DIMS, pieces_of
 from matryoshkafy.graph.user_lines import HelperLines
 
@@ -51,15 +52,17 @@ class GradientsRead(Exception):  # noqa: N818  a message to the tracer, which th
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, *, above: bool, gradients: bool = True) -> Generator[list[str]]:
+def watched(
+    model: nn.Module, *, above: bool, gradients: bool = True, recorded: bool = False
+) -> Generator[list[str]]:
     """Watch what a model calls while it is traced: x.data is x.detach(), which a trace sees.
 
     Yields the remarks on lines that ask for the type of a value, as they are met. With `above`, the
     trace stands above autograd, and a derivative or a map ends it. Without `gradients` no parameter
     has one, and a forward that would notice ends it. What ended it is raised, also where the
-    forward caught it.
+    forward caught it. A `recorded` path holds the values that it reads, which its graph notes.
     """
-    mode = _Traced(HelperLines(model), above=above, gradients=gradients)
+    mode = _Traced(HelperLines(model), above=above, gradients=gradients, recorded=recorded)
     try:
         with _around_forward(model, mode):
             yield mode.notes
@@ -99,12 +102,14 @@ def _around_forward(model: nn.Module, mode: _Traced) -> Generator[None]:
 class _Traced(FunctionMode):
     """What a forward calls while it is traced; see `watched`."""
 
-    WATCHED = {GET_DATA, GET_DTYPE} | DERIVATIVES | READS | HOOKS | DIMS.keys() | CASTS | TYPED
+    WATCHED = (
+        {GET_DATA, GET_DTYPE} | DERIVATIVES | READS | HOOKS | DIMS.keys() | CASTS | TYPED | READERS
+    )
 
-    def __init__(self, lines: HelperLines, *, above: bool, gradients: bool) -> None:
+    def __init__(self, lines: HelperLines, *, above: bool, gradients: bool, recorded: bool) -> None:
         super().__init__()
         self.lines = lines
-        self.above, self.gradients = above, gradients
+        self.above, self.gradients, self.recorded = above, gradients, recorded
         self.ended: Exception | None = None
         self.notes: list[str] = []
 
@@ -129,6 +134,8 @@ class _Traced(FunctionMode):
             raise self._end(Transformed("the forward differentiates itself"))
         if not self.gradients and (func in HOOKS or (func in READS and _by_user())):
             raise self._end(GradientsRead("the forward asks for a gradient"))
+        if self.recorded and func in READERS:
+            note_read(args, kwargs)
         if func in DIMS:
             return pieces_of(func, args, kwargs)
         if func in CASTS or func in TYPED:

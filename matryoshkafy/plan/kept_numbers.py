@@ -19,7 +19,7 @@ from matryoshkafy.graph.formulas import expressions_of
 from matryoshkafy.graph.literals import computed
 from matryoshkafy.graph.nodes import is_op, is_tensor, source_of, tensor_info
 from matryoshkafy.plan.by_formula import accounted, of_call, typed, undecided
-from matryoshkafy.plan.near_widths import Search, summed_before, takes_number
+from matryoshkafy.plan.near_widths import Search, asked_dims, summed_before, takes_number
 from matryoshkafy.plan.numbers import number_in, number_of
 from matryoshkafy.plan.text import place_of
 from matryoshkafy.rules import op_of
@@ -39,12 +39,13 @@ def kept_numbers(node: fx.Node, search: Search) -> Iterator[str]:
     near = [*search.plan.dims(node.name), *summed]
     # A head that stays whole explains its own scale, whatever else has as many units.
     whole = {dims.size(d) for d in (*near, *_read(node, search)) if not dims.is_nested(d)}
+    asked = {d for f in expressions for d in asked_dims(node, f, search) if dims.is_nested(d)}
     last = [shape[-1] for n in (node, *node.all_input_nodes) if (shape := search.plan.dims(n.name))]
     line = _Line(
         expressions,
         frozenset(whole),
         frozenset(_whole_in((*last, *summed))),
-        frozenset(search.group_sizes - whole),
+        (search.group_sizes - whole) | frozenset(map(dims.size, asked)),
         frozenset(map(dims.size, filter(dims.is_nested, near))),
         tensor_info(node).dtype.is_floating_point,
         op_of(node).elementwise or op_of(node).algebra == "power",

@@ -7,6 +7,7 @@ summed over, heads and what holds them, the weights that it is made of.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from torch.fx.node import Target
 
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim
+from matryoshkafy.graph.formula import Formula
+from matryoshkafy.graph.formulas import function_of
 from matryoshkafy.graph.literals import computed, takes_root
 from matryoshkafy.graph.nodes import reached
 from matryoshkafy.plan.numbers import POWERS, number_of
@@ -28,6 +31,8 @@ ROOTS, WHOLE = POWERS[:2], POWERS[2:]
 FOURTH_ROOTS = (0.25, -0.25)
 # How many elementwise ops may stand between the sums of a product and their scale (masks, biases).
 BETWEEN = 4
+# x.shape[-1] and x.size(-1).
+ASKED = re.compile(r"(?:\.shape\[|\.size\()(-?\d+)[\])]")
 
 Summed = Mapping[str, tuple[Dim, ...]]
 Candidate = tuple[dims.Nested, int, tuple[float, ...]]
@@ -68,6 +73,31 @@ def all_widths(node: fx.Node, search: Search) -> list[tuple[dims.Nested, int]]:
     """Return the widths that a formula at a node may be of, the likeliest first."""
     near = ((factor, width) for factor, width, _ in _near(node, search))
     return list(dict.fromkeys((*near, *_inside_weights(node, search), *_of_gains(node, search))))
+
+
+def asked_widths(
+    node: fx.Node, formula: Formula, value: float, search: Search
+) -> list[tuple[dims.Nested, int]]:
+    """Return the width that a line asks a tensor for (x.shape[-1]), where it can be only one."""
+    leaf = formula.leaf(value)
+    found = {d for d in asked_dims(node, formula, search) if math.isclose(dims.size(d), leaf)}
+    return [(f, width) for dim in found for f, width, _ in _factors(dim)] if len(found) == 1 else []
+
+
+def asked_dims(node: fx.Node, formula: Formula, search: Search) -> Iterator[Dim]:
+    """Yield the dims whose size a line may ask for: in that place, of all that the same function of
+    the user's reads and makes.
+    """
+    asked = ASKED.search(formula.leaves[0][0]) if formula.counts and formula.leaves else None
+    function = function_of(node)
+    if asked is None or function is None:
+        return
+    place = int(asked[1])
+    mine = [n for n in node.graph.nodes if function_of(n) is function]
+    for value in dict.fromkeys(v for n in mine for v in (*n.all_input_nodes, n)):
+        shape = search.plan.dims(value.name)
+        if -len(shape) <= place < len(shape):
+            yield shape[place]
 
 
 def summed_before(node: fx.Node, search: Search) -> Iterator[Dim]:

@@ -47,6 +47,7 @@ from matryoshkafy.plan.near_widths import (
     Summed,
     all_widths,
     alone,
+    asked_widths,
     derived,
     takes_number,
     whole_widths,
@@ -167,7 +168,9 @@ def _by_formula(
     asked = constant[0] != 1 and computed(node, [constant[0]])
     formulas = [f for f in formulas_of(node) if asked and not names_none(f)]
     widths = all_widths(node, search) if formulas else ()
+    asks = ((f, asked_widths(node, f, constant[0], search)) for f in formulas)
     found = explained(formulas, constant, widths)
+    found = found or next(filter(None, (explained([f], constant, w) for f, w in asks)), None)
     if found is None:
         return None
     scalar = _scalar(node, name, constant[0], (found.width, found.power))

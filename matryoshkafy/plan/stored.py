@@ -15,6 +15,7 @@ from torch import fx
 
 from matryoshkafy.axes import dims
 from matryoshkafy.graph.nodes import TensorInfo, info_of, output_node, reached
+from matryoshkafy.graph.paths import checks_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.held import is_reparametrised
 from matryoshkafy.plan.numbers import number_held, number_in
@@ -66,14 +67,17 @@ def _stored(trace: Trace, plan: Plan) -> Iterator[tuple[str, Stored]]:
 
 
 def _read_by_sub_models(graph: fx.Graph, plan: Plan) -> list[fx.Node]:
-    """Tensors of the model, and statistics that are taken before the cut, behind the outputs."""
+    """Tensors of the model, and statistics that are taken before the cut, behind the outputs and
+    what a recorded path checks.
+    """
 
     def is_read(node: fx.Node) -> bool:
         statistic = node.name in plan.full and not is_reparametrised(node)
         return statistic or node.op == "get_attr"
 
     # What a statistic is made of is not read behind it: it is stored in its place.
-    behind = reached([output_node(graph)], lambda n: () if is_read(n) else n.all_input_nodes)
+    ends = [output_node(graph), *checks_of(graph)]
+    behind = reached(ends, lambda n: () if is_read(n) else n.all_input_nodes)
     return [n for n in graph.nodes if n in behind and is_read(n)]
 
 

@@ -7,6 +7,7 @@ at a lower level it is a sub-model; the tail is written once per level over pref
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from matryoshkafy.graph.nodes import (
     set_arg,
     tensor_info,
 )
+from matryoshkafy.graph.paths import CHECKS, checks_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.kernels import ops as _ops
 from matryoshkafy.plan.held import is_reparametrised
@@ -73,17 +75,26 @@ class Rewriter:
     def finish(self, levels: list[int]) -> fx.Graph:
         """Write the outputs of the levels and return the graph."""
         self._inputs()
+        self._checks(levels)
         outputs = list(enumerate(outputs_of(self.trace.graph)))
         return self._finished([self._output(i, v, level) for level in levels for i, v in outputs])
 
     def finish_values(self, values: list[fx.Node | None], level: int) -> fx.Graph:
-        """Write values at a level and return the graph of them."""
+        """Write values at a level and return the graph of them; in masked nesting all sizes read
+        them.
+        """
         self._inputs()
+        self._checks(list(range(level + 1)) if self.plan.masked else [level])
         return self._finished([self.at(v, level) for v in values])
 
     def _inputs(self) -> None:
         for node in self.trace.graph.find_nodes(op="placeholder"):
             self._put(node, None, self.graph.placeholder(str(node.target)))
+
+    def _checks(self, levels: list[int]) -> None:
+        """Write what must hold of values on a recorded path, whatever is asked for."""
+        for node, level in product(checks_of(self.trace.graph), levels):
+            self.at(node, level)
 
     def _finished(self, flat: list[Any]) -> fx.Graph:
         self.graph.output(flat)
@@ -143,6 +154,7 @@ class Rewriter:
             self.plan.masked
             and node.op == "call_function"
             and node.name not in self.plan.tail
+            and node.target not in CHECKS
             and self.kind(node) != "inner"
         )
 

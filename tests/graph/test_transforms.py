@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import matryoshkafy as mk
-from matryoshkafy.dolls.caveats import RecordedPathWarning
 from matryoshkafy.errors import MatryoshkafyError
 from matryoshkafy.graph.trace import trace
-
-pytestmark = pytest.mark.filterwarnings(
-    f"ignore::{RecordedPathWarning.__module__}.RecordedPathWarning"
-)
 
 
 class Energy(nn.Module):

@@ -198,3 +198,52 @@ def test_a_number_that_may_be_of_a_width_is_said(
 def test_a_plain_number_is_not_spoken_of() -> None:
     doll, _ = moved("a_tenth")
     assert not [r for r in doll.plan.remarks if r.startswith("number:")]
+
+
+class Interest(nn.Module):
+    """Weighs histories by a net of queries and keys, far before the number (DIN, arXiv
+    1706.06978, as it is often written).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net, self.one = nn.Linear(2 * width, width // 2), nn.Linear(width // 2, 1)
+
+    def forward(self, queries: Tensor, keys: Tensor, features: Tensor | None) -> Tensor:
+        """queries [N, D], keys [N, T, D], features [30, 64] -> [N, D]"""
+        units, length = queries.shape[-1], keys.shape[1]
+        queries = queries.repeat(1, length).view(-1, length, units)
+        hidden = torch.sigmoid(self.net(torch.cat([queries, keys], -1)))
+        scores = self.one(hidden).transpose(-1, -2).squeeze(1)
+        scores = scores.masked_fill(scores > 1e6, 0.0).unsqueeze(1) / (units**0.5)
+        scores = scores if features is None else scores + features.sum(-1).mean()
+        return (scores @ keys).squeeze(1)
+
+
+class Fields(nn.Module):
+    """Histories of items of two fields, beside frozen features or none."""
+
+    def __init__(self, width: int, features: Tensor | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList(nn.Embedding(30, width) for _ in range(2))
+        self.interest, self.head = Interest(2 * width), nn.Linear(2 * width, 5)
+        self.register_buffer("features", features)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, 5]"""
+        keys = torch.stack([table(ids) for table in self.tables], 2).flatten(2)
+        return self.head(self.interest(keys[:, -1], keys, self.features))
+
+
+def test_a_number_of_a_shape_that_the_line_asks_for_follows_it_from_afar() -> None:
+    doll, error = small_class.moved(Fields, WIDTH, SMALL)
+    assert error < 1e-12
+    assert [s.value for s in doll.plan.scalars] == [pytest.approx((2 * WIDTH) ** 0.5)]
+
+
+def test_a_number_of_a_shape_that_may_be_another_s_is_said() -> None:
+    model = Fields(WIDTH, torch.rand(30, 2 * WIDTH)).eval()
+    doll = mk.convert(model, (torch.randint(0, 30, (2, 5)),), sizes=[8, 32], nesting="sliced")
+    assert not doll.plan.scalars
+    assert any(r.startswith("number: 8 at") and "queries.shape[-1]" in r for r in doll.plan.remarks)
