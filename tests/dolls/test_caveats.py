@@ -1,10 +1,11 @@
-"""A model whose path was chosen by values of the example says so, once, at its first call."""
+"""A model whose path was chosen by values of the example, and is not checked, says so once."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 import matryoshkafy as mk
 from matryoshkafy.dolls.caveats import RecordedPathWarning
+from matryoshkafy.dolls.doll import trace_of
+from matryoshkafy.graph.paths import CHECKED
 
 
 class Chosen(nn.Module):
@@ -36,7 +39,7 @@ def said(call: Callable[[Tensor], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call(torch.ones(3, 4))
-        call(-torch.ones(3, 4))
+        call(torch.ones(3, 4))
     return [str(w.message) for w in caught if issubclass(w.category, RecordedPathWarning)]
 
 
@@ -44,11 +47,19 @@ def doll_of(model: nn.Module) -> mk.Doll:
     return mk.convert(model, (torch.ones(3, 4),), sizes=[4, 8])
 
 
-def test_doll_outputs_slice_copy_and_file_say_it_once(tmp_path: Path) -> None:
+def unchecked() -> mk.Doll:
+    """A doll as older files hold them, or whose reads no check covers."""
     doll = doll_of(Chosen())
+    remarks = tuple(r.replace(f", and {CHECKED}", "") for r in doll.plan.remarks)
+    assert remarks != doll.plan.remarks
+    return mk.Doll(trace_of(doll), replace(doll.plan, remarks=remarks))
+
+
+def test_doll_outputs_slice_copy_and_file_say_it_once(tmp_path: Path) -> None:
+    doll = unchecked()
     small = mk.slice(doll, 4)
     path = mk.save(doll, tmp_path / "doll")
-    calls = (doll, doll_of(Chosen()).outputs, small, copy.deepcopy(small), mk.load(path, size=4))
+    calls = (doll, unchecked().outputs, small, copy.deepcopy(small), mk.load(path, size=4))
     for call in calls:
         (text,) = said(call)
         assert "test_caveats.py:" in text and "was recorded" in text

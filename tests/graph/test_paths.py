@@ -9,7 +9,6 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 import matryoshkafy as mk
 from matryoshkafy.deploy.export import ExportError
-from matryoshkafy.dolls.doll import trace_of
 from matryoshkafy.errors import GuardError, TraceError
 from matryoshkafy.graph import paths
 
@@ -224,15 +222,6 @@ def test_values_of_every_type_are_compared(dtype: torch.dtype) -> None:
     for wrong in (numbers[:-1], [0.0, *numbers[1:]]):
         with pytest.raises(GuardError):
             paths.path(value, wrong, "")
-
-
-def test_a_doll_that_does_not_check_its_path_warns_of_it() -> None:
-    _, doll = converted(branches)
-    remarks = tuple(r.replace(f", and {paths.CHECKED}", "") for r in doll.plan.remarks)
-    assert remarks != doll.plan.remarks
-    old = mk.Doll(trace_of(doll), replace(doll.plan, remarks=remarks))
-    with pytest.warns(UserWarning, match="branches on the values of tensors"):
-        old(example(0))
 
 
 def test_each_size_of_a_masked_doll_checks_its_own_path() -> None:
