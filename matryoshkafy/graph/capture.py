@@ -30,7 +30,7 @@ from matryoshkafy.graph.opened import (
     is_open,
     open_sizes,
 )
-from matryoshkafy.graph.paths import CHECKED, check_path
+from matryoshkafy.graph.paths import CHECKED, check_path, note_hidden
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
 from matryoshkafy.graph.storage import aliases_of, mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
@@ -236,7 +236,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     opaque: set[str] = set()
     with _prepared(model, recorded=True) as spared:
         twin = spared.twin
-        named = dict(twin.named_parameters()) | dict(twin.named_buffers())
+        named = _tensors_of(twin)
 
         def run(tensors: list[torch.Tensor], inputs: list[object]) -> list[object]:
             args, kwargs = pytree.tree_unflatten(inputs, spec)
@@ -259,6 +259,8 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             refuse_opaque(opaque)
             raise TraceError(_explain(model, call, second)) from second
     refuse_opaque(opaque)
+    with spare(model) as again:
+        note_hidden(module, [*_tensors_of(again).values()], flat)
     for hole, value in zip(
         module.graph.find_nodes(op="placeholder")[len(named) :], flat, strict=True
     ):
@@ -266,6 +268,10 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             hole.meta["val"] = value
     found = _lifted(module, list(named), out_specs[0], error)
     return replace(found, notes=(*found.notes, *spared.notes))
+
+
+def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _lifted(

@@ -10,6 +10,7 @@ Both return nothing, and stay in every graph that is made of the recorded one.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.node import has_side_effect
+from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import GuardError, TraceError
 from matryoshkafy.graph.nodes import op_key, source_of
@@ -137,8 +139,12 @@ def note_read(args: Collection[object], kwargs: Mapping[str, object]) -> None:
                 "or give what is made of them as an input."
             )
         with disable_proxy_modes_tracing():
-            held = cast("list[float]", _numbers(value).tolist())  # pyright: ignore[reportUnknownMemberType]
+            held = _held(value)
         PATH(value.detach(), held, _line())
+
+
+def _held(value: Any) -> list[float]:
+    return cast("list[float]", _numbers(value).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def _line() -> str:
@@ -161,11 +167,45 @@ def check_path(graph: fx.Graph, where: str) -> bool:
     for node in list(graph.nodes):
         if node.target is PATH and node.args[0] not in given:
             graph.erase_node(node)
+        elif node.target is PATH:
+            node.args = (*node.args[:2], node.args[2] or where)
         elif node in given and _finds_rows(node):
             _check_rows(graph, node, where)
-    read = {_bare(n.args[0]) for n in graph.nodes if n.target is PATH}
-    hidden = (n for n in graph.nodes if n in given and _reads(n))
-    return all(_bare(v) in read for n in hidden for v in n.all_input_nodes)
+    return not any(v in given for v in _unnoted(graph))
+
+
+def note_hidden(module: fx.GraphModule, values: list[Tensor], inputs: list[object]) -> None:
+    """Note reads that no function of torch's Python shows: a tensor as the bound of a slice.
+
+    Args:
+        module: the recorded graph, which is run once more.
+        values: the tensors of the model, which it may write to.
+        inputs: the flat inputs of the example.
+    """
+    hidden = _unnoted(module.graph)
+    if not hidden:
+        return
+    held: dict[fx.Node, list[float]] = {}
+
+    class Reader(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            found = super().run_node(n)
+            if n in hidden:
+                held[n] = _held(found)
+            return found
+
+    # What cannot be run once more is not checked, and the doll warns of its path.
+    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, IndexError):
+        Reader(module).run(values, pytree.tree_map_only(Tensor, torch.clone, inputs))
+    for node, numbers in held.items():
+        with module.graph.inserting_after(node):
+            module.graph.call_function(PATH, (node, numbers, source_of(node) or ""))
+
+
+def _unnoted(graph: fx.Graph) -> set[fx.Node]:
+    """Return the tensors that give Python a number, and are not noted."""
+    noted = {_bare(n.args[0]) for n in graph.nodes if n.target is PATH}
+    return {v for n in graph.nodes if _reads(n) for v in n.all_input_nodes if _bare(v) not in noted}
 
 
 def _of_inputs(graph: fx.Graph) -> set[fx.Node]:
