@@ -38,6 +38,7 @@ from matryoshkafy.graph.copies import (
     seed_torch,
     spare,
 )
+from matryoshkafy.graph.holders import refuse_filled
 from matryoshkafy.graph.opened import Example
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
 from matryoshkafy.graph.signature import as_tensor, named_args
@@ -148,6 +149,7 @@ def _first(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
     refuse_new_parameters(model, twin)
+    refuse_filled(named_args(model, own) | named)
     return First(twin, said, tuple(written))
 
 

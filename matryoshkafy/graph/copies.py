@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.closures import rebind
+from matryoshkafy.graph.holders import is_object
 
 TABLES = ("_parameters", "_buffers", "_modules")
 EMPTY = (dict, OrderedDict)
@@ -87,8 +88,18 @@ def copied_inputs(
     args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's inputs as memory of their own: a forward may write into them."""
+    return pytree.tree_map(_copied_input, (tuple(args), dict(kwargs)))
 
-    return pytree.tree_map_only(Tensor, copied_tensor, (tuple(args), dict(kwargs)))
+
+def _copied_input(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        return copied_tensor(leaf)
+    if not is_object(leaf):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # noqa: BLE001  a user's object may hold anything
+        return leaf
 
 
 def copied_tensor(value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ of its class, with the attributes that the forward reads; the user's forward get
 
 from __future__ import annotations
 
+import enum
 import inspect
 import types
 from collections import namedtuple
@@ -21,7 +22,16 @@ from matryoshkafy.errors import TraceError
 
 Reads = Mapping[type, set[str]]
 DEPTH = 4  # of objects within objects
-NEVER = (torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, str, bytes)
+NEVER = (
+    torch.Tensor,
+    nn.Module,
+    enum.Enum,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    str,
+    bytes,
+)
 # Whoever asks for these may read every attribute.
 WHOLE = frozenset(("__dict__", "__getstate__", "__reduce_ex__", "__copy__", "__deepcopy__"))
 # A field of a named tuple begins with no underscore.
@@ -34,6 +44,11 @@ ABSENT, MISSING = (), pytree.tree_structure(())
 def named_tuple(name: str, fields: tuple[str, ...]) -> type:
     """Return the class of these fields, the same one each time."""
     return namedtuple(name, fields)  # pyright: ignore[reportUntypedNamedTuple]  inputs name them
+
+
+def is_object(value: object) -> bool:
+    """Tell whether a leaf is an object with attributes, which a forward may set."""
+    return not isinstance(value, NEVER) and bool(getattr(value, "__dict__", None))
 
 
 def holds(value: object, depth: int = DEPTH) -> bool:
@@ -152,6 +167,22 @@ def _refuse_written(after: Mapping[str, object], before: Mapping[str, object]) -
             "leave as it is. Let it work on a copy (batch = copy.copy(batch)), or give and return "
             "tensors; a cache of earlier steps is no input of a doll."
         )
+
+
+def refuse_filled(inputs: Mapping[str, object]) -> None:
+    """Refuse a forward that keeps tensors in an object among its inputs: a cache.
+
+    Args:
+        inputs: of a call, by name, after it; objects that held tensors before are taken apart.
+    """
+    for name, value in inputs.items():
+        kept = next((leaf for leaf in pytree.tree_leaves(value) if holds(leaf)), None)
+        if kept is not None:
+            raise TraceError(
+                f"the forward keeps tensors in its input {name!r} (a {type(kept).__name__}), which "
+                "the doll would leave as it is; a cache of earlier steps is no input of a doll. "
+                "Leave it out, or turn it off (use_cache=False)."
+            )
 
 
 def taken_apart(value: object, reads: Reads, kinds: dict[type, type]) -> object:

@@ -242,6 +242,23 @@ def test_a_forward_that_sets_an_attribute_is_refused_by_name() -> None:
     assert list(vars(batch)) == ["x"]
 
 
+class Keeper(Reader):
+    """Keeps what it computed in an object that comes in empty, as a cache does."""
+
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        """x [N, 6], cache -> [N, 3]"""
+        seen = getattr(cache, "seen", None)
+        cache.seen = x
+        return super().forward(Plain(x if seen is None else x + seen))
+
+
+def test_an_object_that_is_filled_by_a_call_is_refused_and_left_empty() -> None:
+    cache = types.SimpleNamespace(name="cache")
+    with pytest.raises(TraceError, match=r"keeps tensors in its input 'cache' \(a Simple"):
+        mk.convert(Keeper(), (torch.rand(4, 6, dtype=torch.float64), cache), sizes=[8, 16])
+    assert vars(cache) == {"name": "cache"}
+
+
 class Setter(Reader):
     """Keeps a value in a dictionary among its inputs."""
 
