@@ -30,8 +30,9 @@ from matryoshkafy.graph.opened import (
     is_open,
     open_sizes,
 )
-from matryoshkafy.graph.paths import CHECKED, check_path, note_hidden
+from matryoshkafy.graph.paths import CHECKED
 from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
+from matryoshkafy.graph.recorded import add_checks
 from matryoshkafy.graph.storage import aliases_of, mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
 
@@ -236,7 +237,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
     opaque: set[str] = set()
     with _prepared(model, recorded=True) as spared:
         twin = spared.twin
-        named = _tensors_of(twin)
+        named = dict(twin.named_parameters()) | dict(twin.named_buffers())
 
         def run(tensors: list[torch.Tensor], inputs: list[object]) -> list[object]:
             args, kwargs = pytree.tree_unflatten(inputs, spec)
@@ -259,39 +260,38 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             refuse_opaque(opaque)
             raise TraceError(_explain(model, call, second)) from second
     refuse_opaque(opaque)
+    place = _user_frame(error) or "an unknown line"
     with spare(model) as again:
-        note_hidden(module, [*_tensors_of(again).values()], flat)
+        checked = add_checks(module, [*again.parameters(), *again.buffers()], flat, place)
     for hole, value in zip(
         module.graph.find_nodes(op="placeholder")[len(named) :], flat, strict=True
     ):
         if isinstance(value, torch.Tensor):  # make_fx says nothing of sparse inputs
             hole.meta["val"] = value
-    found = _lifted(module, list(named), out_specs[0], error)
-    return replace(found, notes=(*found.notes, *spared.notes))
+    how = f"the path of the example inputs was recorded{f', and {CHECKED}' if checked else ''}"
+    note = f"{SPECIALISED}the forward {_why(error)} at {place}; {how}"
+    notes = (note, *ATTEMPTS[2][1], *spared.notes)
+    return replace(_lifted(module, list(named), out_specs[0], place), notes=notes)
 
 
-def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+def _why(error: BaseException) -> str:
+    """Say why a forward was recorded."""
+    if _depends_on_values(error):
+        return "branches on the values of tensors"
+    if isinstance(error, Transformed):
+        return "differentiates or maps itself (torch.autograd.grad, torch.func)"
+    return "cannot be exported"
 
 
 def _lifted(
-    module: fx.GraphModule, names: list[str], out_spec: pytree.TreeSpec, error: BaseException
+    module: fx.GraphModule, names: list[str], out_spec: pytree.TreeSpec, place: str
 ) -> Captured:
     mark_storage(module.graph)
     holes = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     state = dict(zip(holes, names, strict=False))
     count = len(outputs_of(module.graph))
-    place = _user_frame(error) or "an unknown line"
-    why = "cannot be exported"
-    if _depends_on_values(error):
-        why = "branches on the values of tensors"
-    elif isinstance(error, Transformed):
-        why = "differentiates or maps itself (torch.autograd.grad, torch.func)"
-    how = f", and {CHECKED}" if check_path(module.graph, place) else ""
-    note = f"{SPECIALISED}the forward {why} at {place}; the path of the example inputs was recorded"
-    notes = (note + how, *ATTEMPTS[2][1])
     guards = example_only(_inputs(module.graph, state), place)
-    return Captured(module, state, tuple(range(count)), out_spec, {}, guards, (), notes)
+    return Captured(module, state, tuple(range(count)), out_spec, {}, guards, ())
 
 
 @dataclass(frozen=True)

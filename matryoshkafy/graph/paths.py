@@ -10,8 +10,7 @@ Both return nothing, and stay in every graph that is made of the recorded one.
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +21,14 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import GuardError, TraceError
-from matryoshkafy.graph.nodes import op_key, source_of
 from matryoshkafy.graph.user_lines import user_frame
 
 # How the remark on a recorded path ends where all that it read is checked.
 CHECKED = "what it read is checked at every call"
-READERS: frozenset[object] = frozenset(
+MAKERS: frozenset[object] = frozenset(
+    (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+)
+READERS: frozenset[object] = MAKERS | frozenset(
     (
         *(
             getattr(torch.Tensor, name)
@@ -125,13 +126,18 @@ def checks_of(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in CHECKS]
 
 
-def note_read(args: Collection[object], kwargs: Mapping[str, object]) -> None:
+def note_read(func: object, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Put into the graph that is recorded what tensors hold whose values are about to be read.
+
+    Args:
+        func: one of `READERS`.
+        args: what it is called with.
+        kwargs: what it is called with by name.
 
     Raises:
         TraceError: they are more than a graph holds.
     """
-    for value in (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)):
+    for value in _read_by(func, args, kwargs):
         if value.numel() > MOST:
             raise TraceError(
                 f"the forward reads {value.numel()} values of a tensor in Python, which would be "
@@ -139,11 +145,21 @@ def note_read(args: Collection[object], kwargs: Mapping[str, object]) -> None:
                 "or give what is made of them as an input."
             )
         with disable_proxy_modes_tracing():
-            held = _held(value)
+            held = held_in(value)
         PATH(value.detach(), held, _line())
 
 
-def _held(value: Any) -> list[float]:
+def _read_by(
+    func: object, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Iterator[Tensor]:
+    """Yield the tensors that a function reads; what a tensor is made of, where that is a list."""
+    made = [a for a in (*args, *kwargs.values()) if not isinstance(a, Tensor)]
+    read = pytree.tree_leaves(made) if func in MAKERS else (*args, *kwargs.values())
+    yield from (v for v in read if isinstance(v, Tensor))
+
+
+def held_in(value: Any) -> list[float]:
+    """Return the numbers of a tensor, complex ones as pairs."""
     return cast("list[float]", _numbers(value).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -152,123 +168,3 @@ def _line() -> str:
     if frame is None or frame.f_code.co_filename.startswith(LIBRARY_FOLDER):
         return ""  # the user's code has no file
     return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-
-
-def check_path(graph: fx.Graph, where: str) -> bool:
-    """Finish the checks of a recorded graph; tells whether they cover all that it read.
-
-    What depends on no input of the graph is the same at every call.
-
-    Args:
-        graph: the recorded one.
-        where: the line that could not be exported, for checks that know none of their own.
-    """
-    given = _of_inputs(graph)
-    for node in list(graph.nodes):
-        if node.target is PATH and node.args[0] not in given:
-            graph.erase_node(node)
-        elif node.target is PATH:
-            node.args = (*node.args[:2], node.args[2] or where)
-        elif node in given and _finds_rows(node):
-            _check_rows(graph, node, where)
-    return not any(v in given for v in _unnoted(graph))
-
-
-def note_hidden(module: fx.GraphModule, values: list[Tensor], inputs: list[object]) -> None:
-    """Note reads that no function of torch's Python shows: a tensor as the bound of a slice.
-
-    Args:
-        module: the recorded graph, which is run once more.
-        values: the tensors of the model, which it may write to.
-        inputs: the flat inputs of the example.
-    """
-    hidden = _unnoted(module.graph)
-    if not hidden:
-        return
-    held: dict[fx.Node, list[float]] = {}
-
-    class Reader(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            found = super().run_node(n)
-            if n in hidden:
-                held[n] = _held(found)
-            return found
-
-    # What cannot be run once more is not checked, and the doll warns of its path.
-    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, IndexError):
-        Reader(module).run(values, pytree.tree_map_only(Tensor, torch.clone, inputs))
-    for node, numbers in held.items():
-        with module.graph.inserting_after(node):
-            module.graph.call_function(PATH, (node, numbers, source_of(node) or ""))
-
-
-def _unnoted(graph: fx.Graph) -> set[fx.Node]:
-    """Return the tensors that give Python a number, and are not noted."""
-    noted = {_bare(n.args[0]) for n in graph.nodes if n.target is PATH}
-    return {v for n in graph.nodes if _reads(n) for v in n.all_input_nodes if _bare(v) not in noted}
-
-
-def _of_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that are made of what comes into a graph."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _bare(node: object) -> object:
-    """Return what is read of a value: bool(x) reads whether x != 0."""
-    while isinstance(node, fx.Node) and op_key(node) in ("detach", "ne"):
-        node = node.args[0]
-    return node
-
-
-def _tags(node: fx.Node) -> Collection[torch.Tag]:
-    return getattr(node.target, "tags", ())
-
-
-def _reads(node: fx.Node) -> bool:
-    """Tell whether a node gives Python a number that values hold."""
-    return torch.Tag.data_dependent_output in _tags(node)
-
-
-def _finds_rows(node: fx.Node) -> bool:
-    """Tell whether the values of a node's inputs choose how many rows it has."""
-    if op_key(node) == "index":
-        return any(_chooses(n) for n in node.all_input_nodes[1:])
-    packs = op_key(node) == "_pack_padded_sequence"
-    return packs or torch.Tag.dynamic_output_shape in _tags(node)
-
-
-def _chooses(index: fx.Node) -> bool:
-    value = index.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-
-
-def _check_rows(graph: fx.Graph, node: fx.Node, where: str) -> None:
-    for value in _values_of(node):
-        shape = cast("Tensor", value.meta["val"]).shape
-        dim = _row_dim(node)
-        if len(shape) <= dim:
-            continue
-        with graph.inserting_after(value):
-            size = graph.call_function(torch.ops.aten.sym_size.int, (value, dim))
-        size.meta["val"] = int(shape[dim])
-        with graph.inserting_after(size):
-            graph.call_function(PATH_SIZE, (size, int(shape[dim]), source_of(node) or where))
-
-
-def _values_of(node: fx.Node) -> Iterator[fx.Node]:
-    if isinstance(node.meta.get("val"), Tensor):
-        yield node
-    else:
-        first = (u for u in node.users if op_key(u) == "getitem" and u.args[1] == 0)
-        yield from (u for u in first if isinstance(u.meta.get("val"), Tensor))
-
-
-def _row_dim(node: fx.Node) -> int:
-    if op_key(node) != "index":
-        return 0
-    indices = cast("list[object]", node.args[1])
-    return next(i for i, index in enumerate(indices) if index is not None)

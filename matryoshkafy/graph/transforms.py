@@ -135,7 +135,7 @@ class _Traced(FunctionMode):
         if not self.gradients and (func in HOOKS or (func in READS and _by_user())):
             raise self._end(GradientsRead("the forward asks for a gradient"))
         if self.recorded and func in READERS:
-            note_read(args, kwargs)
+            note_read(func, args, kwargs)
         if func in DIMS:
             return pieces_of(func, args, kwargs)
         if func in CASTS or func in TYPED:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import matryoshkafy as mk
@@ -133,6 +134,67 @@ def test_a_call_gets_the_model_s_answer_or_none(body: Body) -> None:
                 torch.testing.assert_close(found, theirs(x), rtol=1e-12, atol=1e-12)
     assert answered >= 2, "the example itself"
     assert refused or body in (asks_weights, branches_on_units)
+
+
+def above(x: Any) -> Any:
+    return x[:, 0] > 0
+
+
+# A number that each way makes of values.
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "where": lambda x: len(torch.where(above(x))[0]),
+    "nonzero as a tuple": lambda x: torch.nonzero(above(x), as_tuple=True)[0].shape[0],
+    "argwhere": lambda x: torch.argwhere(above(x)).shape[0],
+    "unique": lambda x: torch.unique(above(x)).shape[0],
+    "unique inverse": lambda x: torch.unique(above(x), return_inverse=True)[0].shape[0],
+    "unique consecutive": lambda x: torch.unique_consecutive(above(x)).shape[0],
+    "masked select": lambda x: torch.masked_select(x, x > 0).shape[0],
+    "repeat interleave": lambda x: torch.repeat_interleave(above(x).long()).shape[0],
+    "bincount": lambda x: torch.bincount(above(x).long() * 3).shape[0],
+    "one hot": lambda x: F.one_hot((x[:2, 0] > 0).long().cumsum(0)).shape[1],
+    "arange": lambda x: torch.arange(above(x).sum()).sum(),
+    "zeros": lambda x: torch.zeros(above(x).sum() + 1, 1).shape[0],
+    "repeat": lambda x: torch.ones(1).repeat(above(x).sum()).shape[0],
+    "slice": lambda x: x[slice(0, above(x).sum() + 1)].sum(),
+    "range": lambda x: sum(1 for _ in range(above(x).sum())),
+    "list": lambda x: len([1] * int(above(x).sum())),
+    "set": lambda x: len({float(v) for v in above(x).double()}),
+    "iteration": lambda x: sum(2 if v else 1 for v in above(x)),
+    "text": lambda x: float(f"{x.sum():.1f}"),
+    "maximum": lambda x: max(x[:, 0]).item(),
+    "tensor of tensors": lambda x: torch.tensor([x[0, 0], x[1, 0]]).sum(),
+    "asarray": lambda x: float(np.asarray(x.detach()).sum() > 0),
+    "membership": lambda x: 2 if 1 in above(x[:2]).long() else 3,
+    "pack": lambda x: nn.utils.rnn.pack_padded_sequence(
+        x[None], torch.tensor([int(above(x).sum()) + 1]), batch_first=True
+    ).data.shape[0],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_values_make_is_that_of_the_call_or_refused(name: str) -> None:
+    def body(_: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        return h if x.isnan().any() else h * NUMBERS[name](x)
+
+    model, doll = converted(body)
+    refused = 0
+    for x in map(example, range(40)):
+        try:
+            found = doll(x)
+        except GuardError:
+            refused += 1
+        else:
+            torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
+    assert refused
+
+
+def test_places_that_nobody_counts_are_warned_of() -> None:
+    def body(_: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        return h if x.isnan().any() else h * (x > 0).double().to_sparse()._nnz()
+
+    _, doll = converted(body)
+    with pytest.warns(UserWarning, match="branches on the values of tensors"):
+        doll(example(0))
 
 
 @pytest.mark.parametrize("body", BODIES)
