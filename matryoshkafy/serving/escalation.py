@@ -25,6 +25,7 @@ from torch import fx
 from matryoshkafy.axes import dims
 from matryoshkafy.axes.dims import Dim, Segments, Widths
 from matryoshkafy.graph.nodes import Argument, bound_args, is_tensor, op_key, outputs_of
+from matryoshkafy.graph.paths import checks_of
 from matryoshkafy.graph.trace import Trace
 from matryoshkafy.plan.plan import Plan
 from matryoshkafy.rewrite.resize import resize
@@ -105,6 +106,8 @@ class Writer:
         for node in inputs:
             self.written[node, WHOLE] = self.graph.placeholder(str(node.target))
         self.last = self.written[inputs[-1], WHOLE] if inputs else None
+        for check in () if returns else checks_of(self.trace.graph):
+            self.at(check, WHOLE)
         given = [self.at(v, how) if isinstance(v, fx.Node) else v for v, how in values]
         self.graph.output([*given, *self.extra.values()])
         self.graph.eliminate_dead_code()

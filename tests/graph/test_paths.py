@@ -22,6 +22,7 @@ import matryoshkafy as mk
 from matryoshkafy.deploy.export import ExportError
 from matryoshkafy.errors import GuardError, TraceError
 from matryoshkafy.graph import paths
+from matryoshkafy.serving import Session
 
 Body = Callable[[nn.Module, Tensor, Tensor], Tensor]
 ROWS = 6
@@ -266,6 +267,15 @@ def test_a_file_of_another_runtime_keeps_the_path_or_is_refused(tmp_path: Path) 
         mk.export(part, tmp_path / "other.pt2", to="pt2", args=(other(),))
     with pytest.raises(ExportError, match="export to pt2 instead"):
         mk.export(part, tmp_path / "part.onnx", args=(example(0),))
+
+
+def test_a_session_that_grows_from_size_to_size_checks_the_path() -> None:
+    _, doll = converted(branches, "masked")
+    session = Session(doll)
+    session.answer(example(0), size=4)
+    torch.testing.assert_close(session.extend(16), mk.slice(doll, 16)(example(0)))
+    with pytest.raises(GuardError):
+        session.answer(other(), size=4)
 
 
 def test_more_values_than_a_graph_holds_are_refused() -> None:
