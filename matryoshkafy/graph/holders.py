@@ -7,6 +7,7 @@ of its class, with the attributes that the forward reads; the user's forward get
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 import types
 from collections import namedtuple
@@ -74,7 +75,13 @@ def _parts_of(value: Any) -> dict[str, object]:
         return dict(cast("dict[str, object]", value))
     slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
     own: dict[str, object] = getattr(value, "__dict__", {})
-    return {n: getattr(value, n) for n in slots if hasattr(value, n)} | own
+    held = {n: getattr(value, n) for n in slots if hasattr(value, n)} | own
+    return {n: part for n, part in held.items() if not _is_cached(type(value), n)}
+
+
+def _is_cached(kind: Any, name: str) -> bool:
+    """Tell whether an attribute is computed of the others, and kept at the first call."""
+    return isinstance(inspect.getattr_static(kind, name, None), functools.cached_property)
 
 
 def _slots(kind: type) -> tuple[str, ...]:

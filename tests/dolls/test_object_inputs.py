@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections import UserDict
 from collections.abc import Callable
@@ -224,6 +225,35 @@ def test_another_method_takes_objects() -> None:
 def test_an_object_is_one_argument_of_a_batch() -> None:
     batch = Plain(torch.ones(2))
     assert arguments_of(batch) == ((batch,), {})
+
+
+class Lazy(Plain):
+    """Computes x at its first use, and keeps it."""
+
+    @functools.cached_property
+    def doubled(self) -> Tensor:
+        """Twice x."""
+        return self.x * 2
+
+
+class OfLazy(Reader):
+    """Reads what its input computes."""
+
+    def forward(self, batch: Any) -> Tensor:
+        """batch with doubled [N, 6] -> [N, 3]"""
+        return super().forward(Plain(batch.doubled))
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_what_an_object_computes_of_itself_is_computed_of_each(computed: bool) -> None:
+    model, rows = OfLazy().eval(), [torch.rand(n, 6, dtype=torch.float64) for n in (4, 7)]
+    first = Lazy(rows[0])
+    if computed:
+        assert first.doubled.shape == (4, 6)
+    doll = mk.convert(model, first, sizes=[8, 16], nesting="sliced").eval()
+    assert ("doubled" in vars(first)) == computed
+    for x in rows:
+        torch.testing.assert_close(doll(Lazy(x)), model(Lazy(x)), rtol=1e-12, atol=0)
 
 
 class Writer(Reader):
