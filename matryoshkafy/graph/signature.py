@@ -226,10 +226,14 @@ def _leaves_of(item: Input, given: Mapping[str, object]) -> list[Any]:
         elif not _same(value, traced):
             where = item.name + pytree.keystr(pytree.tree_flatten_with_path(found)[0][i][0])
             raise TraceError(
-                f"argument {where!r} is {value!r}, the model was traced with {traced!r}; "
+                f"argument {where!r} is {_shown(value)}, the model was traced with {traced!r}; "
                 "convert again with the value you need"
             )
     return tensors
+
+
+def _shown(value: object) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def as_tensor(value: Any) -> Any:
