@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import cast
 
@@ -149,20 +148,18 @@ def refuse_new_parameters(model: nn.Module, twin: nn.Module) -> None:
         )
 
 
-@contextlib.contextmanager
-def inputs_watched(inputs: Mapping[str, object], notes: list[str]) -> Generator[None]:
-    """Note which entries of its inputs a call within sets: a doll leaves its inputs as they are.
+def inputs_set(before: Mapping[str, Tensor], inputs: Mapping[str, object]) -> tuple[str, ...]:
+    """Return a remark on an entry that a call set in its inputs: a doll leaves them as they are.
 
     Args:
-        inputs: the inputs of that call, by name.
-        notes: gets a remark.
+        before: the tensors of the inputs before the call, by name.
+        inputs: the inputs after it.
     """
-    before = dict(tensor_names(inputs))
-    yield
     after = dict(tensor_names(inputs))
-    changed = [n for n in after | before if after.get(n) is not before.get(n)]
-    if changed:
-        notes.append(f"a call sets its input {changed[0]}, which the doll leaves as it is")
+    changed = [n for n in {**after, **before} if after.get(n) is not before.get(n)]
+    if not changed:
+        return ()
+    return (f"a call sets its input {changed[0]}, which the doll leaves as it is",)
 
 
 def numbers_kept(before: nn.Module, after: nn.Module) -> tuple[str, ...]:

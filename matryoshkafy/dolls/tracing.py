@@ -22,7 +22,7 @@ from matryoshkafy.dolls.later_calls import (
     answer,
     answer_to,
     call,
-    inputs_watched,
+    inputs_set,
     memory,
     numbers_kept,
     refuse_memory,
@@ -41,7 +41,7 @@ from matryoshkafy.graph.copies import (
 from matryoshkafy.graph.holders import refuse_filled
 from matryoshkafy.graph.opened import Example
 from matryoshkafy.graph.quiet import modes_kept, plain_attention, silent
-from matryoshkafy.graph.signature import as_tensor, named_args
+from matryoshkafy.graph.signature import as_tensor, named_args, tensor_names
 from matryoshkafy.graph.storage import refuse_shared
 from matryoshkafy.graph.trace import Trace, tensors_of, trace
 from matryoshkafy.graph.training_mode import follow_training
@@ -139,18 +139,18 @@ def _first(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object
     leaves = (*tensors_of(model).values(), *pytree.tree_leaves(given))
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
         return None
-    written: list[str] = []
     with torch.no_grad(), spare(model) as twin:
         own, named = copied_inputs(*given)
+        inputs = named_args(model, own) | named
+        before = dict(tensor_names(inputs))
         try:
-            with inputs_watched(named_args(model, own) | named, written):
-                found = answer_to(twin, own, named)
+            found = answer_to(twin, own, named)
             said = pytree.tree_map_only(torch.Tensor, copied_tensor, found)
         except Exception:  # noqa: BLE001  the user's forward may raise anything
             return None
     refuse_new_parameters(model, twin)
-    refuse_filled(named_args(model, own) | named)
-    return First(twin, said, tuple(written))
+    refuse_filled(inputs)
+    return First(twin, said, inputs_set(before, inputs))
 
 
 def _checked(beside: Beside, flat: Sequence[torch.Tensor]) -> Trace:
