@@ -6,6 +6,7 @@ summed over, heads and what holds them, the weights that it is made of.
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,10 +47,21 @@ class Search:
     several, they count the rounds of a loop.
     """
 
+    graph: fx.Graph
     plan: Plan
     state: Mapping[str, torch.Tensor]
     summed: Summed
     whole: Mapping[tuple[str, Target], set[int]]
+
+    @cached_property
+    def functions(self) -> dict[ast.AST, dict[fx.Node, None]]:
+        """The values that each function of the user's reads and makes."""
+        found: dict[ast.AST, dict[fx.Node, None]] = {}
+        for node in self.graph.nodes:
+            function = function_of(node)
+            if function is not None:
+                found.setdefault(function, {}).update(dict.fromkeys((*node.all_input_nodes, node)))
+        return found
 
     @cached_property
     def weight_sizes(self) -> frozenset[int]:
@@ -89,12 +101,11 @@ def asked_dims(node: fx.Node, formula: Formula, search: Search) -> Iterator[Dim]
     the user's reads and makes.
     """
     asked = ASKED.search(formula.leaves[0][0]) if formula.counts and formula.leaves else None
-    function = function_of(node)
+    function = function_of(node) if asked is not None else None
     if asked is None or function is None:
         return
     place = int(asked[1])
-    mine = [n for n in node.graph.nodes if function_of(n) is function]
-    for value in dict.fromkeys(v for n in mine for v in (*n.all_input_nodes, n)):
+    for value in search.functions[function]:
         shape = search.plan.dims(value.name)
         if -len(shape) <= place < len(shape):
             yield shape[place]

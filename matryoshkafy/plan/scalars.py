@@ -72,7 +72,7 @@ def find_scalars(trace: Trace, plan: Plan, summed: Summed) -> Plan:
     """
     if plan.masked or plan.options.scope == "output":
         return plan
-    search = Search(plan, trace.state(), summed, _whole_numbers(trace.graph))
+    search = Search(trace.graph, plan, trace.state(), summed, _whole_numbers(trace.graph))
     nodes = trace.graph.nodes
     found = [s for n in nodes for s in (*_scalars_of(n, search), *_counts_in(n, search))]
     patterns = [p.removeprefix(KEEP) for p in plan.options.keep if p.startswith(KEEP)]
