@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import TypeVar
 
 from torch import fx
@@ -24,6 +25,8 @@ from matryoshkafy.graph.nodes import source_of
 PLACE = re.compile(r"(.+):(\d+) \(")
 COMPUTES = re.compile(r"\*\*|sqrt|pow")
 SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
+NONE: frozenset[float] = frozenset()
+MOST = 8  # numbers that one name may stand for
 SETTERS = {"setattr", "__setattr__", "register_buffer"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
@@ -92,7 +95,7 @@ def _line(file: str, line: int) -> _Line:
     inner = (e for s in statements for e in ast.walk(s) if isinstance(e, ast.expr))
     return _Line(
         factors=frozenset(n for s in statements for n in _factors(s, scope)),
-        said=frozenset(_number(e, scope) for e in inner),
+        said=frozenset(n for e in inner for n in _numbers(e, scope) or [None]),
         rooted=any(COMPUTES.search(ast.unparse(s)) for s in statements),
     )
 
@@ -216,11 +219,12 @@ class Bound:
     scope: Scope
     handed: bool = False
 
-    def number(self, depth: int) -> float | None:
-        """Return the number that is bound, None where it is not known or may be a width."""
-        number = _number(self.value, self.scope, depth) if self.value else None
-        width = self.handed and number is not None and number.is_integer()
-        return None if width else number
+    def numbers(self, depth: int) -> frozenset[float]:
+        """Return the numbers that may be bound; none where one is not known, or may be a width."""
+        numbers = _numbers(self.value, self.scope, depth) if self.value else NONE
+        typed = isinstance(self.value, ast.Constant) and type(self.value.value) is float  # 1.0
+        width = self.handed and not typed and any(number.is_integer() for number in numbers)
+        return NONE if width else numbers
 
 
 def _argument_names(function: ast.AST) -> set[str]:
@@ -365,29 +369,28 @@ def _factors(statement: ast.stmt, scope: Scope) -> Iterator[float]:
     """Yield the numbers by which a statement multiplies or divides."""
     for node in ast.walk(statement):
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
-            sides = (_number(side, scope) for side in (node.left, node.right))
-            yield from (number for number in sides if number is not None)
+            yield from (n for side in (node.left, node.right) for n in _numbers(side, scope))
 
 
 def _names_in(expression: ast.expr) -> bool:
     return any(isinstance(e, (ast.Name, ast.Attribute)) for e in ast.walk(expression))
 
 
-def _number(side: ast.expr, scope: Scope, depth: int = 4) -> float | None:
-    """Return the number that an expression of literals stands for; None where it is not known."""
+def _numbers(side: ast.expr, scope: Scope, depth: int = 4) -> frozenset[float]:
+    """Return the numbers that an expression of literals may stand for (a default, and what is
+    handed over instead); none where one of them is not known.
+    """
     if isinstance(side, ast.Constant):
-        return float(side.value) if type(side.value) in (int, float) else None  # type: ignore[arg-type]
+        known = type(side.value) in (int, float)
+        return frozenset([float(side.value)]) if known else NONE  # type: ignore[arg-type]
     if isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
-        number = _number(side.operand, scope, depth)
-        return None if number is None else -number
+        return frozenset(-n for n in _numbers(side.operand, scope, depth))
     if isinstance(side, ast.BinOp) and isinstance(side.op, ast.Pow) and _names_in(side):
-        return None  # a root of what is named is one of a width as well
+        return NONE  # a root of what is named is one of a width as well
     if isinstance(side, ast.BinOp):
-        left, right = (_number(s, scope, depth) for s in (side.left, side.right))
         compute = ARITHMETIC.get(type(side.op))
-        if left is None or right is None or compute is None:
-            return None
-        return compute(left, right)
-    bound = scope.bindings(side) if depth else []
-    numbers = {b.number(depth - 1) for b in bound}
-    return numbers.pop() if len(numbers) == 1 else None
+        sides = product(*(_numbers(s, scope, depth) for s in (side.left, side.right)))
+        return frozenset(compute(a, b) for a, b in sides) if compute else NONE
+    found = [b.numbers(depth - 1) for b in (scope.bindings(side) if depth else ())]
+    every = frozenset(n for each in found for n in each)
+    return every if all(found) and len(every) <= MOST else NONE

@@ -247,3 +247,49 @@ def test_a_number_of_a_shape_that_may_be_another_s_is_said() -> None:
     doll = mk.convert(model, (torch.randint(0, 30, (2, 5)),), sizes=[8, 32], nesting="sliced")
     assert not doll.plan.scalars
     assert any(r.startswith("number: 8 at") and "queries.shape[-1]" in r for r in doll.plan.remarks)
+
+
+class Weighed(nn.Module):
+    """A sum over units, times a weight that stays, whatever it equals."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[.., D] -> [.., 1]"""
+        return h.square().sum(-1, keepdim=True) * self.weight
+
+
+class Penalised(nn.Module):
+    """Units, and a penalty of 0.25 beside them; or of 1 / sqrt(units), handed over alike."""
+
+    def __init__(self, width: int, weight: float = 0.25, rooted: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(30, width), nn.Linear(width, 5)
+        self.penalty = Weighed(weight) if not rooted else Rooted(scale=width**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        h = self.table(ids)
+        return self.head(h) + self.penalty(h)
+
+
+class Rooted(nn.Module):
+    """A sum over units, times what is handed over."""
+
+    def __init__(self, scale: float = 0.25) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[.., D] -> [.., 1]"""
+        return h.sum(-1, keepdim=True) * self.scale
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_a_typed_number_that_is_handed_on_stays_and_a_root_follows(rooted: bool) -> None:
+    doll, error = small_class.moved(lambda width: Penalised(width, rooted=rooted), 16, 4)
+    assert error < 1e-12
+    assert len(doll.plan.scalars) == rooted
