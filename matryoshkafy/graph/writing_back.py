@@ -15,7 +15,9 @@ from matryoshkafy.graph.nodes import (
     bound_args,
     info_of,
     is_item,
+    is_tensor,
     op_key,
+    reached,
     set_info,
     tensor_info,
 )
@@ -26,10 +28,13 @@ Target = Callable[..., object]
 
 def keeping_gradient(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
     """Return the value with the gradient of the base: what x.data or no_grad wrote, autograd did
-    not see. base - base.detach() is exactly zero.
+    not see. base - base.detach() is exactly zero, but where the base is infinite: what has no
+    gradient, as all that is made under no_grad, is not asked for any.
     """
     if not tensor_info(base).dtype.is_floating_point:
         return value
+    if not _has_gradient(base, value):
+        return _detached(graph, base, value)
     with graph.inserting_before(value.next):
         still, seen = (call(graph, aten.detach.default, node) for node in (base, value))
         zero = call(graph, aten.sub.Tensor, base, still)
@@ -37,6 +42,27 @@ def keeping_gradient(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
     for node in (still, seen, zero, result):
         node.meta = dict(value.meta)
         set_info(node, tensor_info(base))
+    return result
+
+
+def _has_gradient(node: fx.Node, value: fx.Node) -> bool:
+    """Tell whether a float that comes into the graph stands behind a node, detached nowhere, nor
+    wherever the node is read; views, and what was written before, are read through others.
+    """
+    written = any(n.meta.get("written") is node for n in node.graph.nodes if n is not value)
+    own = not written and op_key(node) not in INVERSES and not is_item(node)
+    if own and all(op_key(user) == "detach" for user in node.users):
+        return False
+    behind = reached([node], lambda n: () if op_key(n) == "detach" else n.all_input_nodes)
+    held = (n for n in behind if n.op in ("placeholder", "get_attr") and is_tensor(n))
+    return any(tensor_info(n).dtype.is_floating_point for n in held)
+
+
+def _detached(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
+    with graph.inserting_before(value.next):
+        result = call(graph, aten.detach.default, value)
+    result.meta = dict(value.meta)
+    set_info(result, tensor_info(base))
     return result
 
 

@@ -368,3 +368,32 @@ def test_a_table_of_a_largest_norm_nests_and_is_saved(
         doll.train()
     if nesting == "sliced":
         torch.testing.assert_close(doll(ids), model(ids))
+
+
+class Ranking(nn.Module):
+    """Leaves items out by -inf, under no_grad, as evaluation is often written."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.items = nn.Linear(6, width).double(), nn.Embedding(20, width).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, 6] -> the best items [N, 5] and their scores"""
+        with torch.no_grad():
+            scores = torch.einsum("bd,nd->bn", self.inner(x), self.items.weight)
+            scores[:, 0] = float("-inf")
+            scores[:, 15:] = float("-inf")
+            found = torch.topk(scores, 5, dim=1)
+            return found.indices, found.values
+
+
+def test_what_is_left_out_by_infinity_under_no_grad_stays_out() -> None:
+    model, x = Ranking().eval(), torch.randn(4, 6, dtype=torch.float64)
+    doll = mk.convert(model, (x,), sizes=[8, 16], nesting="sliced").eval()
+    part, small = mk.slice(doll, 8), Ranking(8).eval()
+    small.load_state_dict(part.state_dict())
+    for ours, theirs in ((doll, model), (part, small)):
+        items, values = ours(x)
+        torch.testing.assert_close(values, theirs(x)[1], rtol=1e-12, atol=0)
+        assert torch.equal(items, theirs(x)[0])
