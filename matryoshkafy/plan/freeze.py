@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,8 +253,11 @@ def _members(parameters: ByName) -> dict[Axis, list[str]]:
 
 
 def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:
-    """What one unit of the main group spans where it stands: 1, or head_dim."""
+    """What one unit of the main group spans where it stands: 1, or head_dim; times 4, where it
+    stands as four equal parts side by side wherever it does (heads that are split and stacked).
+    """
     spans: Counter[int] = Counter()
+    parts: set[int] = set()
     for shape in parameters.values():
         for dim in shape:
             at = next(
@@ -261,7 +265,9 @@ def _main_unit(parameters: Mapping[str, tuple[Dim, ...]], main: int) -> int:
             )
             if at is not None:
                 spans[dims.size(dim[at + 1 :])] += dims.size(sum(shape, ()))
-    return spans.most_common(1)[0][0] if spans else 1
+                parts.add(math.prod(f for f in dim[:at] if isinstance(f, int)))
+    side_by_side = parts.pop() if len(parts) == 1 else 1
+    return side_by_side * spans.most_common(1)[0][0] if spans else 1
 
 
 def _held_remark(node: fx.Node) -> str:

@@ -47,7 +47,8 @@ class Plan:
         options: what the user asked for.
         sizes: the ladder, ascending.
         main: index of the main group.
-        unit: what one unit of the main group spans: 1, or the size of a head.
+        unit: what one unit of the main group spans: 1, the size of a head, or of how many equal
+            parts side by side it is one each.
         groups: the groups.
         ladder: for each size, the width of every group.
         parameters: {name: its dims}.

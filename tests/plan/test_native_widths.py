@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import matryoshkafy as mk
+from tests.plan import small_class
 from tests.plan.test_counts import SMALL, WIDTH, Net
 from tests.zoo.registry import Scale
 
@@ -147,3 +148,29 @@ def test_pieces_of_lengths_that_only_a_call_knows_convert(nesting: str) -> None:
         torch.testing.assert_close(small(x), doll.outputs(x)[doll.sizes[0]], rtol=1e-9, atol=1e-11)
         if nesting == "sliced":
             torch.testing.assert_close(small(x), native(x), rtol=1e-9, atol=1e-11)
+
+
+class Stacked(nn.Module):
+    """Attention whose heads are split and stacked on the batch, as in the code of SASRec."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.table = heads, nn.Embedding(30, width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N, T] -> [N, T, 5]"""
+        x = self.table(ids)
+        q, k, v = (torch.cat(f(x).chunk(self.heads, 2), 0) for f in (self.q, self.k, self.v))
+        scores = torch.softmax(q @ k.transpose(1, 2) / k.size(-1) ** 0.5, -1)
+        mixed = torch.cat((scores @ v).chunk(self.heads, 0), 2)
+        return self.head(self.norm(x + mixed))
+
+
+def test_a_width_of_equal_parts_is_named_whole() -> None:
+    doll, error = small_class.moved(Stacked, 32, 8)
+    assert error < 1e-12
+    assert doll.sizes == [8, 32]
+    assert doll.plan.groups[doll.plan.main].size == 8  # of each of four heads
