@@ -156,8 +156,11 @@ def _shapes_of(module: fx.GraphModule, values: list[Tensor], inputs: list[object
         return mode.from_tensor(tensor, static_shapes=True)
 
     found = _Shapes(module, mode)
-    with mode, torch.no_grad():
-        found.run(*pytree.tree_map_only(Tensor, fake, (values, inputs)))
+    try:
+        with mode, torch.no_grad():
+            found.run(*pytree.tree_map_only(Tensor, fake, (values, inputs)))
+    except Exception:  # noqa: BLE001  an input of a kind that has no fake: nothing is known
+        found.unknown.update(module.graph.nodes)
     return found
 
 
