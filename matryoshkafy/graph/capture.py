@@ -18,8 +18,6 @@ from matryoshkafy.graph.copies import copied_inputs, copied_tensor, spare
 from matryoshkafy.graph.guards import Guard, Size
 from matryoshkafy.graph.holders import holds, refuse_opaque
 from matryoshkafy.graph.nodes import (
-    TORCH_FOLDER,
-    TRACING_FOLDER,
     outputs_of,
 )
 from matryoshkafy.graph.opened import (
@@ -35,6 +33,7 @@ from matryoshkafy.graph.quiet import plain_attention, silent, uncollected
 from matryoshkafy.graph.recorded import add_checks
 from matryoshkafy.graph.storage import aliases_of, mark_storage
 from matryoshkafy.graph.transforms import GradientsRead, Transformed, watched
+from matryoshkafy.graph.user_lines import error_line
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ def _recorded(model: nn.Module, call: Example, error: BaseException) -> Captured
             refuse_opaque(opaque)
             raise TraceError(_explain(model, call, second)) from second
     refuse_opaque(opaque)
-    place = _user_frame(error) or "an unknown line"
+    place = error_line(error) or "an unknown line"
     with spare(model) as again:
         checked = add_checks(module, [*again.parameters(), *again.buffers()], flat, place)
     for hole, value in zip(
@@ -371,7 +370,7 @@ def _explain(model: nn.Module, call: Example, error: BaseException) -> str:
 
 
 def _at(error: BaseException) -> str:
-    where = _user_frame(error)
+    where = error_line(error)
     return f" at {where}" if where else ""
 
 
@@ -387,14 +386,3 @@ def _described(args: tuple[object, ...], kwargs: Mapping[str, object]) -> str:
 
     words = [word(a) for a in args] + [f"{k}={word(v)}" for k, v in kwargs.items()]
     return f"({', '.join(words)})"
-
-
-def _user_frame(error: BaseException) -> str | None:
-    frame = None
-    trace_ = error.__traceback__
-    while trace_ is not None:
-        code = trace_.tb_frame.f_code
-        if not code.co_filename.startswith((TORCH_FOLDER, TRACING_FOLDER, "<")):
-            frame = f"{code.co_filename}:{trace_.tb_lineno} ({code.co_name})"
-        trace_ = trace_.tb_next
-    return frame

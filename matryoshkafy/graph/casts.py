@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812  as torch calls it
 from matryoshkafy.graph.imports import parsed
 from matryoshkafy.graph.literals import Scope, scope_at
 from matryoshkafy.graph.nodes import TORCH_FOLDER, op_key
+from matryoshkafy.graph.user_lines import line_of
 
 aten = torch.ops.aten
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -106,7 +107,7 @@ def asks_type(x: torch.Tensor) -> str:
     code = frame.f_code
     if not _compares(code, frame.f_lineno, _position(frame)):
         return ""
-    place = f"{code.co_filename}:{frame.f_lineno} ({code.co_name})"
+    place = line_of(code, frame.f_lineno)
     return f"{ONE_TYPE}{str(x.dtype).removeprefix('torch.')}, which the forward asks for at {place}"
 
 

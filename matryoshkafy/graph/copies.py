@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import random
 import sys
+import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,11 +25,21 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.closures import rebind
-from matryoshkafy.graph.holders import is_object
 
 TABLES = ("_parameters", "_buffers", "_modules")
 EMPTY = (dict, OrderedDict)
 CONSTANT = (str, int, float, bool, type(None), Tensor)
+# What is no object with attributes of its own, which a forward may read and set.
+NO_OBJECT = (
+    Tensor,
+    nn.Module,
+    enum.Enum,
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    str,
+    bytes,
+)
 
 
 @contextlib.contextmanager
@@ -94,7 +106,7 @@ def copied_inputs(
 def _copied_input(leaf: object) -> object:
     if isinstance(leaf, Tensor):
         return copied_tensor(leaf)
-    if not is_object(leaf):
+    if isinstance(leaf, NO_OBJECT) or not getattr(leaf, "__dict__", None):
         return leaf
     try:
         return copy.deepcopy(leaf)

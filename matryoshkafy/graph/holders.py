@@ -6,10 +6,8 @@ of its class, with the attributes that the forward reads; the user's forward get
 
 from __future__ import annotations
 
-import enum
 import functools
 import inspect
-import types
 from collections import namedtuple
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
@@ -20,19 +18,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
+from matryoshkafy.graph.copies import NO_OBJECT, copied_tensor
 
 Reads = Mapping[type, set[str]]
 DEPTH = 4  # of objects within objects
-NEVER = (
-    torch.Tensor,
-    nn.Module,
-    enum.Enum,
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    str,
-    bytes,
-)
 # Whoever asks for these may read every attribute.
 WHOLE = frozenset(("__dict__", "__getstate__", "__reduce_ex__", "__copy__", "__deepcopy__"))
 # A field of a named tuple begins with no underscore.
@@ -47,25 +36,21 @@ def named_tuple(name: str, fields: tuple[str, ...]) -> type:
     return namedtuple(name, fields)  # pyright: ignore[reportUntypedNamedTuple]  inputs name them
 
 
-def is_object(value: object) -> bool:
-    """Tell whether a leaf is an object with attributes, which a forward may set."""
-    return not isinstance(value, NEVER) and bool(getattr(value, "__dict__", None))
-
-
 def holds(value: object, depth: int = DEPTH) -> bool:
     """Tell whether a leaf is an object with tensors among its attributes, or a mapping of a class
     of its own with some.
     """
-    if isinstance(value, NEVER) or _is_array(value) or not depth:
+    if isinstance(value, NO_OBJECT) or is_array(value) or not depth:
         return False
     leaves = pytree.tree_leaves(list(_parts_of(value).values()))
     return any(
-        isinstance(leaf, torch.Tensor) or _is_array(leaf) or holds(leaf, depth - 1)
+        isinstance(leaf, torch.Tensor) or is_array(leaf) or holds(leaf, depth - 1)
         for leaf in leaves
     )
 
 
-def _is_array(value: object) -> bool:
+def is_array(value: object) -> bool:
+    """Tell whether a value is an array of numpy, which torch takes as a tensor."""
     return type(value).__module__ == "numpy" and hasattr(value, "__array_interface__")
 
 
@@ -114,11 +99,7 @@ def reads_of(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, ob
     seen: dict[type, set[str]] = {}
     for training in (False, True):
         whole: list[tuple[object, type, dict[str, object]]] = []
-
-        def own(leaf: object, whole: list[Any] = whole) -> object:
-            return _watched(leaf, seen, whole) if holds(leaf) else _copied(leaf)
-
-        given, named = pytree.tree_map(own, (args, dict(kwargs)))
+        given, named = cast("tuple[Any, Any]", _watched((args, dict(kwargs)), seen, whole))
         try:
             with torch.no_grad():
                 model.train(training)(*given, **named)
@@ -131,20 +112,24 @@ def reads_of(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, ob
     return seen
 
 
-def _copied(leaf: object) -> object:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
 def _watched(value: object, seen: dict[type, set[str]], whole: list[Any]) -> object:
-    """Return a copy of an object that notes which of its attributes are read."""
+    """Return copies of inputs whose objects note which of their attributes are read."""
 
     def own(leaf: object) -> object:
-        return _watched(leaf, seen, whole) if holds(leaf) else _copied(leaf)
+        if holds(leaf):
+            return _watched_object(leaf, seen, whole)
+        return copied_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
+    return pytree.tree_map(own, value)
+
+
+def _watched_object(value: object, seen: dict[type, set[str]], whole: list[Any]) -> object:
     kind, names = type(value), seen.setdefault(type(value), set())
-    parts = {n: pytree.tree_map(own, part) for n, part in _parts_of(value).items()}
+    parts = {n: _watched(part, seen, whole) for n, part in _parts_of(value).items()}
     made = _made(kind, parts)
     whole.append((made, kind, _parts_of(made)))
+    if issubclass(kind, dict):  # whose keys are all taken
+        return made
     try:
         object.__setattr__(made, "__class__", _noting(kind, names))
     except Exception:  # noqa: BLE001  a class may refuse to be derived from, in its own way
@@ -157,8 +142,6 @@ def _noting(kind: Any, names: set[str]) -> type:
         names.add(name)
         return kind.__getattribute__(self, name)
 
-    if issubclass(kind, dict):
-        raise TypeError("keys are read by no attribute")
     return cast("Any", type(kind))(
         kind.__name__, (kind,), {"__slots__": (), "__getattribute__": noted}
     )

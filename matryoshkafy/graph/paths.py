@@ -21,7 +21,7 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import GuardError, TraceError
-from matryoshkafy.graph.user_lines import user_frame
+from matryoshkafy.graph.user_lines import line_of, user_frame
 
 # How the remark on a recorded path ends where all that it read is checked.
 CHECKED = "what it read is checked at every call"
@@ -167,4 +167,4 @@ def _line() -> str:
     frame = user_frame()
     if frame is None or frame.f_code.co_filename.startswith(LIBRARY_FOLDER):
         return ""  # the user's code has no file
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    return line_of(frame.f_code, frame.f_lineno)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from matryoshkafy.errors import TraceError
 from matryoshkafy.graph.guards import Guards
-from matryoshkafy.graph.holders import like
+from matryoshkafy.graph.holders import is_array, like
 
 
 def parameter_names(model: nn.Module) -> tuple[list[str], bool]:
@@ -238,8 +238,7 @@ def _shown(value: object) -> str:
 
 def as_tensor(value: Any) -> Any:
     """Return an array of numpy as a tensor, anything else as it is."""
-    is_array = type(value).__module__ == "numpy" and hasattr(value, "__array_interface__")
-    return torch.as_tensor(value) if is_array else value
+    return torch.as_tensor(value) if is_array(value) else value
 
 
 def _same(value: Any, traced: Any) -> bool:

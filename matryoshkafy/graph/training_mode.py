@@ -33,7 +33,7 @@ from matryoshkafy.graph.nodes import (
 )
 from matryoshkafy.graph.normalise import has_statistics, training_flag
 from matryoshkafy.graph.trace import Trace
-from matryoshkafy.graph.user_lines import user_frame
+from matryoshkafy.graph.user_lines import line_of, user_frame
 from matryoshkafy.graph.vocabulary import basics_of
 
 aten = torch.ops.aten
@@ -144,7 +144,7 @@ def _user_line() -> str:
     frame = user_frame()
     if frame is None:
         return "an unknown line"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    return line_of(frame.f_code, frame.f_lineno)
 
 
 def follow_training(

@@ -1,4 +1,4 @@
-"""user_frame(): the innermost frame of the user's own; HelperLines: their functions in a trace.
+"""user_frame(), error_line(): the innermost line of the user's own; HelperLines: their functions.
 
 torch.export keeps the lines of functions that are called `forward`. A scale that a function of the
 model's own file or package computes stands in none of them.
@@ -7,7 +7,7 @@ model's own file or package computes stands in none of them.
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch.fx.proxy
 from torch import nn
@@ -15,16 +15,32 @@ from torch import nn
 from matryoshkafy.graph.nodes import TORCH_FOLDER, TRACING_FOLDER
 
 Key = tuple[str, str]
+# Files that are not the user's.
+OTHERS = (TORCH_FOLDER, TRACING_FOLDER, "<")
 
 
 def user_frame() -> FrameType | None:
     """Return the innermost frame that is neither torch's nor the tracer's; None where none is."""
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and frame.f_code.co_filename.startswith(
-        (TORCH_FOLDER, TRACING_FOLDER, "<")
-    ):
+    while frame is not None and frame.f_code.co_filename.startswith(OTHERS):
         frame = frame.f_back
     return frame
+
+
+def error_line(error: BaseException) -> str | None:
+    """Return the innermost line of the user's own on an error's way; None where none is."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith(OTHERS):
+            found = line_of(code, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def line_of(code: CodeType, number: int) -> str:
+    """Return a line as plans and errors name it: "file:line (function)"."""
+    return f"{code.co_filename}:{number} ({code.co_name})"
 
 
 class HelperLines:

@@ -33,16 +33,17 @@ def keeping_gradient(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
     """
     if not tensor_info(base).dtype.is_floating_point:
         return value
-    if not _has_gradient(base, value):
-        return _detached(graph, base, value)
+    asked = _has_gradient(base, value)
     with graph.inserting_before(value.next):
-        still, seen = (call(graph, aten.detach.default, node) for node in (base, value))
-        zero = call(graph, aten.sub.Tensor, base, still)
-        result = call(graph, aten.add.Tensor, seen, zero)
-    for node in (still, seen, zero, result):
+        made = [call(graph, aten.detach.default, value)]
+        if asked:
+            still = call(graph, aten.detach.default, base)
+            zero = call(graph, aten.sub.Tensor, base, still)
+            made += [still, zero, call(graph, aten.add.Tensor, made[0], zero)]
+    for node in made:
         node.meta = dict(value.meta)
         set_info(node, tensor_info(base))
-    return result
+    return made[-1]
 
 
 def _has_gradient(node: fx.Node, value: fx.Node) -> bool:
@@ -56,14 +57,6 @@ def _has_gradient(node: fx.Node, value: fx.Node) -> bool:
     behind = reached([node], lambda n: () if op_key(n) == "detach" else n.all_input_nodes)
     held = (n for n in behind if n.op in ("placeholder", "get_attr") and is_tensor(n))
     return any(tensor_info(n).dtype.is_floating_point for n in held)
-
-
-def _detached(graph: fx.Graph, base: fx.Node, value: fx.Node) -> fx.Node:
-    with graph.inserting_before(value.next):
-        result = call(graph, aten.detach.default, value)
-    result.meta = dict(value.meta)
-    set_info(result, tensor_info(base))
-    return result
 
 
 def written_back(graph: fx.Graph, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
